@@ -1,0 +1,1 @@
+"""Implementations of the operations; see `contract` for what each offers."""

@@ -1,0 +1,63 @@
+"""What a backend offers, and the options that reach it.
+
+A backend is a package `po_kernels.backends.<name>` with
+
+- `unavailable() -> str | None`: why it cannot be used on this machine at all;
+- `refuses(op, device_type, dtype) -> str | None`: why it cannot serve such a call;
+- `KERNELS`: for each op that it has, a dictionary of functions.
+
+A loss op has two, on rows flattened to one leading axis:
+
+    first(inputs, constants, cotangent, needs, want_stats, config) -> [loss, stats, *gradients]
+    second(inputs, constants, tangents, cotangent, cotangent_tangent, needs, config)
+        -> [loss_tangent, *gradient_tangents]
+
+`inputs` are the differentiable tensors and `constants` the others (labels, samples, seed). With f the
+loss, reduced to () or (B,) rows, and g the `cotangent` of its shape (None: ones), the gradients are
+g ∇f; `second` is the derivative of both along `tangents` and `cotangent_tangent` (None: zero):
+∂f·v and g ∇²f v + ġ ∇f. A gradient that `needs` does not ask for is an empty tensor. `stats` is
+(5, *loss.shape), rows averaged, or empty unless wanted.
+
+`reference` is plain torch and differentiated by autograd: it has "rows" in place of "second".
+"""
+
+from typing import NamedTuple, NoReturn
+
+
+class LossConfig(NamedTuple):
+    """The options of a loss op that are not tensors."""
+
+    estimator: str
+    num_samples: int
+    advantage: str
+    rbf_gamma: float | None
+    entropy_coef: float
+    reduction: str
+    row_offset: int
+
+
+# Refusals of values, by the code that a compiled kernel returns. A kernel reports the first row concerned.
+PRECISION_NOT_POSITIVE = 1
+PRECISION_NOT_SYMMETRIC = 2
+LABEL_OUT_OF_RANGE = 3
+ALL_MASKED = 4
+NOT_TRIANGULAR = 5
+SINGULAR = 6
+
+# Entries that should be equal, or zero, may differ by this much of the largest: room for rounding and
+# for the finite differences of a gradient check, not for a wrong matrix.
+MATRIX_TOLERANCE = 1e-4
+
+_REFUSALS = {
+    PRECISION_NOT_POSITIVE: "precision: expected positive values (as a matrix: positive definite), got others",
+    PRECISION_NOT_SYMMETRIC: "precision: expected a symmetric matrix, got one that is not",
+    LABEL_OUT_OF_RANGE: "{name}: expected labels from 0 to the number of classes less one, got another in row {row}",
+    ALL_MASKED: "logits: expected a logit above -inf in each row, got none in row {row}",
+    NOT_TRIANGULAR: "scale_tril: expected a lower triangular matrix, got an entry above the diagonal in row {row}",
+    SINGULAR: "scale_tril: expected a positive diagonal, got another in row {row}",
+}
+
+
+def refuse(op: str, code: int, row: int, name: str = "target") -> NoReturn:
+    """Raises the ValueError for a refused value."""
+    raise ValueError(f"{op}: " + _REFUSALS[code].format(row=row, name=name))

@@ -1,0 +1,147 @@
+"""Plain torch: the definition the other backends are tested against, differentiable to any order.
+
+Each loss op is offered as "rows", a differentiable function
+
+    rows(inputs, constants, config) -> RowLoss of (B,) tensors
+
+and as the "first" of `po_kernels.backends.contract`, for estimators whose second derivative must raise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import LossConfig
+from . import categorical, checks, gaussian, mvn
+from .losses import RowLoss, group_advantage, transform_rewards
+
+
+def unavailable() -> str | None:
+    return None
+
+
+def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _policy_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
+    def rows(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: LossConfig) -> RowLoss:
+        labels, seed = (constants[:-1], constants[-1]) if config.num_samples else (constants, None)
+        check(op, *inputs, *labels)
+        return function(*inputs, *labels, seed, config)
+
+    return {"rows": rows, "first": _first(rows)}
+
+
+def _surrogate_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
+    def rows(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: LossConfig) -> RowLoss:
+        check(op, *inputs, *constants)
+        return function(*inputs, *constants, config)
+
+    return {"rows": rows, "first": _first(rows)}
+
+
+def _gaussian_checks(op: str, mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor) -> None:
+    checks.precision(op, precision)
+
+
+def _mvn_checks(op: str, mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor) -> None:
+    checks.scale_tril(op, scale_tril)
+    checks.precision(op, precision)
+
+
+def _categorical_checks(op: str, logits: Tensor, reward_table: Tensor, target: Tensor) -> None:
+    checks.logits(op, logits)
+    checks.labels(op, "target", target, logits.shape[-1])
+
+
+def _log_prob(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
+    def log_prob(*tensors: Tensor) -> Tensor:
+        check(op, *tensors)
+        return function(*tensors)
+
+    return {"log_prob": log_prob}
+
+
+def _sample(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
+    def sample(*tensors: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+        check(op, *tensors)
+        return function(*tensors, seed=seed, num_samples=num_samples, row_offset=row_offset)
+
+    return {"sample": sample}
+
+
+def _first(rows: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
+    def first(
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        cotangent: Tensor | None,
+        needs: Sequence[bool],
+        want_stats: bool,
+        config: LossConfig,
+    ) -> list[Tensor]:
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)]
+            result = rows(inputs, constants, config)
+            count = max(result.loss.shape[0], 1)
+            loss = result.loss
+            if config.reduction != "none":
+                loss = loss.sum() / (count if config.reduction == "mean" else 1)
+            wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+            cotangent = torch.ones_like(loss) if cotangent is None else cotangent
+            found = iter(torch.autograd.grad(loss, wanted, cotangent, materialize_grads=True) if wanted else ())
+        gradients = [next(found) if needed else loss.new_empty(0) for needed in needs]
+        stats = loss.new_empty(0)
+        if want_stats:
+            stats = torch.stack(result[1:])
+            if config.reduction != "none":
+                stats = stats.sum(dim=-1) / count
+        return [loss.detach(), stats, *gradients]
+
+    return first
+
+
+def _group_advantage(rewards: Tensor, kind: str, rbf_gamma: float | None) -> Tensor:
+    return group_advantage(transform_rewards(rewards, rbf_gamma), kind)
+
+
+def _nothing(op: str, *tensors: Tensor) -> None:
+    pass
+
+
+def _scale_tril(op: str, mean: Tensor, scale_tril: Tensor, *rest: Tensor) -> None:
+    checks.scale_tril(op, scale_tril)
+
+
+def _logits(op: str, logits: Tensor, *rest: Tensor) -> None:
+    checks.logits(op, logits)
+
+
+def _logits_and_value(op: str, logits: Tensor, value: Tensor) -> None:
+    checks.logits(op, logits)
+    checks.labels(op, "value", value, logits.shape[-1])
+
+
+def _logits_and_samples(op: str, logits: Tensor, rewards: Tensor, samples: Tensor) -> None:
+    checks.logits(op, logits)
+    checks.labels(op, "samples", samples, logits.shape[-1])
+
+
+_BUILT: list[tuple[str, Callable[..., dict[str, Any]], Callable[..., Any], Callable[..., None]]] = [
+    ("gaussian_sample", _sample, gaussian.sample, _nothing),
+    ("gaussian_log_prob", _log_prob, gaussian.log_prob, _nothing),
+    ("gaussian_policy_loss", _policy_loss, gaussian.policy_loss, _gaussian_checks),
+    ("gaussian_surrogate_loss", _surrogate_loss, gaussian.surrogate_loss, _nothing),
+    ("mvn_sample", _sample, mvn.sample, _scale_tril),
+    ("mvn_log_prob", _log_prob, mvn.log_prob, _scale_tril),
+    ("mvn_policy_loss", _policy_loss, mvn.policy_loss, _mvn_checks),
+    ("mvn_surrogate_loss", _surrogate_loss, mvn.surrogate_loss, _scale_tril),
+    ("categorical_sample", _sample, categorical.sample, _logits),
+    ("categorical_log_prob", _log_prob, categorical.log_prob, _logits_and_value),
+    ("categorical_policy_loss", _policy_loss, categorical.policy_loss, _categorical_checks),
+    ("categorical_surrogate_loss", _surrogate_loss, categorical.surrogate_loss, _logits_and_samples),
+]
+KERNELS: dict[str, dict[str, Any]] = {op: build(op, function, check) for op, build, function, check in _BUILT}
+KERNELS["group_advantage"] = {"advantage": _group_advantage}

@@ -1,0 +1,55 @@
+"""Refusals that depend on values, made where the values can be read without synchronising a device."""
+
+import torch
+from torch import Tensor
+
+from .. import contract
+
+
+def precision(op: str, value: Tensor) -> None:
+    u = value.detach().double()
+    if value.ndim == 2:
+        asymmetry = (u - u.mT).abs().amax()
+        if _is_true(asymmetry > contract.MATRIX_TOLERANCE * u.abs().amax()):
+            contract.refuse(op, contract.PRECISION_NOT_SYMMETRIC, 0)
+        symmetric = 0.5 * (u + u.mT)
+        bad = torch.linalg.cholesky_ex(symmetric).info != 0
+    else:
+        bad = ~(u > 0).all()
+    if _is_true(bad | ~u.isfinite().all()):
+        contract.refuse(op, contract.PRECISION_NOT_POSITIVE, 0)
+
+
+def labels(op: str, name: str, value: Tensor, num_classes: int) -> None:
+    """value: (..., B)."""
+    _any_row(op, contract.LABEL_OUT_OF_RANGE, (value < 0) | (value >= num_classes), name)
+
+
+def logits(op: str, value: Tensor) -> None:
+    """value: (B, C)."""
+    _any_row(op, contract.ALL_MASKED, torch.isneginf(value.detach()).all(dim=-1))
+
+
+def scale_tril(op: str, value: Tensor) -> None:
+    """value: (B, D, D)."""
+    matrix = value.detach()
+    if matrix.shape[-1] > 1:
+        above = torch.triu(matrix, diagonal=1).abs().amax(dim=(-2, -1))
+        _any_row(op, contract.NOT_TRIANGULAR, above > contract.MATRIX_TOLERANCE * matrix.abs().amax(dim=(-2, -1)))
+    _any_row(op, contract.SINGULAR, (matrix.diagonal(dim1=-2, dim2=-1) <= 0).any(dim=-1))
+
+
+def _any_row(op: str, code: int, bad: Tensor, name: str = "target") -> None:
+    if _is_true(bad.any()):
+        row = int(bad.reshape(-1, bad.shape[-1]).any(dim=0).nonzero()[0])
+        contract.refuse(op, code, row, name)
+
+
+def _is_true(condition: Tensor) -> bool:
+    """False where the value is not at hand: in torch.compile and torch.vmap, and on an accelerator."""
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+        return False
+    try:
+        return bool(condition)
+    except RuntimeError:  # a batched tensor of torch.vmap has no one value
+        return False

@@ -1,0 +1,94 @@
+"""Philox4x32-10 in plain torch: the definition of every random number in the package.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+Key = the 64-bit seed; counter = (dimension block of 4, sample, row low word, row high word).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_MASK = 0xFFFFFFFF
+
+
+def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: four int64 tensors holding 32-bit words, mutually broadcastable.
+        key: two such tensors.
+
+    Returns:
+        four int64 tensors of the broadcast shape, each in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # The 64-bit product wraps in int64, but its bits are right; the mask undoes the sign extension.
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def random_bits(
+    seed: Tensor, num_samples: int, num_rows: int, num_blocks: int, row_offset: int, device: torch.device
+) -> Tensor:
+    """Words of every (sample, row, block), shape (num_samples, num_rows, num_blocks, 4), int64."""
+    seed = seed.to(device)
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    block = torch.arange(num_blocks, device=device).view(1, 1, -1)
+    sample = torch.arange(num_samples, device=device).view(-1, 1, 1)
+    row = torch.arange(num_rows, device=device).view(1, -1, 1) + row_offset
+    words = philox4x32((block, sample, row & _MASK, (row >> 32) & _MASK), key)
+    return torch.stack(torch.broadcast_tensors(*words), dim=-1)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """((x >> 8) + 1/2) * 2**-24, in float64: never 0, never 1, exact."""
+    return ((bits >> 8).double() + 0.5) * 2.0**-24
+
+
+def normal(
+    seed: Tensor, num_samples: int, num_rows: int, dim: int, row_offset: int, like: Tensor
+) -> Tensor:
+    """Standard normals by Box-Muller, shape (num_samples, num_rows, dim), dtype and device of `like`.
+
+    Computed in float64 and rounded once, so that every dtype sees the same numbers.
+    """
+    bits = random_bits(seed, num_samples, num_rows, (dim + 3) // 4, row_offset, like.device)
+    u = uniform(bits)
+    radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
+    angle = (2.0 * math.pi) * u[..., 1::2]
+    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
+    return pairs.reshape(num_samples, num_rows, -1)[..., :dim].to(like.dtype)
+
+
+def categorical(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+    """Labels by inversion of the distribution function, shape (num_samples, num_rows), int64.
+
+    The thresholds are 24-bit integers computed in float64 and compared with the 24 random bits of
+    the first word of block 0, so that every backend and dtype draws the same labels.
+
+    Args:
+        logits: (num_rows, num_classes); -inf masks a class.
+    """
+    weights = torch.softmax(logits.detach().double(), dim=-1)
+    thresholds = torch.ceil(torch.cumsum(weights, dim=-1) * 2.0**24 - 0.5)
+    # From the last class with mass on, nothing may exceed the threshold.
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    last = torch.where(weights > 0, index, -1).amax(dim=-1, keepdim=True)
+    thresholds = torch.where(index >= last, 2.0**24, thresholds).long()
+    bits = random_bits(seed, num_samples, logits.shape[0], 1, row_offset, logits.device)
+    return torch.searchsorted(
+        thresholds, (bits[..., 0, 0] >> 8).t().contiguous(), right=True
+    ).t().contiguous()

@@ -1,0 +1,109 @@
+"""Chooses the backend that serves a call, and remembers why the others could not."""
+
+import contextlib
+import contextvars
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("native", "numba", "cuda", "triton", "reference")
+ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
+
+_requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("po_kernels_backend", default=None)
+
+
+class Decision(NamedTuple):
+    """Which backend serves an op, and why each one before it in the order did not."""
+
+    backend: str
+    refused: dict[str, str]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, every op runs on the backend `name` or raises.
+
+    Args:
+        name: one of "native", "numba", "cuda", "triton", "reference".
+
+    Raises:
+        ValueError: no backend has that name.
+    """
+    _known("use_backend", "name", name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
+    """The name of the backend for a call; `backend` is what the caller asked for by name.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    if backend is not None:
+        source, name = "backend", backend
+    elif (name := _requested.get()) is not None:  # type: ignore[assignment]
+        source = "use_backend"
+    else:
+        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or None  # type: ignore[assignment]
+    if name is None:
+        return _automatic(op, device_type, dtype).backend
+    _known(op, source, name)
+    reason = _refusal(name, op, device_type, dtype)
+    if reason is not None:
+        raise RuntimeError(f"{op}: {source}: backend {name!r} was asked for, but {reason}")
+    return name
+
+
+def kernel(backend: str, op: str, which: str) -> Callable[..., Any]:
+    return module(backend).KERNELS[op][which]
+
+
+def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:
+    """What automatic dispatch has decided so far in this process."""
+    return dict(_decisions)
+
+
+@lru_cache(maxsize=None)
+def module(name: str) -> Any:
+    return importlib.import_module(f"po_kernels.backends.{name}")
+
+
+def unavailable(name: str) -> str | None:
+    """Why the backend cannot be used on this machine, or None."""
+    return module(name).unavailable()
+
+
+_decisions: dict[tuple[str, str, torch.dtype], Decision] = {}
+
+
+@lru_cache(maxsize=None)
+def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
+    refused: dict[str, str] = {}
+    for name in BACKENDS:
+        reason = _refusal(name, op, device_type, dtype)
+        if reason is None:
+            decision = Decision(name, refused)
+            _decisions[op, device_type, dtype] = decision
+            return decision
+        refused[name] = reason
+    raise RuntimeError(f"{op}: no backend serves {dtype} on {device_type}: {refused}")
+
+
+@lru_cache(maxsize=None)
+def _refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    backend = module(name)
+    return backend.unavailable() or backend.refuses(op, device_type, dtype)
+
+
+def _known(op: str, source: str, name: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{op}: {source}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")

@@ -1,0 +1,303 @@
+"""Derivatives of the opaque loss kernels, to second order, in reverse and forward mode.
+
+With f the reduced loss and x all differentiable inputs, four Functions close the calculus:
+
+    loss      f(x)                       reverse -> gradient          forward -> derivative
+    gradient  g ∇f(x)                    reverse and forward -> product
+    derivative  ∂f(x)·v                  reverse -> product           forward -> product
+    product   g ∇²f(x) v + ġ ∇f(x)       any derivative raises
+
+f is a scalar, or one value a row (reduction="none"), and then so is g.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LossConfig
+from . import _library
+
+
+class Call(NamedTuple):
+    """Everything about a call of a loss kernel but its tensors.
+
+    Attributes:
+        row_axis: for each differentiable input the axis that counts rows, or None if all rows share it.
+    """
+
+    op: str
+    backend: str
+    config: LossConfig
+    want_stats: bool
+    row_axis: tuple[int | None, ...]
+
+
+def loss(call: Call, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The reduced loss and its statistics (5, ...), the latter empty unless wanted."""
+    track = torch.is_grad_enabled()
+    needs = tuple(track and x.requires_grad for x in inputs)
+    # Dynamo traces no Function that defines a jvp.
+    function = _CompiledLoss if torch.compiler.is_compiling() else _Loss
+    outputs = function.apply(call, needs, *inputs, *constants)
+    return outputs[0], outputs[1]
+
+
+def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    count = len(call.row_axis)
+    return tensors[:count], tensors[count:]
+
+
+def _first(call: Call, inputs: Any, constants: Any, cotangent: Tensor | None, needs: Any, want_stats: bool) -> Any:
+    return _library.FIRST[call.op](
+        list(inputs), list(constants), cotangent, list(needs), want_stats, call.backend, *call.config
+    )
+
+
+def _second(
+    call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Tensor, cotangent_tangent: Any, needs: Any
+) -> Any:
+    return _library.SECOND[call.op](
+        list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), False,
+        call.backend, *call.config,
+    )  # fmt: skip
+
+
+def _scale(call: Call, gradients: Any, cotangent: Tensor) -> list[Tensor]:
+    """Unit-cotangent gradients times the cotangent, which runs along the row axis where it has one."""
+    scaled = []
+    for gradient, axis in zip(gradients, call.row_axis, strict=True):
+        if cotangent.ndim == 0:
+            scaled.append(gradient * cotangent)
+        else:
+            shape = [1] * gradient.ndim
+            assert axis is not None
+            shape[axis] = -1
+            scaled.append(gradient * cotangent.reshape(shape))
+    return scaled
+
+
+def _no_second_derivative(call: Call) -> None:
+    if call.config.estimator == "reinforce":
+        raise RuntimeError(
+            f"{call.op}: estimator='reinforce' is right to first order only, so it has no second derivative; "
+            "use estimator='dice', which has the same gradient and the right Hessian"
+        )
+
+
+def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+    """vmap as a loop: the kernels take one problem a call."""
+    results = []
+    for index in range(info.batch_size):
+        chosen = [
+            arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        results.append(function.apply(*chosen))
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    columns = tuple(zip(*results, strict=True))
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in columns)
+    return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+class _CompiledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(call, needs, *tensors):
+        inputs, constants = _split(call, tensors)
+        if call.config.reduction == "none":
+            # A shared input's gradient sums over rows, so it has to wait for the rows' cotangents.
+            needs = [needed and axis is not None for needed, axis in zip(needs, call.row_axis, strict=True)]
+        return tuple(_first(call, inputs, constants, None, needs, call.want_stats))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        call, _, *tensors = inputs
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[2:])
+
+    @staticmethod
+    def backward(ctx, cotangent, *_):
+        call, saved = ctx.call, ctx.saved_tensors
+        count = len(call.row_axis)
+        needs = ctx.needs_input_grad[2 : 2 + count]
+        nothing = (None,) * (len(saved) - count + 2)
+        if cotangent is None:
+            return (*nothing, *needs)
+        gradients = _Gradient.apply(call, needs, cotangent, *saved)
+        gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+        return (None, None, *gradients, *(None,) * (len(saved) - 2 * count))
+
+
+class _Loss(_CompiledLoss):
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _CompiledLoss.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[2:], *output[2:])
+
+    @staticmethod
+    def jvp(ctx, _call, _needs, *tangents):
+        call = ctx.call
+        count = len(call.row_axis)
+        tensors = ctx.saved_tensors[: len(ctx.saved_tensors) - count]
+        inputs, _ = _split(call, tensors)
+        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents[:count], strict=True)]
+        derivative = _Derivative.apply(call, *filled, *tensors)
+        return (derivative, *(None,) * (count + 1))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Loss, info, in_dims, *args)
+
+
+class _Gradient(torch.autograd.Function):
+    """g ∇f(x). The trailing tensors are ∇f(x) where the forward pass had reason to compute it, else empty."""
+
+    @staticmethod
+    def forward(call, needs, cotangent, *tensors):
+        count = len(call.row_axis)
+        inputs, rest = _split(call, tensors)
+        constants, known = rest[:-count], rest[-count:]
+        missing = [needed and k.shape != x.shape for needed, k, x in zip(needs, known, inputs, strict=True)]
+        result = [k.new_empty(0) for k in known]
+        if any(missing):
+            result = list(_first(call, inputs, constants, cotangent, missing, False)[2:])
+        take = [needed and not absent for needed, absent in zip(needs, missing, strict=True)]
+        if any(take):
+            pairs = [(k, axis) for k, axis, chosen in zip(known, call.row_axis, take, strict=True) if chosen]
+            part = call._replace(row_axis=tuple(axis for _, axis in pairs))
+            scaled = iter(_scale(part, [k for k, _ in pairs], cotangent))
+            result = [next(scaled) if chosen else r for r, chosen in zip(result, take, strict=True)]
+        return tuple(result)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        call, needs, *tensors = inputs
+        ctx.call, ctx.needs = call, needs
+        ctx.set_materialize_grads(False)
+        count = len(call.row_axis)
+        ctx.count = len(tensors)
+        tensors = tensors[:-count]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(*[r for r, needed in zip(output, needs, strict=True) if not needed])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        call = ctx.call
+        _no_second_derivative(call)
+        cotangent, *tensors = ctx.saved_tensors
+        inputs, constants = _split(call, tuple(tensors))
+        tangents = [
+            torch.zeros_like(x) if v is None or not needed else v
+            for x, v, needed in zip(inputs, cotangents, ctx.needs, strict=True)
+        ]
+        derivative, *products = _Product.apply(call, cotangent, None, *tangents, *inputs, *constants)
+        return (None, None, derivative, *products, *(None,) * (ctx.count - 1 - len(products)))
+
+    @staticmethod
+    def jvp(ctx, _call, _needs, cotangent_tangent, *tangents):
+        call = ctx.call
+        _no_second_derivative(call)
+        cotangent, *tensors = ctx.saved_tensors
+        inputs, constants = _split(call, tuple(tensors))
+        filled = [
+            torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents[: len(inputs)], strict=True)
+        ]
+        _, *products = _Product.apply(call, cotangent, cotangent_tangent, *filled, *inputs, *constants)
+        return tuple(p if needed else None for p, needed in zip(products, ctx.needs, strict=True))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Gradient, info, in_dims, *args)
+
+
+class _Derivative(torch.autograd.Function):
+    """∂f(x)·v, from (*v, *x, *constants)."""
+
+    @staticmethod
+    def forward(call, *tensors):
+        tangents, rest = _split(call, tensors)
+        inputs, constants = _split(call, rest)
+        needs = [False] * len(inputs)
+        unit = inputs[0].new_ones(_library._loss_shape(inputs, call.config.reduction))
+        return _second(call, inputs, constants, tangents, unit, None, needs)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        call, *tensors = inputs
+        ctx.call = call
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        call = ctx.call
+        _no_second_derivative(call)
+        tangents, rest = _split(call, ctx.saved_tensors)
+        inputs, constants = _split(call, rest)
+        _, *products = _Product.apply(call, cotangent, None, *tangents, *inputs, *constants)
+        empty = [x.new_empty(0) for x in inputs]
+        needs = (True,) * len(inputs)
+        gradients = _Gradient.apply(call, needs, cotangent, *inputs, *constants, *empty)
+        return (None, *gradients, *products, *(None,) * len(constants))
+
+    @staticmethod
+    def jvp(ctx, _call, *moved):
+        call = ctx.call
+        _no_second_derivative(call)
+        tangents, rest = _split(call, ctx.saved_tensors)
+        inputs, constants = _split(call, rest)
+        second, first = _split(call, moved)
+        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, second, strict=True)]
+        result = _Derivative.apply(call, *filled, *inputs, *constants)
+        unit = inputs[0].new_ones(_library._loss_shape(inputs, call.config.reduction))
+        if unit.ndim:
+            raise RuntimeError(
+                f"{call.op}: forward over forward mode is not available with reduction='none'; "
+                "use torch.func.jvp of torch.func.grad, or backend='reference'"
+            )
+        _, *products = _Product.apply(call, unit, None, *tangents, *inputs, *constants)
+        for product, direction in zip(products, first[: len(inputs)], strict=True):
+            if direction is not None:
+                result = result + (product * direction).sum()
+        return result
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Derivative, info, in_dims, *args)
+
+
+class _Product(torch.autograd.Function):
+    """(∂f(x)·v, g ∇²f(x) v + ġ ∇f(x)), from (g, ġ, *v, *x, *constants)."""
+
+    @staticmethod
+    def forward(call, cotangent, cotangent_tangent, *tensors):
+        tangents, rest = _split(call, tensors)
+        inputs, constants = _split(call, rest)
+        needs = [True] * len(inputs)
+        return tuple(_second(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[0].op
+
+    @staticmethod
+    def backward(ctx, *_):
+        _Product._raise(ctx)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        _Product._raise(ctx)
+
+    @staticmethod
+    def _raise(ctx):
+        raise RuntimeError(
+            f"{ctx.op}: a third derivative was asked for, and the fused kernels have two; use backend='reference'"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Product, info, in_dims, *args)

@@ -1,0 +1,180 @@
+"""Categorical policies, given by logits; -inf masks a class."""
+
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from . import _check, _loss
+from ._loss import LossStats
+
+_ESTIMATORS = ("exact", "dice", "reinforce")
+_SURROGATES = ("dice", "reinforce")
+
+
+def categorical_sample(
+    logits: Tensor,
+    num_samples: int,
+    *,
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Draws labels by inversion of the distribution function, random numbers as in `gaussian_sample`.
+
+    Thresholds are 24-bit integers computed in float64, so that all backends draw the same labels.
+
+    Args:
+        logits: (*, C), one policy a row; -inf masks a class.
+        num_samples: G, samples a row.
+        seed, row_offset, backend: as in `gaussian_sample`.
+
+    Returns:
+        labels, (G, *) int64.
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or range; a row that is all -inf.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "categorical_sample"
+    logits, lead = _policy(op, logits)
+    num_samples = _check.integer(op, "num_samples", num_samples, 1)
+    row_offset = _check.integer(op, "row_offset", row_offset, 0)
+    (logits,) = _loss.computed(logits)
+    backend = dispatch.select(op, logits.device.type, logits.dtype, backend)
+    labels = dispatch.kernel(backend, op, "sample")(
+        logits, seed=_check.seed_tensor(op, seed), num_samples=num_samples, row_offset=row_offset
+    )
+    return labels.reshape(num_samples, *lead)
+
+
+def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
+    """log p(value), in nats.
+
+    Args:
+        logits: (*, C); -inf masks a class.
+        value: integer labels, (..., *), with any dimensions before those of logits, such as the G of samples.
+        backend: name of the backend; None for the first that can serve the call.
+
+    Returns:
+        log p(value), value.shape; float32 for half-precision logits.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape, a label out of range, a row that is all -inf.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "categorical_log_prob"
+    logits, lead = _policy(op, logits)
+    value = _check.integral(op, "value", value, logits)
+    batch = _check.batch_before(op, "value", value, lead)
+    (logits,) = _loss.computed(logits)
+    backend = dispatch.select(op, logits.device.type, logits.dtype, backend)
+    value = value.reshape(batch.numel(), logits.shape[0])
+    return dispatch.kernel(backend, op, "log_prob")(logits, value).reshape(*batch, *lead)
+
+
+def categorical_policy_loss(
+    logits: Tensor,
+    target: Tensor,
+    reward_table: Tensor,
+    *,
+    entropy_coef: float = 0.0,
+    estimator: str = "exact",
+    num_samples: int | None = None,
+    advantage: str = "loo",
+    rbf_gamma: float | None = None,
+    reduction: str = "mean",
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """Entropy-regularised policy-gradient loss of a categorical under a table of rewards.
+
+    L = -(1/B) Σ_b { E[R[ŷ, y_b]] + λ H_b }   (arXiv 2510.07624, eq. 2)
+
+    with the expectation by enumeration ("exact", derivatives exact) or over G samples: "dice" (score
+    function, right to second order; Foerster et al. 2018, arXiv 1802.05098) or "reinforce" (first order;
+    a second derivative raises). `logits` and `reward_table` are differentiable, twice.
+
+    Args:
+        logits: (*, C), one policy a row, B rows in all; -inf masks a class.
+        target: (*) integer labels y in [0, C).
+        reward_table: R, (C, C): R[i, j] is the reward of answering i where the label is j.
+        estimator: "exact", "dice" or "reinforce".
+        rbf_gamma: replaces r by exp(rbf_gamma · r), for all estimators.
+        entropy_coef, num_samples, advantage, reduction, seed, row_offset, return_stats, backend:
+            as in `gaussian_policy_loss`.
+
+    Returns:
+        loss, () or (*) with reduction="none"; float32 for half-precision inputs. With return_stats, (loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, device or range; a label out of range; a row
+            that is all -inf. Values of device tensors are not read.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "categorical_policy_loss"
+    logits, lead = _policy(op, logits, reward_table=reward_table)
+    classes = logits.shape[1]
+    target = _check.integral(op, "target", target, logits)
+    _check.has_shape(op, "target", target, lead)
+    _check.has_shape(op, "reward_table", reward_table, (classes, classes))
+    options = _loss.options(
+        op, estimator=estimator, allowed=_ESTIMATORS, closed_form="exact", num_samples=num_samples,
+        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
+        row_offset=row_offset, return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    constants = [target.reshape(logits.shape[0])]
+    if options.num_samples:
+        constants.append(_check.seed_tensor(op, seed))
+    return _loss.evaluate(op, options, lead, (logits, reward_table), constants, (0, None))
+
+
+def categorical_surrogate_loss(
+    logits: Tensor,
+    samples: Tensor,
+    rewards: Tensor,
+    *,
+    entropy_coef: float = 0.0,
+    estimator: str = "dice",
+    advantage: str = "loo",
+    rbf_gamma: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """The loss of `categorical_policy_loss` from given samples and rewards: the way in for any reward.
+
+    Args:
+        logits: (*, C); -inf masks a class.
+        samples: (G, *) integer labels.
+        rewards: (G, *), of the samples; differentiable.
+        estimator: "dice" or "reinforce".
+        entropy_coef, advantage, rbf_gamma, reduction, return_stats, backend: as in `gaussian_policy_loss`.
+
+    Returns:
+        loss, () or (*) with reduction="none"; with return_stats, (loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, device or range; a label out of range; a row
+            that is all -inf.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "categorical_surrogate_loss"
+    logits, lead = _policy(op, logits, rewards=rewards)
+    samples = _check.integral(op, "samples", samples, logits)
+    options, samples, rewards = _loss.surrogate(
+        op, samples, rewards, lead, (), allowed=_SURROGATES, estimator=estimator,
+        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
+        return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    return _loss.evaluate(op, options, lead, (logits, rewards), (samples,), (0, 1))
+
+
+def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Tensor, torch.Size]:
+    """logits as (B, C), and the leading dimensions."""
+    _check.floating(op, logits=logits, **others)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{op}: logits: expected shape (*, C) with C of at least 1, got {_check.shape_of(logits)}")
+    return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]), logits.shape[:-1]

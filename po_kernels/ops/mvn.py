@@ -1,0 +1,170 @@
+"""Gaussian policies with a full covariance Σ = L Lᵀ, given by L (`scale_tril`)."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import dispatch
+from . import _check, _loss
+from ._loss import LossStats
+
+_ESTIMATORS = ("analytic", "reparam", "dice", "reinforce")
+
+
+def mvn_sample(
+    mean: Tensor,
+    scale_tril: Tensor,
+    num_samples: int,
+    *,
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """Draws ŷ = mean + L ε, ε ~ N(0, I), differentiable along the path; random numbers as in `gaussian_sample`.
+
+    Args:
+        mean: (*, D), one policy a row.
+        scale_tril: L, (*, D, D) or (D, D), lower triangular with a positive diagonal.
+        num_samples: G, samples a row.
+        seed, row_offset, backend: as in `gaussian_sample`.
+
+    Returns:
+        samples, (G, *, D).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape or range; L not triangular, or singular.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "mvn_sample"
+    mean, scale_tril, lead = _policy(op, mean, scale_tril)
+    num_samples = _check.integer(op, "num_samples", num_samples, 1)
+    row_offset = _check.integer(op, "row_offset", row_offset, 0)
+    dtype = mean.dtype
+    mean, scale_tril = _loss.computed(mean, scale_tril)
+    backend = dispatch.select(op, mean.device.type, mean.dtype, backend)
+    samples = dispatch.kernel(backend, op, "sample")(
+        mean, scale_tril, seed=_check.seed_tensor(op, seed), num_samples=num_samples, row_offset=row_offset
+    )
+    return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
+
+
+def mvn_log_prob(mean: Tensor, scale_tril: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
+    """Joint log-density of `value`, in nats.
+
+    Args:
+        mean: (*, D).
+        scale_tril: (*, D, D) or (D, D), lower triangular with a positive diagonal.
+        value: (..., *, D), with any dimensions before those of mean, such as the G of samples.
+        backend: name of the backend; None for the first that can serve the call.
+
+    Returns:
+        log p(value), value.shape[:-1]; float32 for half-precision inputs.
+
+    Raises:
+        TypeError, ValueError: an argument of another type or shape; L not triangular, or singular.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "mvn_log_prob"
+    mean, scale_tril, lead = _policy(op, mean, scale_tril, value=value)
+    batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
+    mean, scale_tril, value = _loss.computed(mean, scale_tril, value.reshape(batch.numel(), *mean.shape))
+    backend = dispatch.select(op, mean.device.type, mean.dtype, backend)
+    result = dispatch.kernel(backend, op, "log_prob")(mean, scale_tril, value)
+    return result.reshape(*batch, *lead)
+
+
+def mvn_policy_loss(
+    mean: Tensor,
+    scale_tril: Tensor,
+    target: Tensor,
+    precision: Tensor | float,
+    *,
+    entropy_coef: float = 0.0,
+    estimator: str = "analytic",
+    num_samples: int | None = None,
+    advantage: str = "loo",
+    rbf_gamma: float | None = None,
+    reduction: str = "mean",
+    seed: int | Tensor | None = None,
+    row_offset: int = 0,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`gaussian_policy_loss` for a policy N(mean, L Lᵀ).
+
+    Args:
+        mean: (*, D), one policy a row, B rows in all.
+        scale_tril: L, (*, D, D) or (D, D), lower triangular with a positive diagonal.
+        target, precision and all options: as in `gaussian_policy_loss`.
+
+    Returns:
+        loss, () or (*) with reduction="none"; float32 for half-precision inputs. With return_stats, (loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, device or range; L not triangular, or singular.
+            Values of device tensors are not read.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "mvn_policy_loss"
+    mean, scale_tril, lead = _policy(op, mean, scale_tril, target=target)
+    _check.has_shape(op, "target", target, (*lead, mean.shape[1]))
+    precision = _loss.precision_tensor(op, precision, mean)
+    options = _loss.options(
+        op, estimator=estimator, allowed=_ESTIMATORS, closed_form="analytic", num_samples=num_samples,
+        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
+        row_offset=row_offset, return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    _loss.no_rbf_in_closed_form(op, options, "analytic")
+    constants = [_check.seed_tensor(op, seed)] if options.num_samples else []
+    inputs = (mean, scale_tril, target.reshape(mean.shape), precision)
+    return _loss.evaluate(op, options, lead, inputs, constants, (0, 0, 0, None))
+
+
+def mvn_surrogate_loss(
+    mean: Tensor,
+    scale_tril: Tensor,
+    samples: Tensor,
+    rewards: Tensor,
+    *,
+    entropy_coef: float = 0.0,
+    estimator: str = "dice",
+    advantage: str = "loo",
+    rbf_gamma: float | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """`gaussian_surrogate_loss` for a policy N(mean, L Lᵀ).
+
+    Args:
+        mean: (*, D).
+        scale_tril: L, (*, D, D) or (D, D), lower triangular with a positive diagonal.
+        samples, rewards and all options: as in `gaussian_surrogate_loss`.
+
+    Returns:
+        loss, () or (*) with reduction="none"; with return_stats, (loss, stats).
+
+    Raises:
+        TypeError, ValueError: an argument of another type, shape, device or range; L not triangular, or singular.
+        RuntimeError: the backend asked for cannot serve the call.
+    """
+    op = "mvn_surrogate_loss"
+    mean, scale_tril, lead = _policy(op, mean, scale_tril, samples=samples, rewards=rewards)
+    options, samples, rewards = _loss.surrogate(
+        op, samples, rewards, lead, (mean.shape[1],), allowed=_check.SURROGATES, estimator=estimator,
+        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
+        return_stats=return_stats, backend=backend,
+    )  # fmt: skip
+    return _loss.evaluate(op, options, lead, (mean, scale_tril, rewards), (samples,), (0, 0, 1))
+
+
+def _policy(op: str, mean: Tensor, scale_tril: Tensor, **others: Tensor) -> tuple[Tensor, Tensor, Sequence[int]]:
+    """mean (B, D), scale_tril (B, D, D), and the leading dimensions."""
+    _check.floating(op, mean=mean, scale_tril=scale_tril, **others)
+    if mean.ndim < 1 or mean.shape[-1] < 1:
+        raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
+    lead, dim = mean.shape[:-1], mean.shape[-1]
+    _check.has_shape(op, "scale_tril", scale_tril, (*lead, dim, dim), (dim, dim))
+    rows = lead.numel()
+    matrices = scale_tril.reshape(rows, dim, dim) if scale_tril.ndim > 2 or not lead else scale_tril
+    return mean.reshape(rows, dim), matrices.expand(rows, dim, dim), lead
