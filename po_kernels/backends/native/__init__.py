@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ... import extension
+from . import categorical, gaussian
 
 
 def unavailable() -> str | None:
@@ -21,4 +22,7 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-KERNELS: dict[str, dict[str, Any]] = {}
+KERNELS: dict[str, dict[str, Any]] = {
+    "gaussian_policy_loss": {"first": gaussian.policy_loss_first, "second": gaussian.policy_loss_second},
+    "categorical_policy_loss": {"first": categorical.policy_loss_first, "second": categorical.policy_loss_second},
+}

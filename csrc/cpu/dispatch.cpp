@@ -1,0 +1,78 @@
+// Chooses the instruction-set level once.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.hpp"
+
+namespace po_kernels {
+
+#define PK_DECLARE_LEVEL(name)                                       \
+  namespace kernels_##name {                                         \
+  Verdict gaussian_policy_loss(const GaussianPolicyLoss&);           \
+  Verdict categorical_policy_loss(const CategoricalPolicyLoss&);     \
+  }
+#define PK_TABLE(name, label) {label, kernels_##name::gaussian_policy_loss, kernels_##name::categorical_policy_loss}
+
+PK_DECLARE_LEVEL(default)
+#if defined(PK_HAS_x86_64_v3)
+PK_DECLARE_LEVEL(x86_64_v3)
+#endif
+#if defined(PK_HAS_x86_64_v4)
+PK_DECLARE_LEVEL(x86_64_v4)
+#endif
+
+namespace {
+
+// Best first.
+const KernelTable kTables[] = {
+#if defined(PK_HAS_x86_64_v4)
+    PK_TABLE(x86_64_v4, "x86-64-v4"),
+#endif
+#if defined(PK_HAS_x86_64_v3)
+    PK_TABLE(x86_64_v3, "x86-64-v3"),
+#endif
+    PK_TABLE(default, "default"),
+};
+
+bool supported(const std::string& level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (level == "x86-64-v4") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && supported("x86-64-v3");
+  }
+  if (level == "x86-64-v3") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+           __builtin_cpu_supports("bmi2");
+  }
+#endif
+  return level == "default";
+}
+
+const KernelTable& choose() {
+  const char* asked = std::getenv("PO_KERNELS_SIMD");
+  std::string built;
+  for (const KernelTable& table : kTables) {
+    const std::string level = table.level;
+    if (asked != nullptr && *asked != '\0' && level != asked) {
+      built += (built.empty() ? "" : ", ") + level;
+      continue;
+    }
+    if (supported(level)) return table;
+    if (asked != nullptr && level == asked) {
+      throw std::runtime_error("PO_KERNELS_SIMD: this processor does not support " + level);
+    }
+  }
+  throw std::runtime_error("PO_KERNELS_SIMD: expected one of " + built + ", got " + asked);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  static const KernelTable& table = choose();
+  return table;
+}
+
+}  // namespace po_kernels

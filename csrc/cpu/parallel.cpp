@@ -1,0 +1,121 @@
+#include "cpu/parallel.hpp"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <mutex>
+#include <new>
+#include <thread>
+
+namespace po_kernels {
+
+namespace {
+
+struct Loop {
+  Loop(int64_t count, void (*body)(void*, int64_t), void* context) : count(count), body(body), context(context) {}
+
+  int64_t count;
+  void (*body)(void*, int64_t);
+  void* context;
+  std::atomic<int64_t> next{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+
+  void run() {
+    try {
+      for (int64_t i = next++; i < count; i = next++) body(context, i);
+    } catch (...) {
+      next = count;
+      std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+  }
+};
+
+// Workers sleep between loops: spinning ones would take the processor from torch's own threads.
+class Pool {
+ public:
+  // False if another caller has the pool.
+  bool run(Loop& loop, int helpers) {
+    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
+    if (!owner) return false;
+    for (; workers_ < helpers; ++workers_) std::thread([this] { work(); }).detach();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      loop_ = &loop;
+      tickets_ = helpers;
+    }
+    wake_.notify_all();
+    loop.run();
+    std::unique_lock<std::mutex> lock(mutex_);
+    tickets_ = 0;  // who has not begun is not waited for
+    done_.wait(lock, [this] { return active_ == 0; });
+    return true;
+  }
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return tickets_ > 0; });
+      --tickets_;
+      ++active_;
+      Loop* loop = loop_;
+      lock.unlock();
+      loop->run();
+      lock.lock();
+      if (--active_ == 0) done_.notify_one();
+    }
+  }
+
+  std::mutex owner_, mutex_;
+  std::condition_variable wake_, done_;
+  Loop* loop_ = nullptr;
+  int workers_ = 0, tickets_ = 0, active_ = 0;
+};
+
+// Never destroyed: its threads live as long as the process. A forked child has none of them and leaves the
+// parent's pool, whose locks may be held, behind.
+Pool* pool = nullptr;
+std::once_flag pool_once;
+
+Pool& the_pool() {
+  std::call_once(pool_once, [] {
+    pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+  });
+  return *pool;
+}
+
+struct Memory {
+  void* data = nullptr;
+  size_t size = 0;
+  ~Memory() { std::free(data); }
+};
+
+}  // namespace
+
+void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context) {
+  Loop loop(count, body, context);
+  const int64_t helpers = (threads < count ? threads : count) - 1;
+  if (helpers < 1 || !the_pool().run(loop, static_cast<int>(helpers))) loop.run();
+  if (loop.error) std::rethrow_exception(loop.error);
+}
+
+void* scratch(size_t bytes) {
+  static thread_local Memory memory;
+  if (memory.size < bytes) {
+    std::free(memory.data);
+    memory.size = 0;
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    memory.data = std::aligned_alloc(64, rounded);
+    if (memory.data == nullptr) throw std::bad_alloc();
+    memory.size = rounded;
+  }
+  return memory.data;
+}
+
+}  // namespace po_kernels

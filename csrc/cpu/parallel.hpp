@@ -1,0 +1,23 @@
+// A pool of threads for loops whose iterations are independent, and memory that each thread keeps.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace po_kernels {
+
+// Calls body(context, i) for i in [0, count) on up to `threads` threads, the caller's among them, and returns when
+// all are done. Rethrows the first exception. While another caller has the pool, the caller works alone.
+// Safe in a forked child, which starts a pool of its own.
+void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context);
+
+template <class Body>
+void parallel_for(int64_t count, int threads, Body&& body) {
+  parallel_for(
+      count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
+}
+
+// At least `bytes` of memory aligned to 64, the calling thread's until its next call. Throws std::bad_alloc.
+void* scratch(size_t bytes);
+
+}  // namespace po_kernels

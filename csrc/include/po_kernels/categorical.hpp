@@ -1,0 +1,198 @@
+// One row of a categorical policy under the column of a reward table that its label selects.
+#pragma once
+
+#include "po_kernels/gaussian.hpp"
+#include "po_kernels/philox.hpp"
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+// Where the gradients of a row go, each null if not wanted.
+template <class V>
+struct CategoricalGradients {
+  V weight;
+  Primal<V>* logits;
+  Primal<V>* column;
+};
+
+template <class V>
+struct CategoricalRow {
+  int64_t classes;
+  const V* logits;
+  const V* column;  // R[., y]; unused by a surrogate
+};
+
+// p and log p (0 where masked, so that p log p and its derivatives vanish there); returns the entropy.
+template <class V>
+PK_FN V softmax(int64_t classes, const V* logits, V* p, V* log_p) {
+  using T = Element<V>;
+  const T infinity = T(__builtin_huge_val());
+  Primal<V> top = stop(logits[0]);
+  for (int64_t c = 1; c < classes; ++c) top = select(stop(logits[c]) > top, stop(logits[c]), top);
+  V sum{};
+  for (int64_t c = 0; c < classes; ++c) {
+    p[c] = exp(logits[c] - top);
+    sum = sum + p[c];
+  }
+  const V inverse = constant<V>(T(1)) / sum;
+  const V log_sum = log(sum);
+  V entropy{};
+  for (int64_t c = 0; c < classes; ++c) {
+    p[c] = p[c] * inverse;
+    log_p[c] = select(stop(logits[c]) > -infinity, logits[c] - top - log_sum, V{});
+    entropy = entropy - p[c] * log_p[c];
+  }
+  return entropy;
+}
+
+template <class V>
+PK_FN V entropy_slope(V p, V log_p, V entropy) {
+  return -(p * (log_p + entropy));
+}
+
+// L = -Σ_c p_c r_c - λ H by enumeration. Scratch: 2 classes.
+template <class V>
+PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, CategoricalGradients<V> out, V* scratch) {
+  using T = Element<V>;
+  const int64_t classes = row.classes;
+  V* p = scratch;
+  V* log_p = scratch + classes;
+  const V entropy = softmax(classes, row.logits, p, log_p);
+  V mean{};
+  for (int64_t c = 0; c < classes; ++c) mean = mean + p[c] * transformed_reward(s, row.column[c]);
+  for (int64_t c = 0; c < classes; ++c) {
+    const V reward = transformed_reward(s, row.column[c]);
+    if (out.logits) {
+      const V slope = p[c] * (reward - mean) + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
+      out.logits[c] = output(-(out.weight * slope));
+    }
+    if (out.column) out.column[c] = output(-(out.weight * (s.has_rbf ? p[c] * reward * T(s.rbf_gamma) : p[c])));
+  }
+  return -mean - entropy * T(s.entropy_coef);
+}
+
+// Inversion thresholds in 24-bit integers; D holds float64 lanes. Lane l of threshold c is at out[c * stride + l].
+template <class D>
+PK_FN void categorical_thresholds(int64_t classes, const D* logits, D* scratch, uint32_t* out, int64_t stride) {
+  D top = logits[0];
+  for (int64_t c = 1; c < classes; ++c) top = select(logits[c] > top, logits[c], top);
+  D sum{};
+  for (int64_t c = 0; c < classes; ++c) {
+    scratch[c] = exp(logits[c] - top);
+    sum = sum + scratch[c];
+  }
+  const D inverse = broadcast<D>(16777216.0) / sum;
+  D cumulative{};
+  constexpr int width = LaneTraits<D>::width;
+  for (int64_t c = 0; c < classes; ++c) {
+    cumulative = cumulative + scratch[c];
+    const D threshold = cumulative * inverse - 0.5;
+    for (int l = 0; l < width; ++l) {
+      const double t = reinterpret_cast<const double*>(&threshold)[l];
+      uint32_t ceiling = static_cast<uint32_t>(static_cast<int32_t>(t));
+      if (double(ceiling) < t) ++ceiling;
+      out[c * stride + l] = ceiling;
+    }
+  }
+  // No word may pass the last class that has mass.
+  for (int l = 0; l < width; ++l) {
+    for (int64_t c = classes - 1; c >= 0; --c) {
+      out[c * stride + l] = 16777216u;
+      if (reinterpret_cast<const double*>(scratch + c)[l] > 0.0) break;
+    }
+  }
+}
+
+// The labels of one sample of the rows in the lanes.
+template <class W>
+PK_FN W categorical_label(uint64_t seed, uint32_t sample, W row_low, W row_high, int64_t classes, const W* thresholds) {
+  W c0{}, c1 = W{} + sample, c2 = row_low, c3 = row_high;
+  philox4x32(c0, c1, c2, c3, seed);
+  const W bits = c0 >> 8;
+  W label{};
+  for (int64_t c = 0; c < classes; ++c) label = label + select(bits >= thresholds[c], W{} + 1u, W{});
+  return label;
+}
+
+// The score-function surrogate of a group of labels whose rewards are in group.reward (transformed).
+// Fills pull, and the gradient in the logits. Scratch: 3 classes.
+template <class V>
+PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
+                          CategoricalGradients<V> out, V* scratch, Group<V> group) {
+  using T = Element<V>;
+  using P = Primal<V>;
+  const int64_t classes = row.classes;
+  V* p = scratch;
+  V* log_p = scratch + classes;
+  V* score = scratch + 2 * classes;
+  const V entropy = softmax(classes, row.logits, p, log_p);
+  if constexpr (is_dual<V>) {
+    P mean{};
+    for (int64_t c = 0; c < classes; ++c) mean = mean + p[c].v * row.logits[c].t;
+    for (int64_t g = 0; g < s.samples; ++g) {
+      group.excess[g] = V{P{}, gather(row.logits, labels[g]).t - mean};
+    }
+  }
+  const V objective = finish(s, group);
+  if (out.logits) {
+    for (int64_t c = 0; c < classes; ++c) score[c] = V{};
+    V total{};
+    for (int64_t g = 0; g < s.samples; ++g) {
+      const V factor = score_factor(group, g) * T(1.0 / double(s.samples));
+      total = total + factor;
+      scatter_add(score, labels[g], factor);
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      const V slope = score[c] - p[c] * total + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
+      out.logits[c] = output(-(out.weight * slope));
+    }
+  }
+  return -objective - entropy * T(s.entropy_coef);
+}
+
+// The sampled loss from (G) labels. Scratch: 4 G + 3 classes.
+template <class V>
+PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
+                            CategoricalGradients<V> out, V* scratch, Group<V>& group) {
+  using T = Element<V>;
+  using P = Primal<V>;
+  const int64_t count = s.samples;
+  group = {scratch, scratch + count, scratch + 2 * count, scratch + 3 * count};
+  for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, gather(row.column, labels[g]));
+  const V loss = categorical_group(row, s, labels, out, scratch + 4 * count, group);
+  if (out.column) {
+    for (int64_t c = 0; c < row.classes; ++c) out.column[c] = P{};
+    const V unit = out.weight * T(-1.0 / double(count));
+    for (int64_t g = 0; g < count; ++g) scatter_add(out.column, labels[g], output(unit * group.pull[g]));
+  }
+  return loss;
+}
+
+template <class V>
+PK_FN RowStats<V> categorical_stats(CategoricalRow<V> row, const Surrogate& s, Word<V> target, const Group<V>& group,
+                                    V* scratch) {
+  using T = Element<V>;
+  V* p = scratch;
+  V* log_p = scratch + row.classes;
+  RowStats<V> stats{};
+  stats.value[2] = softmax(row.classes, row.logits, p, log_p);
+  const V target_logit = gather(row.logits, target);
+  stats.value[3] = select(target_logit > -T(__builtin_huge_val()), gather(log_p, target), target_logit);
+  if (s.estimator != kClosedForm) {
+    stats.value[0] = group_mean_from_first(s.samples, group.reward) + group.reward[0];
+    stats.value[1] = group_std(s.samples, group.reward);
+    stats.value[4] = group_std(s.samples, group.advantage);
+    return stats;
+  }
+  V mean{}, variance{};
+  for (int64_t c = 0; c < row.classes; ++c) mean = mean + p[c] * transformed_reward(s, row.column[c]);
+  for (int64_t c = 0; c < row.classes; ++c) {
+    variance = variance + p[c] * square(transformed_reward(s, row.column[c]) - mean);
+  }
+  stats.value[0] = mean;
+  stats.value[1] = stats.value[4] = square_root(variance);
+  return stats;
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels

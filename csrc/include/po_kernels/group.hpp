@@ -1,0 +1,154 @@
+// A group of samples of one row: advantages, their transposed derivative, and the surrogate they make.
+#pragma once
+
+#include "po_kernels/math.hpp"
+
+namespace po_kernels {
+
+// Numbered as in po_kernels/backends/native/codes.py.
+enum Estimator : int { kClosedForm = 0, kReparam = 1, kDice = 2, kReinforce = 3 };
+enum Advantage : int { kNone = 0, kMin = 1, kMean = 2, kLoo = 3, kStandardized = 4 };
+
+struct Surrogate {
+  int estimator;
+  int advantage;
+  int64_t samples;      // G
+  double entropy_coef;  // lambda
+  double rbf_gamma;
+  bool has_rbf;
+};
+
+inline namespace PK_LEVEL {
+
+constexpr double kStandardizedEpsilon = 1e-6;
+
+// Mean over the group, relative to its first member, so that equal members have no rounding between them.
+template <class V>
+PK_FN V group_mean_from_first(int64_t count, const V* x) {
+  V sum{};
+  for (int64_t g = 1; g < count; ++g) sum = sum + (x[g] - x[0]);
+  return sum * Element<V>(1.0 / double(count));
+}
+
+// Standard deviation with the count in the denominator; zero, with no derivative, for equal members.
+template <class V>
+PK_FN V group_std(int64_t count, const V* x) {
+  const V mean = group_mean_from_first(count, x);
+  V sum{};
+  for (int64_t g = 0; g < count; ++g) sum = sum + square(x[g] - x[0] - mean);
+  const V variance = sum * Element<V>(1.0 / double(count));
+  const auto varies = stop(variance) > Element<V>(0);
+  return select(varies, square_root(select(varies, variance, constant<V>(Element<V>(1)))), V{});
+}
+
+// DESIGN: A over the G rewards of a row.
+template <class V>
+PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage) {
+  using T = Element<V>;
+  if (kind == kNone) {
+    for (int64_t g = 0; g < count; ++g) advantage[g] = reward[g];
+    return;
+  }
+  if (kind == kMin) {
+    Primal<V> least = stop(reward[0]);
+    for (int64_t g = 1; g < count; ++g) least = select(stop(reward[g]) < least, stop(reward[g]), least);
+    for (int64_t g = 0; g < count; ++g) advantage[g] = reward[g] - least;
+    return;
+  }
+  const V mean = group_mean_from_first(count, reward);
+  for (int64_t g = count - 1; g >= 0; --g) advantage[g] = reward[g] - reward[0] - mean;
+  if (kind == kLoo) {
+    const T scale = T(double(count) / double(count - 1));
+    for (int64_t g = 0; g < count; ++g) advantage[g] = advantage[g] * scale;
+  } else if (kind == kStandardized) {
+    const V std = group_std(count, reward);
+    const auto varies = stop(std) > T(0);
+    const V inverse = constant<V>(T(1)) / (std + T(kStandardizedEpsilon));
+    for (int64_t g = 0; g < count; ++g) advantage[g] = select(varies, advantage[g] * inverse, V{});
+  }
+}
+
+// u <- Jᵀ u with J the Jacobian of the advantages in the rewards.
+template <class V>
+PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u) {
+  using T = Element<V>;
+  if (kind == kNone || kind == kMin) return;
+  const T inverse_count = T(1.0 / double(count));
+  V mean{};
+  for (int64_t g = 0; g < count; ++g) mean = mean + u[g];
+  mean = mean * inverse_count;
+  if (kind != kStandardized) {
+    const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
+    for (int64_t g = 0; g < count; ++g) u[g] = (u[g] - mean) * scale;
+    return;
+  }
+  const V reward_mean = group_mean_from_first(count, reward);
+  const V std = group_std(count, reward);
+  const auto varies = stop(std) > T(0);
+  const V safe = select(varies, std, constant<V>(T(1)));
+  const V inverse = constant<V>(T(1)) / (safe + T(kStandardizedEpsilon));
+  V dot{};
+  for (int64_t g = 0; g < count; ++g) dot = dot + u[g] * (reward[g] - reward[0] - reward_mean);
+  const V slope = dot * inverse * inverse / safe * inverse_count;
+  for (int64_t g = 0; g < count; ++g) {
+    const V centred = reward[g] - reward[0] - reward_mean;
+    u[g] = select(varies, (u[g] - mean) * inverse - centred * slope, V{});
+  }
+}
+
+// A group in the making: rewards and, for score-function estimators, w - 1, whose value is zero and whose tangent is
+// that of log p. `finish` turns them into what the gradients need.
+template <class V>
+struct Group {
+  V* reward;     // (G) after the rbf transformation
+  V* excess;     // (G) w - 1; on duals only
+  V* advantage;  // (G)
+  V* pull;       // (G) derivative of Σ_g [r_g + (w_g - 1) A_g] in the untransformed r_g
+};
+
+template <class V>
+PK_FN V transformed_reward(const Surrogate& s, V reward) {
+  return s.has_rbf ? exp(reward * Element<V>(s.rbf_gamma)) : reward;
+}
+
+// Returns (1/G) Σ_g [r_g + (w_g - 1) A_g].
+template <class V>
+PK_FN V finish(const Surrogate& s, Group<V> group) {
+  using T = Element<V>;
+  const int64_t count = s.samples;
+  const bool score = s.estimator != kReparam;
+  V sum{};
+  for (int64_t g = 0; g < count; ++g) sum = sum + group.reward[g];
+  if (score) advantages(s.advantage, count, group.reward, group.advantage);
+  if constexpr (is_dual<V>) {
+    if (score) {
+      for (int64_t g = 0; g < count; ++g) {
+        sum = sum + group.excess[g] * group.advantage[g];
+        group.pull[g] = group.excess[g];
+      }
+      advantages_transposed(s.advantage, count, group.reward, group.pull);
+    } else {
+      for (int64_t g = 0; g < count; ++g) group.pull[g] = V{};
+    }
+    for (int64_t g = 0; g < count; ++g) group.pull[g] = group.pull[g] + T(1);
+  } else {
+    for (int64_t g = 0; g < count; ++g) group.pull[g] = constant<V>(T(1));
+  }
+  if (s.has_rbf) {
+    for (int64_t g = 0; g < count; ++g) group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma);
+  }
+  return sum * T(1.0 / double(count));
+}
+
+// w_g A_g, the factor of the score ∇ log p.
+template <class V>
+PK_FN V score_factor(Group<V> group, int64_t g) {
+  if constexpr (is_dual<V>) {
+    return group.advantage[g] + group.excess[g] * group.advantage[g];
+  } else {
+    return group.advantage[g];
+  }
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels

@@ -1,0 +1,327 @@
+// Lane values and what can be computed with them.
+//
+// The mathematics of a row is written once, as templates on a lane value V: float or double for one row (CUDA,
+// a row a thread), a Pack of them for as many rows (SIMD, csrc/cpu/pack.hpp), or a Dual of either, which carries a
+// derivative along: a kernel that computes a loss and its gradient then also computes, evaluated on duals, the
+// directional derivative of the loss and the product of the Hessian with the direction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__CUDACC__)
+#define PK_FN __host__ __device__ __forceinline__
+#else
+#define PK_FN inline __attribute__((always_inline))
+#endif
+
+// Each instruction-set level, and CUDA, compiles these templates in a namespace of its own.
+#ifndef PK_LEVEL
+#define PK_LEVEL host
+#endif
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+// ---- Scalars as lane values ----
+
+template <class T>
+struct LaneTraits;
+
+template <>
+struct LaneTraits<float> {
+  using Element = float;
+  using Word = uint32_t;  // random words and class labels, one a lane
+  using Bits = int32_t;   // as wide as the element
+  static constexpr int width = 1;
+};
+
+template <>
+struct LaneTraits<double> {
+  using Element = double;
+  using Word = uint32_t;
+  using Bits = int64_t;
+  static constexpr int width = 1;
+};
+
+PK_FN float select(bool mask, float a, float b) { return mask ? a : b; }
+PK_FN double select(bool mask, double a, double b) { return mask ? a : b; }
+PK_FN uint32_t select(bool mask, uint32_t a, uint32_t b) { return mask ? a : b; }
+PK_FN float square_root(float x) { return ::sqrtf(x); }
+PK_FN double square_root(double x) { return ::sqrt(x); }
+
+// The float or double with these bits, and back.
+PK_FN float from_bits(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+PK_FN double from_bits(int64_t bits) {
+  double x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+PK_FN int32_t to_bits(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+PK_FN int64_t to_bits(double x) {
+  int64_t bits;
+  memcpy(&bits, &x, sizeof x);
+  return bits;
+}
+
+// Conversions of small integers (below 2^31), and of masks on words to masks on elements.
+template <class V>
+PK_FN std::enable_if_t<std::is_floating_point<V>::value, V> from_word(uint32_t word) {
+  return static_cast<V>(static_cast<int32_t>(word));
+}
+template <class V>
+PK_FN std::enable_if_t<std::is_floating_point<V>::value, V> from_integer(typename LaneTraits<V>::Bits value) {
+  return static_cast<V>(value);
+}
+PK_FN int32_t nearest_integer(float x) { return static_cast<int32_t>(::rintf(x)); }
+PK_FN int64_t nearest_integer(double x) { return static_cast<int64_t>(::rint(x)); }
+template <class V>
+PK_FN std::enable_if_t<std::is_floating_point<V>::value, bool> element_mask(bool mask) {
+  return mask;
+}
+PK_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const uint64_t product = static_cast<uint64_t>(a) * b;
+  high = static_cast<uint32_t>(product >> 32);
+  low = static_cast<uint32_t>(product);
+}
+template <class V>
+PK_FN V gather(const V* table, uint32_t index) {
+  return table[index];
+}
+template <class V>
+PK_FN void scatter_add(V* table, uint32_t index, V value) {
+  table[index] = table[index] + value;
+}
+
+// ---- Elementary functions on lanes ----
+
+template <class V>
+using Element = typename LaneTraits<V>::Element;
+template <class V>
+using Word = typename LaneTraits<V>::Word;
+
+template <class V>
+PK_FN V broadcast(Element<V> x) {
+  return V{} + x;
+}
+
+// Polynomial in x with the highest coefficient first.
+template <class V, class T>
+PK_FN V polynomial(V, T c) {
+  return V{} + c;
+}
+template <class V, class T, class... Rest>
+PK_FN V polynomial(V x, T c0, T c1, Rest... rest) {
+  V y = V{} + c0;
+  y = y * x + c1;
+  ((y = y * x + rest), ...);
+  return y;
+}
+
+// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], with a relative error of about an ulp also where f is small.
+template <class V>
+PK_FN V log1p_reduced(V f) {
+  using T = Element<V>;
+  const V square = f * f;
+  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, logf
+    const V p = polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f,
+                           1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f,
+                           3.3333331174e-1f);
+    return f + (f * square * p - square * T(0.5));
+  } else {  // coefficients: fdlibm, log
+    const V s = f / (f + T(2));
+    const V z = s * s;
+    const V r = z * polynomial(z, 1.479819860511658591e-1, 1.531383769920937332e-1, 1.818357216161805012e-1,
+                               2.222219843214978396e-1, 2.857142874366239149e-1, 3.999999999940941908e-1,
+                               6.666666666666735130e-1);
+    const V half = square * T(0.5);
+    return f - (half - s * (half + r));
+  }
+}
+
+// Splits a positive normal x into 2^exponent (1 + f), f as log1p_reduced wants it.
+template <class V>
+PK_FN void split(V x, V& exponent, V& f) {
+  using T = Element<V>;
+  using Bits = typename LaneTraits<V>::Bits;
+  constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
+  constexpr int64_t sqrt_half = sizeof(T) == 4 ? int64_t(0x3f3504f3) : int64_t(0x3fe6a09e667f3bcd);
+  const Bits bits = to_bits(x);
+  const Bits k = (bits - sqrt_half) >> mantissa_bits;
+  exponent = from_integer<V>(k);
+  f = from_bits(bits - (k << mantissa_bits)) - T(1);
+}
+
+// Natural logarithm for x > 0 (subnormals included), -inf at 0, nan below.
+template <class V>
+PK_FN V log(V x) {
+  using T = Element<V>;
+  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  constexpr T tiny = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+  constexpr T lift = sizeof(T) == 4 ? T(33554432) : T(18014398509481984);  // 2^25, 2^54
+  constexpr T lift_exponent = sizeof(T) == 4 ? T(25) : T(54);
+  const auto small = x < tiny;
+  V exponent, f;
+  split(select(small, x * lift, x), exponent, f);
+  exponent = exponent - select(small, broadcast<V>(lift_exponent), V{});
+  V y = exponent * ln2_high + (log1p_reduced(f) + exponent * ln2_low);
+  const T infinity = T(__builtin_huge_val());
+  y = select(x < infinity, y, x);  // inf and nan pass through
+  y = select(x > T(0), y, select(x < T(0), broadcast<V>(T(__builtin_nan(""))), select(x == T(0), broadcast<V>(-infinity), x)));
+  return y;
+}
+
+// exp, with gradual underflow, inf above the range and 0 at -inf.
+template <class V>
+PK_FN V exp(V x) {
+  using T = Element<V>;
+  using Bits = typename LaneTraits<V>::Bits;
+  constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
+  constexpr int bias = sizeof(T) == 4 ? 127 : 1023;
+  constexpr T limit = sizeof(T) == 4 ? T(150) : T(1080);  // beyond these in units of ln 2, the result is inf or 0
+  constexpr T log2e = T(1.4426950408889634074);
+  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  const V clamped = select(x > limit * T(0.7), broadcast<V>(limit * T(0.7)), select(x < -limit * T(0.7), broadcast<V>(-limit * T(0.7)), x));
+  const Bits k = nearest_integer(clamped * log2e);
+  const V n = from_integer<V>(k);
+  const V high = clamped - n * ln2_high;
+  const V r = high - n * ln2_low;
+  V y;
+  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
+    y = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                   5.0000001201e-1f) * (r * r) + r + T(1);
+  } else {  // coefficients: fdlibm, exp
+    const V low = n * ln2_low;
+    const V z = r * r;
+    const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06, 6.61375632143793436117e-05,
+                                   -2.77777777770155933842e-03, 1.66666666666666019037e-01);
+    y = (high - (low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
+  }
+  // Two factors of 2, each in range, so that results below the normal range and above it come out right.
+  const Bits half = k >> 1;
+  y = y * from_bits((half + Bits{} + bias) << mantissa_bits) * from_bits((k - half + bias) << mantissa_bits);
+  return select(x == x, y, x);
+}
+
+// ---- Duals ----
+
+template <class V>
+struct Dual {
+  V v;  // value
+  V t;  // tangent
+};
+
+template <class V>
+struct LaneTraits<Dual<V>> {
+  using Element = typename LaneTraits<V>::Element;
+  using Word = typename LaneTraits<V>::Word;
+  static constexpr int width = LaneTraits<V>::width;
+};
+
+template <class V>
+struct DualTraits {
+  using Primal = V;
+  static constexpr bool is_dual = false;
+};
+template <class V>
+struct DualTraits<Dual<V>> {
+  using Primal = V;
+  static constexpr bool is_dual = true;
+};
+template <class V>
+using Primal = typename DualTraits<V>::Primal;
+template <class V>
+constexpr bool is_dual = DualTraits<V>::is_dual;
+
+// One number that all rows share, of the kind that V carries: T, or Dual<T>.
+template <class V>
+using Shared = std::conditional_t<is_dual<V>, Dual<Element<V>>, Element<V>>;
+
+template <class V>
+PK_FN Dual<V> operator+(Dual<V> a, Dual<V> b) { return {a.v + b.v, a.t + b.t}; }
+template <class V>
+PK_FN Dual<V> operator-(Dual<V> a, Dual<V> b) { return {a.v - b.v, a.t - b.t}; }
+template <class V>
+PK_FN Dual<V> operator-(Dual<V> a) { return {-a.v, -a.t}; }
+template <class V>
+PK_FN Dual<V> operator*(Dual<V> a, Dual<V> b) { return {a.v * b.v, a.v * b.t + a.t * b.v}; }
+template <class V>
+PK_FN Dual<V> operator/(Dual<V> a, Dual<V> b) {
+  const V y = a.v / b.v;
+  return {y, (a.t - y * b.t) / b.v};
+}
+// With the primal of V, and with an element.
+template <class V>
+PK_FN Dual<V> operator+(Dual<V> a, V b) { return {a.v + b, a.t}; }
+template <class V>
+PK_FN Dual<V> operator-(Dual<V> a, V b) { return {a.v - b, a.t}; }
+template <class V>
+PK_FN Dual<V> operator*(Dual<V> a, V b) { return {a.v * b, a.t * b}; }
+template <class V, class T, std::enable_if_t<std::is_arithmetic<T>::value && !std::is_same<T, V>::value, int> = 0>
+PK_FN Dual<V> operator+(Dual<V> a, T b) { return {a.v + b, a.t}; }
+template <class V, class T, std::enable_if_t<std::is_arithmetic<T>::value && !std::is_same<T, V>::value, int> = 0>
+PK_FN Dual<V> operator-(Dual<V> a, T b) { return {a.v - b, a.t}; }
+template <class V, class T, std::enable_if_t<std::is_arithmetic<T>::value && !std::is_same<T, V>::value, int> = 0>
+PK_FN Dual<V> operator*(Dual<V> a, T b) { return {a.v * b, a.t * b}; }
+// A shared number against a pack of rows.
+template <class V, std::enable_if_t<!std::is_same<V, Element<V>>::value, int> = 0>
+PK_FN Dual<V> operator*(Dual<V> a, Dual<Element<V>> b) { return {a.v * b.v, a.v * b.t + a.t * b.v}; }
+
+template <class V>
+PK_FN Dual<V> exp(Dual<V> a) {
+  const V y = exp(a.v);
+  return {y, y * a.t};
+}
+template <class V>
+PK_FN Dual<V> log(Dual<V> a) { return {log(a.v), a.t / a.v}; }
+template <class V>
+PK_FN Dual<V> square_root(Dual<V> a) {
+  const V y = square_root(a.v);
+  return {y, a.t * Element<V>(0.5) / y};
+}
+template <class M, class V>
+PK_FN Dual<V> select(M mask, Dual<V> a, Dual<V> b) { return {select(mask, a.v, b.v), select(mask, a.t, b.t)}; }
+
+// The value without its derivative.
+template <class V>
+PK_FN V stop(V a) { return a; }
+template <class V>
+PK_FN V stop(Dual<V> a) { return a.v; }
+
+// A constant, as a V.
+template <class V>
+PK_FN V constant(Primal<V> a) {
+  if constexpr (is_dual<V>) {
+    return V{a, Primal<V>{}};
+  } else {
+    return a;
+  }
+}
+template <class V>
+PK_FN V constant(Element<V> a, std::enable_if_t<!std::is_same<Element<V>, Primal<V>>::value>* = nullptr) {
+  return constant<V>(broadcast<Primal<V>>(a));
+}
+
+// What a kernel puts out: the value, or on duals the tangent.
+template <class V>
+PK_FN V output(V a) { return a; }
+template <class V>
+PK_FN V output(Dual<V> a) { return a.t; }
+
+template <class V>
+PK_FN V square(V a) { return a * a; }
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels

@@ -1,0 +1,102 @@
+// Counter-based random numbers: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller.
+// Key = 64-bit seed; counter = (dimension block of 4, sample, row low word, row high word).
+#pragma once
+
+#include "po_kernels/math.hpp"
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+// W: one 32-bit word a lane. The key is the same in all lanes.
+template <class W>
+PK_FN void philox4x32(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
+  uint32_t k0 = static_cast<uint32_t>(key);
+  uint32_t k1 = static_cast<uint32_t>(key >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+    W high0, low0, high1, low1;
+    multiply_wide(c0, 0xD2511F53u, high0, low0);
+    multiply_wide(c2, 0xCD9E8D57u, high1, low1);
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// ln u for u = ((word >> 8) + 1/2) 2^-24. Both n = 2 (word >> 8) + 1 and 2^25 - n are exact in float up to 2^24,
+// so u above 1/2 is taken as 1 - (2^25 - n) 2^-25 and nothing is rounded before the logarithm.
+template <class V>
+PK_FN V log_uniform(Word<V> word) {
+  using T = Element<V>;
+  const Word<V> n = ((word >> 8) << 1) | 1u;
+  const auto upper = element_mask<V>(n > uint32_t(1u << 24));
+  const Word<V> m = select(n > uint32_t(1u << 24), Word<V>{} + uint32_t(1u << 25) - n, n);
+  const V w = from_word<V>(m) * T(1.0 / 33554432.0);
+  // Lower half: u = w. Upper half: u = 1 - w, or halved, (1 - 2 w) + 1 = 2 u, where that is nearer to 1.
+  V exponent, f;
+  split(w, exponent, f);
+  const auto near_one = w < T(0.29289321881345247560);
+  const V upper_f = select(near_one, -w, broadcast<V>(T(1)) - w * T(2));
+  const V upper_exponent = select(near_one, V{}, broadcast<V>(T(-1)));
+  f = select(upper, upper_f, f);
+  exponent = select(upper, upper_exponent, exponent);
+  return exponent * T(0.69314718055994530942) + log1p_reduced(f);
+}
+
+// cos and sin of 2 pi u. The quadrant and the remainder are exact integers.
+template <class V>
+PK_FN void circle(Word<V> word, V& cosine, V& sine) {
+  using T = Element<V>;
+  const Word<V> n = ((word >> 8) << 1) | 1u;
+  const Word<V> quadrant = (n + uint32_t(1u << 22)) >> 23;
+  // n - quadrant 2^23 lies in [-2^22, 2^22]; the shift keeps the conversion that of a non-negative integer.
+  const V remainder = from_word<V>(n + uint32_t(1u << 22) - (quadrant << 23)) - T(4194304);
+  const V x = remainder * T(6.28318530717958647692 / 33554432.0);
+  const V z = x * x;
+  V s, c;
+  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, sinf and cosf
+    s = polynomial(z, -1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f) * z * x + x;
+    c = polynomial(z, 2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f) * (z * z) - z * T(0.5) + T(1);
+  } else {  // coefficients: Cephes, sin and cos
+    s = polynomial(z, 1.58962301576546568060e-10, -2.50507477628578072866e-8, 2.75573136213857245213e-6,
+                   -1.98412698295895385996e-4, 8.33333333332211858878e-3, -1.66666666666666307295e-1) * z * x + x;
+    c = polynomial(z, -1.13585365213876817300e-11, 2.08757008419747316778e-9, -2.75573141792967388112e-7,
+                   2.48015872888517045348e-5, -1.38888888888730564116e-3, 4.16666666666665929218e-2) * (z * z) - z * T(0.5) + T(1);
+  }
+  const auto swapped = element_mask<V>((quadrant & 1u) != 0u);
+  const auto cosine_negative = element_mask<V>(((quadrant + 1u) & 2u) != 0u);
+  const auto sine_negative = element_mask<V>((quadrant & 2u) != 0u);
+  const V a = select(swapped, s, c);
+  const V b = select(swapped, c, s);
+  cosine = select(cosine_negative, -a, a);
+  sine = select(sine_negative, -b, b);
+}
+
+// The standard normals of one sample of the rows in the lanes: dim of them, dimension 4 k + i from block k.
+template <class V>
+PK_FN void standard_normals(uint64_t seed, uint32_t sample, Word<V> row_low, Word<V> row_high, int64_t dim, V* out) {
+  using T = Element<V>;
+  for (int64_t block = 0; block * 4 < dim; ++block) {
+    Word<V> c0 = Word<V>{} + static_cast<uint32_t>(block), c1 = Word<V>{} + sample, c2 = row_low, c3 = row_high;
+    philox4x32(c0, c1, c2, c3, seed);
+    V z[4];
+    const V radius0 = square_root(log_uniform<V>(c0) * T(-2));
+    circle(c1, z[0], z[1]);
+    z[0] = z[0] * radius0;
+    z[1] = z[1] * radius0;
+    if (block * 4 + 2 < dim) {
+      const V radius1 = square_root(log_uniform<V>(c2) * T(-2));
+      circle(c3, z[2], z[3]);
+      z[2] = z[2] * radius1;
+      z[3] = z[3] * radius1;
+    }
+    const int64_t count = dim - block * 4 < 4 ? dim - block * 4 : 4;
+    for (int64_t i = 0; i < count; ++i) out[block * 4 + i] = z[i];
+  }
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels

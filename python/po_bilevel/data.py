@@ -1,0 +1,183 @@
+"""Tabular data for classification: scikit-learn's built-in sets and CSV files, split and standardised."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import UsageError
+from .losses import Batch
+from .optional import require
+
+BUILT_IN = ("wine", "iris", "breast_cancer", "digits")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A classification data set.
+
+    Attributes:
+        name: of the data set.
+        inputs: (N, F) float64, as read.
+        labels: (N,) int64, from 0 to C-1.
+        classes: the C names of the classes, in the order of the labels.
+    """
+
+    name: str
+    inputs: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint stratified parts of a table, standardised by the mean and variance of `train`.
+
+    Attributes:
+        train: all rows that training may see, in whatever way: fit and held_out together.
+        fit, held_out: the two parts of train: what the inner and the outer loss read while a reward is learned.
+        test: read for the final metrics and for the learning curves, never for a choice.
+    """
+
+    train: Batch
+    fit: Batch
+    held_out: Batch
+    test: Batch
+
+
+def load(dataset: str, target: str | None = None) -> Table:
+    """A data set by the name of a built-in one, or from a CSV file.
+
+    Args:
+        dataset: one of BUILT_IN, or the path of a CSV file whose columns but the target's are numbers.
+        target: the column that holds the classes of a CSV file.
+
+    Raises:
+        UsageError: no such data set, file or column; or a file whose contents cannot be classified.
+        MissingDependencyError: scikit-learn or pandas is not installed.
+    """
+    if dataset in BUILT_IN:
+        if target is not None:
+            raise UsageError(f"--target: expected none with the built-in data set {dataset!r}, got {target!r}")
+        return _built_in(dataset)
+    path = Path(dataset)
+    if path.suffix.lower() != ".csv" and not path.is_file():
+        raise UsageError(f"--dataset: expected one of {', '.join(BUILT_IN)} or the path of a CSV file, got {dataset!r}")
+    return _csv(path, target)
+
+
+def split(table: Table, *, test_fraction: float, held_out_fraction: float, seed: int) -> Splits:
+    """Stratified random splits; the scaler is fitted on `train` only.
+
+    Args:
+        test_fraction: of all rows.
+        held_out_fraction: of the rows that are not test rows.
+        seed: of the random splits.
+
+    Raises:
+        UsageError: a fraction outside (0, 1), fewer than two classes, or a class too small for each part to have
+            a row of it.
+        MissingDependencyError: scikit-learn is not installed.
+    """
+    for option, value in (("--test-fraction", test_fraction), ("--held-out-fraction", held_out_fraction)):
+        if not 0 < value < 1:
+            raise UsageError(f"{option}: expected a number between 0 and 1, got {value}")
+    _large_enough(table, test_fraction, held_out_fraction)
+    selection = require("sklearn.model_selection", "sklearn")
+    preprocessing = require("sklearn.preprocessing", "sklearn")
+    rows = np.arange(len(table.labels))
+    train, test = selection.train_test_split(rows, test_size=test_fraction, stratify=table.labels, random_state=seed)
+    fit, held_out = selection.train_test_split(
+        train, test_size=held_out_fraction, stratify=table.labels[train], random_state=seed
+    )
+    scaler = preprocessing.StandardScaler().fit(table.inputs[train])
+
+    def part(index: np.ndarray) -> Batch:
+        return Batch(torch.from_numpy(scaler.transform(table.inputs[index])), torch.from_numpy(table.labels[index]))
+
+    return Splits(train=part(train), fit=part(fit), held_out=part(held_out), test=part(test))
+
+
+def _built_in(name: str) -> Table:
+    bunch = getattr(require("sklearn.datasets", "sklearn"), f"load_{name}")()
+    return Table(
+        name,
+        np.asarray(bunch.data, dtype=np.float64),
+        np.asarray(bunch.target, dtype=np.int64),
+        tuple(map(str, bunch.target_names)),
+    )
+
+
+def _csv(path: Path, target: str | None) -> Table:
+    pandas = require("pandas", "sklearn")
+    try:
+        frame = pandas.read_csv(path)
+    except FileNotFoundError:
+        raise UsageError(f"--dataset: expected a CSV file, and there is none at {str(path)!r}") from None
+    except (OSError, UnicodeDecodeError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        raise UsageError(f"--dataset: expected a CSV file, and {str(path)!r} cannot be read as one: {error}") from None
+    columns = ", ".join(map(repr, frame.columns))
+    if target is None:
+        raise UsageError(f"--target: expected the column of {str(path)!r} that holds the classes, one of {columns}")
+    if target not in frame.columns:
+        raise UsageError(f"--target: expected a column of {str(path)!r}, one of {columns}, got {target!r}")
+    features = frame.drop(columns=target)
+    if features.shape[1] < 1:
+        raise UsageError(f"--dataset: expected feature columns besides {target!r} in {str(path)!r}, got none")
+    if frame[target].isna().any():
+        raise UsageError(f"--target: expected a class in every row, got {_missing(frame[target])} in column {target!r}")
+    for name in features.columns:
+        _numeric(pandas, path, features[name])
+    names, labels = np.unique(frame[target].astype(str).to_numpy(dtype=str), return_inverse=True)
+    return Table(
+        path.stem, features.to_numpy(dtype=np.float64), labels.astype(np.int64), tuple(str(name) for name in names)
+    )
+
+
+def _numeric(pandas: Any, path: Path, column: Any) -> None:
+    """Refuses a feature column with anything but finite numbers (truth values count as 0 and 1)."""
+    if column.isna().any():
+        raise UsageError(
+            f"--dataset: expected numbers in every row of {str(path)!r}, got {_missing(column)} in column "
+            f"{column.name!r}; fill in or drop these rows"
+        )
+    numbers = pandas.to_numeric(column, errors="coerce")
+    bad = ~np.isfinite(numbers.to_numpy(dtype=np.float64))
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        raise UsageError(
+            f"--dataset: expected finite numbers in column {column.name!r} of {str(path)!r}, got "
+            f"{str(column.iloc[first])!r} in data row {first + 1}; encode it as numbers or drop the column"
+        )
+
+
+def _missing(column: Any) -> str:
+    rows = np.flatnonzero(column.isna().to_numpy())
+    return f"{len(rows)} missing value{'s' if len(rows) > 1 else ''} (first in data row {rows[0] + 1})"
+
+
+def _large_enough(table: Table, test_fraction: float, held_out_fraction: float) -> None:
+    if len(table.labels) == 0:
+        raise UsageError(f"--dataset: expected rows in {table.name!r}, got none")
+    counts = np.bincount(table.labels, minlength=len(table.classes))
+    if len(table.classes) < 2:
+        raise UsageError(
+            f"--dataset: expected at least two classes in {table.name!r}, got only {table.classes[0]!r}"
+        )
+    # Each part gets about its fraction of each class: the smallest such share has to be a row.
+    smallest_share = min(
+        test_fraction,
+        (1 - test_fraction) * held_out_fraction,
+        (1 - test_fraction) * (1 - held_out_fraction),
+    )
+    needed = math.ceil(round(1 / smallest_share, 6))
+    least = int(counts.argmin())
+    if counts[least] < needed:
+        raise UsageError(
+            f"--dataset: expected at least {needed} rows of each class in {table.name!r}, so that every split has "
+            f"one, got {counts[least]} of class {table.classes[least]!r} ({len(table.labels)} rows, "
+            f"{len(table.classes)} classes); is the target a class, not a number to predict?"
+        )

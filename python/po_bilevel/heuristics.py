@@ -1,0 +1,100 @@
+"""The closed-form optimal reward U* of a Gaussian model, and the covariances that it is computed from.
+
+With the policy centred on E[y|x] and λ the entropy weight, the outer loss is least at U* = (λ/2) Σ⁻¹
+(arXiv 2510.07624), Σ the covariance of y given x. `marginal_covariance` ignores x and so overstates Σ;
+`residual_covariance` takes y minus a fitted mean, on rows that the fit has not seen unless it cannot overfit.
+"""
+
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from .rewards import PrecisionKind
+
+
+def marginal_covariance(target: Tensor) -> Tensor:
+    """Covariance of y, ignoring x: y (N, D) -> (D, D), with N in the denominator.
+
+    Raises:
+        ValueError: another shape, or no rows.
+    """
+    _rows("marginal_covariance", target)
+    centred = target - target.mean(dim=0)
+    return centred.mT @ centred / target.shape[0]
+
+
+def residual_covariance(residual: Tensor) -> Tensor:
+    """Second moment of y - mean(x) about zero: residual (N, D) -> (D, D).
+
+    Not centred: a residual whose mean is not zero is an error of the fitted mean, and counts as spread.
+
+    Raises:
+        ValueError: another shape, or no rows.
+    """
+    _rows("residual_covariance", residual)
+    return residual.mT @ residual / residual.shape[0]
+
+
+def optimal_precision(
+    covariance: Tensor, entropy_coef: float, kind: PrecisionKind = "full", *, ridge: float | None = 0.0
+) -> Tensor:
+    """U* for a covariance Σ.
+
+    isotropic: u* = λ D / (2 tr Σ);  diagonal: u_j* = λ / (2 Σ_jj);  full: U* = (λ/2) Σ⁻¹.
+
+    Args:
+        covariance: Σ, (D, D), symmetric positive semidefinite.
+        entropy_coef: λ, positive.
+        kind: "isotropic", "diagonal" or "full".
+        ridge: added to the diagonal of Σ first, in the units of Σ. None, for "full" only, takes the pseudo-inverse:
+            one-hot labels sum to one, so their covariance has the null direction (1, ..., 1).
+
+    Returns:
+        U*, () isotropic, (D,) diagonal, (D, D) full: what the fused losses take as `precision`. With the
+        pseudo-inverse it is only semidefinite.
+
+    Raises:
+        ValueError: a bad shape, λ, kind or ridge; or Σ (with its ridge) is singular where it has to be inverted.
+    """
+    op = "optimal_precision"
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"{op}: covariance: expected shape (D, D), got {tuple(covariance.shape)}")
+    if not entropy_coef > 0:
+        raise ValueError(f"{op}: entropy_coef: expected a positive number, got {entropy_coef}")
+    if kind not in get_args(PrecisionKind):
+        raise ValueError(f"{op}: kind: expected one of {', '.join(map(repr, get_args(PrecisionKind)))}, got {kind!r}")
+    if ridge is None:
+        if kind != "full":
+            raise ValueError(f"{op}: ridge: expected a number with kind={kind!r}, which inverts no matrix, got None")
+        return 0.5 * entropy_coef * torch.linalg.pinv(covariance, hermitian=True)
+    if not ridge >= 0:
+        raise ValueError(f"{op}: ridge: expected a number of at least 0 or None, got {ridge}")
+    dim = covariance.shape[0]
+    variance = covariance.diagonal() + ridge
+    if kind == "isotropic":
+        _positive(op, variance.sum())
+        return entropy_coef * dim / (2.0 * variance.sum())
+    if kind == "diagonal":
+        _positive(op, variance)
+        return entropy_coef / (2.0 * variance)
+    regular = covariance + ridge * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
+    factor, failed = torch.linalg.cholesky_ex(0.5 * (regular + regular.mT))
+    # A pivot lost to rounding leaves a factor, but not one whose inverse means anything.
+    floor = torch.finfo(covariance.dtype).eps * dim * variance.amax()
+    if failed or not (factor.diagonal().square() > floor).all():
+        raise ValueError(
+            f"{op}: covariance: expected a positive definite matrix for kind='full', got a singular one; "
+            "give a ridge, or ridge=None for the pseudo-inverse"
+        )
+    return 0.5 * entropy_coef * torch.cholesky_inverse(factor)
+
+
+def _rows(op: str, values: Tensor) -> None:
+    if values.ndim != 2 or values.shape[0] < 1:
+        raise ValueError(f"{op}: expected shape (N, D) with N of at least 1, got {tuple(values.shape)}")
+
+
+def _positive(op: str, variance: Tensor) -> None:
+    if not (variance > 0).all():
+        raise ValueError(f"{op}: covariance: expected a positive variance, got {variance.tolist()}; give a ridge")

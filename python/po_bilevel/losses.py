@@ -1,0 +1,69 @@
+"""The inner and the outer loss of reward learning (arXiv 2510.07624, eq. 2), for any policy of this package."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .policies import Policy
+
+
+class Batch(NamedTuple):
+    """Rows of data: inputs x (N, in_features) and targets y, (N,) labels or (N, D) values."""
+
+    inputs: Tensor
+    target: Tensor
+
+    def rows(self, index: Tensor) -> "Batch":
+        """The rows at the integer positions index (M,)."""
+        return Batch(self.inputs[index], self.target[index])
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    """F(θ) = -(1/N) Σ log p_θ(y|x) + (l2/2) ‖θ‖², in nats a row.
+
+    Attributes:
+        l2: strength of the penalty on all parameters of the policy, biases too.
+    """
+
+    l2: float = 0.0
+
+    def __call__(self, policy: Policy, batch: Batch) -> Tensor:
+        return -policy.log_prob(batch.inputs, batch.target).mean() + penalty(policy, self.l2)
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """L(θ, φ) = -(1/N) Σ { E[r_φ(ŷ, y)] + λ H } + (l2/2) ‖θ‖², through the policy's fused loss.
+
+    Attributes:
+        entropy_coef: λ, in units of reward a nat.
+        estimator: as the fused loss names it; None for the closed form, "analytic" or "exact".
+        num_samples: G, samples a row, for the sampled estimators.
+        advantage: baseline of the score-function estimators.
+        l2: strength of the penalty on all parameters of the policy, biases too. It makes the inner Hessian of a
+            softmax policy regular, which is singular along equal shifts of all logits.
+    """
+
+    entropy_coef: float = 1.0
+    estimator: str | None = None
+    num_samples: int | None = None
+    advantage: str = "loo"
+    l2: float = 0.0
+
+    def __call__(self, policy: Policy, reward: nn.Module, batch: Batch, seed: int) -> Tensor:
+        options: dict[str, Any] = {"entropy_coef": self.entropy_coef, "advantage": self.advantage, "seed": seed}
+        if self.estimator is not None:
+            options["estimator"] = self.estimator
+        if self.num_samples is not None:
+            options["num_samples"] = self.num_samples
+        return policy.policy_loss(batch.inputs, batch.target, reward, **options) + penalty(policy, self.l2)
+
+
+def penalty(policy: nn.Module, l2: float) -> Tensor | float:
+    """(l2/2) ‖θ‖², over all parameters of the policy."""
+    if l2 == 0:
+        return 0.0
+    return 0.5 * l2 * torch.stack([p.square().sum() for p in policy.parameters()]).sum()

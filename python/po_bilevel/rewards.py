@@ -1,0 +1,191 @@
+"""Rewards r_φ(ŷ, y): modules that give the tensor the fused losses take.
+
+A `MatrixReward` has `precision()`, for Gaussian policies: r = -(ŷ-y)ᵀ U (ŷ-y).
+A `TabularReward` has `table()`, for categorical policies: r = R[ŷ, y].
+"""
+
+from abc import ABC, abstractmethod
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+PrecisionKind = Literal["isotropic", "diagonal", "full"]
+
+# Added to every precision, so that it stays positive when softplus underflows or L loses rank.
+MIN_PRECISION = 1e-6
+
+
+class PositivePrecision(nn.Module):
+    """A learned symmetric positive definite matrix U, positive whatever the values of its parameters.
+
+    isotropic: softplus(raw) + ε, one number; diagonal: the same for D numbers; full: L Lᵀ + ε I with L lower
+    triangular.
+
+    Args:
+        dim: D.
+        kind: "isotropic", "diagonal" or "full".
+        start: U to start from, a number or a tensor of shape (), (D,) or (D, D); the identity if None. It must be
+            of the kind, or simpler: (D,) serves "diagonal" and "full", a number all three.
+
+    Raises:
+        ValueError: an unknown kind, a start of another shape, or one that is not positive definite.
+    """
+
+    def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
+        super().__init__()
+        if kind not in get_args(PrecisionKind):
+            raise ValueError(f"kind: expected one of {', '.join(map(repr, get_args(PrecisionKind)))}, got {kind!r}")
+        if dim < 1:
+            raise ValueError(f"dim: expected at least 1, got {dim}")
+        self.dim = dim
+        self.kind = kind
+        u = torch.as_tensor(1.0 if start is None else start)
+        u = u.detach().to(u.dtype if u.is_floating_point() else torch.get_default_dtype())
+        shapes: dict[str, list[tuple[int, ...]]] = {
+            "isotropic": [()],
+            "diagonal": [(), (dim,)],
+            "full": [(), (dim,), (dim, dim)],
+        }
+        if tuple(u.shape) not in shapes[kind]:
+            expected = " or ".join(map(str, shapes[kind]))
+            raise ValueError(f"precision: expected shape {expected} for kind={kind!r}, got {tuple(u.shape)}")
+        self.raw = nn.Parameter(self._invert(u))
+
+    def forward(self) -> Tensor:
+        """U as the fused losses take it: () isotropic, (D,) diagonal, (D, D) full."""
+        if self.kind == "full":
+            factor = torch.tril(self.raw)
+            return factor @ factor.mT + MIN_PRECISION * torch.eye(self.dim, dtype=factor.dtype, device=factor.device)
+        return functional.softplus(self.raw) + MIN_PRECISION
+
+    def _invert(self, u: Tensor) -> Tensor:
+        """The raw parameters that give u."""
+        if self.kind != "full":
+            excess = (u if self.kind == "isotropic" else u.expand(self.dim)) - MIN_PRECISION
+            if not (excess > 0).all() or not excess.isfinite().all():
+                raise ValueError(f"precision: expected finite values above {MIN_PRECISION}, got {u.tolist()}")
+            return excess + torch.log(-torch.expm1(-excess))
+        matrix = u if u.ndim == 2 else torch.diag(u.expand(self.dim))
+        scale = matrix.abs().amax()
+        if not torch.allclose(matrix, matrix.mT, rtol=0.0, atol=1e-6 * float(scale)):
+            raise ValueError("precision: expected a symmetric matrix, got one that is not")
+        excess = 0.5 * (matrix + matrix.mT) - MIN_PRECISION * torch.eye(self.dim, dtype=u.dtype, device=u.device)
+        factor, failed = torch.linalg.cholesky_ex(excess)
+        if failed or not factor.isfinite().all():
+            raise ValueError(
+                f"precision: expected a positive definite matrix with eigenvalues above {MIN_PRECISION}, "
+                f"got eigenvalues {torch.linalg.eigvalsh(matrix).tolist()}"
+            )
+        return factor
+
+
+class MatrixReward(nn.Module, ABC):
+    """A reward that a Gaussian policy's fused loss takes as a precision."""
+
+    @abstractmethod
+    def precision(self) -> Tensor:
+        """U of shape (), (D,) or (D, D), positive definite, differentiable in the parameters."""
+
+
+class TabularReward(nn.Module, ABC):
+    """A reward that a categorical policy's fused loss takes as a table."""
+
+    @abstractmethod
+    def table(self) -> Tensor:
+        """R of shape (C, C): R[i, j] rewards the answer i where the label is j. Differentiable."""
+
+
+class MahalanobisReward(MatrixReward):
+    """r(ŷ, y) = -(ŷ-y)ᵀ U (ŷ-y), the reward family of arXiv 2510.07624.
+
+    Args:
+        dim, kind, start: as in `PositivePrecision`.
+    """
+
+    def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
+        super().__init__()
+        self.matrix = PositivePrecision(dim, kind, start)
+
+    def precision(self) -> Tensor:
+        """U: () isotropic, (D,) diagonal, (D, D) full."""
+        return self.matrix()
+
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of answers (..., D) for targets that broadcast with them, (...)."""
+        residual = answer - target
+        u = self.precision()
+        if u.ndim == 2:
+            return -(residual @ u * residual).sum(dim=-1)
+        return -(residual.square() * u).sum(dim=-1)
+
+
+class OneHotMahalanobisReward(TabularReward):
+    """The Mahalanobis reward of one-hot labels: R[i, j] = -(e_i-e_j)ᵀ U (e_i-e_j), 0 for the right answer.
+
+    U is seen through differences of one-hot vectors only, so adding a multiple of the all-ones matrix to it
+    changes nothing: a full U has one direction that no data can determine.
+
+    Args:
+        num_classes: C, the dimension of U.
+        kind, start: as in `PositivePrecision`.
+    """
+
+    def __init__(
+        self, num_classes: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None
+    ) -> None:
+        super().__init__()
+        self.matrix = PositivePrecision(num_classes, kind, start)
+
+    def precision(self) -> Tensor:
+        """U over the one-hot dimensions: () isotropic, (C,) diagonal, (C, C) full."""
+        return self.matrix()
+
+    def table(self) -> Tensor:
+        """R, (C, C)."""
+        return one_hot_table(self.precision(), self.matrix.dim)
+
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
+        return self.table()[answer, target]
+
+
+class TableReward(TabularReward):
+    """A free table of rewards: every entry is a parameter.
+
+    Args:
+        table: R to start from, (C, C).
+
+    Raises:
+        ValueError: a table of another shape.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        if table.ndim != 2 or table.shape[0] != table.shape[1]:
+            raise ValueError(f"table: expected shape (C, C), got {tuple(table.shape)}")
+        self.values = nn.Parameter(table.detach().clone())
+
+    def table(self) -> Tensor:
+        """R, (C, C)."""
+        return self.values
+
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
+        return self.values[answer, target]
+
+
+def one_hot_table(precision: Tensor, num_classes: int) -> Tensor:
+    """R[i, j] = -(e_i-e_j)ᵀ U (e_i-e_j) = -(U_ii + U_jj - 2 U_ij), which is 0 where i = j.
+
+    Args:
+        precision: U, of shape (), (C,) or (C, C), positive semidefinite.
+        num_classes: C.
+
+    Returns:
+        R, (C, C).
+    """
+    matrix = precision if precision.ndim == 2 else torch.diag(precision.expand(num_classes))
+    weight = matrix.diagonal()
+    return matrix + matrix.mT - weight[:, None] - weight[None, :]

@@ -1,0 +1,380 @@
+"""Training loops: one level (likelihood; policy gradient under a fixed reward) and two (the reward is learned)."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from .errors import NonFiniteError
+from .hypergradient import HypergradientMethod, ImplicitCG, Tensors
+from .losses import Batch, NegativeLogLikelihood, PolicyGradient
+from .policies import Policy
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
+OuterLoss = Callable[[Policy, Batch], Tensor]
+
+
+class BatchStream:
+    """An endless stream of (batch, seed), the same for the same arguments.
+
+    Args:
+        data: all rows.
+        batch_size: rows a batch, in a new random order each epoch, the last batch of an epoch smaller if need be;
+            None for all rows each time.
+        seed: of the order and of the seeds handed out.
+    """
+
+    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
+        if data.inputs.shape[0] < 1:
+            raise ValueError("data: expected at least one row, got none")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
+        self._data = data
+        self._batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order: list[Tensor] = []
+
+    def next(self) -> tuple[Batch, int]:
+        seed = int(torch.randint(2**62, (), generator=self._generator))
+        if self._batch_size is None:
+            return self._data, seed
+        if not self._order:
+            rows = torch.randperm(self._data.inputs.shape[0], generator=self._generator)
+            self._order = list(rows.to(self._data.inputs.device).split(self._batch_size))
+        return self._data.rows(self._order.pop(0)), seed
+
+
+def train(
+    policy: Policy,
+    loss: Callable[[Policy, Batch, int], Tensor],
+    stream: BatchStream,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    tolerance: float = 0.0,
+    callback: Callable[[int, float], None] | None = None,
+) -> tuple[float, int]:
+    """Takes optimiser steps on the policy until the gradient is small enough.
+
+    Args:
+        loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
+            the optimiser calls for it (as `torch.optim.LBFGS` does).
+        stream: where batches and seeds come from.
+        optimizer: any torch optimiser over parameters of the policy.
+        steps: the most steps to take.
+        tolerance: stop after a step if the Euclidean norm of the last gradient that it used is at most this.
+        callback: called after each step with its number, from 0, and its loss.
+
+    Returns:
+        the loss at the start of the last step, and the number of steps taken.
+
+    Raises:
+        NonFiniteError: the loss or a parameter is infinite or not a number.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    value = float("nan")
+    for step in range(steps):
+        batch, seed = stream.next()
+
+        def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
+            optimizer.zero_grad()
+            result = loss(policy, batch, seed)
+            result.backward(inputs=parameters)
+            return result
+
+        value = float(torch.as_tensor(optimizer.step(closure)).detach())  # type: ignore[arg-type]
+        norm = _norm([p.grad for p in parameters if p.grad is not None])
+        _finite(f"the loss at step {step}", value)
+        _finite(f"the gradient's norm at step {step}", norm)
+        if callback is not None:
+            callback(step, value)
+        if norm <= tolerance:
+            return value, step + 1
+    _finite("the norm of the policy's parameters", _norm([p.detach() for p in parameters]))
+    return value, steps
+
+
+def train_nll(
+    policy: Policy,
+    data: Batch,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    loss: NegativeLogLikelihood | None = None,
+    batch_size: int | None = None,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    callback: Callable[[int, float], None] | None = None,
+) -> tuple[float, int]:
+    """Maximum likelihood; the default loss has no penalty. Arguments, result and errors as in `train`."""
+    objective = NegativeLogLikelihood() if loss is None else loss
+    return train(
+        policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
+        steps, tolerance=tolerance, callback=callback,
+    )  # fmt: skip
+
+
+def train_policy_gradient(
+    policy: Policy,
+    reward: nn.Module,
+    data: Batch,
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    loss: InnerLoss | None = None,
+    batch_size: int | None = None,
+    tolerance: float = 0.0,
+    seed: int = 0,
+    callback: Callable[[int, float], None] | None = None,
+) -> tuple[float, int]:
+    """Policy gradient under a reward that stays as it is. Arguments, result and errors as in `train`."""
+    objective = PolicyGradient() if loss is None else loss
+    with _frozen(reward):
+        return train(
+            policy, lambda policy, batch, step_seed: objective(policy, reward, batch, step_seed),
+            BatchStream(data, batch_size, seed), optimizer, steps, tolerance=tolerance, callback=callback,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """What one outer step did; the losses and the reward are those before its update of the reward.
+
+    Attributes:
+        step: its number, from 0.
+        inner_loss, outer_loss: L and F at the policy that the inner loop arrived at.
+        inner_steps: optimiser steps taken on the policy.
+        reward: the reward's tensor (precision or table) or None if it gives neither, detached.
+        gradient_norm: ‖dF/dφ‖.
+        residual_norm, num_products, converged, negative_curvature, problems: as in `Hypergradient`.
+    """
+
+    step: int
+    inner_loss: float
+    outer_loss: float
+    inner_steps: int
+    reward: Tensor | None
+    gradient_norm: float
+    residual_norm: float
+    num_products: int
+    converged: bool
+    negative_curvature: bool
+    problems: tuple[str, ...]
+
+
+class BilevelTrainer:
+    """Learns a reward: gradient steps on φ through the policy that each reward leads to.
+
+    Each outer step trains the policy on from where it is (warm start), takes the hypergradient there, and lets the
+    outer optimiser update the reward. The outer optimiser and the linear solve's start are kept across steps.
+
+    Args:
+        policy: p_θ, trained in place.
+        reward: r_φ, trained in place: those of its parameters that require grad.
+        inner_data: rows of the inner loss.
+        outer_data: rows of the outer loss. Rows that the inner loss does not see keep a policy that can memorise
+            its data from passing for a sharp reward.
+        inner_optimizer: makes the policy's optimiser from its parameters.
+        outer_optimizer: the reward's optimiser.
+        inner_steps: the most optimiser steps on the policy for each outer step.
+        inner_loss: (policy, reward, batch, seed) -> ().
+        outer_loss: (policy, batch) -> (); as it stands, `NegativeLogLikelihood()`.
+        hypergradient: the method; `ImplicitCG()` as it stands.
+        inner_tolerance: ends the inner loop early, see `train`.
+        keep_inner_state: keep the policy's optimiser from one outer step to the next. Quasi-Newton methods should
+            not: what they remember of the curvature belongs to the reward of before.
+        batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
+        seed: of batches and samples.
+        progress: False for no progress bar. With True there is one if standard error is a terminal.
+        description: the label of the progress bar.
+
+    Raises:
+        ValueError: a reward without parameters to learn, or an argument out of range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: nn.Module,
+        *,
+        inner_data: Batch,
+        outer_data: Batch,
+        inner_optimizer: OptimizerFactory,
+        outer_optimizer: Optimizer,
+        inner_steps: int,
+        inner_loss: InnerLoss | None = None,
+        outer_loss: OuterLoss | None = None,
+        hypergradient: HypergradientMethod | None = None,
+        inner_tolerance: float = 0.0,
+        keep_inner_state: bool = True,
+        batch_size: int | None = None,
+        seed: int = 0,
+        progress: bool = True,
+        description: str = "outer steps",
+    ) -> None:
+        if inner_steps < 1:
+            raise ValueError(f"inner_steps: expected at least 1, got {inner_steps}")
+        self.policy = policy
+        self.reward = reward
+        self._phi = [name for name, p in reward.named_parameters() if p.requires_grad]
+        if not self._phi:
+            raise ValueError("reward: expected parameters that require grad, got none to learn")
+        self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
+        self._stream = BatchStream(inner_data, batch_size, seed)
+        self._outer_data = outer_data
+        self._inner_optimizer = inner_optimizer
+        self._outer_optimizer = outer_optimizer
+        self._inner_steps = inner_steps
+        self._inner_loss: InnerLoss = PolicyGradient() if inner_loss is None else inner_loss
+        self._outer_loss: OuterLoss = NegativeLogLikelihood() if outer_loss is None else outer_loss
+        self._hypergradient: HypergradientMethod = ImplicitCG() if hypergradient is None else hypergradient
+        self._inner_tolerance = inner_tolerance
+        self._keep_inner_state = keep_inner_state
+        self._progress = progress
+        self._description = description
+        self._optimizer: Optimizer | None = None
+        self._solution: Tensors | None = None
+        self.history: list[OuterStep] = []
+
+    def fit(self, outer_steps: int, callback: Callable[[OuterStep], None] | None = None) -> list[OuterStep]:
+        """Takes outer steps; calling it again goes on from there.
+
+        Args:
+            outer_steps: how many.
+            callback: called after each.
+
+        Returns:
+            the history of all steps so far.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a parameter is infinite or not a number.
+            ValueError, RuntimeError: as the hypergradient method.
+        """
+        # disable=None is tqdm's own test for a terminal.
+        with tqdm(
+            total=outer_steps, desc=self._description, disable=None if self._progress else True, leave=False
+        ) as bar:
+            for _ in range(outer_steps):
+                done = self.step()
+                bar.set_postfix_str(_summary(done))
+                bar.update()
+                if callback is not None:
+                    callback(done)
+        return self.history
+
+    def step(self) -> OuterStep:
+        """One outer step; see `fit`."""
+        number = len(self.history)
+        try:
+            _, inner_steps = self._train_policy()
+            theta = _named(self.policy, self._theta)
+            phi = _named(self.reward, self._phi)
+            # One batch and one seed for everything the method evaluates.
+            batch, seed = self._stream.next()
+            result = self._hypergradient(
+                lambda theta, phi: self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed),
+                lambda theta, phi: self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data),
+                theta,
+                phi,
+                start=self._solution,
+            )
+        except NonFiniteError as error:
+            raise NonFiniteError(f"outer step {number}: {error}") from error
+        self._solution = result.solution
+        done = OuterStep(
+            step=number,
+            inner_loss=result.inner_loss,
+            outer_loss=result.outer_loss,
+            inner_steps=inner_steps,
+            reward=_reward_tensor(self.reward),
+            gradient_norm=_norm(result.gradient),
+            residual_norm=result.residual_norm,
+            num_products=result.num_products,
+            converged=result.converged,
+            negative_curvature=result.negative_curvature,
+            problems=result.problems,
+        )
+        for parameter, gradient in zip(phi, result.gradient, strict=True):
+            parameter.grad = gradient
+        self._outer_optimizer.step()
+        _finite(f"outer step {number}: the norm of the reward's parameters", _norm([p.detach() for p in phi]))
+        self.history.append(done)
+        return done
+
+    def _train_policy(self) -> tuple[float, int]:
+        if self._optimizer is None or not self._keep_inner_state:
+            self._optimizer = self._inner_optimizer(list(_named(self.policy, self._theta)))
+        with _frozen(self.reward):
+            return train(
+                self.policy, lambda policy, batch, seed: self._inner_loss(policy, self.reward, batch, seed),
+                self._stream, self._optimizer, self._inner_steps, tolerance=self._inner_tolerance,
+            )  # fmt: skip
+
+    def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
+        """The loss with θ and φ in place of the modules' own parameters."""
+        together = _Together(self.policy, self.reward, loss)
+        values = {f"policy.{name}": value for name, value in zip(self._theta, theta, strict=True)}
+        values |= {f"reward.{name}": value for name, value in zip(self._phi, phi, strict=True)}
+        return functional_call(together, values, arguments)
+
+
+class _Together(nn.Module):
+    """Policy and reward as one module, which is what `functional_call` needs to replace the parameters of both."""
+
+    def __init__(self, policy: nn.Module, reward: nn.Module, loss: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reward = reward
+        self._loss = loss
+
+    def forward(self, *arguments: object) -> Tensor:
+        return self._loss(*arguments)
+
+
+def _named(module: nn.Module, names: Sequence[str]) -> tuple[nn.Parameter, ...]:
+    parameters = dict(module.named_parameters())
+    return tuple(parameters[name] for name in names)
+
+
+@contextlib.contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No derivative is computed for the module's parameters inside."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _reward_tensor(reward: nn.Module) -> Tensor | None:
+    for name in ("precision", "table"):
+        if hasattr(reward, name):
+            return getattr(reward, name)().detach().clone()
+    return None
+
+
+def _summary(step: OuterStep) -> str:
+    """The losses, and the reward's parameters as far as they fit on a line."""
+    text = f"inner {step.inner_loss:.4f}, outer {step.outer_loss:.4f}"
+    if step.reward is not None:
+        shown = (step.reward.diagonal() if step.reward.ndim == 2 else step.reward).reshape(-1).tolist()
+        text += ", reward " + " ".join(f"{value:.3g}" for value in shown[:6]) + (" …" if len(shown) > 6 else "")
+    return text if step.converged else text + ", not converged"
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def _finite(what: str, value: float) -> None:
+    if not torch.isfinite(torch.tensor(value)):
+        raise NonFiniteError(f"{what} is not finite ({value}); a smaller learning rate or other data may help")
