@@ -80,5 +80,8 @@ py::tuple run(Verdict (*kernel)(const Call&), const Call& call) {
 
 void register_gaussian(py::module_& module);
 void register_categorical(py::module_& module);
+#if defined(PK_CUDA)
+void register_cuda(py::module_& module);
+#endif
 
 }  // namespace po_kernels

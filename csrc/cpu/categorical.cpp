@@ -57,8 +57,8 @@ void sample_labels(const CategoricalPolicyLoss& call, Tile tile, Arena<V> arena,
       const T* from = static_cast<const T*>(call.logits.value) + row * call.logits.stride;
       for (int64_t c = 0; c < call.classes; ++c) elements[c * part + l] = double(from[c]);
     }
-    categorical_thresholds(call.classes, logits, logits + call.classes,
-                           reinterpret_cast<uint32_t*>(thresholds) + first, width);
+    categorical_thresholds(call.classes, logits, logits + call.classes, reinterpret_cast<uint32_t*>(thresholds) + first,
+                           width);
   }
   Word<V> low, high;
   row_numbers(call, tile, low, high);
@@ -79,42 +79,41 @@ Verdict policy_loss(const CategoricalPolicyLoss& call) {
   const SharedSums sums{classes * classes, call.grad_table != nullptr, false};
   const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * call.samples) + sizeof(P) * size_t(2 * classes) +
                        sizeof(Word<V>) * size_t(call.samples + classes) + 64 * size_t(2 * classes) + 1024;
-  const auto totals = for_each_tile<V>(
-      call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, P* stats) {
-        V* logits = arena.take(classes);
-        V* column = arena.take(classes);
-        V* work = arena.take(3 * classes + 4 * call.samples);
-        P* gradients = arena.template take<P>(2 * classes);
-        Word<V>* labels = arena.template take<Word<V>>(call.samples);
-        load(tile, call.logits, classes, logits);
-        load_reward_columns(call, tile, column);
-        const CategoricalRow<V> row{classes, logits, column};
-        const CategoricalGradients<V> out{load_weight<V>(call, tile), call.grad_logits ? gradients : nullptr,
-                                          call.grad_table ? gradients + classes : nullptr};
-        Group<V> group{};
-        if (s.estimator == kClosedForm) {
-          loss = output(categorical_closed_form(row, s, out, work));
-        } else {
-          sample_labels(call, tile, arena, labels);
-          loss = output(categorical_sampled(row, s, labels, out, work, group));
-        }
-        if constexpr (!is_dual<V>) {
-          if (call.stats) {
-            Word<V> target{};
-            for (int l = 0; l < tile.count; ++l) target.v[l] = uint32_t(call.target[tile.begin + l]);
-            const RowStats<V> row_stats = categorical_stats(row, s, target, group, work + 4 * call.samples);
-            for (int i = 0; i < 5; ++i) stats[i] = row_stats.value[i];
-          }
-        }
-        if (out.logits) store(tile, out.logits, classes, call.grad_logits);
-        if (out.column) {
-          T* table = reinterpret_cast<T*>(shared);
-          for (int l = 0; l < tile.count; ++l) {
-            const int64_t label = call.target[tile.begin + l];
-            for (int64_t c = 0; c < classes; ++c) table[c * classes + label] += out.column[c].v[l];
-          }
-        }
-      });
+  const auto totals = for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, P* stats) {
+    V* logits = arena.take(classes);
+    V* column = arena.take(classes);
+    V* work = arena.take(3 * classes + 4 * call.samples);
+    P* gradients = arena.template take<P>(2 * classes);
+    Word<V>* labels = arena.template take<Word<V>>(call.samples);
+    load(tile, call.logits, classes, logits);
+    load_reward_columns(call, tile, column);
+    const CategoricalRow<V> row{classes, logits, column};
+    const CategoricalGradients<V> out{load_weight<V>(call, tile), call.grad_logits ? gradients : nullptr,
+                                      call.grad_table ? gradients + classes : nullptr};
+    Group<V> group{};
+    if (s.estimator == kClosedForm) {
+      loss = output(categorical_closed_form(row, s, out, work));
+    } else {
+      sample_labels(call, tile, arena, labels);
+      loss = output(categorical_sampled(row, s, labels, out, work, group));
+    }
+    if constexpr (!is_dual<V>) {
+      if (call.stats) {
+        Word<V> target{};
+        for (int l = 0; l < tile.count; ++l) target.v[l] = uint32_t(call.target[tile.begin + l]);
+        const RowStats<V> row_stats = categorical_stats(row, s, target, group, work + 4 * call.samples);
+        for (int i = 0; i < 5; ++i) stats[i] = row_stats.value[i];
+      }
+    }
+    if (out.logits) store(tile, out.logits, classes, call.grad_logits);
+    if (out.column) {
+      T* table = reinterpret_cast<T*>(shared);
+      for (int l = 0; l < tile.count; ++l) {
+        const int64_t label = call.target[tile.begin + l];
+        for (int64_t c = 0; c < classes; ++c) table[c * classes + label] += out.column[c].v[l];
+      }
+    }
+  });
   for (int64_t i = 0; call.grad_table && i < sums.terms; ++i) {
     static_cast<T*>(call.grad_table)[i] = T(totals[kSumsBeforeShared + i]);
   }

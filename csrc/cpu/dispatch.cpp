@@ -7,10 +7,10 @@
 
 namespace po_kernels {
 
-#define PK_DECLARE_LEVEL(name)                                       \
-  namespace kernels_##name {                                         \
-  Verdict gaussian_policy_loss(const GaussianPolicyLoss&);           \
-  Verdict categorical_policy_loss(const CategoricalPolicyLoss&);     \
+#define PK_DECLARE_LEVEL(name)                                     \
+  namespace kernels_##name {                                       \
+    Verdict gaussian_policy_loss(const GaussianPolicyLoss&);       \
+    Verdict categorical_policy_loss(const CategoricalPolicyLoss&); \
   }
 #define PK_TABLE(name, label) {label, kernels_##name::gaussian_policy_loss, kernels_##name::categorical_policy_loss}
 

@@ -76,43 +76,41 @@ Verdict policy_loss(const GaussianPolicyLoss& call) {
   const SharedSums sums{precision_terms(call.precision_kind, dim), call.grad_precision != nullptr, true};
   const size_t bytes =
       sizeof(V) * size_t(7 * dim + 4 * call.samples) + sizeof(P) * size_t(call.samples * dim + 3 * dim) + 1024;
-  const auto totals = for_each_tile<V>(
-      call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, P* stats) {
-        V* mean = arena.take(dim);
-        V* log_std = arena.take(dim);
-        V* target = arena.take(dim);
-        V* work = arena.take(4 * dim + 4 * call.samples);
-        P* noise = arena.template take<P>(call.samples * dim);
-        P* gradients = arena.template take<P>(3 * dim);
-        load(tile, call.mean, dim, mean);
-        load(tile, call.log_std, dim, log_std);
-        load(tile, call.target, dim, target);
-        const GaussianRow<V> row{dim, mean, log_std, target, precision};
-        const GaussianGradients<V> out{load_weight<V>(call, tile), call.grad_mean ? gradients : nullptr,
-                                       call.grad_log_std ? gradients + dim : nullptr,
-                                       call.grad_target ? gradients + 2 * dim : nullptr,
-                                       call.grad_precision ? shared : nullptr};
-        Group<V> group{};
-        if (s.estimator == kClosedForm) {
-          loss = output(gaussian_closed_form(row, s.entropy_coef, out, work));
-        } else {
-          Word<V> low, high;
-          row_numbers(call, tile, low, high);
-          for (int64_t g = 0; g < call.samples; ++g) {
-            standard_normals(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
-          }
-          loss = output(gaussian_sampled(row, s, noise, out, work, group));
-        }
-        if constexpr (!is_dual<V>) {
-          if (call.stats) {
-            const RowStats<V> row_stats = gaussian_stats(row, s, group, work + 4 * call.samples);
-            for (int i = 0; i < 5; ++i) stats[i] = row_stats.value[i];
-          }
-        }
-        if (out.mean) store(tile, out.mean, dim, call.grad_mean);
-        if (out.log_std) store(tile, out.log_std, dim, call.grad_log_std);
-        if (out.target) store(tile, out.target, dim, call.grad_target);
-      });
+  const auto totals = for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, P* stats) {
+    V* mean = arena.take(dim);
+    V* log_std = arena.take(dim);
+    V* target = arena.take(dim);
+    V* work = arena.take(4 * dim + 4 * call.samples);
+    P* noise = arena.template take<P>(call.samples * dim);
+    P* gradients = arena.template take<P>(3 * dim);
+    load(tile, call.mean, dim, mean);
+    load(tile, call.log_std, dim, log_std);
+    load(tile, call.target, dim, target);
+    const GaussianRow<V> row{dim, mean, log_std, target, precision};
+    const GaussianGradients<V> out{
+        load_weight<V>(call, tile), call.grad_mean ? gradients : nullptr, call.grad_log_std ? gradients + dim : nullptr,
+        call.grad_target ? gradients + 2 * dim : nullptr, call.grad_precision ? shared : nullptr};
+    Group<V> group{};
+    if (s.estimator == kClosedForm) {
+      loss = output(gaussian_closed_form(row, s.entropy_coef, out, work));
+    } else {
+      Word<V> low, high;
+      row_numbers(call, tile, low, high);
+      for (int64_t g = 0; g < call.samples; ++g) {
+        standard_normals(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
+      }
+      loss = output(gaussian_sampled(row, s, noise, out, work, group));
+    }
+    if constexpr (!is_dual<V>) {
+      if (call.stats) {
+        const RowStats<V> row_stats = gaussian_stats(row, s, group, work + 4 * call.samples);
+        for (int i = 0; i < 5; ++i) stats[i] = row_stats.value[i];
+      }
+    }
+    if (out.mean) store(tile, out.mean, dim, call.grad_mean);
+    if (out.log_std) store(tile, out.log_std, dim, call.grad_log_std);
+    if (out.target) store(tile, out.target, dim, call.grad_target);
+  });
   if (call.grad_precision) {
     store_precision(call.precision_kind, dim, totals.get() + kSumsBeforeShared, static_cast<T*>(call.grad_precision));
   }

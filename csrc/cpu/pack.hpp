@@ -1,5 +1,5 @@
-// A Pack holds one number for each of several rows: the SIMD lane value of the CPU kernels.
-// 64 bytes of elements at every instruction-set level, so that all levels work in the same order.
+// A Pack holds one number for each of several rows: the SIMD lane value of the CPU kernels, a register wide at each
+// instruction-set level.
 #pragma once
 
 #include "po_kernels/math.hpp"
@@ -17,8 +17,16 @@ struct Pack {
   Vector v;
 };
 
+// At the lowest level two registers for double, whose random words would otherwise fill half of one.
+#if defined(__AVX512F__)
+constexpr int kFloatLanes = 16, kDoubleLanes = 8;
+#elif defined(__AVX2__)
+constexpr int kFloatLanes = 8, kDoubleLanes = 4;
+#else
+constexpr int kFloatLanes = 4, kDoubleLanes = 4;
+#endif
 template <class T>
-using Lanes = Pack<T, 64 / sizeof(T)>;
+using Lanes = Pack<T, sizeof(T) == 4 ? kFloatLanes : kDoubleLanes>;
 
 template <int N>
 struct LaneTraits<Pack<float, N>> {
@@ -35,11 +43,15 @@ struct LaneTraits<Pack<double, N>> {
   static constexpr int width = N;
 };
 
-#define PK_PACK_OPERATOR(op)                                                                                          \
-  template <class T, int N>                                                                                           \
-  PK_FN Pack<T, N> operator op(Pack<T, N> a, Pack<T, N> b) { return {a.v op b.v}; }                                   \
-  template <class T, int N>                                                                                           \
-  PK_FN Pack<T, N> operator op(Pack<T, N> a, std::common_type_t<T> b) { return {a.v op b}; }
+#define PK_PACK_OPERATOR(op)                                            \
+  template <class T, int N>                                             \
+  PK_FN Pack<T, N> operator op(Pack<T, N> a, Pack<T, N> b) {            \
+    return {a.v op b.v};                                                \
+  }                                                                     \
+  template <class T, int N>                                             \
+  PK_FN Pack<T, N> operator op(Pack<T, N> a, std::common_type_t<T> b) { \
+    return {a.v op b};                                                  \
+  }
 PK_PACK_OPERATOR(+)
 PK_PACK_OPERATOR(-)
 PK_PACK_OPERATOR(*)
@@ -50,23 +62,29 @@ PK_PACK_OPERATOR(^)
 #undef PK_PACK_OPERATOR
 
 template <class T, int N>
-PK_FN Pack<T, N> operator-(Pack<T, N> a) { return {-a.v}; }
+PK_FN Pack<T, N> operator-(Pack<T, N> a) {
+  return {-a.v};
+}
 template <class T, int N>
-PK_FN Pack<T, N> operator<<(Pack<T, N> a, int bits) { return {a.v << bits}; }
+PK_FN Pack<T, N> operator<<(Pack<T, N> a, int bits) {
+  return {a.v << bits};
+}
 template <class T, int N>
-PK_FN Pack<T, N> operator>>(Pack<T, N> a, int bits) { return {a.v >> bits}; }
+PK_FN Pack<T, N> operator>>(Pack<T, N> a, int bits) {
+  return {a.v >> bits};
+}
 
 // Comparisons give masks: all bits of a lane set, or none, in signed integers of the element's width.
 template <class T>
 using MaskElement = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-#define PK_PACK_COMPARISON(op)                                                                                        \
-  template <class T, int N>                                                                                           \
-  PK_FN Pack<MaskElement<T>, N> operator op(Pack<T, N> a, Pack<T, N> b) {                                             \
-    return {reinterpret_cast<typename Pack<MaskElement<T>, N>::Vector>(a.v op b.v)};                                  \
-  }                                                                                                                   \
-  template <class T, int N>                                                                                           \
-  PK_FN Pack<MaskElement<T>, N> operator op(Pack<T, N> a, std::common_type_t<T> b) {                                  \
-    return a op(Pack<T, N>{} + b);                                                                                    \
+#define PK_PACK_COMPARISON(op)                                                       \
+  template <class T, int N>                                                          \
+  PK_FN Pack<MaskElement<T>, N> operator op(Pack<T, N> a, Pack<T, N> b) {            \
+    return {reinterpret_cast<typename Pack<MaskElement<T>, N>::Vector>(a.v op b.v)}; \
+  }                                                                                  \
+  template <class T, int N>                                                          \
+  PK_FN Pack<MaskElement<T>, N> operator op(Pack<T, N> a, std::common_type_t<T> b) { \
+    return a op(Pack<T, N>{} + b);                                                   \
   }
 PK_PACK_COMPARISON(<)
 PK_PACK_COMPARISON(>)
@@ -129,62 +147,71 @@ PK_FN std::enable_if_t<std::is_same<V, Pack<Element<V>, N>>::value, Pack<MaskEle
   return {__builtin_convertvector(mask.v, typename Pack<MaskElement<Element<V>>, N>::Vector)};
 }
 
-template <class T, int N>
-PK_FN Pack<T, N> square_root(Pack<T, N> x) {
-  Pack<T, N> y;
-#if defined(__AVX512F__)
-  if constexpr (sizeof(x) == 64 && sizeof(T) == 4) {
-    y.v = reinterpret_cast<typename Pack<T, N>::Vector>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x.v)));
-    return y;
-  } else if constexpr (sizeof(x) == 64) {
-    y.v = reinterpret_cast<typename Pack<T, N>::Vector>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x.v)));
-    return y;
-  }
-#elif defined(__SSE2__)
-  for (size_t i = 0; i < sizeof(x) / 16; ++i) {
-    if constexpr (sizeof(T) == 4) {
-      __m128 part;
-      memcpy(&part, reinterpret_cast<const char*>(&x) + 16 * i, 16);
-      part = _mm_sqrt_ps(part);
-      memcpy(reinterpret_cast<char*>(&y) + 16 * i, &part, 16);
-    } else {
-      __m128d part;
-      memcpy(&part, reinterpret_cast<const char*>(&x) + 16 * i, 16);
-      part = _mm_sqrt_pd(part);
-      memcpy(reinterpret_cast<char*>(&y) + 16 * i, &part, 16);
-    }
+#if defined(__SSE2__)
+// Applies an instruction to each register-sized part of a pack.
+template <class Register, class Out, class In, class Instruction>
+PK_FN Out by_register(In x, Instruction instruction) {
+  static_assert(sizeof(In) == sizeof(Out) && sizeof(In) % sizeof(Register) == 0, "a pack is whole registers");
+  Out y;
+  for (size_t at = 0; at < sizeof(In); at += sizeof(Register)) {
+    Register part;
+    memcpy(&part, reinterpret_cast<const char*>(&x) + at, sizeof part);
+    part = instruction(part);
+    memcpy(reinterpret_cast<char*>(&y) + at, &part, sizeof part);
   }
   return y;
+}
 #endif
+
+template <class T, int N>
+PK_FN Pack<T, N> square_root(Pack<T, N> x) {
+  using P = Pack<T, N>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(P) == 64 && sizeof(T) == 4)
+    return by_register<__m512, P>(x, [](__m512 a) { return _mm512_sqrt_ps(a); });
+  if constexpr (sizeof(P) == 64 && sizeof(T) == 8)
+    return by_register<__m512d, P>(x, [](__m512d a) { return _mm512_sqrt_pd(a); });
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(P) == 32 && sizeof(T) == 4)
+    return by_register<__m256, P>(x, [](__m256 a) { return _mm256_sqrt_ps(a); });
+  if constexpr (sizeof(P) == 32 && sizeof(T) == 8)
+    return by_register<__m256d, P>(x, [](__m256d a) { return _mm256_sqrt_pd(a); });
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) return by_register<__m128, P>(x, [](__m128 a) { return _mm_sqrt_ps(a); });
+  if constexpr (sizeof(T) == 8) return by_register<__m128d, P>(x, [](__m128d a) { return _mm_sqrt_pd(a); });
+#endif
+  P y;
   for (int i = 0; i < N; ++i) y.v[i] = std::sqrt(x.v[i]);
   return y;
 }
 
-// The 64-bit products of even and of odd lanes are one instruction each; a shuffle sorts their halves.
+// The 64-bit products of even and of odd lanes are one instruction each; the halves are then sorted.
 template <int N>
 PK_FN void multiply_wide(Pack<uint32_t, N> a, uint32_t b, Pack<uint32_t, N>& high, Pack<uint32_t, N>& low) {
+#if defined(__SSE2__)
+  using Wide = Pack<uint64_t, N / 2>;
+  const Wide pairs{reinterpret_cast<typename Wide::Vector>(a.v)};
+  const auto product = [b](Wide x) {  // of the low halves
 #if defined(__AVX512F__)
-  if constexpr (N == 16) {
-    const __m512i x = reinterpret_cast<__m512i>(a.v), m = _mm512_set1_epi32(static_cast<int>(b));
-    const __m512i even = _mm512_mul_epu32(x, m), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), m);
-    high.v = reinterpret_cast<typename Pack<uint32_t, N>::Vector>(
-        _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd));
-    low.v = reinterpret_cast<typename Pack<uint32_t, N>::Vector>(
-        _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32)));
-    return;
-  }
+    if constexpr (sizeof(Wide) == 64) {
+      return by_register<__m512i, Wide>(
+          x, [b](__m512i part) { return _mm512_mul_epu32(part, _mm512_set1_epi32(int(b))); });
+    }
 #endif
 #if defined(__AVX2__)
-  for (int i = 0; i < N / 8; ++i) {
-    __m256i x;
-    memcpy(&x, reinterpret_cast<const char*>(&a) + 32 * i, 32);
-    const __m256i m = _mm256_set1_epi32(static_cast<int>(b));
-    const __m256i even = _mm256_mul_epu32(x, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), m);
-    const __m256i h = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
-    const __m256i l = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
-    memcpy(reinterpret_cast<char*>(&high) + 32 * i, &h, 32);
-    memcpy(reinterpret_cast<char*>(&low) + 32 * i, &l, 32);
-  }
+    if constexpr (sizeof(Wide) == 32) {
+      return by_register<__m256i, Wide>(
+          x, [b](__m256i part) { return _mm256_mul_epu32(part, _mm256_set1_epi32(int(b))); });
+    }
+#endif
+    return by_register<__m128i, Wide>(x, [b](__m128i part) { return _mm_mul_epu32(part, _mm_set1_epi32(int(b))); });
+  };
+  const Wide even = product(pairs), odd = product(pairs >> 32);
+  const uint64_t upper = 0xFFFFFFFF00000000u;
+  const Wide highs = (even >> 32) | (odd & upper), lows = (even & ~upper) | (odd << 32);
+  high.v = reinterpret_cast<typename Pack<uint32_t, N>::Vector>(highs.v);
+  low.v = reinterpret_cast<typename Pack<uint32_t, N>::Vector>(lows.v);
 #else
   for (int i = 0; i < N; ++i) {
     const uint64_t product = static_cast<uint64_t>(a.v[i]) * b;

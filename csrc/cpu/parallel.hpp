@@ -13,8 +13,7 @@ void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void
 
 template <class Body>
 void parallel_for(int64_t count, int threads, Body&& body) {
-  parallel_for(
-      count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
+  parallel_for(count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
 // At least `bytes` of memory aligned to 64, the calling thread's until its next call. Throws std::bad_alloc.

@@ -150,7 +150,8 @@ std::unique_ptr<double[]> for_each_tile(const LossCall& call, SharedSums sums, s
   using T = Element<V>;
   constexpr int width = LaneTraits<V>::width;
   // At most 64 chunks and 16 MiB of sums; a chunk is of whole tiles in float and in double.
-  const int64_t most = std::min<int64_t>(64, std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1)));
+  const int64_t most =
+      std::min<int64_t>(64, std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1)));
   const int64_t chunk_rows = std::max<int64_t>(32, ((call.rows + most - 1) / most + 15) / 16 * 16);
   const int64_t chunks = (call.rows + chunk_rows - 1) / chunk_rows;
   const int64_t shared_terms = sums.wanted ? sums.terms : 0;

@@ -203,9 +203,7 @@ class _Gradient(torch.autograd.Function):
         _no_second_derivative(call)
         cotangent, *tensors = ctx.saved_tensors
         inputs, constants = _split(call, tuple(tensors))
-        filled = [
-            torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents[: len(inputs)], strict=True)
-        ]
+        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents[: len(inputs)], strict=True)]
         _, *products = _Product.apply(call, cotangent, cotangent_tangent, *filled, *inputs, *constants)
         return tuple(p if needed else None for p, needed in zip(products, ctx.needs, strict=True))
 

@@ -38,10 +38,7 @@ def _loss_shape(inputs: Sequence[Tensor], reduction: str) -> tuple[int, ...]:
 
 
 def _gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    return [
-        x.new_empty(x.shape) if needed else x.new_empty(0)
-        for x, needed in zip(inputs, needs, strict=True)
-    ]
+    return [x.new_empty(x.shape) if needed else x.new_empty(0) for x, needed in zip(inputs, needs, strict=True)]
 
 
 def _define(op: str) -> None:
@@ -58,9 +55,7 @@ def _define(op: str) -> None:
             inputs, constants, cotangent, needs, want_stats, LossConfig(*config)
         )
 
-    def second(
-        inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config
-    ):
+    def second(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config):
         return dispatch.kernel(backend, op, "second")(
             inputs, constants, tangents, cotangent, cotangent_tangent, needs, LossConfig(*config)
         )
@@ -70,9 +65,7 @@ def _define(op: str) -> None:
         stats = (NUM_STATS, *shape) if want_stats else (0,)
         return [inputs[0].new_empty(shape), inputs[0].new_empty(stats), *_gradients(inputs, needs)]
 
-    def fake_second(
-        inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config
-    ):
+    def fake_second(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config):
         shape = _loss_shape(inputs, LossConfig(*config).reduction)
         return [inputs[0].new_empty(shape), *_gradients(inputs, needs)]
 

@@ -1,6 +1,5 @@
 """Categorical policies, given by logits; -inf masks a class."""
 
-
 import torch
 from torch import Tensor
 

@@ -117,8 +117,8 @@ PK_FN W categorical_label(uint64_t seed, uint32_t sample, W row_low, W row_high,
 // The score-function surrogate of a group of labels whose rewards are in group.reward (transformed).
 // Fills pull, and the gradient in the logits. Scratch: 3 classes.
 template <class V>
-PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
-                          CategoricalGradients<V> out, V* scratch, Group<V> group) {
+PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels, CategoricalGradients<V> out,
+                          V* scratch, Group<V> group) {
   using T = Element<V>;
   using P = Primal<V>;
   const int64_t classes = row.classes;

@@ -172,8 +172,10 @@ PK_FN V gaussian_sampled(GaussianRow<V> row, const Surrogate& s, const Primal<V>
   }
   const V objective = finish(s, group);
 
-  if (out.mean) for (int64_t j = 0; j < dim; ++j) out.mean[j] = P{};
-  if (out.target) for (int64_t j = 0; j < dim; ++j) out.target[j] = P{};
+  if (out.mean)
+    for (int64_t j = 0; j < dim; ++j) out.mean[j] = P{};
+  if (out.target)
+    for (int64_t j = 0; j < dim; ++j) out.target[j] = P{};
   if (out.log_std) {
     for (int64_t j = 0; j < dim; ++j) out.log_std[j] = output(out.weight * T(-s.entropy_coef));
   }

@@ -13,8 +13,10 @@
 
 #if defined(__CUDACC__)
 #define PK_FN __host__ __device__ __forceinline__
+#define PK_UNROLL _Pragma("unroll")
 #else
 #define PK_FN inline __attribute__((always_inline))
+#define PK_UNROLL _Pragma("GCC unroll 16")
 #endif
 
 // Each instruction-set level, and CUDA, compiles these templates in a namespace of its own.
@@ -46,11 +48,21 @@ struct LaneTraits<double> {
   static constexpr int width = 1;
 };
 
-PK_FN float select(bool mask, float a, float b) { return mask ? a : b; }
-PK_FN double select(bool mask, double a, double b) { return mask ? a : b; }
-PK_FN uint32_t select(bool mask, uint32_t a, uint32_t b) { return mask ? a : b; }
-PK_FN float square_root(float x) { return ::sqrtf(x); }
-PK_FN double square_root(double x) { return ::sqrt(x); }
+PK_FN float select(bool mask, float a, float b) {
+  return mask ? a : b;
+}
+PK_FN double select(bool mask, double a, double b) {
+  return mask ? a : b;
+}
+PK_FN uint32_t select(bool mask, uint32_t a, uint32_t b) {
+  return mask ? a : b;
+}
+PK_FN float square_root(float x) {
+  return ::sqrtf(x);
+}
+PK_FN double square_root(double x) {
+  return ::sqrt(x);
+}
 
 // The float or double with these bits, and back.
 PK_FN float from_bits(int32_t bits) {
@@ -83,8 +95,12 @@ template <class V>
 PK_FN std::enable_if_t<std::is_floating_point<V>::value, V> from_integer(typename LaneTraits<V>::Bits value) {
   return static_cast<V>(value);
 }
-PK_FN int32_t nearest_integer(float x) { return static_cast<int32_t>(::rintf(x)); }
-PK_FN int64_t nearest_integer(double x) { return static_cast<int64_t>(::rint(x)); }
+PK_FN int32_t nearest_integer(float x) {
+  return static_cast<int32_t>(::rintf(x));
+}
+PK_FN int64_t nearest_integer(double x) {
+  return static_cast<int64_t>(::rint(x));
+}
 template <class V>
 PK_FN std::enable_if_t<std::is_floating_point<V>::value, bool> element_mask(bool mask) {
   return mask;
@@ -135,8 +151,7 @@ PK_FN V log1p_reduced(V f) {
   const V square = f * f;
   if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, logf
     const V p = polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f,
-                           1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f,
-                           3.3333331174e-1f);
+                           1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
     return f + (f * square * p - square * T(0.5));
   } else {  // coefficients: fdlibm, log
     const V s = f / (f + T(2));
@@ -178,7 +193,8 @@ PK_FN V log(V x) {
   V y = exponent * ln2_high + (log1p_reduced(f) + exponent * ln2_low);
   const T infinity = T(__builtin_huge_val());
   y = select(x < infinity, y, x);  // inf and nan pass through
-  y = select(x > T(0), y, select(x < T(0), broadcast<V>(T(__builtin_nan(""))), select(x == T(0), broadcast<V>(-infinity), x)));
+  y = select(x > T(0), y,
+             select(x < T(0), broadcast<V>(T(__builtin_nan(""))), select(x == T(0), broadcast<V>(-infinity), x)));
   return y;
 }
 
@@ -193,7 +209,8 @@ PK_FN V exp(V x) {
   constexpr T log2e = T(1.4426950408889634074);
   constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
   constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  const V clamped = select(x > limit * T(0.7), broadcast<V>(limit * T(0.7)), select(x < -limit * T(0.7), broadcast<V>(-limit * T(0.7)), x));
+  const V clamped = select(x > limit * T(0.7), broadcast<V>(limit * T(0.7)),
+                           select(x < -limit * T(0.7), broadcast<V>(-limit * T(0.7)), x));
   const Bits k = nearest_integer(clamped * log2e);
   const V n = from_integer<V>(k);
   const V high = clamped - n * ln2_high;
@@ -201,12 +218,14 @@ PK_FN V exp(V x) {
   V y;
   if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
     y = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                   5.0000001201e-1f) * (r * r) + r + T(1);
+                   5.0000001201e-1f) *
+            (r * r) +
+        r + T(1);
   } else {  // coefficients: fdlibm, exp
     const V low = n * ln2_low;
     const V z = r * r;
-    const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06, 6.61375632143793436117e-05,
-                                   -2.77777777770155933842e-03, 1.66666666666666019037e-01);
+    const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06,
+                                   6.61375632143793436117e-05, -2.77777777770155933842e-03, 1.66666666666666019037e-01);
     y = (high - (low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
   }
   // Two factors of 2, each in range, so that results below the normal range and above it come out right.
@@ -250,13 +269,21 @@ template <class V>
 using Shared = std::conditional_t<is_dual<V>, Dual<Element<V>>, Element<V>>;
 
 template <class V>
-PK_FN Dual<V> operator+(Dual<V> a, Dual<V> b) { return {a.v + b.v, a.t + b.t}; }
+PK_FN Dual<V> operator+(Dual<V> a, Dual<V> b) {
+  return {a.v + b.v, a.t + b.t};
+}
 template <class V>
-PK_FN Dual<V> operator-(Dual<V> a, Dual<V> b) { return {a.v - b.v, a.t - b.t}; }
+PK_FN Dual<V> operator-(Dual<V> a, Dual<V> b) {
+  return {a.v - b.v, a.t - b.t};
+}
 template <class V>
-PK_FN Dual<V> operator-(Dual<V> a) { return {-a.v, -a.t}; }
+PK_FN Dual<V> operator-(Dual<V> a) {
+  return {-a.v, -a.t};
+}
 template <class V>
-PK_FN Dual<V> operator*(Dual<V> a, Dual<V> b) { return {a.v * b.v, a.v * b.t + a.t * b.v}; }
+PK_FN Dual<V> operator*(Dual<V> a, Dual<V> b) {
+  return {a.v * b.v, a.v * b.t + a.t * b.v};
+}
 template <class V>
 PK_FN Dual<V> operator/(Dual<V> a, Dual<V> b) {
   const V y = a.v / b.v;
@@ -264,20 +291,34 @@ PK_FN Dual<V> operator/(Dual<V> a, Dual<V> b) {
 }
 // With the primal of V, and with an element.
 template <class V>
-PK_FN Dual<V> operator+(Dual<V> a, V b) { return {a.v + b, a.t}; }
+PK_FN Dual<V> operator+(Dual<V> a, V b) {
+  return {a.v + b, a.t};
+}
 template <class V>
-PK_FN Dual<V> operator-(Dual<V> a, V b) { return {a.v - b, a.t}; }
+PK_FN Dual<V> operator-(Dual<V> a, V b) {
+  return {a.v - b, a.t};
+}
 template <class V>
-PK_FN Dual<V> operator*(Dual<V> a, V b) { return {a.v * b, a.t * b}; }
+PK_FN Dual<V> operator*(Dual<V> a, V b) {
+  return {a.v * b, a.t * b};
+}
 template <class V, class T, std::enable_if_t<std::is_arithmetic<T>::value && !std::is_same<T, V>::value, int> = 0>
-PK_FN Dual<V> operator+(Dual<V> a, T b) { return {a.v + b, a.t}; }
+PK_FN Dual<V> operator+(Dual<V> a, T b) {
+  return {a.v + b, a.t};
+}
 template <class V, class T, std::enable_if_t<std::is_arithmetic<T>::value && !std::is_same<T, V>::value, int> = 0>
-PK_FN Dual<V> operator-(Dual<V> a, T b) { return {a.v - b, a.t}; }
+PK_FN Dual<V> operator-(Dual<V> a, T b) {
+  return {a.v - b, a.t};
+}
 template <class V, class T, std::enable_if_t<std::is_arithmetic<T>::value && !std::is_same<T, V>::value, int> = 0>
-PK_FN Dual<V> operator*(Dual<V> a, T b) { return {a.v * b, a.t * b}; }
+PK_FN Dual<V> operator*(Dual<V> a, T b) {
+  return {a.v * b, a.t * b};
+}
 // A shared number against a pack of rows.
 template <class V, std::enable_if_t<!std::is_same<V, Element<V>>::value, int> = 0>
-PK_FN Dual<V> operator*(Dual<V> a, Dual<Element<V>> b) { return {a.v * b.v, a.v * b.t + a.t * b.v}; }
+PK_FN Dual<V> operator*(Dual<V> a, Dual<Element<V>> b) {
+  return {a.v * b.v, a.v * b.t + a.t * b.v};
+}
 
 template <class V>
 PK_FN Dual<V> exp(Dual<V> a) {
@@ -285,20 +326,28 @@ PK_FN Dual<V> exp(Dual<V> a) {
   return {y, y * a.t};
 }
 template <class V>
-PK_FN Dual<V> log(Dual<V> a) { return {log(a.v), a.t / a.v}; }
+PK_FN Dual<V> log(Dual<V> a) {
+  return {log(a.v), a.t / a.v};
+}
 template <class V>
 PK_FN Dual<V> square_root(Dual<V> a) {
   const V y = square_root(a.v);
   return {y, a.t * Element<V>(0.5) / y};
 }
 template <class M, class V>
-PK_FN Dual<V> select(M mask, Dual<V> a, Dual<V> b) { return {select(mask, a.v, b.v), select(mask, a.t, b.t)}; }
+PK_FN Dual<V> select(M mask, Dual<V> a, Dual<V> b) {
+  return {select(mask, a.v, b.v), select(mask, a.t, b.t)};
+}
 
 // The value without its derivative.
 template <class V>
-PK_FN V stop(V a) { return a; }
+PK_FN V stop(V a) {
+  return a;
+}
 template <class V>
-PK_FN V stop(Dual<V> a) { return a.v; }
+PK_FN V stop(Dual<V> a) {
+  return a.v;
+}
 
 // A constant, as a V.
 template <class V>
@@ -316,12 +365,18 @@ PK_FN V constant(Element<V> a, std::enable_if_t<!std::is_same<Element<V>, Primal
 
 // What a kernel puts out: the value, or on duals the tangent.
 template <class V>
-PK_FN V output(V a) { return a; }
+PK_FN V output(V a) {
+  return a;
+}
 template <class V>
-PK_FN V output(Dual<V> a) { return a.t; }
+PK_FN V output(Dual<V> a) {
+  return a.t;
+}
 
 template <class V>
-PK_FN V square(V a) { return a * a; }
+PK_FN V square(V a) {
+  return a * a;
+}
 
 }  // namespace PK_LEVEL
 }  // namespace po_kernels

@@ -12,7 +12,7 @@ template <class W>
 PK_FN void philox4x32(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key);
   uint32_t k1 = static_cast<uint32_t>(key >> 32);
-#pragma GCC unroll 10
+  PK_UNROLL
   for (int round = 0; round < 10; ++round) {
     W high0, low0, high1, low1;
     multiply_wide(c0, 0xD2511F53u, high0, low0);
@@ -59,12 +59,17 @@ PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   V s, c;
   if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, sinf and cosf
     s = polynomial(z, -1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f) * z * x + x;
-    c = polynomial(z, 2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f) * (z * z) - z * T(0.5) + T(1);
+    c = polynomial(z, 2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f) * (z * z) - z * T(0.5) +
+        T(1);
   } else {  // coefficients: Cephes, sin and cos
     s = polynomial(z, 1.58962301576546568060e-10, -2.50507477628578072866e-8, 2.75573136213857245213e-6,
-                   -1.98412698295895385996e-4, 8.33333333332211858878e-3, -1.66666666666666307295e-1) * z * x + x;
+                   -1.98412698295895385996e-4, 8.33333333332211858878e-3, -1.66666666666666307295e-1) *
+            z * x +
+        x;
     c = polynomial(z, -1.13585365213876817300e-11, 2.08757008419747316778e-9, -2.75573141792967388112e-7,
-                   2.48015872888517045348e-5, -1.38888888888730564116e-3, 4.16666666666665929218e-2) * (z * z) - z * T(0.5) + T(1);
+                   2.48015872888517045348e-5, -1.38888888888730564116e-3, 4.16666666666665929218e-2) *
+            (z * z) -
+        z * T(0.5) + T(1);
   }
   const auto swapped = element_mask<V>((quadrant & 1u) != 0u);
   const auto cosine_negative = element_mask<V>(((quadrant + 1u) & 2u) != 0u);
@@ -75,26 +80,33 @@ PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   sine = select(sine_negative, -b, b);
 }
 
+// The four standard normals of a block of dimensions; with only two wanted, the last two are left out.
+template <class V>
+PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word<V> row_low, Word<V> row_high, V* z,
+                            bool all = true) {
+  using T = Element<V>;
+  Word<V> c0 = Word<V>{} + block, c1 = Word<V>{} + sample, c2 = row_low, c3 = row_high;
+  philox4x32(c0, c1, c2, c3, seed);
+  for (int pair = 0; pair < (all ? 2 : 1); ++pair) {
+    const V radius = square_root(log_uniform<V>(pair == 0 ? c0 : c2) * T(-2));
+    V cosine, sine;
+    circle(pair == 0 ? c1 : c3, cosine, sine);
+    z[2 * pair] = cosine * radius;
+    z[2 * pair + 1] = sine * radius;
+  }
+}
+
 // The standard normals of one sample of the rows in the lanes: dim of them, dimension 4 k + i from block k.
 template <class V>
 PK_FN void standard_normals(uint64_t seed, uint32_t sample, Word<V> row_low, Word<V> row_high, int64_t dim, V* out) {
-  using T = Element<V>;
-  for (int64_t block = 0; block * 4 < dim; ++block) {
-    Word<V> c0 = Word<V>{} + static_cast<uint32_t>(block), c1 = Word<V>{} + sample, c2 = row_low, c3 = row_high;
-    philox4x32(c0, c1, c2, c3, seed);
+  const int64_t whole = dim / 4;
+  for (int64_t block = 0; block < whole; ++block) {
+    normals_of_block(seed, uint32_t(block), sample, row_low, row_high, out + 4 * block);
+  }
+  if (dim % 4 != 0) {
     V z[4];
-    const V radius0 = square_root(log_uniform<V>(c0) * T(-2));
-    circle(c1, z[0], z[1]);
-    z[0] = z[0] * radius0;
-    z[1] = z[1] * radius0;
-    if (block * 4 + 2 < dim) {
-      const V radius1 = square_root(log_uniform<V>(c2) * T(-2));
-      circle(c3, z[2], z[3]);
-      z[2] = z[2] * radius1;
-      z[3] = z[3] * radius1;
-    }
-    const int64_t count = dim - block * 4 < 4 ? dim - block * 4 : 4;
-    for (int64_t i = 0; i < count; ++i) out[block * 4 + i] = z[i];
+    normals_of_block(seed, uint32_t(whole), sample, row_low, row_high, z, dim % 4 > 2);
+    for (int64_t i = 0; i < dim % 4; ++i) out[4 * whole + i] = z[i];
   }
 }
 

@@ -46,9 +46,7 @@ def policy_loss(
         p = torch.softmax(logits, dim=-1)
         mean = (p * rewards).sum(dim=-1)
         std = (p * (rewards - mean.unsqueeze(-1)).square()).sum(dim=-1).detach().sqrt()
-        return RowLoss(
-            -(mean + config.entropy_coef * h), mean.detach(), std, h.detach(), target_log_prob, std
-        )
+        return RowLoss(-(mean + config.entropy_coef * h), mean.detach(), std, h.detach(), target_log_prob, std)
     samples = sample(logits, seed=seed, num_samples=config.num_samples, row_offset=config.row_offset)
     return sampled_loss(
         column.gather(-1, samples.t()).t(),

@@ -44,9 +44,7 @@ def policy_loss(
         reward = -quadratic_form(delta, precision) - (diagonal(precision, mean.shape[1]) * variance).sum(-1)
         std = _reward_std(delta.detach(), variance.detach(), precision.detach())
         h = entropy(log_std)
-        return RowLoss(
-            -(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std
-        )
+        return RowLoss(-(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std)
     samples = sample(mean, log_std, seed=seed, num_samples=config.num_samples, row_offset=config.row_offset)
     if config.estimator != "reparam":
         samples = samples.detach()

@@ -49,9 +49,7 @@ def policy_loss(
         reward = -quadratic_form(delta, precision) - (tril * weighted).sum(dim=(-2, -1))
         std = _reward_std(delta.detach(), tril.detach(), precision.detach())
         h = entropy(scale_tril)
-        return RowLoss(
-            -(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std
-        )
+        return RowLoss(-(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std)
     samples = sample(mean, scale_tril, seed=seed, num_samples=config.num_samples, row_offset=config.row_offset)
     if config.estimator != "reparam":
         samples = samples.detach()

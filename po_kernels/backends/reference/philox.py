@@ -58,9 +58,7 @@ def uniform(bits: Tensor) -> Tensor:
     return ((bits >> 8).double() + 0.5) * 2.0**-24
 
 
-def normal(
-    seed: Tensor, num_samples: int, num_rows: int, dim: int, row_offset: int, like: Tensor
-) -> Tensor:
+def normal(seed: Tensor, num_samples: int, num_rows: int, dim: int, row_offset: int, like: Tensor) -> Tensor:
     """Standard normals by Box-Muller, shape (num_samples, num_rows, dim), dtype and device of `like`.
 
     Computed in float64 and rounded once, so that every dtype sees the same numbers.
@@ -89,6 +87,4 @@ def categorical(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int)
     last = torch.where(weights > 0, index, -1).amax(dim=-1, keepdim=True)
     thresholds = torch.where(index >= last, 2.0**24, thresholds).long()
     bits = random_bits(seed, num_samples, logits.shape[0], 1, row_offset, logits.device)
-    return torch.searchsorted(
-        thresholds, (bits[..., 0, 0] >> 8).t().contiguous(), right=True
-    ).t().contiguous()
+    return torch.searchsorted(thresholds, (bits[..., 0, 0] >> 8).t().contiguous(), right=True).t().contiguous()
