@@ -5,7 +5,7 @@ import contextvars
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +72,7 @@ def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:
     return dict(_decisions)
 
 
-@lru_cache(maxsize=None)
+@cache
 def module(name: str) -> Any:
     return importlib.import_module(f"po_kernels.backends.{name}")
 
@@ -85,7 +85,7 @@ def unavailable(name: str) -> str | None:
 _decisions: dict[tuple[str, str, torch.dtype], Decision] = {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
     refused: dict[str, str] = {}
     for name in BACKENDS:
@@ -98,7 +98,7 @@ def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
     raise RuntimeError(f"{op}: no backend serves {dtype} on {device_type}: {refused}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
     backend = module(name)
     return backend.unavailable() or backend.refuses(op, device_type, dtype)

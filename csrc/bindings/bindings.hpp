@@ -24,31 +24,43 @@ class Arguments {
 
   void* address(const char* name) { return reinterpret_cast<void*>(take<uintptr_t>(name)); }
 
-  RowInput rows(const char* name, const char* stride, const char* tangent) {
-    return {address(name), take<int64_t>(stride), address(tangent)};
-  }
+  const int64_t* labels(const char* name) { return static_cast<const int64_t*>(address(name)); }
 
-  SharedInput shared(const char* name, const char* tangent) { return {address(name), address(tangent)}; }
+  // Arguments <name> and <name>_tangent.
+  Input input(const std::string& name) { return {address(name.c_str()), address((name + "_tangent").c_str())}; }
 
-  // What every loss op takes.
-  void loss(LossCall& call) {
+  // These and <name>_stride.
+  RowInput rows(const std::string& name) { return {input(name), take<int64_t>((name + "_stride").c_str())}; }
+
+  void call(Call& call) {
     call.is_double = take<bool>("is_double");
     call.dual = take<bool>("dual");
     call.rows = take<int64_t>("rows");
+    call.threads = take<int>("threads");
+  }
+
+  void rbf(bool& has_rbf, double& rbf_gamma) {
+    const py::handle gamma = item("rbf_gamma");
+    has_rbf = !gamma.is_none();
+    rbf_gamma = has_rbf ? gamma.cast<double>() : 0.0;
+  }
+
+  void loss(LossCall& call) {
+    this->call(call);
     call.reduction = take<int>("reduction");
     call.estimator = take<int>("estimator");
     call.advantage = take<int>("advantage");
     call.samples = take<int64_t>("samples");
     call.entropy_coef = take<double>("entropy_coef");
-    const py::handle gamma = item("rbf_gamma");
-    call.has_rbf = !gamma.is_none();
-    call.rbf_gamma = call.has_rbf ? gamma.cast<double>() : 0.0;
-    call.seed = static_cast<uint64_t>(take<int64_t>("seed"));
-    call.row_offset = take<uint64_t>("row_offset");
-    call.threads = take<int>("threads");
-    call.cotangent = shared("cotangent", "cotangent_tangent");
-    call.loss = address("loss");
+    rbf(call.has_rbf, call.rbf_gamma);
+    call.cotangent = input("cotangent");
+    call.loss = address("value");
     call.stats = address("stats");
+  }
+
+  void random(RandomNumbers& numbers) {
+    numbers.seed = static_cast<uint64_t>(take<int64_t>("seed"));
+    numbers.row_offset = take<uint64_t>("row_offset");
   }
 
   void finish() const {
@@ -78,6 +90,7 @@ py::tuple run(Verdict (*kernel)(const Call&), const Call& call) {
   return py::make_tuple(verdict.code, verdict.row);
 }
 
+void register_advantage(py::module_& module);
 void register_gaussian(py::module_& module);
 void register_categorical(py::module_& module);
 #if defined(PK_CUDA)

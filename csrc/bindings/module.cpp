@@ -5,6 +5,7 @@ PYBIND11_MODULE(_native, module) {
   module.def(
       "simd_level", [] { return po_kernels::kernels().level; },
       "The instruction-set level that the CPU kernels run at.");
+  po_kernels::register_advantage(module);
   po_kernels::register_gaussian(module);
   po_kernels::register_categorical(module);
 #if defined(PK_CUDA)

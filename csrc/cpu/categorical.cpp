@@ -9,15 +9,21 @@ inline namespace PK_LEVEL {
 namespace {
 
 template <class T>
-Verdict check_rows(const CategoricalPolicyLoss& call) {
+Verdict check_logits(int64_t rows, int64_t classes, RowInput logits) {
   const T infinity = T(__builtin_huge_val());
-  const T* logits = static_cast<const T*>(call.logits.value);
-  for (int64_t row = 0; row < call.rows; ++row) {
-    if (call.target[row] < 0 || call.target[row] >= call.classes) return {kLabelOutOfRange, row};
-    const T* at = logits + row * call.logits.stride;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* at = static_cast<const T*>(logits.value) + row * logits.stride;
     bool masked = true;
-    for (int64_t c = 0; masked && c < call.classes; ++c) masked = at[c] == -infinity;
+    for (int64_t c = 0; masked && c < classes; ++c) masked = at[c] == -infinity;
     if (masked) return {kAllMasked, row};
+  }
+  return {};
+}
+
+// labels: (count, rows).
+Verdict check_labels(int64_t count, int64_t rows, int64_t classes, const int64_t* labels) {
+  for (int64_t i = 0; i < count * rows; ++i) {
+    if (labels[i] < 0 || labels[i] >= classes) return {kLabelOutOfRange, i % rows};
   }
   return {};
 }
@@ -33,100 +39,204 @@ void load_reward_columns(const CategoricalPolicyLoss& call, Tile tile, V* column
     const int64_t label = call.target[tile.begin + std::min(l, tile.count - 1)];
     for (int64_t c = 0; c < call.classes; ++c) {
       const int64_t at = c * call.classes + label;
-      elements[c * step + l] = static_cast<const T*>(call.table.value)[at];
+      elements[c * step + l] = static_cast<const T*>(call.reward_table.value)[at];
       if constexpr (is_dual<V>) {
-        elements[c * step + width + l] = call.table.tangent ? static_cast<const T*>(call.table.tangent)[at] : T(0);
+        elements[c * step + width + l] =
+            call.reward_table.tangent ? static_cast<const T*>(call.reward_table.tangent)[at] : T(0);
       }
     }
   }
 }
 
-// G labels for each row in the lanes, by thresholds computed in double whatever V is.
+// Labels of a tile's rows, by thresholds computed in double whatever V is.
 template <class V>
-void sample_labels(const CategoricalPolicyLoss& call, Tile tile, Arena<V> arena, Word<V>* labels) {
+void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, Tile tile,
+                   Arena<V> arena, Word<V>* labels) {
   using T = Element<V>;
   using D = Lanes<double>;
   constexpr int width = LaneTraits<V>::width;
   constexpr int part = LaneTraits<D>::width;
-  Word<V>* thresholds = arena.template take<Word<V>>(call.classes);
-  D* logits = arena.template take<D>(2 * call.classes);
+  Word<V>* thresholds = arena.template take<Word<V>>(classes);
+  D* logits = arena.template take<D>(2 * classes);
   for (int first = 0; first < width; first += part) {
     double* elements = reinterpret_cast<double*>(logits);
     for (int l = 0; l < part; ++l) {
       const int64_t row = tile.begin + std::min(first + l, tile.count - 1);
-      const T* from = static_cast<const T*>(call.logits.value) + row * call.logits.stride;
-      for (int64_t c = 0; c < call.classes; ++c) elements[c * part + l] = double(from[c]);
+      const T* from = static_cast<const T*>(input.value) + row * input.stride;
+      for (int64_t c = 0; c < classes; ++c) elements[c * part + l] = double(from[c]);
     }
-    categorical_thresholds(call.classes, logits, logits + call.classes, reinterpret_cast<uint32_t*>(thresholds) + first,
-                           width);
+    categorical_thresholds(classes, logits, logits + classes, reinterpret_cast<uint32_t*>(thresholds) + first, width);
   }
   Word<V> low, high;
   row_numbers(call, tile, low, high);
-  for (int64_t g = 0; g < call.samples; ++g) {
-    labels[g] = categorical_label(call.seed, uint32_t(g), low, high, call.classes, thresholds);
+  for (int64_t g = 0; g < samples; ++g) {
+    labels[g] = categorical_label(call.seed, uint32_t(g), low, high, classes, thresholds);
   }
 }
 
 template <class V>
-Verdict policy_loss(const CategoricalPolicyLoss& call) {
-  using T = Element<V>;
-  using P = Primal<V>;
-  const Verdict verdict = check_rows<T>(call);
-  if (verdict.code != kAccepted) return verdict;
-  const int64_t classes = call.classes;
-  const Surrogate s = surrogate(call);
-  // The table's gradient is scattered by label, so that its sums are elements, not lane values.
-  const SharedSums sums{classes * classes, call.grad_table != nullptr, false};
-  const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * call.samples) + sizeof(P) * size_t(2 * classes) +
-                       sizeof(Word<V>) * size_t(call.samples + classes) + 64 * size_t(2 * classes) + 1024;
-  const auto totals = for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, P* stats) {
-    V* logits = arena.take(classes);
-    V* column = arena.take(classes);
-    V* work = arena.take(3 * classes + 4 * call.samples);
-    P* gradients = arena.template take<P>(2 * classes);
-    Word<V>* labels = arena.template take<Word<V>>(call.samples);
-    load(tile, call.logits, classes, logits);
-    load_reward_columns(call, tile, column);
-    const CategoricalRow<V> row{classes, logits, column};
-    const CategoricalGradients<V> out{load_weight<V>(call, tile), call.grad_logits ? gradients : nullptr,
-                                      call.grad_table ? gradients + classes : nullptr};
-    Group<V> group{};
-    if (s.estimator == kClosedForm) {
-      loss = output(categorical_closed_form(row, s, out, work));
-    } else {
-      sample_labels(call, tile, arena, labels);
-      loss = output(categorical_sampled(row, s, labels, out, work, group));
-    }
-    if constexpr (!is_dual<V>) {
-      if (call.stats) {
-        Word<V> target{};
-        for (int l = 0; l < tile.count; ++l) target.v[l] = uint32_t(call.target[tile.begin + l]);
-        const RowStats<V> row_stats = categorical_stats(row, s, target, group, work + 4 * call.samples);
-        for (int i = 0; i < 5; ++i) stats[i] = row_stats.value[i];
-      }
-    }
-    if (out.logits) store(tile, out.logits, classes, call.grad_logits);
-    if (out.column) {
-      T* table = reinterpret_cast<T*>(shared);
-      for (int l = 0; l < tile.count; ++l) {
-        const int64_t label = call.target[tile.begin + l];
-        for (int64_t c = 0; c < classes; ++c) table[c * classes + label] += out.column[c].v[l];
-      }
-    }
-  });
-  for (int64_t i = 0; call.grad_table && i < sums.terms; ++i) {
-    static_cast<T*>(call.grad_table)[i] = T(totals[kSumsBeforeShared + i]);
-  }
-  return {};
+size_t sample_bytes(int64_t classes) {
+  return sizeof(Word<V>) * size_t(classes) + sizeof(Lanes<double>) * size_t(2 * classes) + 256;
 }
 
 }  // namespace
 
 Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
-  if (call.is_double) {
-    return call.dual ? policy_loss<Dual<Lanes<double>>>(call) : policy_loss<Lanes<double>>(call);
-  }
-  return call.dual ? policy_loss<Dual<Lanes<float>>>(call) : policy_loss<Lanes<float>>(call);
+  return with_lanes(call, [](auto lane, const CategoricalPolicyLoss& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t classes = call.classes, samples = call.samples;
+    Verdict verdict = check_labels(1, call.rows, classes, call.target);
+    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code != kAccepted) return verdict;
+    const Surrogate s = surrogate(call);
+    // The table's gradient is scattered by label, so that its sums are elements, not lane values.
+    const SharedSums sums{classes * classes, call.grad_reward_table != nullptr, false};
+    const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(2 * classes) +
+                         sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
+    const auto totals =
+        for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
+          V* logits = arena.take(classes);
+          V* column = arena.take(classes);
+          V* work = arena.take(3 * classes + 4 * samples);
+          P* grad_logits = arena.template take<P>(classes);
+          P* grad_column = arena.template take<P>(classes);
+          Word<V>* labels = arena.template take<Word<V>>(samples);
+          load(tile, call.logits, classes, logits);
+          load_reward_columns(call, tile, column);
+          const CategoricalRow<V> row{classes, logits, column};
+          const CategoricalGradients<V> out{load_weight<V>(call, tile), call.grad_logits ? grad_logits : nullptr,
+                                            call.grad_reward_table ? grad_column : nullptr};
+          Group<V> group{};
+          if (s.estimator == kClosedForm) {
+            loss = output(categorical_closed_form(row, s, out, work));
+          } else {
+            sample_labels(call, call.logits, samples, classes, tile, arena, labels);
+            loss = output(categorical_sampled(row, s, labels, out, work, group));
+          }
+          if constexpr (!is_dual<V>) {
+            if (call.stats) {
+              const Word<V> target = load_labels<Word<V>>(tile, call.target);
+              stats = categorical_policy_stats(row, s, target, group, work + 4 * samples);
+            }
+          }
+          if (out.logits) store(tile, out.logits, classes, call.grad_logits);
+          if (out.column) {
+            T* table = reinterpret_cast<T*>(shared);
+            for (int l = 0; l < tile.count; ++l) {
+              const int64_t label = call.target[tile.begin + l];
+              for (int64_t c = 0; c < classes; ++c) table[c * classes + label] += out.column[c].v[l];
+            }
+          }
+        });
+    for (int64_t i = 0; call.grad_reward_table && i < sums.terms; ++i) {
+      static_cast<T*>(call.grad_reward_table)[i] = T(totals[kSumsBeforeShared + i]);
+    }
+    return {};
+  });
+}
+
+Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
+  return with_lanes(call, [](auto lane, const CategoricalSurrogateLoss& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t classes = call.classes, samples = call.samples;
+    Verdict verdict = check_labels(samples, call.rows, classes, call.given);
+    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code != kAccepted) return verdict;
+    const Surrogate s = surrogate(call);
+    const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(classes + samples) +
+                         sizeof(Word<V>) * size_t(samples) + 1024;
+    for_each_tile<V>(call, SharedSums{0, false, true}, bytes,
+                     [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) {
+                       V* logits = arena.take(classes);
+                       V* rewards = arena.take(samples);
+                       V* work = arena.take(3 * classes + 4 * samples);
+                       P* grad_logits = arena.template take<P>(classes);
+                       P* grad_rewards = arena.template take<P>(samples);
+                       Word<V>* labels = arena.template take<Word<V>>(samples);
+                       load(tile, call.logits, classes, logits);
+                       for (int64_t g = 0; g < samples; ++g) {
+                         load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+                         labels[g] = load_labels<Word<V>>(tile, call.given + g * call.rows);
+                       }
+                       const CategoricalRow<V> row{classes, logits, nullptr};
+                       const CategoricalGradients<V> out{load_weight<V>(call, tile),
+                                                         call.grad_logits ? grad_logits : nullptr, nullptr};
+                       Group<V> group{};
+                       P* rewards_out = call.grad_rewards ? grad_rewards : nullptr;
+                       loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
+                       if constexpr (!is_dual<V>) {
+                         if (call.stats) stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
+                       }
+                       if (out.logits) store(tile, out.logits, classes, call.grad_logits);
+                       for (int64_t g = 0; rewards_out && g < samples; ++g) {
+                         store(tile, rewards_out + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                       }
+                     });
+    return {};
+  });
+}
+
+Verdict categorical_log_prob(const CategoricalLogProb& call) {
+  return with_lanes(call, [](auto lane, const CategoricalLogProb& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t classes = call.classes;
+    Verdict verdict = check_labels(call.count, call.rows, classes, call.value);
+    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code != kAccepted) return verdict;
+    const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(classes) + 1024;
+    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
+      V* logits = arena.take(classes);
+      V* p = arena.take(classes);
+      V* log_p = arena.take(classes);
+      V* score = arena.take(classes);
+      P* gradient = arena.template take<P>(classes);
+      load(tile, call.logits, classes, logits);
+      const CategoricalRow<V> row{classes, logits, nullptr};
+      softmax(classes, logits, p, log_p);
+      for (int64_t c = 0; c < classes; ++c) score[c] = V{};
+      V total{};
+      for (int64_t i = 0; i < call.count; ++i) {
+        const Word<V> label = load_labels<Word<V>>(tile, call.value + i * call.rows);
+        const P result = output(label_log_prob(row, log_p, label));
+        store(tile, &result, 1, slice<T>(call.out, i, call.rows, 1));
+        if (call.grad_logits) {
+          V weight;
+          load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
+          scatter_add(score, label, weight);
+          total = total + weight;
+        }
+      }
+      if (call.grad_logits == nullptr) return;
+      for (int64_t c = 0; c < classes; ++c) gradient[c] = output(score[c] - p[c] * total);
+      store(tile, gradient, classes, call.grad_logits);
+    });
+    return {};
+  });
+}
+
+Verdict categorical_sample(const CategoricalSample& call) {
+  return with_lanes(call, [](auto lane, const CategoricalSample& call) -> Verdict {
+    using V = Primal<decltype(lane)>;
+    using T = Element<V>;
+    const int64_t classes = call.classes;
+    const Verdict verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code != kAccepted) return verdict;
+    const size_t bytes = sizeof(Word<V>) * size_t(call.samples) + sample_bytes<V>(classes) + 1024;
+    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
+      Word<V>* labels = arena.template take<Word<V>>(call.samples);
+      sample_labels(call, call.logits, call.samples, classes, tile, arena, labels);
+      for (int64_t g = 0; g < call.samples; ++g) {
+        for (int l = 0; l < tile.count; ++l) call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
+      }
+    });
+    return {};
+  });
 }
 
 }  // namespace PK_LEVEL

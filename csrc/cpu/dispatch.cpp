@@ -7,12 +7,11 @@
 
 namespace po_kernels {
 
-#define PK_DECLARE_LEVEL(name)                                     \
-  namespace kernels_##name {                                       \
-    Verdict gaussian_policy_loss(const GaussianPolicyLoss&);       \
-    Verdict categorical_policy_loss(const CategoricalPolicyLoss&); \
+#define PK_DECLARE(name, type) Verdict name(const type&);
+#define PK_DECLARE_LEVEL(name)     \
+  namespace kernels_##name {       \
+    PK_FOR_EACH_KERNEL(PK_DECLARE) \
   }
-#define PK_TABLE(name, label) {label, kernels_##name::gaussian_policy_loss, kernels_##name::categorical_policy_loss}
 
 PK_DECLARE_LEVEL(default)
 #if defined(PK_HAS_x86_64_v3)
@@ -27,12 +26,18 @@ namespace {
 // Best first.
 const KernelTable kTables[] = {
 #if defined(PK_HAS_x86_64_v4)
-    PK_TABLE(x86_64_v4, "x86-64-v4"),
+#define PK_ENTRY(name, type) kernels_x86_64_v4::name,
+    {"x86-64-v4", PK_FOR_EACH_KERNEL(PK_ENTRY)},
+#undef PK_ENTRY
 #endif
 #if defined(PK_HAS_x86_64_v3)
-    PK_TABLE(x86_64_v3, "x86-64-v3"),
+#define PK_ENTRY(name, type) kernels_x86_64_v3::name,
+    {"x86-64-v3", PK_FOR_EACH_KERNEL(PK_ENTRY)},
+#undef PK_ENTRY
 #endif
-    PK_TABLE(default, "default"),
+#define PK_ENTRY(name, type) kernels_default::name,
+    {"default", PK_FOR_EACH_KERNEL(PK_ENTRY)},
+#undef PK_ENTRY
 };
 
 bool supported(const std::string& level) {

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -96,6 +97,12 @@ struct Memory {
   ~Memory() { std::free(data); }
 };
 
+// For tests: memory that a kernel reads before it writes then shows.
+bool poisoned() {
+  static const bool set = std::getenv("PO_KERNELS_POISON") != nullptr;
+  return set;
+}
+
 }  // namespace
 
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context) {
@@ -115,6 +122,7 @@ void* scratch(size_t bytes) {
     if (memory.data == nullptr) throw std::bad_alloc();
     memory.size = rounded;
   }
+  if (poisoned()) std::memset(memory.data, 0xff, bytes);  // all bits set: nan
   return memory.data;
 }
 

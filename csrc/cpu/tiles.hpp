@@ -36,6 +36,15 @@ inline void load_columns(Tile tile, const T* from, int64_t stride, int64_t colum
   }
 }
 
+// Slice i of an (n, rows, columns) input.
+template <class T>
+inline RowInput slice(Input input, int64_t i, int64_t rows, int64_t columns) {
+  const int64_t at = i * rows * columns;
+  return {
+      {static_cast<const T*>(input.value) + at, input.tangent ? static_cast<const T*>(input.tangent) + at : nullptr},
+      columns};
+}
+
 template <class V>
 inline void load(Tile tile, RowInput input, int64_t columns, V* to) {
   using T = Element<V>;
@@ -64,9 +73,24 @@ inline void store(Tile tile, const P* from, int64_t columns, void* to) {
   }
 }
 
+// Slice i of an (n, rows, columns) output.
+template <class T>
+inline void* slice(void* output, int64_t i, int64_t rows, int64_t columns) {
+  return static_cast<T*>(output) + i * rows * columns;
+}
+
+// One label a lane.
+template <class W>
+inline W load_labels(Tile tile, const int64_t* from) {
+  constexpr int width = sizeof(W) / sizeof(uint32_t);
+  W labels{};
+  for (int l = 0; l < width; ++l) labels.v[l] = uint32_t(from[tile.begin + std::min(l, tile.count - 1)]);
+  return labels;
+}
+
 // Numbers that all rows share, with their tangents on duals.
 template <class V>
-inline void load_shared(SharedInput input, int64_t count, Shared<V>* to) {
+inline void load_shared(Input input, int64_t count, Shared<V>* to) {
   using T = Element<V>;
   const T* value = static_cast<const T*>(input.value);
   for (int64_t i = 0; i < count; ++i) {
@@ -101,7 +125,7 @@ inline V load_weight(const LossCall& call, Tile tile) {
 
 // Number of each row in the lanes, as two words.
 template <class W>
-inline void row_numbers(const LossCall& call, Tile tile, W& low, W& high) {
+inline void row_numbers(const RandomNumbers& call, Tile tile, W& low, W& high) {
   constexpr int width = sizeof(W) / sizeof(uint32_t);
   for (int l = 0; l < width; ++l) {
     const uint64_t row = call.row_offset + uint64_t(tile.begin + l);
@@ -130,6 +154,41 @@ struct Arena {
   }
 };
 
+// Consecutive rows in chunks of whole tiles, in float and in double: the unit of parallel work and of sums.
+struct Chunks {
+  int64_t rows, size, count;
+
+  Chunks(int64_t rows, int64_t most)
+      : rows(rows),
+        size(std::max<int64_t>(32, ((rows + most - 1) / most + 15) / 16 * 16)),
+        count((rows + size - 1) / size) {}
+
+  template <int width, class Body>
+  void for_each_tile(int64_t chunk, Body body) const {
+    const int64_t end = std::min(rows, (chunk + 1) * size);
+    for (int64_t begin = chunk * size; begin < end; begin += width) {
+      body(Tile{begin, int(std::min<int64_t>(width, end - begin))});
+    }
+  }
+};
+
+// Runs body(tile, arena) over all rows.
+template <class V, class Body>
+void for_each_tile(const Call& call, size_t scratch_bytes, Body body) {
+  const Chunks chunks(call.rows, 64);
+  parallel_for(chunks.count, call.threads, [&](int64_t chunk) {
+    const Arena<V> arena{static_cast<char*>(scratch(scratch_bytes))};
+    chunks.for_each_tile<LaneTraits<V>::width>(chunk, [&](Tile tile) { body(tile, arena); });
+  });
+}
+
+// Runs kernel(lane value, call) in the precision, and on the duals, that the call asks for.
+template <class Kernel, class C>
+Verdict with_lanes(const C& call, Kernel kernel) {
+  if (call.is_double) return call.dual ? kernel(Dual<Lanes<double>>{}, call) : kernel(Lanes<double>{}, call);
+  return call.dual ? kernel(Dual<Lanes<float>>{}, call) : kernel(Lanes<float>{}, call);
+}
+
 // Sums of one chunk of rows: the loss, the five statistics, then what a kernel adds (the gradient of a shared input).
 constexpr int64_t kSumsBeforeShared = 6;
 
@@ -149,40 +208,40 @@ std::unique_ptr<double[]> for_each_tile(const LossCall& call, SharedSums sums, s
   using P = Primal<V>;
   using T = Element<V>;
   constexpr int width = LaneTraits<V>::width;
-  // At most 64 chunks and 16 MiB of sums; a chunk is of whole tiles in float and in double.
-  const int64_t most =
-      std::min<int64_t>(64, std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1)));
-  const int64_t chunk_rows = std::max<int64_t>(32, ((call.rows + most - 1) / most + 15) / 16 * 16);
-  const int64_t chunks = (call.rows + chunk_rows - 1) / chunk_rows;
+  // At most 64 chunks and 16 MiB of sums.
+  const int64_t most = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1));
+  const Chunks chunks(call.rows, std::min<int64_t>(64, most));
   const int64_t shared_terms = sums.wanted ? sums.terms : 0;
   const int64_t shared_packs = sums.by_lane ? shared_terms : (shared_terms + width - 1) / width;
   const int64_t terms = kSumsBeforeShared + shared_terms;
-  std::unique_ptr<double[]> partial(new double[size_t(std::max<int64_t>(chunks, 1) * terms)]());
+  std::unique_ptr<double[]> partial(new double[size_t(std::max<int64_t>(chunks.count, 1) * terms)]());
 
-  parallel_for(chunks, call.threads, [&](int64_t chunk) {
+  parallel_for(chunks.count, call.threads, [&](int64_t chunk) {
     Arena<V> arena{static_cast<char*>(scratch(scratch_bytes + sizeof(P) * size_t(shared_packs) + 64))};
     P* shared = arena.template take<P>(shared_packs);
     for (int64_t i = 0; i < shared_packs; ++i) shared[i] = P{};
     double* total = partial.get() + chunk * terms;
-    const int64_t end = std::min(call.rows, (chunk + 1) * chunk_rows);
-    for (int64_t begin = chunk * chunk_rows; begin < end; begin += width) {
-      const Tile tile{begin, int(std::min<int64_t>(width, end - begin))};
-      P loss{}, stats[5] = {};
-      body(tile, arena, shared, loss, stats);
+    chunks.for_each_tile<width>(chunk, [&](Tile tile) {
+      P loss{};
+      RowStats<P> row_stats{};
+      body(tile, arena, shared, loss, row_stats);
       total[0] += lane_sum(loss, tile.count);
       if (call.reduction == kNoReduction) store(tile, &loss, 1, call.loss);
-      for (int i = 0; call.stats != nullptr && i < 5; ++i) {
+      if (call.stats == nullptr) return;
+      const P stats[5] = {row_stats.reward_mean, row_stats.reward_std, row_stats.entropy, row_stats.log_prob,
+                          row_stats.advantage_std};
+      for (int i = 0; i < 5; ++i) {
         total[1 + i] += lane_sum(stats[i], tile.count);
-        if (call.reduction == kNoReduction) store(tile, stats + i, 1, static_cast<T*>(call.stats) + i * call.rows);
+        if (call.reduction == kNoReduction) store(tile, stats + i, 1, slice<T>(call.stats, i, call.rows, 1));
       }
-    }
+    });
     const T* elements = reinterpret_cast<const T*>(shared);
     for (int64_t i = 0; i < shared_terms; ++i) {
       total[kSumsBeforeShared + i] = sums.by_lane ? lane_sum(shared[i], width) : double(elements[i]);
     }
   });
 
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+  for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
     for (int64_t i = 0; i < terms; ++i) partial[i] += partial[chunk * terms + i];
   }
   if (call.reduction != kNoReduction) {

@@ -6,34 +6,50 @@ A backend is a package `po_kernels.backends.<name>` with
 - `refuses(op, device_type, dtype) -> str | None`: why it cannot serve such a call;
 - `KERNELS`: for each op that it has, a dictionary of functions.
 
-A loss op has two, on rows flattened to one leading axis:
+A differentiable op has two, on rows flattened to one axis:
 
-    first(inputs, constants, cotangent, needs, want_stats, config) -> [loss, stats, *gradients]
+    first(inputs, constants, cotangent, needs, want_stats, config) -> [value, stats, *gradients]
     second(inputs, constants, tangents, cotangent, cotangent_tangent, needs, config)
-        -> [loss_tangent, *gradient_tangents]
+        -> [value_tangent, *gradient_tangents]
 
 `inputs` are the differentiable tensors and `constants` the others (labels, samples, seed). With f the
-loss, reduced to () or (B,) rows, and g the `cotangent` of its shape (None: ones), the gradients are
-g ∇f; `second` is the derivative of both along `tangents` and `cotangent_tangent` (None: zero):
-∂f·v and g ∇²f v + ġ ∇f. A gradient that `needs` does not ask for is an empty tensor. `stats` is
-(5, *loss.shape), rows averaged, or empty unless wanted.
+value and g the `cotangent` of its shape (None: ones), the gradients are g ∇f; `second` is the derivative
+of both along `tangents` and `cotangent_tangent` (None: zero): ∂f·v and g ∇²f v + ġ ∇f. A gradient that
+`needs` does not ask for is an empty tensor. `stats` is (5, *loss.shape), rows averaged, or empty unless
+wanted; only losses have them.
 
-`reference` is plain torch and differentiated by autograd: it has "rows" in place of "second".
+| op | inputs | constants | value |
+| --- | --- | --- | --- |
+| gaussian_policy_loss, mvn_policy_loss | mean, log_std or scale_tril, target, precision | [seed] | () or (B,) |
+| gaussian_surrogate_loss, mvn_surrogate_loss | mean, log_std or scale_tril, rewards | samples | () or (B,) |
+| categorical_policy_loss | logits, reward_table | target, [seed] | () or (B,) |
+| categorical_surrogate_loss | logits, rewards | samples | () or (B,) |
+| gaussian_log_prob, mvn_log_prob | mean, log_std or scale_tril, value | | (N, B) |
+| categorical_log_prob | logits | value | (N, B) |
+| gaussian_sample, mvn_sample | mean, log_std or scale_tril | seed | (G, B, D) |
+| group_advantage | rewards | | (G, B) |
+
+mean, log_std and target are (B, D), scale_tril (B, D, D), logits (B, C), rewards (G, B), samples (G, B, D)
+or (G, B), value (N, B, D) or (N, B). `categorical_sample` is not differentiable and has one function,
+sample(logits, seed, num_samples, row_offset) -> (G, B).
+
+`reference` is plain torch and differentiated by autograd: in place of these two it has "plain", which takes
+(inputs, constants, config) and returns the value, or the row losses and statistics of a loss.
 """
 
 from typing import NamedTuple, NoReturn
 
 
-class LossConfig(NamedTuple):
-    """The options of a loss op that are not tensors."""
+class OpConfig(NamedTuple):
+    """The options of an op that are not tensors; each op has use for some of them."""
 
-    estimator: str
-    num_samples: int
-    advantage: str
-    rbf_gamma: float | None
-    entropy_coef: float
-    reduction: str
-    row_offset: int
+    estimator: str = ""
+    num_samples: int = 0
+    advantage: str = "none"
+    rbf_gamma: float | None = None
+    entropy_coef: float = 0.0
+    reduction: str = "none"
+    row_offset: int = 0
 
 
 # Refusals of values, by the code that a compiled kernel returns. A kernel reports the first row concerned.

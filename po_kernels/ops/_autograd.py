@@ -1,44 +1,47 @@
-"""Derivatives of the opaque loss kernels, to second order, in reverse and forward mode.
+"""Derivatives of the opaque kernels, to second order, in reverse and forward mode.
 
-With f the reduced loss and x all differentiable inputs, four Functions close the calculus:
+With f the value of an op and x all its differentiable inputs, four Functions close the calculus:
 
-    loss      f(x)                       reverse -> gradient          forward -> derivative
-    gradient  g ∇f(x)                    reverse and forward -> product
+    value       f(x)                     reverse -> gradient          forward -> derivative
+    gradient    g ∇f(x)                  reverse and forward -> product
     derivative  ∂f(x)·v                  reverse -> product           forward -> product
-    product   g ∇²f(x) v + ġ ∇f(x)       any derivative raises
+    product     g ∇²f(x) v + ġ ∇f(x)     any derivative raises
 
-f is a scalar, or one value a row (reduction="none"), and then so is g.
+g has the shape of f. A loss that is reduced to a scalar, and the row inputs of one that is not, compute ∇f along
+with f, so that the first derivative costs a multiplication.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import LossConfig
+from ..backends.contract import OpConfig
 from . import _library
 
 
 class Call(NamedTuple):
-    """Everything about a call of a loss kernel but its tensors.
+    """Everything about a call of a kernel but its tensors.
 
     Attributes:
-        row_axis: for each differentiable input the axis that counts rows, or None if all rows share it.
+        row_axis: for each differentiable input the axis along which a row's value depends on it alone,
+            or None if a cotangent with an axis has to be known before its gradient can be.
     """
 
     op: str
     backend: str
-    config: LossConfig
+    config: OpConfig
     want_stats: bool
     row_axis: tuple[int | None, ...]
 
 
-def loss(call: Call, inputs: tuple[Tensor, ...], constants: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The reduced loss and its statistics (5, ...), the latter empty unless wanted."""
+def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The value and the statistics (5, ...) of a loss, the latter empty unless wanted."""
     track = torch.is_grad_enabled()
     needs = tuple(track and x.requires_grad for x in inputs)
     # Dynamo traces no Function that defines a jvp.
-    function = _CompiledLoss if torch.compiler.is_compiling() else _Loss
+    function = _CompiledValue if torch.compiler.is_compiling() else _Value
     outputs = function.apply(call, needs, *inputs, *constants)
     return outputs[0], outputs[1]
 
@@ -77,6 +80,10 @@ def _scale(call: Call, gradients: Any, cotangent: Tensor) -> list[Tensor]:
     return scaled
 
 
+def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
+    return inputs[0].new_ones(_library.VALUE_SHAPE[call.op](inputs, constants, call.config))
+
+
 def _no_second_derivative(call: Call) -> None:
     if call.config.estimator == "reinforce":
         raise RuntimeError(
@@ -101,12 +108,11 @@ def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     return stacked, tuple(None if column is None else 0 for column in stacked)
 
 
-class _CompiledLoss(torch.autograd.Function):
+class _CompiledValue(torch.autograd.Function):
     @staticmethod
     def forward(call, needs, *tensors):
         inputs, constants = _split(call, tensors)
         if call.config.reduction == "none":
-            # A shared input's gradient sums over rows, so it has to wait for the rows' cotangents.
             needs = [needed and axis is not None for needed, axis in zip(needs, call.row_axis, strict=True)]
         return tuple(_first(call, inputs, constants, None, needs, call.want_stats))
 
@@ -131,10 +137,10 @@ class _CompiledLoss(torch.autograd.Function):
         return (None, None, *gradients, *(None,) * (len(saved) - 2 * count))
 
 
-class _Loss(_CompiledLoss):
+class _Value(_CompiledValue):
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _CompiledLoss.setup_context(ctx, inputs, output)
+        _CompiledValue.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[2:], *output[2:])
 
     @staticmethod
@@ -149,7 +155,7 @@ class _Loss(_CompiledLoss):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Loss, info, in_dims, *args)
+        return _loop(_Value, info, in_dims, *args)
 
 
 class _Gradient(torch.autograd.Function):
@@ -220,7 +226,7 @@ class _Derivative(torch.autograd.Function):
         tangents, rest = _split(call, tensors)
         inputs, constants = _split(call, rest)
         needs = [False] * len(inputs)
-        unit = inputs[0].new_ones(_library._loss_shape(inputs, call.config.reduction))
+        unit = _ones(call, inputs, constants)
         return _second(call, inputs, constants, tangents, unit, None, needs)[0]
 
     @staticmethod
@@ -251,11 +257,11 @@ class _Derivative(torch.autograd.Function):
         second, first = _split(call, moved)
         filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, second, strict=True)]
         result = _Derivative.apply(call, *filled, *inputs, *constants)
-        unit = inputs[0].new_ones(_library._loss_shape(inputs, call.config.reduction))
+        unit = _ones(call, inputs, constants)
         if unit.ndim:
             raise RuntimeError(
-                f"{call.op}: forward over forward mode is not available with reduction='none'; "
-                "use torch.func.jvp of torch.func.grad, or backend='reference'"
+                f"{call.op}: forward over forward mode is not available for a value that is no scalar; "
+                "use reverse mode for one of the two derivatives, or backend='reference'"
             )
         _, *products = _Product.apply(call, unit, None, *tangents, *inputs, *constants)
         for product, direction in zip(products, first[: len(inputs)], strict=True):

@@ -73,11 +73,12 @@ def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
 def integer(op: str, name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name}: expected an integer, got {type(value).__name__} {value!r}")
+    value = int(value)
     if value < minimum:
         raise ValueError(f"{op}: {name}: expected an integer of at least {minimum}, got {value}")
     if value >= 2**63:
         raise ValueError(f"{op}: {name}: expected an integer below 2**63, got {value}")
-    return int(value)
+    return value
 
 
 def real(op: str, name: str, value: Any) -> float:
@@ -104,9 +105,10 @@ def seed_tensor(op: str, seed: int | Tensor | None) -> Tensor:
         return seed
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
         raise TypeError(f"{op}: seed: expected an integer, an int64 scalar tensor or None, got {type(seed).__name__}")
+    seed = int(seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed: expected a 64-bit integer, got {seed}")
-    return torch.tensor(int(seed) - 2**64 if seed >= 2**63 else int(seed), dtype=torch.int64, device="cpu")
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
 
 
 def group_size(op: str, name: str, size: int, advantage: str) -> None:

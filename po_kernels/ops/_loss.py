@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.contract import LossConfig
+from ..backends.contract import OpConfig
 from . import _autograd, _check
 
 
@@ -117,23 +117,23 @@ def evaluate(
     """
     inputs = computed(*inputs)
     constants = tuple(computed(x)[0] if x.is_floating_point() else x for x in constants)
-    config = LossConfig(
+    config = OpConfig(
         chosen.estimator, chosen.num_samples, chosen.advantage, chosen.rbf_gamma,
         chosen.entropy_coef, chosen.reduction, chosen.row_offset,
     )  # fmt: skip
     backend = dispatch.select(op, inputs[0].device.type, inputs[0].dtype, chosen.backend)
     if backend == "reference" and chosen.estimator != "reinforce":
-        row_loss = dispatch.kernel(backend, op, "rows")(inputs, constants, config)
-        loss, *stats = (reduce(column, chosen.reduction) for column in row_loss)
+        rows, *statistics = dispatch.kernel(backend, op, "plain")(inputs, constants, config)
+        loss = reduce(rows, chosen.reduction)
+        averaged = "none" if chosen.reduction == "none" else "mean"
+        stats = tuple(reduce(column, averaged) for column in statistics)
     else:
         call = _autograd.Call(op, backend, config, chosen.return_stats, row_axis)
-        loss, stacked = _autograd.loss(call, inputs, constants)
+        loss, stacked = _autograd.value(call, inputs, constants)
         stats = stacked.unbind(0) if chosen.return_stats else ()
     if chosen.reduction == "none":
         loss = loss.reshape(lead)
-        stats = [column.reshape(lead) for column in stats]
-    elif backend == "reference" and chosen.reduction == "sum":
-        stats = [reduce(column, "mean") for column in row_loss[1:]]
+        stats = tuple(column.reshape(lead) for column in stats)
     return (loss, LossStats(*stats)) if chosen.return_stats else loss
 
 

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from .. import dispatch
-from . import _check, _loss
+from ..backends.contract import OpConfig
+from . import _check, _loss, _value
 
 
 def group_advantage(
@@ -38,6 +38,6 @@ def group_advantage(
         raise ValueError(f"{op}: rewards: expected shape (G, *), got ()")
     _check.group_size(op, "rewards", rewards.shape[0], kind)
     gamma = None if rbf_gamma is None else _check.real(op, "rbf_gamma", rbf_gamma)
-    computed = rewards.to(_loss.compute_dtype(rewards.dtype))
-    backend = dispatch.select(op, computed.device.type, computed.dtype, backend)
-    return dispatch.kernel(backend, op, "advantage")(computed, kind, gamma).to(rewards.dtype)
+    (computed,) = _loss.computed(rewards.reshape(rewards.shape[0], rewards.shape[1:].numel()))
+    advantages = _value.evaluate(op, backend, (computed,), (), OpConfig(advantage=kind, rbf_gamma=gamma))
+    return advantages.reshape(rewards.shape).to(rewards.dtype)

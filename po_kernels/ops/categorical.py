@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import _check, _loss
+from ..backends.contract import OpConfig
+from . import _check, _library, _loss, _value
 from ._loss import LossStats
 
 _ESTIMATORS = ("exact", "dice", "reinforce")
@@ -40,10 +41,8 @@ def categorical_sample(
     num_samples = _check.integer(op, "num_samples", num_samples, 1)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     (logits,) = _loss.computed(logits)
-    backend = dispatch.select(op, logits.device.type, logits.dtype, backend)
-    labels = dispatch.kernel(backend, op, "sample")(
-        logits, seed=_check.seed_tensor(op, seed), num_samples=num_samples, row_offset=row_offset
-    )
+    name = dispatch.select(op, logits.device.type, logits.dtype, backend)
+    labels = _library.categorical_sample(logits.detach(), _check.seed_tensor(op, seed), name, num_samples, row_offset)
     return labels.reshape(num_samples, *lead)
 
 
@@ -67,9 +66,8 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
     (logits,) = _loss.computed(logits)
-    backend = dispatch.select(op, logits.device.type, logits.dtype, backend)
     value = value.reshape(batch.numel(), logits.shape[0])
-    return dispatch.kernel(backend, op, "log_prob")(logits, value).reshape(*batch, *lead)
+    return _value.evaluate(op, backend, (logits,), (value,), OpConfig()).reshape(*batch, *lead)
 
 
 def categorical_policy_loss(

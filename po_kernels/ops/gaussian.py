@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import dispatch
-from . import _check, _loss
+from ..backends.contract import OpConfig
+from . import _check, _loss, _value
 from ._loss import LossStats
 
 _ESTIMATORS = ("analytic", "reparam", "dice", "reinforce")
@@ -46,10 +46,8 @@ def gaussian_sample(
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     dtype = mean.dtype
     mean, log_std = _loss.computed(mean, log_std)
-    backend = dispatch.select(op, mean.device.type, mean.dtype, backend)
-    samples = dispatch.kernel(backend, op, "sample")(
-        mean, log_std, seed=_check.seed_tensor(op, seed), num_samples=num_samples, row_offset=row_offset
-    )
+    config = OpConfig(num_samples=num_samples, row_offset=row_offset)
+    samples = _value.evaluate(op, backend, (mean, log_std), (_check.seed_tensor(op, seed),), config)
     return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
 
 
@@ -73,9 +71,7 @@ def gaussian_log_prob(mean: Tensor, log_std: Tensor, value: Tensor, *, backend: 
     mean, log_std, lead = _policy(op, mean, log_std, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
     mean, log_std, value = _loss.computed(mean, log_std, value.reshape(batch.numel(), *mean.shape))
-    backend = dispatch.select(op, mean.device.type, mean.dtype, backend)
-    result = dispatch.kernel(backend, op, "log_prob")(mean, log_std, value)
-    return result.reshape(*batch, *lead)
+    return _value.evaluate(op, backend, (mean, log_std, value), (), OpConfig()).reshape(*batch, *lead)
 
 
 def gaussian_policy_loss(

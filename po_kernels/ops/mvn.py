@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import dispatch
-from . import _check, _loss
+from ..backends.contract import OpConfig
+from . import _check, _loss, _value
 from ._loss import LossStats
 
 _ESTIMATORS = ("analytic", "reparam", "dice", "reinforce")
@@ -41,10 +41,8 @@ def mvn_sample(
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     dtype = mean.dtype
     mean, scale_tril = _loss.computed(mean, scale_tril)
-    backend = dispatch.select(op, mean.device.type, mean.dtype, backend)
-    samples = dispatch.kernel(backend, op, "sample")(
-        mean, scale_tril, seed=_check.seed_tensor(op, seed), num_samples=num_samples, row_offset=row_offset
-    )
+    config = OpConfig(num_samples=num_samples, row_offset=row_offset)
+    samples = _value.evaluate(op, backend, (mean, scale_tril), (_check.seed_tensor(op, seed),), config)
     return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
 
 
@@ -68,9 +66,7 @@ def mvn_log_prob(mean: Tensor, scale_tril: Tensor, value: Tensor, *, backend: st
     mean, scale_tril, lead = _policy(op, mean, scale_tril, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
     mean, scale_tril, value = _loss.computed(mean, scale_tril, value.reshape(batch.numel(), *mean.shape))
-    backend = dispatch.select(op, mean.device.type, mean.dtype, backend)
-    result = dispatch.kernel(backend, op, "log_prob")(mean, scale_tril, value)
-    return result.reshape(*batch, *lead)
+    return _value.evaluate(op, backend, (mean, scale_tril, value), (), OpConfig()).reshape(*batch, *lead)
 
 
 def mvn_policy_loss(

@@ -1,7 +1,7 @@
 // One row of a categorical policy under the column of a reward table that its label selects.
 #pragma once
 
-#include "po_kernels/gaussian.hpp"
+#include "po_kernels/group.hpp"
 #include "po_kernels/philox.hpp"
 
 namespace po_kernels {
@@ -157,7 +157,7 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
   using T = Element<V>;
   using P = Primal<V>;
   const int64_t count = s.samples;
-  group = {scratch, scratch + count, scratch + 2 * count, scratch + 3 * count};
+  group = group_in(scratch, count);
   for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, gather(row.column, labels[g]));
   const V loss = categorical_group(row, s, labels, out, scratch + 4 * count, group);
   if (out.column) {
@@ -168,29 +168,58 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
   return loss;
 }
 
+// The loss of given labels (G), which are constants, and their rewards (G). Scratch: 4 G + 3 classes.
 template <class V>
-PK_FN RowStats<V> categorical_stats(CategoricalRow<V> row, const Surrogate& s, Word<V> target, const Group<V>& group,
-                                    V* scratch) {
-  using T = Element<V>;
+PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
+                          CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
+  group = group_in(scratch, s.samples);
+  for (int64_t g = 0; g < s.samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
+  const V loss = categorical_group(row, s, labels, out, scratch + 4 * s.samples, group);
+  const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
+  for (int64_t g = 0; rewards_out && g < s.samples; ++g) rewards_out[g] = output(unit * group.pull[g]);
+  return loss;
+}
+
+// log p of a label from the row's p and log p, -inf where masked.
+template <class V>
+PK_FN V label_log_prob(CategoricalRow<V> row, const V* log_p, Word<V> label) {
+  const V logit = gather(row.logits, label);
+  return select(stop(logit) > -Element<V>(__builtin_huge_val()), gather(log_p, label), constant<V>(stop(logit)));
+}
+
+// Statistics of a row whose `group` is finished, or of a closed form. Scratch: 2 classes.
+template <class V>
+PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogate& s, Word<V> target,
+                                           const Group<V>& group, V* scratch) {
   V* p = scratch;
   V* log_p = scratch + row.classes;
+  const V entropy = softmax(row.classes, row.logits, p, log_p);
   RowStats<V> stats{};
-  stats.value[2] = softmax(row.classes, row.logits, p, log_p);
-  const V target_logit = gather(row.logits, target);
-  stats.value[3] = select(target_logit > -T(__builtin_huge_val()), gather(log_p, target), target_logit);
   if (s.estimator != kClosedForm) {
-    stats.value[0] = group_mean_from_first(s.samples, group.reward) + group.reward[0];
-    stats.value[1] = group_std(s.samples, group.reward);
-    stats.value[4] = group_std(s.samples, group.advantage);
-    return stats;
+    stats = group_stats(s, group);
+  } else {
+    V mean{}, variance{};
+    for (int64_t c = 0; c < row.classes; ++c) mean = mean + p[c] * transformed_reward(s, row.column[c]);
+    for (int64_t c = 0; c < row.classes; ++c) {
+      variance = variance + p[c] * square(transformed_reward(s, row.column[c]) - mean);
+    }
+    stats.reward_mean = mean;
+    stats.reward_std = stats.advantage_std = square_root(variance);
   }
-  V mean{}, variance{};
-  for (int64_t c = 0; c < row.classes; ++c) mean = mean + p[c] * transformed_reward(s, row.column[c]);
-  for (int64_t c = 0; c < row.classes; ++c) {
-    variance = variance + p[c] * square(transformed_reward(s, row.column[c]) - mean);
-  }
-  stats.value[0] = mean;
-  stats.value[1] = stats.value[4] = square_root(variance);
+  stats.entropy = entropy;
+  stats.log_prob = label_log_prob(row, log_p, target);
+  return stats;
+}
+
+// Statistics of a surrogate, whose log-probability is the mean over the labels. Scratch: 2 classes.
+template <class V>
+PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
+                                          const Group<V>& group, V* scratch) {
+  V* log_p = scratch + row.classes;
+  RowStats<V> stats = group_stats(s, group);
+  stats.entropy = softmax(row.classes, row.logits, scratch, log_p);
+  for (int64_t g = 0; g < s.samples; ++g) stats.log_prob = stats.log_prob + label_log_prob(row, log_p, labels[g]);
+  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.samples));
   return stats;
 }
 

@@ -106,6 +106,12 @@ struct Group {
   V* pull;       // (G) derivative of Σ_g [r_g + (w_g - 1) A_g] in the untransformed r_g
 };
 
+// A group in scratch: 4 count lane values.
+template <class V>
+PK_FN Group<V> group_in(V* scratch, int64_t count) {
+  return {scratch, scratch + count, scratch + 2 * count, scratch + 3 * count};
+}
+
 template <class V>
 PK_FN V transformed_reward(const Surrogate& s, V reward) {
   return s.has_rbf ? exp(reward * Element<V>(s.rbf_gamma)) : reward;
@@ -138,6 +144,23 @@ PK_FN V finish(const Surrogate& s, Group<V> group) {
     for (int64_t g = 0; g < count; ++g) group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma);
   }
   return sum * T(1.0 / double(count));
+}
+
+// Statistics of a row, in the order of LossStats.
+template <class V>
+struct RowStats {
+  V reward_mean, reward_std, entropy, log_prob, advantage_std;
+};
+
+// The rewards' and the advantages' part, of a finished group.
+template <class V>
+PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group) {
+  RowStats<V> stats{};
+  stats.reward_mean = group_mean_from_first(s.samples, group.reward) + group.reward[0];
+  stats.reward_std = group_std(s.samples, group.reward);
+  if (s.estimator == kReparam) advantages(s.advantage, s.samples, group.reward, group.advantage);
+  stats.advantage_std = group_std(s.samples, group.advantage);
+  return stats;
 }
 
 // w_g A_g, the factor of the score ∇ log p.

@@ -1,11 +1,9 @@
 """CPU kernels in C++, part of the compiled extension."""
 
-from typing import Any
-
 import torch
 
 from ... import extension
-from . import categorical, gaussian
+from .kernels import KERNELS
 
 
 def unavailable() -> str | None:
@@ -22,7 +20,4 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-KERNELS: dict[str, dict[str, Any]] = {
-    "gaussian_policy_loss": {"first": gaussian.policy_loss_first, "second": gaussian.policy_loss_second},
-    "categorical_policy_loss": {"first": categorical.policy_loss_first, "second": categorical.policy_loss_second},
-}
+__all__ = ["KERNELS", "refuses", "unavailable"]

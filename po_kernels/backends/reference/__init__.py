@@ -1,10 +1,7 @@
 """Plain torch: the definition the other backends are tested against, differentiable to any order.
 
-Each loss op is offered as "rows", a differentiable function
-
-    rows(inputs, constants, config) -> RowLoss of (B,) tensors
-
-and as the "first" of `po_kernels.backends.contract`, for estimators whose second derivative must raise.
+Losses also offer the "first" of `po_kernels.backends.contract`, for the estimator whose second derivative
+must raise.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import LossConfig
+from ..contract import OpConfig
 from . import categorical, checks, gaussian, mvn
 from .losses import RowLoss, group_advantage, transform_rewards
 
@@ -27,20 +24,20 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 
 def _policy_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
-    def rows(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: LossConfig) -> RowLoss:
+    def plain(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> RowLoss:
         labels, seed = (constants[:-1], constants[-1]) if config.num_samples else (constants, None)
         check(op, *inputs, *labels)
         return function(*inputs, *labels, seed, config)
 
-    return {"rows": rows, "first": _first(rows)}
+    return {"plain": plain, "first": _first(plain)}
 
 
 def _surrogate_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
-    def rows(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: LossConfig) -> RowLoss:
+    def plain(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> RowLoss:
         check(op, *inputs, *constants)
         return function(*inputs, *constants, config)
 
-    return {"rows": rows, "first": _first(rows)}
+    return {"plain": plain, "first": _first(plain)}
 
 
 def _gaussian_checks(op: str, mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor) -> None:
@@ -57,34 +54,34 @@ def _categorical_checks(op: str, logits: Tensor, reward_table: Tensor, target: T
     checks.labels(op, "target", target, logits.shape[-1])
 
 
-def _log_prob(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
-    def log_prob(*tensors: Tensor) -> Tensor:
-        check(op, *tensors)
-        return function(*tensors)
+def _value(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
+    def plain(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> Tensor:
+        check(op, *inputs, *constants)
+        return function(*inputs, *constants)
 
-    return {"log_prob": log_prob}
+    return {"plain": plain}
 
 
 def _sample(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
-    def sample(*tensors: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
-        check(op, *tensors)
-        return function(*tensors, seed=seed, num_samples=num_samples, row_offset=row_offset)
+    def plain(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> Tensor:
+        check(op, *inputs)
+        return function(*inputs, seed=constants[0], num_samples=config.num_samples, row_offset=config.row_offset)
 
-    return {"sample": sample}
+    return {"plain": plain}
 
 
-def _first(rows: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
+def _first(plain: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
     def first(
         inputs: Sequence[Tensor],
         constants: Sequence[Tensor],
         cotangent: Tensor | None,
         needs: Sequence[bool],
         want_stats: bool,
-        config: LossConfig,
+        config: OpConfig,
     ) -> list[Tensor]:
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)]
-            result = rows(inputs, constants, config)
+            result = plain(inputs, constants, config)
             count = max(result.loss.shape[0], 1)
             loss = result.loss
             if config.reduction != "none":
@@ -103,8 +100,13 @@ def _first(rows: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
     return first
 
 
-def _group_advantage(rewards: Tensor, kind: str, rbf_gamma: float | None) -> Tensor:
-    return group_advantage(transform_rewards(rewards, rbf_gamma), kind)
+def _group_advantage(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> Tensor:
+    return group_advantage(transform_rewards(inputs[0], config.rbf_gamma), config.advantage)
+
+
+def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+    checks.logits("categorical_sample", logits)
+    return categorical.sample(logits, seed=seed, num_samples=num_samples, row_offset=row_offset)
 
 
 def _nothing(op: str, *tensors: Tensor) -> None:
@@ -113,10 +115,6 @@ def _nothing(op: str, *tensors: Tensor) -> None:
 
 def _scale_tril(op: str, mean: Tensor, scale_tril: Tensor, *rest: Tensor) -> None:
     checks.scale_tril(op, scale_tril)
-
-
-def _logits(op: str, logits: Tensor, *rest: Tensor) -> None:
-    checks.logits(op, logits)
 
 
 def _logits_and_value(op: str, logits: Tensor, value: Tensor) -> None:
@@ -131,17 +129,17 @@ def _logits_and_samples(op: str, logits: Tensor, rewards: Tensor, samples: Tenso
 
 _BUILT: list[tuple[str, Callable[..., dict[str, Any]], Callable[..., Any], Callable[..., None]]] = [
     ("gaussian_sample", _sample, gaussian.sample, _nothing),
-    ("gaussian_log_prob", _log_prob, gaussian.log_prob, _nothing),
+    ("gaussian_log_prob", _value, gaussian.log_prob, _nothing),
     ("gaussian_policy_loss", _policy_loss, gaussian.policy_loss, _gaussian_checks),
     ("gaussian_surrogate_loss", _surrogate_loss, gaussian.surrogate_loss, _nothing),
     ("mvn_sample", _sample, mvn.sample, _scale_tril),
-    ("mvn_log_prob", _log_prob, mvn.log_prob, _scale_tril),
+    ("mvn_log_prob", _value, mvn.log_prob, _scale_tril),
     ("mvn_policy_loss", _policy_loss, mvn.policy_loss, _mvn_checks),
     ("mvn_surrogate_loss", _surrogate_loss, mvn.surrogate_loss, _scale_tril),
-    ("categorical_sample", _sample, categorical.sample, _logits),
-    ("categorical_log_prob", _log_prob, categorical.log_prob, _logits_and_value),
+    ("categorical_log_prob", _value, categorical.log_prob, _logits_and_value),
     ("categorical_policy_loss", _policy_loss, categorical.policy_loss, _categorical_checks),
     ("categorical_surrogate_loss", _surrogate_loss, categorical.surrogate_loss, _logits_and_samples),
 ]
 KERNELS: dict[str, dict[str, Any]] = {op: build(op, function, check) for op, build, function, check in _BUILT}
-KERNELS["group_advantage"] = {"advantage": _group_advantage}
+KERNELS["categorical_sample"] = {"sample": _categorical_sample}
+KERNELS["group_advantage"] = {"plain": _group_advantage}

@@ -1,9 +1,11 @@
 """Categorical in plain torch. Rows are flattened: logits (B, C), -inf masks a class."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from ..contract import LossConfig
+from ..contract import OpConfig
 from . import philox
 from .losses import RowLoss, sampled_loss, transform_rewards
 
@@ -36,7 +38,7 @@ def policy_loss(
     reward_table: Tensor,
     target: Tensor,
     seed: Tensor | None,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     target_log_prob = log_prob(logits, target).detach()
     column = reward_table.t()[target]  # (B, C): the reward of each class given the row's label
@@ -47,7 +49,7 @@ def policy_loss(
         mean = (p * rewards).sum(dim=-1)
         std = (p * (rewards - mean.unsqueeze(-1)).square()).sum(dim=-1).detach().sqrt()
         return RowLoss(-(mean + config.entropy_coef * h), mean.detach(), std, h.detach(), target_log_prob, std)
-    samples = sample(logits, seed=seed, num_samples=config.num_samples, row_offset=config.row_offset)
+    samples = sample(logits, seed=cast(Tensor, seed), num_samples=config.num_samples, row_offset=config.row_offset)
     return sampled_loss(
         column.gather(-1, samples.t()).t(),
         log_prob(logits, samples),
@@ -61,7 +63,7 @@ def surrogate_loss(
     logits: Tensor,
     rewards: Tensor,
     samples: Tensor,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     """rewards and samples (G, B)."""
     sample_log_prob = log_prob(logits, samples)

@@ -1,11 +1,12 @@
 """Diagonal Gaussian in plain torch. Rows are flattened: mean and log_std are (B, D)."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..contract import LossConfig
+from ..contract import OpConfig
 from . import philox
 from .losses import RowLoss, diagonal, quadratic_form, sampled_loss, symmetric
 
@@ -35,7 +36,7 @@ def policy_loss(
     target: Tensor,
     precision: Tensor,
     seed: Tensor | None,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     target_log_prob = log_prob(mean, log_std, target).detach()
     if config.estimator == "analytic":
@@ -45,7 +46,9 @@ def policy_loss(
         std = _reward_std(delta.detach(), variance.detach(), precision.detach())
         h = entropy(log_std)
         return RowLoss(-(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std)
-    samples = sample(mean, log_std, seed=seed, num_samples=config.num_samples, row_offset=config.row_offset)
+    samples = sample(
+        mean, log_std, seed=cast(Tensor, seed), num_samples=config.num_samples, row_offset=config.row_offset
+    )
     if config.estimator != "reparam":
         samples = samples.detach()
     return sampled_loss(
@@ -74,7 +77,7 @@ def surrogate_loss(
     log_std: Tensor,
     rewards: Tensor,
     samples: Tensor,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     """rewards (G, B); samples (G, B, D) are held constant."""
     sample_log_prob = log_prob(mean, log_std, samples.detach())

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import LossConfig
+from ..contract import OpConfig
 
 STANDARDIZED_EPS = 1e-6
 
@@ -55,7 +55,7 @@ def sampled_loss(
     sample_log_prob: Tensor | None,
     entropy: Tensor,
     target_log_prob: Tensor,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     """The loss of a row from its samples' rewards.
 

@@ -1,9 +1,11 @@
 """Full-covariance Gaussian in plain torch. Rows are flattened: mean (B, D), scale_tril (B, D, D)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from ..contract import LossConfig
+from ..contract import OpConfig
 from . import philox
 from .gaussian import LOG_2PI
 from .losses import RowLoss, quadratic_form, sampled_loss, symmetric
@@ -39,7 +41,7 @@ def policy_loss(
     target: Tensor,
     precision: Tensor,
     seed: Tensor | None,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     target_log_prob = log_prob(mean, scale_tril, target).detach()
     if config.estimator == "analytic":
@@ -50,7 +52,9 @@ def policy_loss(
         std = _reward_std(delta.detach(), tril.detach(), precision.detach())
         h = entropy(scale_tril)
         return RowLoss(-(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std)
-    samples = sample(mean, scale_tril, seed=seed, num_samples=config.num_samples, row_offset=config.row_offset)
+    samples = sample(
+        mean, scale_tril, seed=cast(Tensor, seed), num_samples=config.num_samples, row_offset=config.row_offset
+    )
     if config.estimator != "reparam":
         samples = samples.detach()
     return sampled_loss(
@@ -82,7 +86,7 @@ def surrogate_loss(
     scale_tril: Tensor,
     rewards: Tensor,
     samples: Tensor,
-    config: LossConfig,
+    config: OpConfig,
 ) -> RowLoss:
     """rewards (G, B); samples (G, B, D) are held constant."""
     sample_log_prob = log_prob(mean, scale_tril, samples.detach())

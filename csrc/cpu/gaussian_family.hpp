@@ -1,0 +1,294 @@
+// The CPU kernels of both Gaussians: Scale is DiagonalScale or TriangularScale.
+#pragma once
+
+#include <cmath>
+
+#include "cpu/tiles.hpp"
+#include "po_kernels/gaussian_family.hpp"
+#include "po_kernels/philox.hpp"
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+// Copies U, symmetrised, and judges it: positive and, as a matrix, symmetric and positive definite by a Cholesky
+// factorisation in double.
+template <class V>
+Verdict load_precision(Input input, int kind, int64_t dim, Shared<V>* u) {
+  using T = Element<V>;
+  const int64_t size = precision_size(kind, dim);
+  load_shared<V>(input, size, u);
+  const T* value = static_cast<const T*>(input.value);
+  double largest = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (!std::isfinite(value[i])) return {kPrecisionNotPositive, 0};
+    if (kind != kFull && !(value[i] > T(0))) return {kPrecisionNotPositive, 0};
+    largest = std::max(largest, std::fabs(double(value[i])));
+  }
+  if (kind != kFull) return {};
+  std::unique_ptr<double[]> factor(new double[size_t(size)]);
+  for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      const double a = value[i * dim + j], b = value[j * dim + i];
+      if (std::fabs(a - b) > kMatrixTolerance * largest) return {kPrecisionNotSymmetric, 0};
+      factor[i * dim + j] = 0.5 * (a + b);
+      u[i * dim + j] = u[j * dim + i] = (u[i * dim + j] + u[j * dim + i]) * T(0.5);
+    }
+  }
+  for (int64_t j = 0; j < dim; ++j) {
+    double pivot = factor[j * dim + j];
+    for (int64_t k = 0; k < j; ++k) pivot -= factor[j * dim + k] * factor[j * dim + k];
+    if (!(pivot > 0)) return {kPrecisionNotPositive, 0};
+    factor[j * dim + j] = std::sqrt(pivot);
+    for (int64_t i = j + 1; i < dim; ++i) {
+      double sum = factor[i * dim + j];
+      for (int64_t k = 0; k < j; ++k) sum -= factor[i * dim + k] * factor[j * dim + k];
+      factor[i * dim + j] = sum / factor[j * dim + j];
+    }
+  }
+  return {};
+}
+
+// Totals of precision_terms as the gradient in U: an off-diagonal term of x xᵀ stands at both of its places.
+template <class T>
+void store_precision(int kind, int64_t dim, const double* totals, T* to) {
+  if (kind != kFull) {
+    for (int64_t i = 0; i < precision_terms(kind, dim); ++i) to[i] = T(totals[i]);
+    return;
+  }
+  for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t j = 0; j <= i; ++j) to[i * dim + j] = to[j * dim + i] = T(totals[i * (i + 1) / 2 + j]);
+  }
+}
+
+// Refuses a triangular scale that is none, or singular. A diagonal one is always right.
+template <class T, bool triangular>
+Verdict check_scale(int64_t rows, int64_t dim, RowInput scale) {
+  if constexpr (triangular) {
+    // All rows may be one matrix, expanded.
+    for (int64_t row = 0; row < (scale.stride == 0 ? std::min<int64_t>(rows, 1) : rows); ++row) {
+      const T* matrix = static_cast<const T*>(scale.value) + row * scale.stride;
+      T largest = 0, above = 0;
+      for (int64_t i = 0; i < dim; ++i) {
+        for (int64_t j = 0; j < dim; ++j) {
+          const T size = std::fabs(matrix[i * dim + j]);
+          largest = std::max(largest, size);
+          if (j > i) above = std::max(above, size);
+        }
+      }
+      if (double(above) > kMatrixTolerance * double(largest)) return {kNotTriangular, row};
+      for (int64_t j = 0; j < dim; ++j) {
+        if (matrix[j * dim + j] <= T(0)) return {kSingular, row};
+      }
+    }
+  }
+  return {};
+}
+
+// Mean and scale of a tile's rows.
+template <class V, template <class> class Scale>
+Scale<V> load_policy(Tile tile, int64_t dim, RowInput mean, RowInput scale, Arena<V>& arena, V*& mean_lanes) {
+  mean_lanes = arena.take(dim);
+  V* parameter = arena.take(Scale<V>::size(dim));
+  load(tile, mean, dim, mean_lanes);
+  load(tile, scale, Scale<V>::size(dim), parameter);
+  Scale<V> loaded(dim, parameter);
+  loaded.prepare(arena.take(Scale<V>::work(dim)));
+  return loaded;
+}
+
+template <class V, template <class> class Scale>
+size_t policy_bytes(int64_t dim) {
+  return sizeof(V) * size_t(dim + Scale<V>::size(dim) + Scale<V>::work(dim)) +
+         sizeof(Primal<V>) * size_t(2 * dim + Scale<V>::size(dim)) + 1024;
+}
+
+// Standard normals of a tile's rows, (samples, dim) lane values.
+template <class P>
+void load_noise(const RandomNumbers& call, Tile tile, int64_t samples, int64_t dim, P* noise) {
+  Word<P> low, high;
+  row_numbers(call, tile, low, high);
+  for (int64_t g = 0; g < samples; ++g) standard_normals(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
+}
+
+template <template <class> class Scale>
+Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
+  return with_lanes(call, [](auto lane, const GaussianPolicyLoss& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t dim = call.dim, samples = call.samples;
+    const Surrogate s = surrogate(call);
+    Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
+    if (verdict.code != kAccepted) return verdict;
+    std::unique_ptr<Shared<V>[]> u(new Shared<V>[size_t(precision_size(call.precision_kind, dim))]);
+    verdict = load_precision<V>(call.precision, call.precision_kind, dim, u.get());
+    if (verdict.code != kAccepted) return verdict;
+    const Precision<V> precision{call.precision_kind, u.get()};
+
+    const SharedSums sums{precision_terms(call.precision_kind, dim), call.grad_precision != nullptr, true};
+    const size_t bytes =
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(4 * dim + 4 * samples) + sizeof(P) * size_t(samples * dim);
+    const auto totals =
+        for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
+          V* mean;
+          const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+          V* target = arena.take(dim);
+          V* work = arena.take(3 * dim + 4 * samples);
+          P* noise = arena.template take<P>(samples * dim);
+          P* grad_mean = arena.template take<P>(dim);
+          P* grad_target = arena.template take<P>(dim);
+          P* grad_scale = arena.template take<P>(scale.size());
+          load(tile, call.target, dim, target);
+          const GaussianGradients<V> out{load_weight<V>(call, tile),
+                                         call.grad_mean ? grad_mean : nullptr,
+                                         call.grad_scale ? grad_scale : nullptr,
+                                         call.grad_target ? grad_target : nullptr,
+                                         call.grad_precision ? shared : nullptr,
+                                         nullptr};
+          Group<V> group{};
+          if (s.estimator == kClosedForm) {
+            loss = output(gaussian_closed_form(scale, mean, target, precision, s.entropy_coef, out, work));
+          } else {
+            load_noise(call, tile, samples, dim, noise);
+            loss = output(gaussian_sampled(scale, mean, target, precision, s, noise, out, work, group));
+          }
+          if constexpr (!is_dual<V>) {
+            if (call.stats) {
+              stats = gaussian_policy_stats(scale, mean, target, precision, s, group, work + 4 * samples);
+            }
+          }
+          if (out.mean) store(tile, out.mean, dim, call.grad_mean);
+          if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
+          if (out.target) store(tile, out.target, dim, call.grad_target);
+        });
+    if (call.grad_precision) {
+      store_precision(call.precision_kind, dim, totals.get() + kSumsBeforeShared, static_cast<T*>(call.grad_precision));
+    }
+    return {};
+  });
+}
+
+template <template <class> class Scale>
+Verdict gaussian_surrogate_loss_of(const GaussianSurrogateLoss& call) {
+  return with_lanes(call, [](auto lane, const GaussianSurrogateLoss& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t dim = call.dim, samples = call.samples;
+    const Surrogate s = surrogate(call);
+    const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
+    if (verdict.code != kAccepted) return verdict;
+    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim + 5 * samples) +
+                         sizeof(P) * size_t(samples * (dim + 1));
+    for_each_tile<V>(call, SharedSums{0, false, true}, bytes,
+                     [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) {
+                       V* mean;
+                       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+                       V* rewards = arena.take(samples);
+                       V* work = arena.take(2 * dim + 4 * samples);
+                       P* given = arena.template take<P>(samples * dim);
+                       P* grad_mean = arena.template take<P>(dim);
+                       P* grad_scale = arena.template take<P>(scale.size());
+                       P* grad_rewards = arena.template take<P>(samples);
+                       for (int64_t g = 0; g < samples; ++g) {
+                         load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+                         load(tile, slice<T>(Input{call.given, nullptr}, g, call.rows, dim), dim, given + g * dim);
+                       }
+                       const GaussianGradients<V> out{load_weight<V>(call, tile),
+                                                      call.grad_mean ? grad_mean : nullptr,
+                                                      call.grad_scale ? grad_scale : nullptr,
+                                                      nullptr,
+                                                      nullptr,
+                                                      call.grad_rewards ? grad_rewards : nullptr};
+                       Group<V> group{};
+                       loss = output(gaussian_given(scale, mean, rewards, given, s, out, work, group));
+                       if constexpr (!is_dual<V>) {
+                         if (call.stats) stats = gaussian_given_stats(scale, mean, given, s, group, work + 4 * samples);
+                       }
+                       if (out.mean) store(tile, out.mean, dim, call.grad_mean);
+                       if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
+                       for (int64_t g = 0; out.rewards && g < samples; ++g) {
+                         store(tile, out.rewards + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                       }
+                     });
+    return {};
+  });
+}
+
+template <template <class> class Scale>
+Verdict gaussian_log_prob_of(const GaussianLogProb& call) {
+  return with_lanes(call, [](auto lane, const GaussianLogProb& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t dim = call.dim;
+    const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
+    if (verdict.code != kAccepted) return verdict;
+    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim);
+    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
+      V* mean;
+      const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      V* value = arena.take(dim);
+      V* work = arena.take(2 * dim);
+      P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
+      P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
+      P* grad_value = call.grad_value ? arena.template take<P>(dim) : nullptr;
+      clear(dim, grad_mean);
+      clear(scale.size(), grad_scale);
+      for (int64_t i = 0; i < call.count; ++i) {
+        V weight{};
+        load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
+        if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
+        const P result = output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
+        store(tile, &result, 1, slice<T>(call.out, i, call.rows, 1));
+        if (grad_value) store(tile, grad_value, dim, slice<T>(call.grad_value, i, call.rows, dim));
+      }
+      if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
+      if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+    });
+    return {};
+  });
+}
+
+template <template <class> class Scale>
+Verdict gaussian_sample_of(const GaussianSample& call) {
+  return with_lanes(call, [](auto lane, const GaussianSample& call) -> Verdict {
+    using V = decltype(lane);
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t dim = call.dim;
+    const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
+    if (verdict.code != kAccepted) return verdict;
+    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t(2 * dim);
+    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
+      V* mean;
+      const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      V* sample = arena.take(dim);
+      V* slope = arena.take(dim);
+      P* noise = arena.template take<P>(dim);
+      P* result = arena.template take<P>(dim);
+      P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
+      P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
+      clear(dim, grad_mean);
+      clear(scale.size(), grad_scale);
+      Word<V> low, high;
+      row_numbers(call, tile, low, high);
+      for (int64_t g = 0; g < call.samples; ++g) {
+        standard_normals(call.seed, uint32_t(g), low, high, dim, noise);
+        scale.stretch(noise, sample);
+        for (int64_t j = 0; j < dim; ++j) result[j] = output(mean[j] + sample[j]);
+        store(tile, result, dim, slice<T>(call.out, g, call.rows, dim));
+        if (grad_mean || grad_scale) {
+          load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
+          scale.add_path(slope, noise, grad_mean, grad_scale);
+        }
+      }
+      if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
+      if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+    });
+    return {};
+  });
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels
