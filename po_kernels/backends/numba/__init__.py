@@ -1,5 +1,6 @@
-"""CPU kernels compiled by Numba, for machines without a C++ compiler."""
+"""CPU kernels compiled by Numba, for machines without a C++ compiler. Numba is imported at the first call."""
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -15,7 +16,12 @@ def unavailable() -> str | None:
 def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, not {device_type}"
-    return None if op in KERNELS else f"it has no kernel for {op}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64, not {dtype}"
+    return None
 
 
-KERNELS: dict[str, dict[str, Any]] = {}
+def __getattr__(name: str) -> Any:
+    if name == "KERNELS":
+        return importlib.import_module(f"{__name__}.kernels").KERNELS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..contract import OpConfig
-from . import categorical, checks, gaussian, mvn
+from . import categorical, gaussian, mvn
 from .losses import RowLoss, group_advantage, transform_rewards
 
 
@@ -38,20 +39,6 @@ def _surrogate_loss(op: str, function: Callable[..., RowLoss], check: Callable[.
         return function(*inputs, *constants, config)
 
     return {"plain": plain, "first": _first(plain)}
-
-
-def _gaussian_checks(op: str, mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor) -> None:
-    checks.precision(op, precision)
-
-
-def _mvn_checks(op: str, mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor) -> None:
-    checks.scale_tril(op, scale_tril)
-    checks.precision(op, precision)
-
-
-def _categorical_checks(op: str, logits: Tensor, reward_table: Tensor, target: Tensor) -> None:
-    checks.logits(op, logits)
-    checks.labels(op, "target", target, logits.shape[-1])
 
 
 def _value(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
@@ -109,36 +96,18 @@ def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offs
     return categorical.sample(logits, seed=seed, num_samples=num_samples, row_offset=row_offset)
 
 
-def _nothing(op: str, *tensors: Tensor) -> None:
-    pass
-
-
-def _scale_tril(op: str, mean: Tensor, scale_tril: Tensor, *rest: Tensor) -> None:
-    checks.scale_tril(op, scale_tril)
-
-
-def _logits_and_value(op: str, logits: Tensor, value: Tensor) -> None:
-    checks.logits(op, logits)
-    checks.labels(op, "value", value, logits.shape[-1])
-
-
-def _logits_and_samples(op: str, logits: Tensor, rewards: Tensor, samples: Tensor) -> None:
-    checks.logits(op, logits)
-    checks.labels(op, "samples", samples, logits.shape[-1])
-
-
 _BUILT: list[tuple[str, Callable[..., dict[str, Any]], Callable[..., Any], Callable[..., None]]] = [
-    ("gaussian_sample", _sample, gaussian.sample, _nothing),
-    ("gaussian_log_prob", _value, gaussian.log_prob, _nothing),
-    ("gaussian_policy_loss", _policy_loss, gaussian.policy_loss, _gaussian_checks),
-    ("gaussian_surrogate_loss", _surrogate_loss, gaussian.surrogate_loss, _nothing),
-    ("mvn_sample", _sample, mvn.sample, _scale_tril),
-    ("mvn_log_prob", _value, mvn.log_prob, _scale_tril),
-    ("mvn_policy_loss", _policy_loss, mvn.policy_loss, _mvn_checks),
-    ("mvn_surrogate_loss", _surrogate_loss, mvn.surrogate_loss, _scale_tril),
-    ("categorical_log_prob", _value, categorical.log_prob, _logits_and_value),
-    ("categorical_policy_loss", _policy_loss, categorical.policy_loss, _categorical_checks),
-    ("categorical_surrogate_loss", _surrogate_loss, categorical.surrogate_loss, _logits_and_samples),
+    ("gaussian_sample", _sample, gaussian.sample, checks.nothing),
+    ("gaussian_log_prob", _value, gaussian.log_prob, checks.nothing),
+    ("gaussian_policy_loss", _policy_loss, gaussian.policy_loss, checks.gaussian_policy_loss),
+    ("gaussian_surrogate_loss", _surrogate_loss, gaussian.surrogate_loss, checks.nothing),
+    ("mvn_sample", _sample, mvn.sample, checks.mvn),
+    ("mvn_log_prob", _value, mvn.log_prob, checks.mvn),
+    ("mvn_policy_loss", _policy_loss, mvn.policy_loss, checks.mvn_policy_loss),
+    ("mvn_surrogate_loss", _surrogate_loss, mvn.surrogate_loss, checks.mvn),
+    ("categorical_log_prob", _value, categorical.log_prob, checks.categorical_log_prob),
+    ("categorical_policy_loss", _policy_loss, categorical.policy_loss, checks.categorical_policy_loss),
+    ("categorical_surrogate_loss", _surrogate_loss, categorical.surrogate_loss, checks.categorical_surrogate_loss),
 ]
 KERNELS: dict[str, dict[str, Any]] = {op: build(op, function, check) for op, build, function, check in _BUILT}
 KERNELS["categorical_sample"] = {"sample": _categorical_sample}

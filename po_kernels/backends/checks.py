@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import contract
+from . import contract
 
 
 def precision(op: str, value: Tensor) -> None:
@@ -37,6 +37,41 @@ def scale_tril(op: str, value: Tensor) -> None:
         above = torch.triu(matrix, diagonal=1).abs().amax(dim=(-2, -1))
         _any_row(op, contract.NOT_TRIANGULAR, above > contract.MATRIX_TOLERANCE * matrix.abs().amax(dim=(-2, -1)))
     _any_row(op, contract.SINGULAR, (matrix.diagonal(dim1=-2, dim2=-1) <= 0).any(dim=-1))
+
+
+# By op, from its (*inputs, *constants) as in `contract`; a seed at the end is not looked at.
+
+
+def nothing(op: str, *tensors: Tensor) -> None:
+    pass
+
+
+def gaussian_policy_loss(op: str, mean: Tensor, log_std: Tensor, target: Tensor, u: Tensor, *seed: Tensor) -> None:
+    precision(op, u)
+
+
+def mvn(op: str, mean: Tensor, matrix: Tensor, *rest: Tensor) -> None:
+    scale_tril(op, matrix)
+
+
+def mvn_policy_loss(op: str, mean: Tensor, matrix: Tensor, target: Tensor, u: Tensor, *seed: Tensor) -> None:
+    scale_tril(op, matrix)
+    precision(op, u)
+
+
+def categorical_policy_loss(op: str, logit: Tensor, table: Tensor, target: Tensor, *seed: Tensor) -> None:
+    labels(op, "target", target, logit.shape[-1])
+    logits(op, logit)
+
+
+def categorical_surrogate_loss(op: str, logit: Tensor, rewards: Tensor, samples: Tensor) -> None:
+    labels(op, "samples", samples, logit.shape[-1])
+    logits(op, logit)
+
+
+def categorical_log_prob(op: str, logit: Tensor, value: Tensor) -> None:
+    labels(op, "value", value, logit.shape[-1])
+    logits(op, logit)
 
 
 def _any_row(op: str, code: int, bad: Tensor, name: str = "target") -> None:
