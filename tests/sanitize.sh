@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer and runs the op tests on it.
+# Usage: tests/sanitize.sh PYTHON
+set -euo pipefail
+python=$(realpath -s "$1")
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$root/build/sanitize
+site=$work/site
+
+"$python" -m pip install --quiet --no-deps --target "$site" --upgrade "$root" \
+  --config-settings=build-dir="$work/cmake" \
+  --config-settings=cmake.define.PO_KERNELS_SANITIZE=address,undefined \
+  --config-settings=cmake.define.PO_KERNELS_CUDA=OFF
+
+# Python itself is not instrumented: the runtime has to be there first, and its own allocations are not leaks.
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$site \
+  "$python" -m pytest "$root/tests/ops" -p no:cacheprovider -k "not numba" "${@:2}"
