@@ -1,6 +1,7 @@
 """Tabular data for classification: scikit-learn's built-in sets and CSV files, split and standardised."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,10 +115,19 @@ def _built_in(name: str) -> Table:
 def _csv(path: Path, target: str | None) -> Table:
     pandas = require("pandas", "sklearn")
     try:
-        frame = pandas.read_csv(path)
+        with warnings.catch_warnings():
+            # By default a first row with one field too many makes the first column an index, without a word.
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            frame = pandas.read_csv(path, index_col=False)
     except FileNotFoundError:
         raise UsageError(f"--dataset: expected a CSV file, and there is none at {str(path)!r}") from None
-    except (OSError, UnicodeDecodeError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        pandas.errors.ParserError,
+        pandas.errors.EmptyDataError,
+        pandas.errors.ParserWarning,
+    ) as error:
         raise UsageError(f"--dataset: expected a CSV file, and {str(path)!r} cannot be read as one: {error}") from None
     columns = ", ".join(map(repr, frame.columns))
     if target is None:
@@ -164,9 +174,7 @@ def _large_enough(table: Table, test_fraction: float, held_out_fraction: float) 
         raise UsageError(f"--dataset: expected rows in {table.name!r}, got none")
     counts = np.bincount(table.labels, minlength=len(table.classes))
     if len(table.classes) < 2:
-        raise UsageError(
-            f"--dataset: expected at least two classes in {table.name!r}, got only {table.classes[0]!r}"
-        )
+        raise UsageError(f"--dataset: expected at least two classes in {table.name!r}, got only {table.classes[0]!r}")
     # Each part gets about its fraction of each class: the smallest such share has to be a row.
     smallest_share = min(
         test_fraction,

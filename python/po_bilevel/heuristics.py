@@ -67,7 +67,10 @@ def optimal_precision(
     if ridge is None:
         if kind != "full":
             raise ValueError(f"{op}: ridge: expected a number with kind={kind!r}, which inverts no matrix, got None")
-        return 0.5 * entropy_coef * torch.linalg.pinv(covariance, hermitian=True)
+        # Summing N rows leaves a null direction's eigenvalue at some multiple of eps, which torch's own cut-off of
+        # D eps may let pass and invert.
+        cutoff = torch.finfo(covariance.dtype).eps ** 0.5
+        return 0.5 * entropy_coef * torch.linalg.pinv(covariance, rtol=cutoff, hermitian=True)
     if not ridge >= 0:
         raise ValueError(f"{op}: ridge: expected a number of at least 0 or None, got {ridge}")
     dim = covariance.shape[0]

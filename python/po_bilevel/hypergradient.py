@@ -120,16 +120,15 @@ class ImplicitCG:
         def product(vector: Tensor) -> Tensor:
             return _flat(_contract(inner_gradient, theta, _unflat(vector, theta)), theta)
 
+        right = _flat(outer_theta, theta)
         solve = _conjugate_gradients(
-            product, _flat(outer_theta, theta), None if start is None else _start(start, theta),
+            product, right, None if start is None else _start(start, theta),
             self.damping, self.tolerance, self.max_iterations,
         )  # fmt: skip
         solution = _unflat(solve.solution, theta)
         # One backward pass gives the mixed product and, for the residual, the Hessian product with the solution.
         both = _contract(inner_gradient, theta + phi, solution)
-        mixed = both[len(theta) :]
-        _reaches_inner_loss(mixed)
-        right = _flat(outer_theta, theta)
+        mixed = _all_reached(both[len(theta) :])
         residual = right - _flat(both[: len(theta)], theta) - self.damping * solve.solution
         scale = float(right.norm())
         residual_norm = float(residual.norm()) / scale if scale > 0 else 0.0
@@ -234,7 +233,9 @@ def _scalar(name: str, loss: Tensor) -> None:
         raise NonFiniteError(f"{name} is not finite: {float(loss.detach())}")
 
 
-def _outer_gradients(outer_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[Tensor, Tensors, tuple]:
+def _outer_gradients(
+    outer_loss: Loss, theta: Tensors, phi: Tensors
+) -> tuple[Tensor, Tensors, tuple[Tensor | None, ...]]:
     """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there."""
     with torch.enable_grad():
         loss = outer_loss(theta, phi)
@@ -272,20 +273,22 @@ def _contract(gradient: list[tuple[int, Tensor]], inputs: Tensors, vector: Tenso
     )
 
 
-def _reaches_inner_loss(mixed: Sequence[Tensor | None]) -> None:
+def _all_reached(mixed: Sequence[Tensor | None]) -> Tensors:
+    reached = []
     for index, part in enumerate(mixed):
         if part is None:
             raise ValueError(
                 f"phi[{index}]: expected a tensor that the gradient of the inner loss depends on, got one that does "
                 "not reach it; look for a detach() or a no_grad() between the reward and the inner loss"
             )
+        reached.append(part)
+    return tuple(reached)
 
 
 def _start(start: Tensors, theta: Tensors) -> Tensor:
-    if [s.shape for s in start] != [t.shape for t in theta]:
-        raise ValueError(
-            f"start: expected shapes {[tuple(t.shape) for t in theta]} like theta, got {[tuple(s.shape) for s in start]}"
-        )
+    expected, came = ([tuple(t.shape) for t in tensors] for tensors in (theta, start))
+    if came != expected:
+        raise ValueError(f"start: expected shapes {expected} like theta, got {came}")
     return _flat(start, theta)
 
 

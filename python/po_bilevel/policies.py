@@ -6,7 +6,7 @@ training code is the same for all of them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class GaussianPolicy(Policy):
                 f"MahalanobisReward, got {type(reward).__name__}"
             )
         mean, log_std = self(inputs)
-        return pk.gaussian_policy_loss(mean, log_std, target, reward.precision(), **options)
+        return cast(Tensor, pk.gaussian_policy_loss(mean, log_std, target, reward.precision(), **options))
 
 
 class LinearGaussian(GaussianPolicy):
@@ -101,7 +101,9 @@ class LinearGaussian(GaussianPolicy):
     """
 
     def __init__(self, in_features: int, dim: int, *, state_dependent_std: bool = False) -> None:
-        log_std = _initially_constant(nn.Linear(in_features, dim)) if state_dependent_std else None
+        log_std = nn.Linear(in_features, dim) if state_dependent_std else None
+        if log_std is not None:
+            _initially_constant(log_std)
         super().__init__(nn.Linear(in_features, dim), log_std, dim)
 
 
@@ -121,7 +123,7 @@ class MLPGaussian(GaussianPolicy):
         log_std = None
         if state_dependent_std:
             log_std = mlp(in_features, hidden, dim)
-            _initially_constant(log_std[-1])
+            _initially_constant(cast(nn.Linear, log_std[-1]))
         super().__init__(mlp(in_features, hidden, dim), log_std, dim)
 
 
@@ -154,7 +156,7 @@ class CategoricalPolicy(Policy):
                 f"{type(self).__name__}.policy_loss: reward: expected one with a table(), such as "
                 f"OneHotMahalanobisReward, got {type(reward).__name__}"
             )
-        return pk.categorical_policy_loss(self(inputs), target, reward.table(), **options)
+        return cast(Tensor, pk.categorical_policy_loss(self(inputs), target, reward.table(), **options))
 
 
 class LinearCategorical(CategoricalPolicy):
@@ -171,8 +173,7 @@ class MLPCategorical(CategoricalPolicy):
         super().__init__(mlp(in_features, hidden, num_classes))
 
 
-def _initially_constant(linear: nn.Linear) -> nn.Linear:
+def _initially_constant(linear: nn.Linear) -> None:
     """Makes the layer's output INITIAL_LOG_STD for every input."""
     nn.init.zeros_(linear.weight)
     nn.init.constant_(linear.bias, INITIAL_LOG_STD)
-    return linear

@@ -132,9 +132,7 @@ class OneHotMahalanobisReward(TabularReward):
         kind, start: as in `PositivePrecision`.
     """
 
-    def __init__(
-        self, num_classes: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None
-    ) -> None:
+    def __init__(self, num_classes: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
         super().__init__()
         self.matrix = PositivePrecision(num_classes, kind, start)
 

@@ -86,9 +86,9 @@ def train(
             optimizer.zero_grad()
             result = loss(policy, batch, seed)
             result.backward(inputs=parameters)
-            return result
+            return result.detach()
 
-        value = float(torch.as_tensor(optimizer.step(closure)).detach())  # type: ignore[arg-type]
+        value = float(optimizer.step(closure))  # type: ignore[arg-type]
         norm = _norm([p.grad for p in parameters if p.grad is not None])
         _finite(f"the loss at step {step}", value)
         _finite(f"the gradient's norm at step {step}", norm)
@@ -262,7 +262,7 @@ class BilevelTrainer:
         ) as bar:
             for _ in range(outer_steps):
                 done = self.step()
-                bar.set_postfix_str(_summary(done))
+                bar.set_postfix_str(_summary(done), refresh=False)
                 bar.update()
                 if callback is not None:
                     callback(done)
@@ -277,13 +277,14 @@ class BilevelTrainer:
             phi = _named(self.reward, self._phi)
             # One batch and one seed for everything the method evaluates.
             batch, seed = self._stream.next()
-            result = self._hypergradient(
-                lambda theta, phi: self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed),
-                lambda theta, phi: self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data),
-                theta,
-                phi,
-                start=self._solution,
-            )
+
+            def inner(theta: Tensors, phi: Tensors) -> Tensor:
+                return self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
+
+            def outer(theta: Tensors, phi: Tensors) -> Tensor:
+                return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
+
+            result = self._hypergradient(inner, outer, theta, phi, start=self._solution)
         except NonFiniteError as error:
             raise NonFiniteError(f"outer step {number}: {error}") from error
         self._solution = result.solution

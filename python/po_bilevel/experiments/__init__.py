@@ -1,0 +1,1 @@
+"""Experiments: each a typed configuration and a function that runs it."""

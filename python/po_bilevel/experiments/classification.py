@@ -1,0 +1,395 @@
+"""Tabular classification: maximum likelihood beside policy gradient under fixed and learned rewards.
+
+All methods train the same policy from the same initial weights on the same rows, with the same optimiser, the same
+number of steps and the same L2 penalty; they differ in the loss. What a method needs beyond that, it takes from the
+training rows: `pg_heuristic` its covariance, `pg_heuristic_residual` and `pg_learned` a reward found with part of
+the training rows held out of the inner problem. No choice reads a test row.
+
+The categorical policy under reward table R and entropy weight λ has the inner objective λ KL(p ‖ softmax(R[·, y]/λ)):
+R sets how sure of the label the policy is asked to be, and the outer loss learns that from held-out likelihood.
+"""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from .. import data, metrics
+from ..errors import NonFiniteError, UsageError
+from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
+from ..hypergradient import ImplicitCG
+from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
+from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
+from ..results import Row
+from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
+from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
+
+Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]
+
+# Pairs of steps and gradients that L-BFGS remembers.
+LBFGS_HISTORY = 10
+# The most evaluations of the loss in one step of it.
+LINE_SEARCH = 25
+# Where a deterministic problem counts as solved: the Euclidean norm of the loss's gradient.
+SOLVED = 1e-5
+DEFAULT_STEPS = {"lbfgs": 300, "adam": 400}
+DEFAULT_DAMPING = {"exact": 1e-4, "dice": 3e-2}
+DEFAULT_INNER_STEPS = {"lbfgs": 100, "adam": 40}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifyConfig:
+    """Compare likelihood with policy gradient under fixed and learned rewards on tabular data."""
+
+    dataset: tuple[str, ...] = ("wine",)
+    """wine, iris, breast_cancer, digits, or the path of a CSV file; several run one after the other."""
+    target: str | None = None
+    """Column of the CSV file that holds the classes."""
+    seeds: int = 10
+    """How many random splits and initial weights, numbered from 0."""
+    out: Path = Path("results")
+    """Folder for results.json, curves.json and classification.png; made if it is not there."""
+    methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned")
+    """Methods to compare."""
+    reward: PrecisionKind = "diagonal"
+    """Form of U, of the heuristic and of the learned reward."""
+    policy: Literal["linear", "mlp"] = "linear"
+    """Multinomial logistic regression, or a tanh network."""
+    hidden: tuple[int, ...] = (64,)
+    """Widths of the network's hidden layers."""
+    entropy_coef: float = 1.0
+    """λ, in units of reward a nat. U and λ matter through U/λ, so the learned reward makes up for it."""
+    l2: float = 1.0
+    """Penalty (l2/2N) ‖θ‖² on N rows, times λ for policy gradient: with the same curvature, the same prior."""
+    estimator: Literal["exact", "dice"] = "exact"
+    """Expectation over classes by enumeration, or over samples."""
+    num_samples: int | None = None
+    """G, samples a row; for --estimator dice."""
+    optimizer: Literal["auto", "lbfgs", "adam"] = "auto"
+    """The policy's optimiser in every method; auto is lbfgs for exact losses, adam for sampled ones."""
+    learning_rate: float = 0.05
+    """Of adam for the policy; lbfgs searches its step."""
+    steps: int | None = None
+    """Optimiser steps of every method's final training; by default 300 of lbfgs, 400 of adam."""
+    batch_size: int | None = None
+    """Rows of a training batch; by default all. For --optimizer adam."""
+    outer_steps: int = 40
+    """Updates of the learned reward."""
+    outer_learning_rate: float = 0.3
+    """Of adam for the reward's parameters."""
+    inner_steps: int | None = None
+    """The most optimiser steps between updates of the reward; by default 100 of lbfgs, 40 of adam."""
+    damping: float | None = None
+    """Added to the inner Hessian in the hypergradient's linear solve; by default 0.0001 for --estimator exact, and 0.03
+    for dice, whose Hessian has noise of about that size."""
+    cg_tolerance: float = 1e-4
+    """Relative residual at which the linear solve stops."""
+    cg_iterations: int = 200
+    """The most iterations of the linear solve."""
+    test_fraction: float = 0.2
+    """Of all rows."""
+    held_out_fraction: float = 0.25
+    """Of the training rows: the outer loss reads these while the reward is learned."""
+    threads: int = 1
+    """Threads of torch; tables of a few thousand rows lose time with more, and a great deal on a busy machine."""
+    plot: bool = True
+    """Draw classification.png."""
+    progress: bool = True
+    """Show progress bars on a terminal."""
+
+
+class Outcome(NamedTuple):
+    """What a run found.
+
+    Attributes:
+        rows: one for each data set, method and seed.
+        curves: for each data set and method a list over seeds of {"step", "nll", "accuracy"}, lists over optimiser
+            steps of the final training, on the test rows.
+        paths: for each data set a list over seeds of {"outer_loss", "precision"}, lists over outer steps; the
+            precision is the diagonal of U (of length C, or 1 if isotropic).
+        warnings: for people, what happened that makes a result less than it should be.
+    """
+
+    rows: list[Row]
+    curves: dict[str, dict[str, list[dict[str, list[float]]]]]
+    paths: dict[str, list[dict[str, list[Any]]]]
+    warnings: list[str]
+
+
+def check(config: ClassifyConfig) -> None:
+    """Refuses options that no run can have.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+    """
+    for option, value in (("dataset", config.dataset), ("methods", config.methods)):
+        if not value:
+            raise UsageError(f"--{option}: expected at least one, got none")
+        if len(set(value)) < len(value):
+            raise UsageError(f"--{option}: expected each once, got {' '.join(value)}")
+    for option in ("seeds", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads"):
+        count = getattr(config, option)
+        if count is not None and count < 1:
+            raise UsageError(f"{_flag(option)}: expected an integer of at least 1, got {count}")
+    if any(width < 1 for width in config.hidden):
+        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
+    for option in ("entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance"):
+        _real(option, getattr(config, option), zero=False)
+    _real("l2", config.l2, zero=True)
+    if config.damping is not None:
+        _real("damping", config.damping, zero=True)
+    if config.l2 == 0 and config.damping == 0 and "pg_learned" in config.methods:
+        raise UsageError(
+            "--damping: expected a positive number with --l2 0, got 0: adding the same number to all logits changes "
+            "nothing, so the inner Hessian is singular"
+        )
+    if config.estimator == "exact" and config.num_samples is not None:
+        raise UsageError(f"--num-samples: expected none with --estimator exact, got {config.num_samples}")
+    if config.estimator == "dice" and (config.num_samples is None or config.num_samples < 2):
+        raise UsageError(
+            f"--num-samples: expected an integer of at least 2 with --estimator dice, got {config.num_samples}"
+        )
+    noisy = config.estimator == "dice" or config.batch_size is not None
+    if config.optimizer == "lbfgs" and noisy:
+        raise UsageError(
+            "--optimizer: expected adam with --estimator dice or --batch-size, got lbfgs, whose line search needs a "
+            "loss without noise"
+        )
+
+
+def run(config: ClassifyConfig) -> Outcome:
+    """Runs every method on every data set and seed.
+
+    Raises:
+        UsageError: an option or a data set that cannot be used.
+        MissingDependencyError: scikit-learn or pandas is not installed.
+        NonFiniteError: training diverged.
+    """
+    check(config)
+    tables = [data.load(name, config.target) for name in config.dataset]
+    names = [table.name for table in tables]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--dataset: expected files of different names, got {' '.join(names)}")
+    outcome = Outcome([], {name: {method: [] for method in config.methods} for name in names}, {}, [])
+    total = len(tables) * config.seeds * len(config.methods)
+    with (
+        _threads(config.threads),
+        tqdm(total=total, desc="runs", disable=None if config.progress else True, leave=False) as bar,
+    ):
+        _first_step_of_torch()
+        for table in tables:
+            for seed in range(config.seeds):
+                splits = data.split(
+                    table, test_fraction=config.test_fraction, held_out_fraction=config.held_out_fraction, seed=seed
+                )
+                for method in config.methods:
+                    bar.set_postfix_str(f"{table.name}, seed {seed}, {method}")
+                    try:
+                        _Run(config, table, splits, seed, method, outcome).run()
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"{table.name}, seed {seed}, {method}: {error}") from error
+                    bar.update()
+    return outcome
+
+
+class _Run:
+    """One method on one data set and seed."""
+
+    def __init__(
+        self, config: ClassifyConfig, table: data.Table, splits: data.Splits, seed: int, method: Method,
+        outcome: Outcome,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.name = table.name
+        self.num_classes = len(table.classes)
+        self.splits = splits
+        self.seed = seed
+        self.method = method
+        self.outcome = outcome
+        noisy = config.estimator == "dice" or config.batch_size is not None
+        self.optimizer = config.optimizer if config.optimizer != "auto" else "adam" if noisy else "lbfgs"
+        self.tolerance = 0.0 if noisy else SOLVED
+        self.damping = DEFAULT_DAMPING[config.estimator] if config.damping is None else config.damping
+        self.steps = config.steps or DEFAULT_STEPS[self.optimizer]
+
+    def run(self) -> None:
+        """Trains, and adds the row and the learning curve to the outcome."""
+        curve: dict[str, list[float]] = {"step": [], "nll": [], "accuracy": []}
+        policy = self._policy()
+        started = time.perf_counter()
+        precision = self._precision()
+        spent = time.perf_counter() - started
+
+        def watch(step: int, _: float = 0.0) -> None:
+            nonlocal started, spent
+            # Looking at the test rows is no part of training, nor of its time.
+            spent += time.perf_counter() - started
+            found = self._evaluate(policy)
+            curve["step"].append(step + 1)
+            curve["nll"].append(found["nll"])
+            curve["accuracy"].append(found["accuracy"])
+            started = time.perf_counter()
+
+        started = time.perf_counter()
+        self._train(policy, precision, self.splits.train, watch)
+        spent += time.perf_counter() - started
+        u = None if precision is None else float(_diagonal(precision).mean())
+        row = {"dataset": self.name, "method": self.method, "seed": self.seed}
+        self.outcome.rows.append(row | self._evaluate(policy) | {"u": u, "seconds": spent})
+        self.outcome.curves[self.name][self.method].append(curve)
+
+    def _train(
+        self, policy: CategoricalPolicy, precision: Tensor | None, rows: Batch,
+        callback: Callable[[int, float], None] | None = None,
+    ) -> None:  # fmt: skip
+        """Policy gradient under the one-hot Mahalanobis reward of that precision; likelihood for None."""
+        options: dict[str, Any] = {
+            "batch_size": self.config.batch_size, "tolerance": self.tolerance, "seed": self.seed, "callback": callback,
+        }  # fmt: skip
+        optimizer = self._optimizer(list(policy.parameters()))
+        if precision is None:
+            loss = NegativeLogLikelihood(self._l2(rows))
+            train_nll(policy, rows, optimizer, self.steps, loss=loss, **options)
+        else:
+            reward = TableReward(one_hot_table(precision, self.num_classes))
+            train_policy_gradient(policy, reward, rows, optimizer, self.steps, loss=self._inner_loss(rows), **options)
+
+    def _precision(self) -> Tensor | None:
+        """U of the method, detached; None for likelihood."""
+        config = self.config
+        if self.method == "nll":
+            return None
+        if self.method == "pg_identity":
+            return torch.ones((), dtype=torch.float64)
+        if self.method == "pg_heuristic":
+            return self._optimal(marginal_covariance(self._one_hot(self.splits.train)))
+        if self.method == "pg_heuristic_residual":
+            # Residuals of rows that the policy was trained on would be too small.
+            policy = self._policy()
+            self._train(policy, None, self.splits.fit)
+            with torch.no_grad():
+                predicted = torch.softmax(policy(self.splits.held_out.inputs), dim=-1)
+            return self._optimal(residual_covariance(self._one_hot(self.splits.held_out) - predicted))
+        reward = OneHotMahalanobisReward(self.num_classes, config.reward).double()
+        trainer = BilevelTrainer(
+            self._policy(),
+            reward,
+            inner_data=self.splits.fit,
+            outer_data=self.splits.held_out,
+            inner_optimizer=self._optimizer,
+            outer_optimizer=torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate),
+            inner_steps=config.inner_steps or DEFAULT_INNER_STEPS[self.optimizer],
+            inner_loss=self._inner_loss(self.splits.fit),
+            outer_loss=NegativeLogLikelihood(),
+            hypergradient=ImplicitCG(self.damping, config.cg_tolerance, config.cg_iterations),
+            inner_tolerance=self.tolerance,
+            keep_inner_state=self.optimizer == "adam",
+            batch_size=config.batch_size,
+            seed=self.seed,
+            progress=config.progress,
+            description=f"{self.name}, seed {self.seed}: reward",
+        )
+        self._record_path(trainer.fit(config.outer_steps))
+        return reward.precision().detach()
+
+    def _record_path(self, history: list[OuterStep]) -> None:
+        path: dict[str, list[Any]] = {"outer_loss": [], "precision": []}
+        for step in history:
+            assert step.reward is not None
+            path["outer_loss"].append(step.outer_loss)
+            path["precision"].append(_diagonal(step.reward).tolist())
+        self.outcome.paths.setdefault(self.name, []).append(path)
+        flawed = [step for step in history if step.problems]
+        if flawed:
+            self.outcome.warnings.append(
+                f"{self.name}, seed {self.seed}, {self.method}: {len(flawed)} of {len(history)} outer steps had an "
+                f"imperfect hypergradient; the last: {flawed[-1].problems[0]}"
+            )
+
+    def _optimal(self, covariance: Tensor) -> Tensor:
+        # One-hot labels sum to one, so the covariance is singular and "full" takes the pseudo-inverse.
+        ridge = None if self.config.reward == "full" else 0.0
+        return optimal_precision(covariance, self.config.entropy_coef, self.config.reward, ridge=ridge)
+
+    def _one_hot(self, rows: Batch) -> Tensor:
+        return functional.one_hot(rows.target, self.num_classes).to(rows.inputs.dtype)
+
+    def _policy(self) -> CategoricalPolicy:
+        """The initial policy: the same for every method of a seed."""
+        features = self.splits.train.inputs.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if self.config.policy == "linear":
+                return LinearCategorical(features, self.num_classes).double()
+            return MLPCategorical(features, self.num_classes, hidden=self.config.hidden).double()
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.config.learning_rate)
+        return torch.optim.LBFGS(
+            parameters,
+            max_iter=1,
+            # Else it is 1.25 max_iter, which leaves the line search no evaluation.
+            max_eval=LINE_SEARCH,
+            history_size=LBFGS_HISTORY,
+            tolerance_grad=0.1 * SOLVED / math.sqrt(sum(p.numel() for p in parameters)),
+            tolerance_change=1e-12,
+            line_search_fn="strong_wolfe",
+        )
+
+    def _inner_loss(self, rows: Batch) -> PolicyGradient:
+        config = self.config
+        return PolicyGradient(
+            entropy_coef=config.entropy_coef,
+            estimator=config.estimator,
+            num_samples=config.num_samples,
+            l2=config.entropy_coef * self._l2(rows),
+        )
+
+    def _l2(self, rows: Batch) -> float:
+        return self.config.l2 / rows.inputs.shape[0]
+
+    def _evaluate(self, policy: CategoricalPolicy) -> dict[str, float]:
+        with torch.no_grad():
+            log_probabilities = torch.log_softmax(policy(self.splits.test.inputs), dim=-1)
+        return metrics.classification(log_probabilities, self.splits.test.target)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _first_step_of_torch() -> None:
+    """The first optimiser step of a process imports a second's worth of torch: no method's time."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.Adam([parameter]).step()
+
+
+def _diagonal(precision: Tensor) -> Tensor:
+    return precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _real(option: str, value: float, *, zero: bool) -> None:
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        expected = "a finite number of at least 0" if zero else "a finite positive number"
+        raise UsageError(f"{_flag(option)}: expected {expected}, got {value}")

@@ -1,0 +1,128 @@
+"""What a run leaves behind: results.json and the table on the terminal."""
+
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import atomic
+
+Row = dict[str, Any]
+KEYS = ("dataset", "method", "seed")
+
+
+def document(experiment: str, config: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """The contents of results.json.
+
+    Args:
+        experiment: its name.
+        config: the options of the run.
+        rows: one dictionary a run: "dataset", "method", "seed" and metrics, None where one does not apply.
+
+    Returns:
+        {"experiment", "config", "versions", "rows", "summary"}, see `summarise`.
+    """
+    return {
+        "experiment": experiment,
+        "config": dict(config),
+        "versions": versions(),
+        "rows": list(rows),
+        "summary": summarise(rows),
+    }
+
+
+def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Means over seeds, for each data set and method in the order of first appearance.
+
+    Returns:
+        dictionaries {"dataset", "method", "seeds": how many, metric: {"mean", "half_width"}, ...}: the 95% interval
+        is mean ± half_width by Student's t, None for a single seed. A metric that does not apply is left out.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["dataset"], row["method"]), []).append(row)
+    summary = []
+    for (dataset, method), members in groups.items():
+        entry: dict[str, Any] = {"dataset": dataset, "method": method, "seeds": len(members)}
+        for metric in members[0]:
+            values = [member[metric] for member in members]
+            if metric not in KEYS and None not in values:
+                entry[metric] = interval(values)
+        summary.append(entry)
+    return summary
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """{"mean", "half_width"} of the two-sided 95% Student t interval of the mean; None for a single value."""
+    mean = float(np.mean(values))
+    count = len(values)
+    if count < 2:
+        return {"mean": mean, "half_width": None}
+    return {"mean": mean, "half_width": t_quantile(count - 1) * float(np.std(values, ddof=1)) / math.sqrt(count)}
+
+
+def t_quantile(degrees: int, level: float = 0.95) -> float:
+    """t with P(|T| < t) = level, for Student's t with `degrees` of freedom.
+
+    With t = √ν tan s, P(|T| < t) = 2 Γ((ν+1)/2) / (√π Γ(ν/2)) ∫₀ˢ cosᵛ⁻¹ ds: a smooth integrand over a bounded range,
+    so that quadrature and bisection do, and scipy need not be there.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    scale = 2.0 * math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        angles = 0.5 * middle * (nodes + 1.0)
+        inside = scale * 0.5 * middle * float(weights @ np.cos(angles) ** (degrees - 1))
+        low, high = (middle, high) if inside < level else (low, middle)
+    return math.sqrt(degrees) * math.tan(0.5 * (low + high))
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that a result depends on, None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("po-kernels", "torch", "numpy", "scikit-learn", "pandas"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes content as JSON, all of it or nothing.
+
+    Raises:
+        ValueError: it holds an infinity or a NaN, which JSON does not have.
+        OSError: the folder cannot be written to.
+    """
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    with atomic(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as lines of a table: mean ± half-width of the 95% interval."""
+    metrics = list(dict.fromkeys(key for entry in summary for key in entry if key not in (*KEYS, "seeds")))
+    lines = [["dataset", "method", "seeds", *metrics]]
+    for entry in summary:
+        cells = [_cell(entry.get(metric)) for metric in metrics]
+        lines.append([entry["dataset"], entry["method"], str(entry["seeds"]), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def _cell(value: Mapping[str, float | None] | None) -> str:
+    if value is None:
+        return "-"
+    mean, half_width = value["mean"], value["half_width"]
+    if half_width is None:
+        return f"{mean:.4g}"
+    digits = 1 if abs(mean or 0.0) >= 10 else 3
+    return f"{mean:.{digits}f} ± {half_width:.{digits}f}"
