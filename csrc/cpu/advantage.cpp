@@ -14,7 +14,7 @@ Verdict group_advantage(const GroupAdvantage& call) {
     Surrogate s{};
     s.has_rbf = call.has_rbf;
     s.rbf_gamma = call.rbf_gamma;
-    for_each_tile<V>(call, sizeof(V) * size_t(3 * count) + 1024, [&](Tile tile, Arena<V> arena) {
+    for_each_tile<V>(call, 8 * count, sizeof(V) * size_t(3 * count) + 1024, [&](Tile tile, Arena<V> arena) {
       V* reward = arena.take(count);
       V* advantage = arena.take(count);
       V* pull = arena.take(count);

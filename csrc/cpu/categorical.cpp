@@ -95,8 +95,9 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     const SharedSums sums{classes * classes, call.grad_reward_table != nullptr, false};
     const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(2 * classes) +
                          sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
-    const auto totals =
-        for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
+    const auto totals = for_each_tile<V>(
+        call, 8 * classes + samples * (16 + classes), sums, bytes,
+        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
           V* logits = arena.take(classes);
           V* column = arena.take(classes);
           V* work = arena.take(3 * classes + 4 * samples);
@@ -149,7 +150,7 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     const Surrogate s = surrogate(call);
     const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(classes + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
-    for_each_tile<V>(call, SharedSums{0, false, true}, bytes,
+    for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
                      [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) {
                        V* logits = arena.take(classes);
                        V* rewards = arena.take(samples);
@@ -190,7 +191,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
     if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(classes) + 1024;
-    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
+    for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) {
       V* logits = arena.take(classes);
       V* p = arena.take(classes);
       V* log_p = arena.take(classes);
@@ -228,7 +229,7 @@ Verdict categorical_sample(const CategoricalSample& call) {
     const Verdict verdict = check_logits<T>(call.rows, classes, call.logits);
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = sizeof(Word<V>) * size_t(call.samples) + sample_bytes<V>(classes) + 1024;
-    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
+    for_each_tile<V>(call, 8 * classes + call.samples * (16 + classes), bytes, [&](Tile tile, Arena<V> arena) {
       Word<V>* labels = arena.template take<Word<V>>(call.samples);
       sample_labels(call, call.logits, call.samples, classes, tile, arena, labels);
       for (int64_t g = 0; g < call.samples; ++g) {

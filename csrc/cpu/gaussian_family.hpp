@@ -102,6 +102,12 @@ size_t policy_bytes(int64_t dim) {
          sizeof(Primal<V>) * size_t(2 * dim + Scale<V>::size(dim)) + 1024;
 }
 
+// Elementary operations a sample, roughly.
+template <class S>
+int64_t gaussian_operations(int64_t dim) {
+  return dim * (8 + dim + (S::triangular ? 2 * dim : 0));
+}
+
 // Standard normals of a tile's rows, (samples, dim) lane values.
 template <class P>
 void load_noise(const RandomNumbers& call, Tile tile, int64_t samples, int64_t dim, P* noise) {
@@ -128,8 +134,9 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
     const SharedSums sums{precision_terms(call.precision_kind, dim), call.grad_precision != nullptr, true};
     const size_t bytes =
         policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(4 * dim + 4 * samples) + sizeof(P) * size_t(samples * dim);
-    const auto totals =
-        for_each_tile<V>(call, sums, bytes, [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
+    const auto totals = for_each_tile<V>(
+        call, (samples + 1) * gaussian_operations<Scale<V>>(dim), sums, bytes,
+        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
           V* mean;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
           V* target = arena.take(dim);
@@ -180,7 +187,7 @@ Verdict gaussian_surrogate_loss_of(const GaussianSurrogateLoss& call) {
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim + 5 * samples) +
                          sizeof(P) * size_t(samples * (dim + 1));
-    for_each_tile<V>(call, SharedSums{0, false, true}, bytes,
+    for_each_tile<V>(call, (samples + 1) * gaussian_operations<Scale<V>>(dim), SharedSums{0, false, true}, bytes,
                      [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) {
                        V* mean;
                        const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
@@ -225,27 +232,29 @@ Verdict gaussian_log_prob_of(const GaussianLogProb& call) {
     const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim);
-    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
-      V* mean;
-      const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-      V* value = arena.take(dim);
-      V* work = arena.take(2 * dim);
-      P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
-      P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
-      P* grad_value = call.grad_value ? arena.template take<P>(dim) : nullptr;
-      clear(dim, grad_mean);
-      clear(scale.size(), grad_scale);
-      for (int64_t i = 0; i < call.count; ++i) {
-        V weight{};
-        load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
-        if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
-        const P result = output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
-        store(tile, &result, 1, slice<T>(call.out, i, call.rows, 1));
-        if (grad_value) store(tile, grad_value, dim, slice<T>(call.grad_value, i, call.rows, dim));
-      }
-      if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
-      if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
-    });
+    for_each_tile<V>(
+        call, (call.count + 1) * gaussian_operations<Scale<V>>(dim), bytes, [&](Tile tile, Arena<V> arena) {
+          V* mean;
+          const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+          V* value = arena.take(dim);
+          V* work = arena.take(2 * dim);
+          P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
+          P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
+          P* grad_value = call.grad_value ? arena.template take<P>(dim) : nullptr;
+          clear(dim, grad_mean);
+          clear(scale.size(), grad_scale);
+          for (int64_t i = 0; i < call.count; ++i) {
+            V weight{};
+            load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
+            if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
+            const P result =
+                output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
+            store(tile, &result, 1, slice<T>(call.out, i, call.rows, 1));
+            if (grad_value) store(tile, grad_value, dim, slice<T>(call.grad_value, i, call.rows, dim));
+          }
+          if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
+          if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+        });
     return {};
   });
 }
@@ -260,32 +269,33 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
     const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t(2 * dim);
-    for_each_tile<V>(call, bytes, [&](Tile tile, Arena<V> arena) {
-      V* mean;
-      const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-      V* sample = arena.take(dim);
-      V* slope = arena.take(dim);
-      P* noise = arena.template take<P>(dim);
-      P* result = arena.template take<P>(dim);
-      P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
-      P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
-      clear(dim, grad_mean);
-      clear(scale.size(), grad_scale);
-      Word<V> low, high;
-      row_numbers(call, tile, low, high);
-      for (int64_t g = 0; g < call.samples; ++g) {
-        standard_normals(call.seed, uint32_t(g), low, high, dim, noise);
-        scale.stretch(noise, sample);
-        for (int64_t j = 0; j < dim; ++j) result[j] = output(mean[j] + sample[j]);
-        store(tile, result, dim, slice<T>(call.out, g, call.rows, dim));
-        if (grad_mean || grad_scale) {
-          load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
-          scale.add_path(slope, noise, grad_mean, grad_scale);
-        }
-      }
-      if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
-      if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
-    });
+    for_each_tile<V>(call, (call.samples + 1) * gaussian_operations<Scale<V>>(dim), bytes,
+                     [&](Tile tile, Arena<V> arena) {
+                       V* mean;
+                       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+                       V* sample = arena.take(dim);
+                       V* slope = arena.take(dim);
+                       P* noise = arena.template take<P>(dim);
+                       P* result = arena.template take<P>(dim);
+                       P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
+                       P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
+                       clear(dim, grad_mean);
+                       clear(scale.size(), grad_scale);
+                       Word<V> low, high;
+                       row_numbers(call, tile, low, high);
+                       for (int64_t g = 0; g < call.samples; ++g) {
+                         standard_normals(call.seed, uint32_t(g), low, high, dim, noise);
+                         scale.stretch(noise, sample);
+                         for (int64_t j = 0; j < dim; ++j) result[j] = output(mean[j] + sample[j]);
+                         store(tile, result, dim, slice<T>(call.out, g, call.rows, dim));
+                         if (grad_mean || grad_scale) {
+                           load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
+                           scale.add_path(slope, noise, grad_mean, grad_scale);
+                         }
+                       }
+                       if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
+                       if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+                     });
     return {};
   });
 }

@@ -172,11 +172,19 @@ struct Chunks {
   }
 };
 
-// Runs body(tile, arena) over all rows.
+// Threads worth waking for rows that cost so many elementary operations each: waking one takes as long as some ten
+// thousand of them.
+inline int worthwhile_threads(const Call& call, int64_t operations) {
+  constexpr double kOperationsPerThread = 65536;
+  const double wanted = double(call.rows) * double(operations) / kOperationsPerThread;
+  return int(std::min(double(call.threads), 1.0 + wanted));
+}
+
+// Runs body(tile, arena) over all rows of so many operations each.
 template <class V, class Body>
-void for_each_tile(const Call& call, size_t scratch_bytes, Body body) {
+void for_each_tile(const Call& call, int64_t operations, size_t scratch_bytes, Body body) {
   const Chunks chunks(call.rows, 64);
-  parallel_for(chunks.count, call.threads, [&](int64_t chunk) {
+  parallel_for(chunks.count, worthwhile_threads(call, operations), [&](int64_t chunk) {
     const Arena<V> arena{static_cast<char*>(scratch(scratch_bytes))};
     chunks.for_each_tile<LaneTraits<V>::width>(chunk, [&](Tile tile) { body(tile, arena); });
   });
@@ -200,11 +208,12 @@ struct SharedSums {
   bool by_lane;
 };
 
-// Runs body(tile, arena, shared, loss, stats) over all rows: it writes one lane value for the losses of the tile's rows
-// and five for their statistics, and adds to `shared`. Writes call.loss and call.stats. Returns the totals of the
-// shared terms.
+// Runs body(tile, arena, shared, loss, stats) over all rows, of so many operations each: it writes one lane value for
+// the losses of the tile's rows and five for their statistics, and adds to `shared`. Writes call.loss and call.stats.
+// Returns the totals of the shared terms.
 template <class V, class Body>
-std::unique_ptr<double[]> for_each_tile(const LossCall& call, SharedSums sums, size_t scratch_bytes, Body body) {
+std::unique_ptr<double[]> for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, size_t scratch_bytes,
+                                        Body body) {
   using P = Primal<V>;
   using T = Element<V>;
   constexpr int width = LaneTraits<V>::width;
@@ -216,7 +225,7 @@ std::unique_ptr<double[]> for_each_tile(const LossCall& call, SharedSums sums, s
   const int64_t terms = kSumsBeforeShared + shared_terms;
   std::unique_ptr<double[]> partial(new double[size_t(std::max<int64_t>(chunks.count, 1) * terms)]());
 
-  parallel_for(chunks.count, call.threads, [&](int64_t chunk) {
+  parallel_for(chunks.count, worthwhile_threads(call, operations), [&](int64_t chunk) {
     Arena<V> arena{static_cast<char*>(scratch(scratch_bytes + sizeof(P) * size_t(shared_packs) + 64))};
     P* shared = arena.template take<P>(shared_packs);
     for (int64_t i = 0; i < shared_packs; ++i) shared[i] = P{};

@@ -105,10 +105,9 @@ class _Kernel:
         for name, x, tangent, gradient, needed in zip(self.names, inputs, tangents, gradients, needs, strict=True):
             arguments.update(_input(name, x, tangent, keep))
             arguments[f"grad_{name}"] = gradient.data_ptr() if needed else 0
-        for name, constant in zip(self.labels, constants, strict=False):
-            arguments[name] = _address(constant, keep)
-        function = getattr(extension.module, self.op)
-        code, row = function(
+        for label, constant in zip(self.labels, constants, strict=False):
+            arguments[label] = _address(constant, keep)
+        code, row = _function(self.op)(
             is_double=head.dtype == torch.float64,
             dual=dual,
             threads=torch.get_num_threads(),
@@ -126,7 +125,7 @@ def categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offse
     rows, classes = logits.shape
     labels = logits.new_empty((num_samples, rows), dtype=torch.int64)
     keep: list[Tensor] = []
-    code, row = extension.module.categorical_sample(
+    code, row = _function("categorical_sample")(
         is_double=logits.dtype == torch.float64,
         dual=False,
         rows=rows,
@@ -141,6 +140,10 @@ def categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offse
     if code:
         contract.refuse("categorical_sample", code, row)
     return labels
+
+
+def _function(op: str) -> Callable[..., tuple[int, int]]:
+    return getattr(extension.module, op)
 
 
 def _address(tensor: Tensor | None, keep: list[Tensor]) -> int:
