@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .backends import reference
+
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
 
@@ -27,6 +29,8 @@ class Decision(NamedTuple):
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every op runs on the backend `name` or raises.
 
+    Functions compiled by `torch.compile` keep the backend that they were traced with.
+
     Args:
         name: one of "native", "numba", "cuda", "triton", "reference".
 
@@ -41,6 +45,8 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+# torch.compile asks once, when it traces: a compiled function keeps its backend.
+@torch.compiler.assume_constant_result
 def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
     """The name of the backend for a call; `backend` is what the caller asked for by name.
 
@@ -65,6 +71,11 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -
 
 def kernel(backend: str, op: str, which: str) -> Callable[..., Any]:
     return module(backend).KERNELS[op][which]
+
+
+def plain(op: str) -> Callable[..., Any]:
+    """The reference's function, which torch.compile can trace."""
+    return reference.KERNELS[op]["plain"]
 
 
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:

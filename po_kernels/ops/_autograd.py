@@ -66,20 +66,6 @@ def _second(
     )  # fmt: skip
 
 
-def _scale(call: Call, gradients: Any, cotangent: Tensor) -> list[Tensor]:
-    """Unit-cotangent gradients times the cotangent, which runs along the row axis where it has one."""
-    scaled = []
-    for gradient, axis in zip(gradients, call.row_axis, strict=True):
-        if cotangent.ndim == 0:
-            scaled.append(gradient * cotangent)
-        else:
-            shape = [1] * gradient.ndim
-            assert axis is not None
-            shape[axis] = -1
-            scaled.append(gradient * cotangent.reshape(shape))
-    return scaled
-
-
 def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
     return inputs[0].new_ones(_library.VALUE_SHAPE[call.op](inputs, constants, call.config))
 
@@ -126,15 +112,18 @@ class _CompiledValue(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cotangent, *_):
+        return _CompiledValue._backward(ctx, cotangent, _gradient)
+
+    @staticmethod
+    def _backward(ctx, cotangent, gradient):
         call, saved = ctx.call, ctx.saved_tensors
         count = len(call.row_axis)
         needs = ctx.needs_input_grad[2 : 2 + count]
-        nothing = (None,) * (len(saved) - count + 2)
-        if cotangent is None:
-            return (*nothing, *needs)
-        gradients = _Gradient.apply(call, needs, cotangent, *saved)
-        gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
-        return (None, None, *gradients, *(None,) * (len(saved) - 2 * count))
+        found = (None,) * count
+        if cotangent is not None:
+            found = gradient(call, needs, cotangent, *saved)
+            found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        return (None, None, *found, *(None,) * (len(saved) - 2 * count))
 
 
 class _Value(_CompiledValue):
@@ -142,6 +131,11 @@ class _Value(_CompiledValue):
     def setup_context(ctx, inputs, output):
         _CompiledValue.setup_context(ctx, inputs, output)
         ctx.save_for_forward(*inputs[2:], *output[2:])
+
+    @staticmethod
+    def backward(ctx, cotangent, *_):
+        # Where no further derivative can be asked for, there is no need for a graph.
+        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if torch.is_grad_enabled() else _gradient)
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
@@ -158,25 +152,36 @@ class _Value(_CompiledValue):
         return _loop(_Value, info, in_dims, *args)
 
 
+def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """g ∇f(x), from (*x, *constants, *known): ∇f(x) where the forward pass had reason to compute it, else empty."""
+    count = len(call.row_axis)
+    inputs, rest = _split(call, tensors)
+    constants, known = rest[:-count], rest[-count:]
+    missing = [needed and k.shape != x.shape for needed, k, x in zip(needs, known, inputs, strict=True)]
+    result = list(known)
+    if any(missing):
+        result = list(_first(call, inputs, constants, cotangent, missing, False)[2:])
+    for i, axis in enumerate(call.row_axis):
+        if not needs[i]:
+            result[i] = known[i].new_empty(0)
+        elif not missing[i]:
+            result[i] = known[i] * _along(cotangent, axis, known[i].ndim)
+    return tuple(result)
+
+
+def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """A cotangent () or (B,) to multiply a gradient with whose axis `axis` counts rows."""
+    if cotangent.ndim == 0 or axis is None:
+        return cotangent
+    return cotangent.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
 class _Gradient(torch.autograd.Function):
-    """g ∇f(x). The trailing tensors are ∇f(x) where the forward pass had reason to compute it, else empty."""
+    """`_gradient` with derivatives."""
 
     @staticmethod
     def forward(call, needs, cotangent, *tensors):
-        count = len(call.row_axis)
-        inputs, rest = _split(call, tensors)
-        constants, known = rest[:-count], rest[-count:]
-        missing = [needed and k.shape != x.shape for needed, k, x in zip(needs, known, inputs, strict=True)]
-        result = [k.new_empty(0) for k in known]
-        if any(missing):
-            result = list(_first(call, inputs, constants, cotangent, missing, False)[2:])
-        take = [needed and not absent for needed, absent in zip(needs, missing, strict=True)]
-        if any(take):
-            pairs = [(k, axis) for k, axis, chosen in zip(known, call.row_axis, take, strict=True) if chosen]
-            part = call._replace(row_axis=tuple(axis for _, axis in pairs))
-            scaled = iter(_scale(part, [k for k, _ in pairs], cotangent))
-            result = [next(scaled) if chosen else r for r, chosen in zip(result, take, strict=True)]
-        return tuple(result)
+        return _gradient(call, needs, cotangent, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -122,8 +122,9 @@ def evaluate(
         chosen.entropy_coef, chosen.reduction, chosen.row_offset,
     )  # fmt: skip
     backend = dispatch.select(op, inputs[0].device.type, inputs[0].dtype, chosen.backend)
-    if backend == "reference" and chosen.estimator != "reinforce":
-        rows, *statistics = dispatch.kernel(backend, op, "plain")(inputs, constants, config)
+    # Plain torch would differentiate `reinforce` twice, wrongly; a compiled function refuses that by itself.
+    if backend == "reference" and (chosen.estimator != "reinforce" or torch.compiler.is_compiling()):
+        rows, *statistics = dispatch.plain(op)(inputs, constants, config)
         loss = reduce(rows, chosen.reduction)
         averaged = "none" if chosen.reduction == "none" else "mean"
         stats = tuple(reduce(column, averaged) for column in statistics)

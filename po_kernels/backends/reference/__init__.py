@@ -1,7 +1,7 @@
 """Plain torch: the definition the other backends are tested against, differentiable to any order.
 
-Losses also offer the "first" of `po_kernels.backends.contract`, for the estimator whose second derivative
-must raise.
+Losses also offer what `po_kernels.backends.contract` asks of other backends, as far as the estimator needs it whose
+second derivative must raise: "first", and of "second" the derivative of the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def _policy_loss(op: str, function: Callable[..., RowLoss], check: Callable[...,
         check(op, *inputs, *labels)
         return function(*inputs, *labels, seed, config)
 
-    return {"plain": plain, "first": _first(plain)}
+    return {"plain": plain, "first": _first(plain), "second": _second(plain)}
 
 
 def _surrogate_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _surrogate_loss(op: str, function: Callable[..., RowLoss], check: Callable[.
         check(op, *inputs, *constants)
         return function(*inputs, *constants, config)
 
-    return {"plain": plain, "first": _first(plain)}
+    return {"plain": plain, "first": _first(plain), "second": _second(plain)}
 
 
 def _value(op: str, function: Callable[..., Tensor], check: Callable[..., None]) -> dict[str, Any]:
@@ -69,10 +69,7 @@ def _first(plain: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
         with torch.enable_grad():
             inputs = [x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)]
             result = plain(inputs, constants, config)
-            count = max(result.loss.shape[0], 1)
-            loss = result.loss
-            if config.reduction != "none":
-                loss = loss.sum() / (count if config.reduction == "mean" else 1)
+            loss = _reduced(result.loss, config)
             wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
             cotangent = torch.ones_like(loss) if cotangent is None else cotangent
             found = iter(torch.autograd.grad(loss, wanted, cotangent, materialize_grads=True) if wanted else ())
@@ -81,10 +78,37 @@ def _first(plain: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
         if want_stats:
             stats = torch.stack(result[1:])
             if config.reduction != "none":
-                stats = stats.sum(dim=-1) / count
+                stats = stats.sum(dim=-1) / max(stats.shape[-1], 1)
         return [loss.detach(), stats, *gradients]
 
     return first
+
+
+def _second(plain: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
+    def second(
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        tangents: Sequence[Tensor | None],
+        cotangent: Tensor,
+        cotangent_tangent: Tensor | None,
+        needs: Sequence[bool],
+        config: OpConfig,
+    ) -> list[Tensor]:
+        if any(needs):
+            raise RuntimeError("the reference has derivatives of gradients by autograd only; use its plain function")
+        filled = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True))
+        _, tangent = torch.func.jvp(
+            lambda *x: _reduced(plain(x, constants, config).loss, config), tuple(inputs), filled
+        )
+        return [tangent, *(x.new_empty(0) for x in inputs)]
+
+    return second
+
+
+def _reduced(rows: Tensor, config: OpConfig) -> Tensor:
+    if config.reduction == "none":
+        return rows
+    return rows.sum() / (max(rows.shape[0], 1) if config.reduction == "mean" else 1)
 
 
 def _group_advantage(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> Tensor:
