@@ -11,6 +11,7 @@ g has the shape of f. A loss that is reduced to a scalar, and the row inputs of 
 with f, so that the first derivative costs a multiplication.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -310,3 +311,9 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return _loop(_Product, info, in_dims, *args)
+
+
+# Function.apply asks for the signature of `forward` at each call; reading it from the source takes longer than
+# a small kernel does.
+for _function in (_CompiledValue, _Value, _Gradient, _Derivative, _Product):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]

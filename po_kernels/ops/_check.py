@@ -55,6 +55,11 @@ def has_shape(op: str, name: str, tensor: Tensor, *allowed: Iterable[int]) -> No
         raise ValueError(f"{op}: {name}: expected shape {' or '.join(map(str, expected))}, got {shape_of(tensor)}")
 
 
+def rows(tensor: Tensor, *shape: int) -> Tensor:
+    """tensor.reshape(shape), without a node in the graph where it has that shape already."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
+
+
 def batch_before(op: str, name: str, tensor: Tensor, event: Iterable[int]) -> torch.Size:
     """The dimensions of `tensor` before `event`, with which its shape must end."""
     event = tuple(event)

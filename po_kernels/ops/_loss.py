@@ -133,7 +133,7 @@ def evaluate(
         loss, stacked = _autograd.value(call, inputs, constants)
         stats = stacked.unbind(0) if chosen.return_stats else ()
     if chosen.reduction == "none":
-        loss = loss.reshape(lead)
+        loss = _check.rows(loss, *lead)
         stats = tuple(column.reshape(lead) for column in stats)
     return (loss, LossStats(*stats)) if chosen.return_stats else loss
 
@@ -194,4 +194,4 @@ def surrogate(
         return_stats=return_stats, backend=backend,
     )  # fmt: skip
     rows = math.prod(lead)
-    return chosen, samples.reshape(num_samples, rows, *event), rewards.reshape(num_samples, rows)
+    return chosen, _check.rows(samples, num_samples, rows, *event), _check.rows(rewards, num_samples, rows)

@@ -122,7 +122,7 @@ def categorical_policy_loss(
         advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
         row_offset=row_offset, return_stats=return_stats, backend=backend,
     )  # fmt: skip
-    constants = [target.reshape(logits.shape[0])]
+    constants = [_check.rows(target, logits.shape[0])]
     if options.num_samples:
         constants.append(_check.seed_tensor(op, seed))
     return _loss.evaluate(op, options, lead, (logits, reward_table), constants, (0, None))
@@ -174,4 +174,5 @@ def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Tensor, torch.Si
     _check.floating(op, logits=logits, **others)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits: expected shape (*, C) with C of at least 1, got {_check.shape_of(logits)}")
-    return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]), logits.shape[:-1]
+    lead = logits.shape[:-1]
+    return _check.rows(logits, lead.numel(), logits.shape[-1]), lead

@@ -141,7 +141,7 @@ def gaussian_policy_loss(
     )  # fmt: skip
     _loss.no_rbf_in_closed_form(op, options, "analytic")
     constants = [_check.seed_tensor(op, seed)] if options.num_samples else []
-    inputs = (mean, log_std, target.reshape(mean.shape), precision)
+    inputs = (mean, log_std, _check.rows(target, *mean.shape), precision)
     return _loss.evaluate(op, options, lead, inputs, constants, (0, 0, 0, None))
 
 
@@ -194,5 +194,7 @@ def _policy(op: str, mean: Tensor, log_std: Tensor, **others: Tensor) -> tuple[T
         raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
     lead, dim = mean.shape[:-1], mean.shape[-1]
     _check.has_shape(op, "log_std", log_std, mean.shape, (dim,))
-    mean = mean.reshape(lead.numel(), dim)
-    return mean, log_std.reshape(-1, dim).expand(mean.shape), lead
+    mean = _check.rows(mean, lead.numel(), dim)
+    if log_std.shape != mean.shape:
+        log_std = log_std.reshape(-1, dim).expand(mean.shape)
+    return mean, log_std, lead

@@ -112,7 +112,7 @@ def mvn_policy_loss(
     )  # fmt: skip
     _loss.no_rbf_in_closed_form(op, options, "analytic")
     constants = [_check.seed_tensor(op, seed)] if options.num_samples else []
-    inputs = (mean, scale_tril, target.reshape(mean.shape), precision)
+    inputs = (mean, scale_tril, _check.rows(target, *mean.shape), precision)
     return _loss.evaluate(op, options, lead, inputs, constants, (0, 0, 0, None))
 
 
@@ -162,5 +162,8 @@ def _policy(op: str, mean: Tensor, scale_tril: Tensor, **others: Tensor) -> tupl
     lead, dim = mean.shape[:-1], mean.shape[-1]
     _check.has_shape(op, "scale_tril", scale_tril, (*lead, dim, dim), (dim, dim))
     rows = lead.numel()
-    matrices = scale_tril.reshape(rows, dim, dim) if scale_tril.ndim > 2 or not lead else scale_tril
-    return mean.reshape(rows, dim), matrices.expand(rows, dim, dim), lead
+    if scale_tril.ndim == 2 and lead:
+        matrices = scale_tril.expand(rows, dim, dim)
+    else:
+        matrices = _check.rows(scale_tril, rows, dim, dim)
+    return _check.rows(mean, rows, dim), matrices, lead
