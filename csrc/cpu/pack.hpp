@@ -186,39 +186,59 @@ PK_FN Pack<T, N> square_root(Pack<T, N> x) {
   return y;
 }
 
-// The 64-bit products of even and of odd lanes are one instruction each; the halves are then sorted.
+// Words of the even and of the odd lanes, each in the low half of 64 bits. The instruction that multiplies reads low
+// halves only, so that what is left in the high ones does no harm until `narrow` drops it.
 template <int N>
-PK_FN void multiply_wide(Pack<uint32_t, N> a, uint32_t b, Pack<uint32_t, N>& high, Pack<uint32_t, N>& low) {
-#if defined(__SSE2__)
-  using Wide = Pack<uint64_t, N / 2>;
-  const Wide pairs{reinterpret_cast<typename Wide::Vector>(a.v)};
-  const auto product = [b](Wide x) {  // of the low halves
+struct WideWords {
+  Pack<uint64_t, N / 2> even, odd;
+};
+
+template <int N>
+PK_FN WideWords<N> widen(Pack<uint32_t, N> x) {
+  const Pack<uint64_t, N / 2> pairs{reinterpret_cast<typename Pack<uint64_t, N / 2>::Vector>(x.v)};
+  return {pairs, pairs >> 32};
+}
+template <int N>
+PK_FN Pack<uint32_t, N> narrow(WideWords<N> x) {
+  const Pack<uint64_t, N / 2> both = (x.even & uint64_t(0xFFFFFFFF)) | (x.odd << 32);
+  return {reinterpret_cast<typename Pack<uint32_t, N>::Vector>(both.v)};
+}
+template <int N>
+PK_FN WideWords<N> operator^(WideWords<N> a, WideWords<N> b) {
+  return {a.even ^ b.even, a.odd ^ b.odd};
+}
+template <int N>
+PK_FN WideWords<N> operator^(WideWords<N> a, uint32_t b) {
+  return {a.even ^ uint64_t(b), a.odd ^ uint64_t(b)};
+}
+
+// Products of the low halves of 64-bit lanes.
+template <int N>
+PK_FN Pack<uint64_t, N> multiply_low_halves(Pack<uint64_t, N> x, uint32_t b) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(Wide) == 64) {
-      return by_register<__m512i, Wide>(
-          x, [b](__m512i part) { return _mm512_mul_epu32(part, _mm512_set1_epi32(int(b))); });
-    }
-#endif
-#if defined(__AVX2__)
-    if constexpr (sizeof(Wide) == 32) {
-      return by_register<__m256i, Wide>(
-          x, [b](__m256i part) { return _mm256_mul_epu32(part, _mm256_set1_epi32(int(b))); });
-    }
-#endif
-    return by_register<__m128i, Wide>(x, [b](__m128i part) { return _mm_mul_epu32(part, _mm_set1_epi32(int(b))); });
-  };
-  const Wide even = product(pairs), odd = product(pairs >> 32);
-  const uint64_t upper = 0xFFFFFFFF00000000u;
-  const Wide highs = (even >> 32) | (odd & upper), lows = (even & ~upper) | (odd << 32);
-  high.v = reinterpret_cast<typename Pack<uint32_t, N>::Vector>(highs.v);
-  low.v = reinterpret_cast<typename Pack<uint32_t, N>::Vector>(lows.v);
-#else
-  for (int i = 0; i < N; ++i) {
-    const uint64_t product = static_cast<uint64_t>(a.v[i]) * b;
-    high.v[i] = static_cast<uint32_t>(product >> 32);
-    low.v[i] = static_cast<uint32_t>(product);
+  if constexpr (N == 8) {
+    return by_register<__m512i, Pack<uint64_t, N>>(
+        x, [b](__m512i part) { return _mm512_mul_epu32(part, _mm512_set1_epi32(int(b))); });
   }
 #endif
+#if defined(__AVX2__)
+  if constexpr (N == 4) {
+    return by_register<__m256i, Pack<uint64_t, N>>(
+        x, [b](__m256i part) { return _mm256_mul_epu32(part, _mm256_set1_epi32(int(b))); });
+  }
+#endif
+#if defined(__SSE2__)
+  return by_register<__m128i, Pack<uint64_t, N>>(
+      x, [b](__m128i part) { return _mm_mul_epu32(part, _mm_set1_epi32(int(b))); });
+#else
+  return (x & uint64_t(0xFFFFFFFF)) * uint64_t(b);
+#endif
+}
+
+template <int N>
+PK_FN void multiply_wide(WideWords<N> a, uint32_t b, WideWords<N>& high, WideWords<N>& low) {
+  low = {multiply_low_halves(a.even, b), multiply_low_halves(a.odd, b)};
+  high = {low.even >> 32, low.odd >> 32};
 }
 
 // Lane i of table[index[i]], and the addition to it.

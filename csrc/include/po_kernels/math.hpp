@@ -105,6 +105,12 @@ template <class V>
 PK_FN std::enable_if_t<std::is_floating_point<V>::value, bool> element_mask(bool mask) {
   return mask;
 }
+PK_FN uint32_t widen(uint32_t word) {
+  return word;
+}
+PK_FN uint32_t narrow(uint32_t word) {
+  return word;
+}
 PK_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = static_cast<uint64_t>(a) * b;
   high = static_cast<uint32_t>(product >> 32);

@@ -7,23 +7,29 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// W: one 32-bit word a lane. The key is the same in all lanes.
+// One 32-bit word a lane; the key is the same in all lanes. The rounds run on wide words, whatever form of a word
+// the lanes multiply best.
 template <class W>
 PK_FN void philox4x32(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
   uint32_t k0 = static_cast<uint32_t>(key);
   uint32_t k1 = static_cast<uint32_t>(key >> 32);
+  auto w0 = widen(c0), w1 = widen(c1), w2 = widen(c2), w3 = widen(c3);
   PK_UNROLL
   for (int round = 0; round < 10; ++round) {
-    W high0, low0, high1, low1;
-    multiply_wide(c0, 0xD2511F53u, high0, low0);
-    multiply_wide(c2, 0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ k0;
-    c1 = low1;
-    c2 = high0 ^ c3 ^ k1;
-    c3 = low0;
+    decltype(w0) high0, low0, high1, low1;
+    multiply_wide(w0, 0xD2511F53u, high0, low0);
+    multiply_wide(w2, 0xCD9E8D57u, high1, low1);
+    w0 = high1 ^ w1 ^ k0;
+    w1 = low1;
+    w2 = high0 ^ w3 ^ k1;
+    w3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
+  c0 = narrow(w0);
+  c1 = narrow(w1);
+  c2 = narrow(w2);
+  c3 = narrow(w3);
 }
 
 // ln u for u = ((word >> 8) + 1/2) 2^-24. Both n = 2 (word >> 8) + 1 and 2^25 - n are exact in float up to 2^24,

@@ -1,0 +1,296 @@
+"""Random calls of every op, and the backends that serve them: what a new kernel has to pass, by registering."""
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import po_kernels as pk
+from po_kernels import dispatch
+
+ADVANTAGES = ("none", "min", "mean", "loo", "standardized")
+REDUCTIONS = ("mean", "sum", "none")
+PRECISIONS = ("scalar", "diagonal", "full")
+
+GAUSSIAN_LOSSES = ("gaussian_policy_loss", "mvn_policy_loss")
+POLICY_LOSSES = (*GAUSSIAN_LOSSES, "categorical_policy_loss")
+SURROGATE_LOSSES = ("gaussian_surrogate_loss", "mvn_surrogate_loss", "categorical_surrogate_loss")
+LOSSES = (*POLICY_LOSSES, *SURROGATE_LOSSES)
+LOG_PROBS = ("gaussian_log_prob", "mvn_log_prob", "categorical_log_prob")
+SAMPLES = ("gaussian_sample", "mvn_sample", "categorical_sample")
+OPS = (*LOSSES, *LOG_PROBS, *SAMPLES, "group_advantage")
+DIFFERENTIABLE = tuple(op for op in OPS if op != "categorical_sample")
+
+ESTIMATORS = {
+    "gaussian_policy_loss": ("analytic", "reparam", "dice", "reinforce"),
+    "mvn_policy_loss": ("analytic", "reparam", "dice", "reinforce"),
+    "categorical_policy_loss": ("exact", "dice", "reinforce"),
+    "gaussian_surrogate_loss": ("reparam", "dice", "reinforce"),
+    "mvn_surrogate_loss": ("reparam", "dice", "reinforce"),
+    "categorical_surrogate_loss": ("dice", "reinforce"),
+}
+
+LEADS = ((), (1,), (2,), (5,), (1, 1), (2, 3), (3, 1, 2))
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
+GROUPS = (1, 2, 3, 4, 5, 8, 13)
+
+
+def fused(op: str) -> list[str]:
+    """The backends besides the reference that serve `op` on the CPU."""
+    names = []
+    for name in dispatch.BACKENDS:
+        if name == "reference":
+            continue
+        backend = dispatch.module(name)
+        if backend.unavailable() is None and backend.refuses(op, "cpu", torch.float32) is None:
+            assert backend.refuses(op, "cpu", torch.float64) is None
+            names.append(name)
+    return names
+
+
+def serving(op: str) -> list[str]:
+    return ["reference", *fused(op)]
+
+
+def fused_pairs(ops: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(op, backend) for op in ops for backend in fused(op)]
+
+
+def pairs(ops: tuple[str, ...]) -> list[tuple[str, str]]:
+    return [(op, backend) for op in ops for backend in serving(op)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of an op.
+
+    Attributes:
+        tensors: the differentiable arguments.
+        constants: the other tensors: labels, samples.
+        options: the rest.
+        terms: how many products are summed into one entry of a result, to an order of magnitude.
+    """
+
+    op: str
+    tensors: dict[str, Tensor]
+    constants: dict[str, Tensor]
+    options: dict[str, Any]
+    terms: int
+
+    def __call__(self, *tensors: Tensor, backend: str | None = "reference", **changes: Any) -> Any:
+        """The op with `tensors` in place of the first differentiable arguments."""
+        named = {**self.tensors, **dict(zip(self.tensors, tensors, strict=False))}
+        return getattr(pk, self.op)(**named, **self.constants, **{**self.options, **changes}, backend=backend)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Leaves that require a gradient."""
+        return [x.detach().clone().requires_grad_() for x in self.tensors.values()]
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        def cast(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items()}
+
+        return replace(self, tensors=cast(self.tensors), constants=cast(self.constants))
+
+    def with_options(self, **changes: Any) -> "Case":
+        return replace(self, options={**self.options, **changes})
+
+    def __str__(self) -> str:
+        shapes = {name: tuple(x.shape) for name, x in {**self.tensors, **self.constants}.items()}
+        return f"{self.op} {shapes} {self.options}"
+
+
+def normal(rng: random.Random, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def uniform(rng: random.Random, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+
+def labels(rng: random.Random, classes: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    return torch.randint(classes, shape, generator=generator)
+
+
+def precision(rng: random.Random, kind: str, dim: int) -> Tensor:
+    """Positive, about 1, so that rewards grow with `dim` alone."""
+    if kind == "scalar":
+        return 0.5 + uniform(rng)
+    if kind == "diagonal":
+        return 0.5 + uniform(rng, dim)
+    root = normal(rng, dim, dim) / dim**0.5
+    product = root @ root.mT
+    return 0.5 * (product + product.mT) + 0.3 * torch.eye(dim, dtype=torch.float64)
+
+
+def scale_tril(rng: random.Random, *shape: int) -> Tensor:
+    """(*, D, D), well conditioned."""
+    off = torch.tril(normal(rng, *shape), -1) * (0.3 / shape[-1] ** 0.5)
+    return off + torch.diag_embed(0.5 + uniform(rng, *shape[:-1]))
+
+
+def draw(
+    op: str,
+    seed: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    lead: tuple[int, ...] | None = None,
+    dim: int | None = None,
+    group: int | None = None,
+    precision_kind: str | None = None,
+    shared_scale: bool | None = None,
+    mask: bool | None = None,
+    **options: Any,
+) -> Case:
+    """A random call of `op`, reproducible from its seed; keywords fix a part of it.
+
+    Args:
+        dim: D, or the number of classes C.
+        group: G.
+        shared_scale: log_std (D,), or scale_tril (D, D), in place of one a row.
+        mask: some logits are -inf.
+        options: of the op.
+    """
+    rng = random.Random(f"{op} {seed}")
+    pick = rng.choice
+    chosen_lead, chosen_dim, chosen_group = pick(LEADS), pick(SIZES), pick(GROUPS)
+    chosen_kind, chosen_shared, chosen_mask = pick(PRECISIONS), rng.random() < 0.3, rng.random() < 0.3
+    lead = chosen_lead if lead is None else lead
+    dim = chosen_dim if dim is None else dim
+    group = chosen_group if group is None else group
+    kind = chosen_kind if precision_kind is None else precision_kind
+    shared = chosen_shared if shared_scale is None else shared_scale
+    mask = chosen_mask if mask is None else mask
+    family = op.split("_")[0]
+    what = op.removeprefix(f"{family}_")
+
+    tensors: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = {}
+    arguments: dict[str, Any] = {}
+    if family == "gaussian":
+        tensors["mean"] = normal(rng, *lead, dim)
+        tensors["log_std"] = 0.5 * normal(rng, *(() if shared else lead), dim)
+    elif family == "mvn":
+        tensors["mean"] = normal(rng, *lead, dim)
+        tensors["scale_tril"] = scale_tril(rng, *(() if shared else lead), dim, dim)
+    elif family == "categorical":
+        logits = normal(rng, *lead, dim)
+        if mask:
+            # The first class stays: a row has to have one.
+            hidden = uniform(rng, *lead, dim) < 0.3
+            hidden[..., 0] = False
+            logits = logits.masked_fill(hidden, float("-inf"))
+        tensors["logits"] = logits
+
+    if what == "policy_loss":
+        if family == "categorical":
+            tensors["reward_table"] = normal(rng, dim, dim)
+            constants["target"] = labels(rng, dim, *lead)
+        else:
+            tensors["target"] = normal(rng, *lead, dim)
+            tensors["precision"] = precision(rng, kind, dim)
+    elif what == "surrogate_loss":
+        tensors["rewards"] = normal(rng, group, *lead)
+        if family == "categorical":
+            constants["samples"] = labels(rng, 1 if mask else dim, group, *lead)
+        else:
+            constants["samples"] = normal(rng, group, *lead, dim)
+    elif what == "log_prob":
+        extra = pick(((), (1,), (3,), (2, 2)))
+        if family == "categorical":
+            constants["value"] = labels(rng, 1 if mask else dim, *extra, *lead)
+        else:
+            tensors["value"] = normal(rng, *extra, *lead, dim)
+    elif what == "sample":
+        arguments = {"num_samples": group, "seed": rng.getrandbits(64), "row_offset": pick((0, 5, 2**33 + 7))}
+    else:
+        tensors["rewards"] = normal(rng, group, *lead)
+        arguments = {"kind": _advantage(rng, group), "rbf_gamma": pick((None, None, 0.3))}
+
+    if op in LOSSES:
+        estimator = options.get("estimator", pick(ESTIMATORS[op]))
+        closed = estimator in ("analytic", "exact")
+        # About the size of a reward, so that exp(γ r) stays within a few orders of magnitude of 1.
+        gamma = pick((None, None, 0.5 / (dim + 1) if family != "categorical" else 0.4))
+        arguments = {
+            "estimator": estimator,
+            "advantage": _advantage(rng, group),
+            "rbf_gamma": None if estimator == "analytic" else gamma,
+            "entropy_coef": pick((0.0, 0.3, 1.7)),
+            "reduction": pick(REDUCTIONS),
+        }
+        if what == "policy_loss" and not closed:
+            arguments["num_samples"] = group
+            arguments["seed"] = rng.getrandbits(64) - 2**63
+            arguments["row_offset"] = pick((0, 5, 2**33 + 7))
+    case = Case(op, tensors, constants, {**arguments, **options}, group * dim + dim * dim)
+    return case.to(dtype)
+
+
+def _advantage(rng: random.Random, group: int) -> str:
+    return rng.choice([kind for kind in ADVANTAGES if kind != "loo" or group > 1])
+
+
+def directions(case: Case, seed: int) -> list[Tensor]:
+    """A tangent for each differentiable argument."""
+    rng = random.Random(f"directions {seed}")
+    return [normal(rng, *x.shape).to(x.dtype) for x in case.tensors.values()]
+
+
+def cotangent_like(output: Tensor, seed: int) -> Tensor:
+    rng = random.Random(f"cotangent {seed}")
+    return normal(rng, *output.shape).to(output.dtype)
+
+
+def derivatives(case: Case, backend: str, seed: int = 0, *, second: bool = True) -> dict[str, list[Tensor]]:
+    """Value, statistics, gradients, and the gradient of gradients·directions in all inputs and the cotangent."""
+    inputs = case.inputs
+    if case.op in LOSSES:
+        output, stats = case(*inputs, backend=backend, return_stats=True)
+    else:
+        output, stats = case(*inputs, backend=backend), ()
+    result = {"value": [output.detach()]}
+    if stats:
+        assert not any(x.requires_grad for x in stats)
+        result["statistics"] = list(stats)
+    cotangent = cotangent_like(output, seed).requires_grad_()
+    gradients = torch.autograd.grad(output, inputs, cotangent, create_graph=second, materialize_grads=True)
+    result["first"] = [x.detach() for x in gradients]
+    if second:
+        product = sum((g * v).sum() for g, v in zip(gradients, directions(case, seed), strict=True))
+        wanted = (*inputs, cotangent)
+        result["second"] = list(torch.autograd.grad(product, wanted, materialize_grads=True))
+    for name, order in result.items():
+        for x in order:
+            # A masked target has log-probability -inf, which is a statistic and nothing else.
+            right = ~x.isnan() if name == "statistics" else x.isfinite()
+            assert right.all(), f"{name} is not finite: {case}"
+    return result
+
+
+def largest(tensors: list[Tensor]) -> float:
+    return max(
+        (float(x.detach().nan_to_num(posinf=0, neginf=0).abs().max()) for x in tensors if x.numel()), default=0.0
+    )
+
+
+def distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference, infinite if there is a nan; the shapes have to be equal."""
+    worst = 0.0
+    for x, y in zip(found, expected, strict=True):
+        assert x.shape == y.shape
+        x, y = x.detach().double(), y.detach().double()
+        if x.numel():
+            apart = torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+            worst = max(worst, float(apart.max()))
+    return worst
+
+
+def repeats_second_order(case: Case) -> bool:
+    return case.options.get("estimator") != "reinforce"

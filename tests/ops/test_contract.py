@@ -1,0 +1,283 @@
+"""Every op on every backend against the reference: value, gradients, second derivatives, forward mode, compilation."""
+
+import pytest
+import torch
+from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
+
+import po_kernels as pk
+from po_kernels.ops import _library
+
+from .cases import (
+    DIFFERENTIABLE,
+    LOSSES,
+    Case,
+    cotangent_like,
+    derivatives,
+    directions,
+    distance,
+    draw,
+    fused,
+    fused_pairs,
+    largest,
+    pairs,
+    repeats_second_order,
+    serving,
+)
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def allowed(case: Case, exact: list, reference: list, order: int) -> float:
+    """How far from the float64 result a backend may be: the reference's own error at that dtype, and rounding.
+
+    An entry is a sum of about n products (`case.terms`, and at most 16 operations in each product), so that
+    its rounding error is at most (n + 16) eps Σ|terms|. The terms of a sum are larger than the result only
+    where they cancel; over the tensors of one order of derivative together, and for the inputs drawn here,
+    Σ|terms| stays below 4 times the largest entry.
+    """
+    scale = largest(exact)
+    if case.options.get("kind") == "standardized":
+        # With two samples A is ±1 whatever the rewards: the gradient's terms, 1/std each, all cancel.
+        rewards = case.tensors["rewards"].double()
+        if case.options["rbf_gamma"] is not None:
+            rewards = torch.exp(case.options["rbf_gamma"] * rewards)
+        std = rewards.std(dim=0, correction=0)
+        scale = max(scale, *(5.0 / float(s) ** order for s in std.flatten() if s > 0), 0.0)
+    eps = torch.finfo(next(iter(case.tensors.values())).dtype).eps
+    return distance(reference, exact) + 4 * (case.terms + 16) * eps * scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(DIFFERENTIABLE))
+def test_value_gradients_and_second_derivatives(op, backend, dtype):
+    wrong = []
+    for seed in range(250):
+        case = draw(op, seed, dtype)
+        second = repeats_second_order(case)
+        exact = derivatives(case.to(torch.float64), "reference", seed, second=second)
+        reference = exact if dtype == torch.float64 else derivatives(case, "reference", seed, second=second)
+        found = derivatives(case, backend, seed, second=second)
+        for order, name in enumerate(("value", "first", "second")):
+            if name in found:
+                bound = allowed(case, exact[name], reference[name], order)
+                error = distance(found[name], exact[name])
+                if not error <= bound:
+                    wrong.append(f"{name} off by {error:.3g}, more than {bound:.3g}: {seed} {case}")
+        if "statistics" in found:
+            bound = allowed(case, exact["statistics"], reference["statistics"], 0)
+            error = distance(found["statistics"], exact["statistics"])
+            if not error <= bound:
+                wrong.append(f"statistics off by {error:.3g}, more than {bound:.3g}: {seed} {case}")
+    assert not wrong, "\n".join(wrong[:10])
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(("gaussian_sample", "mvn_sample", "categorical_sample")))
+def test_samples_are_those_of_the_reference(op, backend):
+    for seed in range(200):
+        for dtype in DTYPES:
+            case = draw(op, seed, dtype)
+            found, expected = case(backend=backend), case()
+            assert found.dtype == expected.dtype
+            if op == "categorical_sample":
+                assert torch.equal(found, expected)
+            else:
+                # Normals are rounded once from float64, then D products are added.
+                eps = torch.finfo(dtype).eps
+                assert distance([found], [expected]) <= (case.terms + 16) * eps * largest([expected]), case
+
+
+@pytest.mark.parametrize("advantage", ["loo", "standardized"])
+@pytest.mark.parametrize("backend", fused("gaussian_policy_loss"))
+def test_products_of_a_composed_network(backend, advantage):
+    """An MLP that ends in the op: its full Hessian-vector product, and the mixed product with U."""
+    for seed in range(50):
+        case = draw("gaussian_policy_loss", seed, lead=(4,), estimator="dice", group=4 + seed % 5)
+        case = case.with_options(advantage=advantage, reduction="mean")
+        dim = case.tensors["mean"].shape[1]
+        network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2 * dim)).double()
+        x = torch.randn(4, 3, dtype=torch.float64)
+        weights = list(network.parameters())
+        tangents = [torch.randn_like(w) for w in weights]
+        precision = case.tensors["precision"].clone().requires_grad_()
+
+        products = []
+        for name in ("reference", backend):
+            mean, log_std = network(x).chunk(2, dim=-1)
+            loss = case(mean, log_std, case.tensors["target"], precision, backend=name)
+            gradients = torch.autograd.grad(loss, weights, create_graph=True)
+            inner = sum((g * v).sum() for g, v in zip(gradients, tangents, strict=True))
+            products.append(torch.autograd.grad(inner, (*weights, precision)))
+        for found, expected in zip(products[1], products[0], strict=True):
+            # The composition adds up no more than 1e4 rounding errors of 2e-16 in units of the largest entry.
+            assert (found - expected).norm() <= 1e-10 * expected.norm() + 1e-13, (seed, case)
+
+
+def small_cases(op: str, count: int = 6) -> list[tuple[int, Case]]:
+    found = []
+    for seed in range(1000):
+        case = draw(op, seed, lead=(2,), dim=1 + seed % 3, group=3, mask=False)
+        if case.options.get("estimator") != "reinforce":
+            found.append((seed, case))
+        if len(found) == count:
+            break
+    return found
+
+
+def agree(found, expected, case) -> None:
+    if isinstance(expected, torch.Tensor):
+        found, expected = [found], [expected]
+    flat_found, flat_expected = torch.utils._pytree.tree_leaves(found), torch.utils._pytree.tree_leaves(expected)
+    bound = 1e-12 * (1.0 + largest(flat_expected))
+    assert distance(flat_found, flat_expected) <= bound, case
+
+
+def transforms_agree(case: Case, backend: str, seed: int) -> None:
+    inputs, tangents = tuple(case.tensors.values()), tuple(directions(case, seed))
+    every = tuple(range(len(inputs)))
+    weight = cotangent_like(case(), seed)
+
+    def tensor(name):
+        return lambda *tensors: case(*tensors, backend=name)
+
+    def scalar(name):
+        return lambda *tensors: (case(*tensors, backend=name) * weight).sum()
+
+    for function, transform in (
+        (tensor, lambda f: jvp(f, inputs, tangents)),
+        (tensor, lambda f: vjp(f, *inputs)[1](weight)),
+        (scalar, lambda f: jvp(f, inputs, tangents)),
+        (scalar, lambda f: grad(f, every)(*inputs)),
+        (scalar, lambda f: jvp(grad(f, every), inputs, tangents)),
+        (scalar, lambda f: grad(lambda *xs: jvp(f, xs, tangents)[1], every)(*inputs)),
+        (scalar, lambda f: grad(lambda vs: jvp(f, inputs, vs)[1])(tangents)),
+    ):
+        agree(transform(function(backend)), transform(function("reference")), case)
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(DIFFERENTIABLE))
+def test_torch_func(op, backend):
+    for seed, case in small_cases(op):
+        transforms_agree(case, backend, seed)
+
+
+def full_hessian(case: Case, backend: str) -> tuple:
+    inputs = tuple(case.tensors.values())
+    return hessian(lambda *xs: case(*xs, backend=backend).sum(), tuple(range(len(inputs))))(*inputs)
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
+def test_full_hessian(op, backend):
+    for _, case in small_cases(op, 3):
+        for reduction in ("mean", "none"):
+            case = case.with_options(reduction=reduction)
+            agree(full_hessian(case, backend), full_hessian(case, "reference"), case)
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
+def test_vmap_over_problems(op, backend):
+    for seed, case in small_cases(op, 3):
+        inputs = tuple(case.tensors.values())
+        scales = torch.tensor([1.0, 1.25, 0.75], dtype=torch.float64)
+        first = torch.stack([inputs[0] * s for s in scales])
+
+        def gradient(x, case=case, inputs=inputs):
+            return grad(lambda y: case(y, *inputs[1:], backend=backend).sum())(x)
+
+        expected = torch.stack([gradient(x) for x in first])
+        agree(vmap(gradient)(first), expected, (seed, case))
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(("gaussian_policy_loss", "categorical_policy_loss")))
+def test_functional_call(op, backend):
+    case = draw(op, 3, lead=(4,), dim=3, group=4, estimator="dice", advantage="loo", reduction="mean")
+    inputs = list(case.tensors.values())
+    network = torch.nn.Linear(2, 3).double()
+    weights = {name: w.detach() for name, w in network.named_parameters()}
+    x = torch.randn(4, 2, dtype=torch.float64)
+    tangents = {name: torch.randn_like(w) for name, w in weights.items()}
+
+    def loss(weights, name):
+        return case(functional_call(network, weights, (x,)), *inputs[1:], backend=name)
+
+    for transform in (
+        lambda f: grad(f)(weights),
+        lambda f: jvp(grad(f), (weights,), (tangents,)),
+        lambda f: hessian(f)(weights),
+    ):
+        found, expected = (transform(lambda w, n=name: loss(w, n)) for name in (backend, "reference"))
+        agree(found, expected, case)
+
+
+def training_step(case: Case, backend: str, inputs: list) -> torch.Tensor:
+    loss = case(*inputs, backend=backend)
+    return loss.sum() * 2.0
+
+
+def compiled_agrees(case: Case, backend: str, compiler: str) -> None:
+    torch._dynamo.reset()
+    step = torch.compile(
+        lambda *inputs: training_step(case, backend, inputs), fullgraph=True, backend=compiler, dynamic=False
+    )
+    eager_inputs, inputs = case.inputs, case.inputs
+    training_step(case, backend, eager_inputs).backward()
+    loss = step(*inputs)
+    loss.backward()
+    agree(loss.detach(), training_step(case, backend, eager_inputs).detach(), case)
+    for x, y in zip(inputs, eager_inputs, strict=True):
+        agree(x.grad, torch.zeros_like(x) if y.grad is None else y.grad, case)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs(LOSSES))
+def test_compiled_training_step(op, backend):
+    closed = "exact" if op == "categorical_policy_loss" else "analytic" if "policy" in op else None
+    options = {"advantage": "loo", "reduction": "mean", "rbf_gamma": None}
+    case = draw(op, 1, lead=(3,), dim=2, group=3, mask=False, estimator="dice", **options)
+    compiled_agrees(case, backend, "aot_eager")
+    if closed:
+        case = draw(op, 1, lead=(3,), dim=2, mask=False, estimator=closed, **{**options, "reduction": "none"})
+        compiled_agrees(case, backend, "aot_eager")
+
+
+@pytest.mark.parametrize("backend", serving("gaussian_policy_loss")[:2][-1:])
+def test_compiled_by_inductor(backend):
+    case = draw("gaussian_policy_loss", 1, lead=(3,), dim=2, group=3, estimator="dice", reduction="mean")
+    compiled_agrees(case, backend, "inductor")
+
+
+@pytest.mark.parametrize("backend", fused("categorical_sample"))
+def test_opcheck_of_labels(backend):
+    torch.library.opcheck(_library.categorical_sample, (torch.randn(3, 4), torch.tensor(5), backend, 6, 2))
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(DIFFERENTIABLE))
+def test_opcheck(op, backend, monkeypatch):
+    """The arguments are those of real calls, kept on their way to the kernel."""
+    calls = []
+
+    def kept(table):
+        kernel = table[op]
+
+        def call(*arguments):
+            detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
+            calls.append((kernel, detached))
+            return kernel(*arguments)
+
+        monkeypatch.setitem(table, op, call)
+
+    kept(_library.FIRST)
+    kept(_library.SECOND)
+    for options in ({"estimator": "dice", "reduction": "mean"}, {"estimator": "dice", "reduction": "none"}):
+        options = options if op in LOSSES else {}
+        derivatives(draw(op, 2, lead=(3,), dim=2, group=3, mask=False, **options), backend)
+    assert {kernel for kernel, _ in calls} == {
+        getattr(torch.ops.po_kernels, f"{op}_{order}").default for order in ("first", "second")
+    }
+    for kernel, arguments in calls:
+        torch.library.opcheck(kernel, arguments)
+
+
+def test_every_op_is_under_test():
+    families = ("gaussian", "mvn", "categorical", "group")
+    assert {name for name in pk.__all__ if name.split("_")[0] in families} == {*DIFFERENTIABLE, "categorical_sample"}
+    assert set(_library.FIRST) == set(_library.SECOND) == set(DIFFERENTIABLE)
