@@ -1,5 +1,6 @@
 #include "cpu/parallel.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <atomic>
@@ -36,7 +37,20 @@ struct Loop {
   }
 };
 
-// Workers sleep between loops: spinning ones would take the processor from torch's own threads.
+// Starts fn(data) on that many threads and waits for them: the entry point that compilers use for OpenMP.
+using OpenMP = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
+
+std::atomic<bool> forked{false};
+
+// The OpenMP runtime that torch brought into the process, or null. Its threads wait for work at no cost in time, but
+// go on waiting for a while after torch's own loops: a second set of threads would have to share processors with them.
+// It does not survive a fork.
+OpenMP openmp() {
+  static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked ? nullptr : found;
+}
+
+// Threads of our own, asleep between loops, for where there is no OpenMP.
 class Pool {
  public:
   // False if another caller has the pool.
@@ -83,12 +97,12 @@ class Pool {
 Pool* pool = nullptr;
 std::once_flag pool_once;
 
-Pool& the_pool() {
-  std::call_once(pool_once, [] {
+void make_pool() {
+  pool = new Pool;
+  pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
     pool = new Pool;
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
   });
-  return *pool;
 }
 
 struct Memory {
@@ -107,8 +121,17 @@ bool poisoned() {
 
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context) {
   Loop loop(count, body, context);
-  const int64_t helpers = (threads < count ? threads : count) - 1;
-  if (helpers < 1 || !the_pool().run(loop, static_cast<int>(helpers))) loop.run();
+  const int64_t wanted = threads < count ? threads : count;
+  if (wanted > 1) {
+    std::call_once(pool_once, make_pool);
+    if (const OpenMP parallel = openmp()) {
+      parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(wanted), 0);
+    } else if (!pool->run(loop, static_cast<int>(wanted) - 1)) {
+      loop.run();
+    }
+  } else {
+    loop.run();
+  }
   if (loop.error) std::rethrow_exception(loop.error);
 }
 

@@ -1,4 +1,4 @@
-// A pool of threads for loops whose iterations are independent, and memory that each thread keeps.
+// Loops of independent iterations on threads, torch's own where it uses OpenMP, and memory that each thread keeps.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,7 @@
 namespace po_kernels {
 
 // Calls body(context, i) for i in [0, count) on up to `threads` threads, the caller's among them, and returns when
-// all are done. Rethrows the first exception. While another caller has the pool, the caller works alone.
-// Safe in a forked child, which starts a pool of its own.
+// all are done. Rethrows the first exception. Safe to call from several threads, and in a forked child.
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context);
 
 template <class Body>
