@@ -13,3 +13,9 @@ def poisoned_memory():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(autouse=True)
+def one_thread(torch_state):
+    """Tests of threads ask for two; in all others, threads of torch would only wait for a busy core, spinning."""
+    torch.set_num_threads(1)

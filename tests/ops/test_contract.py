@@ -228,6 +228,11 @@ def compiled_agrees(case: Case, backend: str, compiler: str) -> None:
     torch._dynamo.reset()
 
 
+# Dynamo itself makes an instance of a Function to trace its forward, of which torch warns.
+TRACED = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@TRACED
 @pytest.mark.parametrize(("op", "backend"), pairs(LOSSES))
 def test_compiled_training_step(op, backend):
     closed = "exact" if op == "categorical_policy_loss" else "analytic" if "policy" in op else None
@@ -239,6 +244,8 @@ def test_compiled_training_step(op, backend):
         compiled_agrees(case, backend, "aot_eager")
 
 
+@TRACED
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")  # of inductor's own modules
 @pytest.mark.parametrize("backend", serving("gaussian_policy_loss")[:2][-1:])
 def test_compiled_by_inductor(backend):
     case = draw("gaussian_policy_loss", 1, lead=(3,), dim=2, group=3, estimator="dice", reduction="mean")

@@ -276,7 +276,8 @@ def test_inputs_are_never_written_to(op, backend):
 
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
 def test_two_threads_at_once(op, backend):
-    cases = [drawn(op, seed, 300) for seed in range(8)]
+    torch.set_num_threads(2)
+    cases = [drawn(op, seed, 700) for seed in range(8)]
     expected = [evaluated(case, backend) for case in cases]
     with ThreadPoolExecutor(2) as pool:
         for found, right in zip(pool.map(lambda case: evaluated(case, backend), cases * 4), expected * 4, strict=True):
@@ -323,8 +324,10 @@ def test_a_forked_child_may_use_threads_too(backend):
     expected = case(backend=backend)
     process = multiprocessing.get_context("fork").Process(target=forward_in_child, args=(case, backend, expected))
     process.start()
-    process.join(120)
-    assert process.exitcode == 0
+    process.join(60)
+    exitcode = process.exitcode
+    process.kill()
+    assert exitcode == 0, "the child hangs" if exitcode is None else "the child failed"
     assert torch.equal(case(backend=backend), expected)
 
 
