@@ -77,7 +77,7 @@ Verdict check_scale(int64_t rows, int64_t dim, RowInput scale) {
       }
       if (double(above) > kMatrixTolerance * double(largest)) return {kNotTriangular, row};
       for (int64_t j = 0; j < dim; ++j) {
-        if (matrix[j * dim + j] <= T(0)) return {kSingular, row};
+        if (!(matrix[j * dim + j] > T(0))) return {kSingular, row};
       }
     }
   }

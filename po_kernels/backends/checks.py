@@ -1,5 +1,6 @@
 """Refusals that depend on values, made where the values can be read without synchronising a device."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,11 +13,10 @@ def precision(op: str, value: Tensor) -> None:
         asymmetry = (u - u.mT).abs().amax()
         if _is_true(asymmetry > contract.MATRIX_TOLERANCE * u.abs().amax()):
             contract.refuse(op, contract.PRECISION_NOT_SYMMETRIC, 0)
-        symmetric = 0.5 * (u + u.mT)
-        bad = torch.linalg.cholesky_ex(symmetric).info != 0
+        positive = _is_positive_definite(0.5 * (u + u.mT))
     else:
-        bad = ~(u > 0).all()
-    if _is_true(bad | ~u.isfinite().all()):
+        positive = not _is_true(~(u > 0).all())
+    if not positive or _is_true(~u.isfinite().all()):
         contract.refuse(op, contract.PRECISION_NOT_POSITIVE, 0)
 
 
@@ -36,7 +36,7 @@ def scale_tril(op: str, value: Tensor) -> None:
     if matrix.shape[-1] > 1:
         above = torch.triu(matrix, diagonal=1).abs().amax(dim=(-2, -1))
         _any_row(op, contract.NOT_TRIANGULAR, above > contract.MATRIX_TOLERANCE * matrix.abs().amax(dim=(-2, -1)))
-    _any_row(op, contract.SINGULAR, (matrix.diagonal(dim1=-2, dim2=-1) <= 0).any(dim=-1))
+    _any_row(op, contract.SINGULAR, ~(matrix.diagonal(dim1=-2, dim2=-1) > 0).all(dim=-1))
 
 
 # By op, from its (*inputs, *constants) as in `contract`; a seed at the end is not looked at.
@@ -72,6 +72,20 @@ def categorical_surrogate_loss(op: str, logit: Tensor, rewards: Tensor, samples:
 def categorical_log_prob(op: str, logit: Tensor, value: Tensor) -> None:
     labels(op, "value", value, logit.shape[-1])
     logits(op, logit)
+
+
+def _is_positive_definite(matrix: Tensor) -> bool:
+    """True also where the values are not at hand."""
+    if torch.compiler.is_compiling() or matrix.device.type != "cpu":
+        return True
+    try:
+        # Of torch's own decompositions a forked child cannot be sure: its threads are gone.
+        np.linalg.cholesky(matrix.numpy())
+    except np.linalg.LinAlgError:
+        return False
+    except RuntimeError:  # wrapped by a transform of torch.func
+        return not _is_true(torch.linalg.cholesky_ex(matrix).info != 0)
+    return True
 
 
 def _any_row(op: str, code: int, bad: Tensor, name: str = "target") -> None:

@@ -134,7 +134,7 @@ def evaluate(
         stats = stacked.unbind(0) if chosen.return_stats else ()
     if chosen.reduction == "none":
         loss = _check.rows(loss, *lead)
-        stats = tuple(column.reshape(lead) for column in stats)
+        stats = tuple(_check.rows(column, *lead) for column in stats)
     return (loss, LossStats(*stats)) if chosen.return_stats else loss
 
 
@@ -147,11 +147,11 @@ def reduce(rows: Tensor, reduction: str) -> Tensor:
 
 
 def precision_tensor(op: str, precision: Any, mean: Tensor) -> Tensor:
-    """`precision` as a tensor like mean (B, D), of shape (), (D,) or (D, D)."""
+    """`precision` as a tensor like mean (*, D), of shape (), (D,) or (D, D)."""
     if not isinstance(precision, Tensor):
         precision = torch.tensor(_check.real(op, "precision", precision), dtype=mean.dtype, device=mean.device)
     _check.floating(op, mean=mean, precision=precision)
-    dim = mean.shape[1]
+    dim = mean.shape[-1]
     _check.has_shape(op, "precision", precision, (), (dim,), (dim, dim))
     return precision
 

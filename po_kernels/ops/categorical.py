@@ -67,7 +67,7 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     batch = _check.batch_before(op, "value", value, lead)
     (logits,) = _loss.computed(logits)
     value = value.reshape(batch.numel(), logits.shape[0])
-    return _value.evaluate(op, backend, (logits,), (value,), OpConfig()).reshape(*batch, *lead)
+    return _value.evaluate(op, backend, (logits,), (value,), OpConfig()).reshape((*batch, *lead))
 
 
 def categorical_policy_loss(

@@ -41,11 +41,10 @@ def gaussian_sample(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "gaussian_sample"
+    dtype = mean.dtype if isinstance(mean, Tensor) else None
     mean, log_std, lead = _policy(op, mean, log_std)
     num_samples = _check.integer(op, "num_samples", num_samples, 1)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
-    dtype = mean.dtype
-    mean, log_std = _loss.computed(mean, log_std)
     config = OpConfig(num_samples=num_samples, row_offset=row_offset)
     samples = _value.evaluate(op, backend, (mean, log_std), (_check.seed_tensor(op, seed),), config)
     return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
@@ -70,8 +69,8 @@ def gaussian_log_prob(mean: Tensor, log_std: Tensor, value: Tensor, *, backend: 
     op = "gaussian_log_prob"
     mean, log_std, lead = _policy(op, mean, log_std, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
-    mean, log_std, value = _loss.computed(mean, log_std, value.reshape(batch.numel(), *mean.shape))
-    return _value.evaluate(op, backend, (mean, log_std, value), (), OpConfig()).reshape(*batch, *lead)
+    (value,) = _loss.computed(value.reshape(batch.numel(), *mean.shape))
+    return _value.evaluate(op, backend, (mean, log_std, value), (), OpConfig()).reshape((*batch, *lead))
 
 
 def gaussian_policy_loss(
@@ -131,9 +130,10 @@ def gaussian_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "gaussian_policy_loss"
+    original = mean
     mean, log_std, lead = _policy(op, mean, log_std, target=target)
-    _check.has_shape(op, "target", target, (*lead, mean.shape[1]))
-    precision = _loss.precision_tensor(op, precision, mean)
+    _check.has_shape(op, "target", target, original.shape)
+    precision = _loss.precision_tensor(op, precision, original)
     options = _loss.options(
         op, estimator=estimator, allowed=_ESTIMATORS, closed_form="analytic", num_samples=num_samples,
         advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
@@ -194,6 +194,8 @@ def _policy(op: str, mean: Tensor, log_std: Tensor, **others: Tensor) -> tuple[T
         raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
     lead, dim = mean.shape[:-1], mean.shape[-1]
     _check.has_shape(op, "log_std", log_std, mean.shape, (dim,))
+    # Before log_std is expanded, for its gradient to be summed over rows in the dtype that is computed with.
+    mean, log_std = _loss.computed(mean, log_std)
     mean = _check.rows(mean, lead.numel(), dim)
     if log_std.shape != mean.shape:
         log_std = log_std.reshape(-1, dim).expand(mean.shape)

@@ -36,11 +36,10 @@ def mvn_sample(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "mvn_sample"
+    dtype = mean.dtype if isinstance(mean, Tensor) else None
     mean, scale_tril, lead = _policy(op, mean, scale_tril)
     num_samples = _check.integer(op, "num_samples", num_samples, 1)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
-    dtype = mean.dtype
-    mean, scale_tril = _loss.computed(mean, scale_tril)
     config = OpConfig(num_samples=num_samples, row_offset=row_offset)
     samples = _value.evaluate(op, backend, (mean, scale_tril), (_check.seed_tensor(op, seed),), config)
     return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
@@ -65,8 +64,8 @@ def mvn_log_prob(mean: Tensor, scale_tril: Tensor, value: Tensor, *, backend: st
     op = "mvn_log_prob"
     mean, scale_tril, lead = _policy(op, mean, scale_tril, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
-    mean, scale_tril, value = _loss.computed(mean, scale_tril, value.reshape(batch.numel(), *mean.shape))
-    return _value.evaluate(op, backend, (mean, scale_tril, value), (), OpConfig()).reshape(*batch, *lead)
+    (value,) = _loss.computed(value.reshape(batch.numel(), *mean.shape))
+    return _value.evaluate(op, backend, (mean, scale_tril, value), (), OpConfig()).reshape((*batch, *lead))
 
 
 def mvn_policy_loss(
@@ -102,9 +101,10 @@ def mvn_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "mvn_policy_loss"
+    original = mean
     mean, scale_tril, lead = _policy(op, mean, scale_tril, target=target)
-    _check.has_shape(op, "target", target, (*lead, mean.shape[1]))
-    precision = _loss.precision_tensor(op, precision, mean)
+    _check.has_shape(op, "target", target, original.shape)
+    precision = _loss.precision_tensor(op, precision, original)
     options = _loss.options(
         op, estimator=estimator, allowed=_ESTIMATORS, closed_form="analytic", num_samples=num_samples,
         advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
@@ -162,6 +162,8 @@ def _policy(op: str, mean: Tensor, scale_tril: Tensor, **others: Tensor) -> tupl
     lead, dim = mean.shape[:-1], mean.shape[-1]
     _check.has_shape(op, "scale_tril", scale_tril, (*lead, dim, dim), (dim, dim))
     rows = lead.numel()
+    # Before scale_tril is expanded, for its gradient to be summed over rows in the dtype that is computed with.
+    mean, scale_tril = _loss.computed(mean, scale_tril)
     if scale_tril.ndim == 2 and lead:
         matrices = scale_tril.expand(rows, dim, dim)
     else:

@@ -4,6 +4,7 @@ A loss or value is computed in float64 from inputs of either precision. Derivati
 the inputs as complex numbers, see `lanes`.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,7 +83,7 @@ def _outputs(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[list[Tens
 
 def _rows_of(array: Array, rows: int) -> Array:
     """(B, columns), with no columns where a gradient is not wanted."""
-    return array.reshape(rows, -1) if array.size else np.empty((rows, 0), array.dtype)
+    return array.reshape(rows, array.size // rows) if array.size else np.empty((rows, 0), array.dtype)
 
 
 def _or_empty(array: Array, ndim: int) -> Array:
@@ -185,7 +186,7 @@ def _run_policy_loss(triangular: bool) -> Callable[..., None]:
         seed, row_offset = _seed(constants, config)
         has_rbf, gamma = _rbf(config)
         to_mean, to_scale, to_target = (_rows_of(g, rows) for g in gradients[:3])
-        scale = scale.reshape(rows, -1)
+        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
 
         def body(chunk, begin, end):
             work = np.empty(4 * config.num_samples + 4 * dim, run.dtype)
@@ -213,7 +214,7 @@ def _run_surrogate_loss(triangular: bool) -> Callable[..., None]:
         samples = constants[0].numpy()
         has_rbf, gamma = _rbf(config)
         to_mean, to_scale = (_rows_of(g, rows) for g in gradients[:2])
-        scale = scale.reshape(rows, -1)
+        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
         to_rewards = _or_empty(gradients[2], 2)
 
         def body(chunk, begin, end):
@@ -234,7 +235,7 @@ def _run_log_prob(triangular: bool) -> Callable[..., None]:
         mean, scale, at = run.inputs
         rows, dim = mean.shape
         to_mean, to_scale = (_rows_of(g, rows) for g in gradients[:2])
-        scale = scale.reshape(rows, -1)
+        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
         to_value = _or_empty(gradients[2], 3)
 
         def body(chunk, begin, end):
@@ -254,7 +255,7 @@ def _run_sample(triangular: bool) -> Callable[..., None]:
         rows, dim = mean.shape
         seed, row_offset = _seed(constants, config)
         to_mean, to_scale = (_rows_of(g, rows) for g in gradients)
-        scale = scale.reshape(rows, -1)
+        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
 
         def body(chunk, begin, end):
             gaussian.sample(

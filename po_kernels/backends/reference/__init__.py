@@ -67,7 +67,7 @@ def _first(plain: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
         config: OpConfig,
     ) -> list[Tensor]:
         with torch.enable_grad():
-            inputs = [x.detach().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)]
+            inputs = [x.detach().clone().requires_grad_(needed) for x, needed in zip(inputs, needs, strict=True)]
             result = plain(inputs, constants, config)
             loss = _reduced(result.loss, config)
             wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]

@@ -47,7 +47,7 @@ def group_advantage(rewards: Tensor, kind: str) -> Tensor:
 def group_std(values: Tensor) -> Tensor:
     """Standard deviation over the leading axis with G in the denominator."""
     shifted = values - values[:1]
-    return shifted.var(dim=0, correction=0).sqrt()
+    return (shifted - shifted.mean(dim=0)).square().mean(dim=0).sqrt()
 
 
 def sampled_loss(

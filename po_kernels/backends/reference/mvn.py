@@ -19,7 +19,7 @@ def sample(mean: Tensor, scale_tril: Tensor, *, seed: Tensor, num_samples: int, 
 
 def log_prob(mean: Tensor, scale_tril: Tensor, value: Tensor) -> Tensor:
     """Joint log-density, (..., B, D) -> (..., B)."""
-    residual = (value - mean).movedim(-2, 0).reshape(mean.shape[0], -1, mean.shape[1])
+    residual = (value - mean).movedim(-2, 0).reshape(mean.shape[0], value.shape[:-2].numel(), mean.shape[1])
     whitened = torch.linalg.solve_triangular(scale_tril, residual.mT, upper=False)
     square = whitened.square().sum(dim=-2).reshape(mean.shape[0], *value.shape[:-2]).movedim(0, -1)
     return -0.5 * (square + mean.shape[1] * LOG_2PI) - log_determinant(scale_tril)

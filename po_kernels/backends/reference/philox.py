@@ -68,7 +68,7 @@ def normal(seed: Tensor, num_samples: int, num_rows: int, dim: int, row_offset: 
     radius = torch.sqrt(-2.0 * torch.log(u[..., 0::2]))
     angle = (2.0 * math.pi) * u[..., 1::2]
     pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)
-    return pairs.reshape(num_samples, num_rows, -1)[..., :dim].to(like.dtype)
+    return pairs.flatten(-3)[..., :dim].to(like.dtype)
 
 
 def categorical(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
