@@ -1,6 +1,6 @@
 """What each op × estimator × backend provides, found by calling it, as a table.
 
-    python -m tests.derivative_table > docs/derivatives.md
+python -m tests.derivative_table > docs/derivatives.md
 """
 
 from collections.abc import Callable
@@ -8,7 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.ops.cases import DIFFERENTIABLE, ESTIMATORS, Case, cotangent_like, directions, distance, draw, largest, serving
+from tests.ops.cases import (
+    DIFFERENTIABLE,
+    ESTIMATORS,
+    Case,
+    cotangent_like,
+    directions,
+    distance,
+    draw,
+    largest,
+    serving,
+)
 
 COLUMNS = ("value", "first", "second", "mixed", "jvp", "compile")
 HEADER = """# Derivatives
@@ -48,7 +58,11 @@ def entries(case: Case, backend: str) -> dict[str, str]:
             inputs = case.inputs
             output = case(*inputs, backend=backend)
             gradients = torch.autograd.grad(
-                output, [inputs[i] for i in policy], cotangent_like(output, 0), create_graph=True, materialize_grads=True
+                output,
+                [inputs[i] for i in policy],
+                cotangent_like(output, 0),
+                create_graph=True,
+                materialize_grads=True,
             )
             product = sum((g * vectors[i]).sum() for g, i in zip(gradients, policy, strict=True))
             if not product.requires_grad:  # constant: plain torch says so by having no graph
@@ -100,7 +114,9 @@ def table() -> str:
     for op in DIFFERENTIABLE:
         for estimator in ESTIMATORS.get(op, (None,)):
             options = {} if estimator is None else {"estimator": estimator, "advantage": "loo"}
-            case = draw(op, 1, lead=(5,), dim=3, group=4, precision_kind="full", shared_scale=False, mask=False, **options)
+            case = draw(
+                op, 1, lead=(5,), dim=3, group=4, precision_kind="full", shared_scale=False, mask=False, **options
+            )
             for backend in serving(op):
                 found = entries(case, backend)
                 lines.append(f"| {op} | {estimator or '-'} | {backend} | {' | '.join(found[c] for c in COLUMNS)} |")

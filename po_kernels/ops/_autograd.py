@@ -316,4 +316,4 @@ class _Product(torch.autograd.Function):
 # Function.apply asks for the signature of `forward` at each call; reading it from the source takes longer than
 # a small kernel does.
 for _function in (_CompiledValue, _Value, _Gradient, _Derivative, _Product):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

@@ -97,9 +97,12 @@ def _second(plain: Callable[..., RowLoss]) -> Callable[..., list[Tensor]]:
         if any(needs):
             raise RuntimeError("the reference has derivatives of gradients by autograd only; use its plain function")
         filled = tuple(torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True))
-        _, tangent = torch.func.jvp(
-            lambda *x: _reduced(plain(x, constants, config).loss, config), tuple(inputs), filled
-        )
+
+        def loss(*x: Tensor) -> Tensor:
+            return _reduced(plain(x, constants, config).loss, config)
+
+        # Forward mode takes no expanded inputs.
+        tangent = torch.func.jvp(loss, tuple(x.contiguous() for x in inputs), filled)[1]
         return [tangent, *(x.new_empty(0) for x in inputs)]
 
     return second
