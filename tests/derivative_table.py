@@ -3,6 +3,7 @@
 python -m tests.derivative_table > docs/derivatives.md
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -78,7 +79,9 @@ def entries(case: Case, backend: str) -> dict[str, str]:
         inputs = case.inputs
         torch._dynamo.reset()
         function = torch.compile(lambda *x: case(*x, backend=backend), fullgraph=True, backend="aot_eager")
-        output = function(*inputs)
+        with warnings.catch_warnings():  # of torch.compile's own doings
+            warnings.simplefilter("ignore", DeprecationWarning)
+            output = function(*inputs)
         gradients = torch.autograd.grad(output, inputs, cotangent_like(output, 0), materialize_grads=True)
         return [output.detach(), *gradients]
 
