@@ -12,7 +12,21 @@ site=$work/site
   --config-settings=cmake.define.PO_KERNELS_SANITIZE=address,undefined \
   --config-settings=cmake.define.PO_KERNELS_CUDA=OFF
 
-# Python itself is not instrumented: the runtime has to be there first, and its own allocations are not leaks.
+# Python itself is not instrumented: the runtime has to be there first, and its own allocations are not leaks. The
+# instrumented package is imported before pytest puts the source tree, and the editable install its finder, before it.
+cd "$work"
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
-ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$site \
-  "$python" -m pytest "$root/tests/ops" -p no:cacheprovider -k "not numba" "${@:2}"
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PO_KERNELS_POISON=1 \
+  "$python" -c '
+import sys
+
+site, *arguments = sys.argv[1:]
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
+sys.path.insert(0, site)
+import po_kernels.extension
+
+assert po_kernels.extension.module.__file__.startswith(site), po_kernels.extension.module
+import pytest
+
+sys.exit(pytest.main(arguments))
+' "$site" "$root/tests/ops" --rootdir "$root" -p no:cacheprovider -k "not numba" "${@:2}"
