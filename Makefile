@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 EXTENSION := $(wildcard CMakeLists.txt cmake/* csrc/*/* csrc/include/*/*)
 
-.PHONY: demo test sanitize lint clean
+.PHONY: demo test bench sanitize lint clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -14,6 +14,13 @@ demo: $(VENV)/installed
 # Installs with the test extras, then runs all tests.
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# Ratios against eager torch and torch.compile, in one process; build/bench.json and a table.
+bench: $(VENV)/installed-test
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' \
+	  --benchmark-enable --benchmark-json build/bench.json -W default -q
+	$(BIN)/python -m benchmarks.table build/bench.json
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/installed-test

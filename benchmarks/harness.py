@@ -1,0 +1,60 @@
+"""Ratios of interleaved runs in one process: machines are shared and noisy, and absolute times say little."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import po_kernels as pk
+
+
+class Ratio(NamedTuple):
+    """How many times as long a peer takes.
+
+    Attributes:
+        median: of the ratios of neighbouring runs.
+        spread: half the range between their quartiles, relative to the median.
+        seconds: median time of our run.
+    """
+
+    median: float
+    spread: float
+    seconds: float
+
+
+def compare(ours: Callable[[], Any], peer: Callable[[], Any], *, budget: float = 2.0) -> Ratio:
+    """Runs both as A B B A A B ..., after a warm-up, for about `budget` seconds but at least nine pairs."""
+    for _ in range(2):
+        ours(), peer()
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(times[0]) < 9:
+        order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
+        for which in order:
+            begin = time.perf_counter()
+            (ours, peer)[which]()
+            times[which].append(time.perf_counter() - begin)
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return Ratio(median, 0.5 * (high - low) / median, statistics.median(times[0]))
+
+
+def check(found: Sequence[Tensor], expected: Sequence[Tensor], what: str, tolerance: float = 1e-3) -> None:
+    """Refuses to time a wrong answer: float32 against float64, relative to the largest entry."""
+    for x, y in zip(found, expected, strict=True):
+        error = float((x.double() - y.double()).abs().max() / (y.double().abs().max() + 1e-12))
+        if not error <= tolerance:
+            raise AssertionError(f"{what}: relative error {error:.2g}")
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "simd": pk.status()["simd"],
+        "torch": torch.__version__,
+        "po_kernels": pk.__version__,
+    }

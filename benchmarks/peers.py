@@ -1,0 +1,84 @@
+"""What a user would write or call instead of the fused ops."""
+
+import math
+
+import torch
+from torch import Tensor
+
+HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+def gaussian_dice(
+    mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor, entropy_coef: float, group: int
+) -> Tensor:
+    """`gaussian_policy_loss(estimator="dice", advantage="loo")` in eager torch, as lean as it gets."""
+    std = log_std.exp()
+    samples = (mean + std * torch.randn(group, *mean.shape)).detach()
+    residual = samples - target
+    rewards = -((residual @ precision) * residual).sum(-1)
+    log_prob = (-0.5 * ((samples - mean) / std).square() - log_std - HALF_LOG_2PI).sum(-1)
+    advantages = (rewards - rewards.mean(0)) * (group / (group - 1))
+    weights = torch.exp(log_prob - log_prob.detach())
+    entropy = (log_std + HALF_LOG_2PI + 0.5).sum(-1)
+    return -((rewards + (weights - 1) * advantages).mean(0) + entropy_coef * entropy).mean()
+
+
+def gaussian_analytic(mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor, entropy_coef: float) -> Tensor:
+    delta = mean - target
+    spread = torch.exp(2.0 * log_std) @ precision.diagonal()
+    entropy = (log_std + HALF_LOG_2PI + 0.5).sum(-1)
+    return (((delta @ precision) * delta).sum(-1) + spread - entropy_coef * entropy).mean()
+
+
+def authors_gaussian(
+    mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor, entropy_coef: float, group: int
+) -> Tensor:
+    """The score-function loss of the paper's released code: torch.distributions, einsum, mean log-density."""
+    policy = torch.distributions.Normal(mean, log_std.exp())
+    samples = policy.sample((group,))
+    residual = samples - target
+    rewards = -torch.einsum("gbi,ij,gbj->gb", residual, precision, residual)
+    rewards = rewards - rewards.detach().amin(0, keepdim=True)
+    loss = (-policy.log_prob(samples).mean(-1) * rewards).mean()
+    return loss - entropy_coef * policy.entropy().mean()
+
+
+def mvn_dice(
+    mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor, entropy_coef: float, group: int
+) -> Tensor:
+    noise = torch.randn(group, *mean.shape)
+    samples = (mean + torch.einsum("bij,gbj->gbi", scale_tril, noise)).detach()
+    residual = samples - target
+    rewards = -((residual @ precision) * residual).sum(-1)
+    whitened = torch.linalg.solve_triangular(scale_tril, (samples - mean).permute(1, 2, 0), upper=False)
+    log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_prob = -0.5 * whitened.square().sum(1).t() - log_det - mean.shape[-1] * HALF_LOG_2PI
+    advantages = (rewards - rewards.mean(0)) * (group / (group - 1))
+    weights = torch.exp(log_prob - log_prob.detach())
+    entropy = log_det + mean.shape[-1] * (HALF_LOG_2PI + 0.5)
+    return -((rewards + (weights - 1) * advantages).mean(0) + entropy_coef * entropy).mean()
+
+
+def categorical_exact(logits: Tensor, target: Tensor, table: Tensor, entropy_coef: float) -> Tensor:
+    log_p = torch.log_softmax(logits, -1)
+    p = log_p.exp()
+    return -((p * table.t()[target]).sum(-1) - entropy_coef * (p * log_p).sum(-1)).mean()
+
+
+def categorical_exact_to_compile(logits: Tensor, target: Tensor, table: Tensor, entropy_coef: float) -> Tensor:
+    """With a product in place of the index, of whose gradient inductor (torch 2.13, CPU) makes code that crashes."""
+    log_p = torch.log_softmax(logits, -1)
+    p = log_p.exp()
+    column = torch.nn.functional.one_hot(target, table.shape[0]).to(table.dtype) @ table.t()
+    return -((p * column).sum(-1) - entropy_coef * (p * log_p).sum(-1)).mean()
+
+
+def categorical_dice(logits: Tensor, target: Tensor, table: Tensor, entropy_coef: float, group: int) -> Tensor:
+    log_p = torch.log_softmax(logits, -1)
+    p = log_p.exp()
+    samples = torch.multinomial(p.detach(), group, replacement=True).t()
+    rewards = table.t().index_select(0, target).gather(-1, samples.t()).t()
+    log_prob = log_p.gather(-1, samples.t()).t()
+    advantages = (rewards - rewards.mean(0)) * (group / (group - 1))
+    weights = torch.exp(log_prob - log_prob.detach())
+    return -((rewards + (weights - 1) * advantages).mean(0) - entropy_coef * (p * log_p).sum(-1)).mean()
