@@ -8,14 +8,30 @@ inline namespace PK_LEVEL {
 
 namespace {
 
+// Samples can be drawn only where the largest logit is finite; without, nan and inf pass on into the value.
 template <class T>
-Verdict check_logits(int64_t rows, int64_t classes, RowInput logits) {
+Verdict check_logits(int64_t rows, int64_t classes, RowInput logits, bool sampled) {
   const T infinity = T(__builtin_huge_val());
   for (int64_t row = 0; row < rows; ++row) {
     const T* at = static_cast<const T*>(logits.value) + row * logits.stride;
-    bool masked = true;
-    for (int64_t c = 0; masked && c < classes; ++c) masked = at[c] == -infinity;
+    bool masked = true, finite = true;
+    for (int64_t c = 0; (masked || sampled) && c < classes; ++c) {
+      masked = masked && at[c] == -infinity;
+      finite = finite && at[c] < infinity;
+    }
     if (masked) return {kAllMasked, row};
+    if (sampled && !finite) return {kLogitsNotFinite, row};
+  }
+  return {};
+}
+
+// A label of probability zero has no score.
+template <class T>
+Verdict check_unmasked(int64_t count, int64_t rows, RowInput logits, const int64_t* labels) {
+  const T infinity = T(__builtin_huge_val());
+  for (int64_t i = 0; i < count * rows; ++i) {
+    const int64_t row = i % rows;
+    if ((static_cast<const T*>(logits.value) + row * logits.stride)[labels[i]] == -infinity) return {kLabelMasked, row};
   }
   return {};
 }
@@ -88,7 +104,7 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.samples;
     Verdict verdict = check_labels(1, call.rows, classes, call.target);
-    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits, samples > 0);
     if (verdict.code != kAccepted) return verdict;
     const Surrogate s = surrogate(call);
     // The table's gradient is scattered by label, so that its sums are elements, not lane values.
@@ -145,7 +161,8 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.samples;
     Verdict verdict = check_labels(samples, call.rows, classes, call.given);
-    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits, false);
+    if (verdict.code == kAccepted) verdict = check_unmasked<T>(samples, call.rows, call.logits, call.given);
     if (verdict.code != kAccepted) return verdict;
     const Surrogate s = surrogate(call);
     const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(classes + samples) +
@@ -188,7 +205,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
     using P = Primal<V>;
     const int64_t classes = call.classes;
     Verdict verdict = check_labels(call.count, call.rows, classes, call.value);
-    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits);
+    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits, false);
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(classes) + 1024;
     for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) {
@@ -226,7 +243,7 @@ Verdict categorical_sample(const CategoricalSample& call) {
     using V = Primal<decltype(lane)>;
     using T = Element<V>;
     const int64_t classes = call.classes;
-    const Verdict verdict = check_logits<T>(call.rows, classes, call.logits);
+    const Verdict verdict = check_logits<T>(call.rows, classes, call.logits, true);
     if (verdict.code != kAccepted) return verdict;
     const size_t bytes = sizeof(Word<V>) * size_t(call.samples) + sample_bytes<V>(classes) + 1024;
     for_each_tile<V>(call, 8 * classes + call.samples * (16 + classes), bytes, [&](Tile tile, Arena<V> arena) {

@@ -67,17 +67,14 @@ Verdict check_scale(int64_t rows, int64_t dim, RowInput scale) {
     // All rows may be one matrix, expanded.
     for (int64_t row = 0; row < (scale.stride == 0 ? std::min<int64_t>(rows, 1) : rows); ++row) {
       const T* matrix = static_cast<const T*>(scale.value) + row * scale.stride;
-      T largest = 0, above = 0;
-      for (int64_t i = 0; i < dim; ++i) {
-        for (int64_t j = 0; j < dim; ++j) {
-          const T size = std::fabs(matrix[i * dim + j]);
-          largest = std::max(largest, size);
-          if (j > i) above = std::max(above, size);
-        }
-      }
-      if (double(above) > kMatrixTolerance * double(largest)) return {kNotTriangular, row};
       for (int64_t j = 0; j < dim; ++j) {
         if (!(matrix[j * dim + j] > T(0))) return {kSingular, row};
+      }
+      for (int64_t i = 0; i < dim; ++i) {
+        for (int64_t j = i + 1; j < dim; ++j) {
+          const double scale = std::sqrt(double(matrix[i * dim + i]) * double(matrix[j * dim + j]));
+          if (!(std::fabs(double(matrix[i * dim + j])) <= kMatrixTolerance * scale)) return {kNotTriangular, row};
+        }
       }
     }
   }

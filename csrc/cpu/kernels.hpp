@@ -14,6 +14,8 @@ enum Refusal : int {
   kAllMasked = 4,
   kNotTriangular = 5,
   kSingular = 6,
+  kLabelMasked = 7,
+  kLogitsNotFinite = 8,
 };
 
 // MATRIX_TOLERANCE of contract.py.

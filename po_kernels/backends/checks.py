@@ -25,18 +25,22 @@ def labels(op: str, name: str, value: Tensor, num_classes: int) -> None:
     _any_row(op, contract.LABEL_OUT_OF_RANGE, (value < 0) | (value >= num_classes), name)
 
 
-def logits(op: str, value: Tensor) -> None:
-    """value: (B, C)."""
-    _any_row(op, contract.ALL_MASKED, torch.isneginf(value.detach()).all(dim=-1))
+def logits(op: str, value: Tensor, sampled: bool = False) -> None:
+    """value: (B, C). Samples can be drawn only where the largest logit is finite."""
+    value = value.detach()
+    _any_row(op, contract.ALL_MASKED, torch.isneginf(value).all(dim=-1))
+    if sampled:
+        _any_row(op, contract.LOGITS_NOT_FINITE, ~(value < float("inf")).all(dim=-1))
 
 
 def scale_tril(op: str, value: Tensor) -> None:
     """value: (B, D, D)."""
     matrix = value.detach()
-    if matrix.shape[-1] > 1:
-        above = torch.triu(matrix, diagonal=1).abs().amax(dim=(-2, -1))
-        _any_row(op, contract.NOT_TRIANGULAR, above > contract.MATRIX_TOLERANCE * matrix.abs().amax(dim=(-2, -1)))
-    _any_row(op, contract.SINGULAR, ~(matrix.diagonal(dim1=-2, dim2=-1) > 0).all(dim=-1))
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    _any_row(op, contract.SINGULAR, ~(diagonal > 0).all(dim=-1))
+    scale = (diagonal.unsqueeze(-1).double() * diagonal.unsqueeze(-2).double()).sqrt()
+    small = torch.triu(matrix, diagonal=1).abs() <= contract.MATRIX_TOLERANCE * scale
+    _any_row(op, contract.NOT_TRIANGULAR, ~small.all(dim=-1).all(dim=-1))
 
 
 # By op, from its (*inputs, *constants) as in `contract`; a seed at the end is not looked at.
@@ -61,12 +65,14 @@ def mvn_policy_loss(op: str, mean: Tensor, matrix: Tensor, target: Tensor, u: Te
 
 def categorical_policy_loss(op: str, logit: Tensor, table: Tensor, target: Tensor, *seed: Tensor) -> None:
     labels(op, "target", target, logit.shape[-1])
-    logits(op, logit)
+    logits(op, logit, sampled=bool(seed))
 
 
 def categorical_surrogate_loss(op: str, logit: Tensor, rewards: Tensor, samples: Tensor) -> None:
     labels(op, "samples", samples, logit.shape[-1])
     logits(op, logit)
+    masked = torch.isneginf(logit.detach()).expand(*samples.shape, -1)
+    _any_row(op, contract.LABEL_MASKED, masked.gather(-1, samples.unsqueeze(-1)).squeeze(-1), "samples")
 
 
 def categorical_log_prob(op: str, logit: Tensor, value: Tensor) -> None:

@@ -59,6 +59,8 @@ LABEL_OUT_OF_RANGE = 3
 ALL_MASKED = 4
 NOT_TRIANGULAR = 5
 SINGULAR = 6
+LABEL_MASKED = 7
+LOGITS_NOT_FINITE = 8
 
 # Entries that should be equal, or zero, may differ by this much of the largest: room for rounding and
 # for the finite differences of a gradient check, not for a wrong matrix.
@@ -70,6 +72,8 @@ _REFUSALS = {
     LABEL_OUT_OF_RANGE: "{name}: expected labels from 0 to the number of classes less one, got another in row {row}",
     ALL_MASKED: "logits: expected a logit above -inf in each row, got none in row {row}",
     NOT_TRIANGULAR: "scale_tril: expected a lower triangular matrix, got an entry above the diagonal in row {row}",
+    LABEL_MASKED: "{name}: expected labels that the logits do not mask, got one of probability zero in row {row}",
+    LOGITS_NOT_FINITE: "logits: expected numbers or -inf to draw samples from, got nan or inf in row {row}",
     SINGULAR: "scale_tril: expected a positive diagonal, got another in row {row}",
 }
 

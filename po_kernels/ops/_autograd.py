@@ -81,6 +81,8 @@ def _no_second_derivative(call: Call) -> None:
 
 def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     """vmap as a loop: the kernels take one problem a call."""
+    if info.batch_size == 0:
+        raise ValueError(f"{args[0].op}: torch.vmap: expected a batch of at least 1, got 0")
     results = []
     for index in range(info.batch_size):
         chosen = [

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 ADVANTAGES = ("none", "min", "mean", "loo", "standardized")
+# Samples have a word of the random numbers' counter to themselves.
+MOST_SAMPLES = 2**32
 REDUCTIONS = ("mean", "sum", "none")
 SURROGATES = ("dice", "reinforce", "reparam")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -75,23 +77,27 @@ def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def integer(op: str, name: str, value: Any, minimum: int) -> int:
+def integer(op: str, name: str, value: Any, minimum: int, maximum: int = 2**63 - 1) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name}: expected an integer, got {type(value).__name__} {value!r}")
     value = int(value)
     if value < minimum:
         raise ValueError(f"{op}: {name}: expected an integer of at least {minimum}, got {value}")
-    if value >= 2**63:
-        raise ValueError(f"{op}: {name}: expected an integer below 2**63, got {value}")
+    if value > maximum:
+        raise ValueError(f"{op}: {name}: expected an integer of at most {maximum}, got {value}")
     return value
 
 
 def real(op: str, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name}: expected a real number, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{op}: {name}: expected a finite number, got {value}")
-    return float(value)
+    return number
 
 
 def flag(op: str, name: str, value: Any) -> bool:

@@ -73,7 +73,7 @@ def options(
     else:
         if num_samples is None:
             raise ValueError(f"{op}: num_samples: expected an integer with estimator={estimator!r}, got None")
-        num_samples = _check.integer(op, "num_samples", num_samples, 1)
+        num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
         if estimator != "reparam":
             _check.group_size(op, "num_samples", num_samples, advantage)
     return LossOptions(

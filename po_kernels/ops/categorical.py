@@ -38,7 +38,7 @@ def categorical_sample(
     """
     op = "categorical_sample"
     logits, lead = _policy(op, logits)
-    num_samples = _check.integer(op, "num_samples", num_samples, 1)
+    num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     (logits,) = _loss.computed(logits)
     name = dispatch.select(op, logits.device.type, logits.dtype, backend)

@@ -43,7 +43,7 @@ def gaussian_sample(
     op = "gaussian_sample"
     dtype = mean.dtype if isinstance(mean, Tensor) else None
     mean, log_std, lead = _policy(op, mean, log_std)
-    num_samples = _check.integer(op, "num_samples", num_samples, 1)
+    num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     config = OpConfig(num_samples=num_samples, row_offset=row_offset)
     samples = _value.evaluate(op, backend, (mean, log_std), (_check.seed_tensor(op, seed),), config)

@@ -38,7 +38,7 @@ def mvn_sample(
     op = "mvn_sample"
     dtype = mean.dtype if isinstance(mean, Tensor) else None
     mean, scale_tril, lead = _policy(op, mean, scale_tril)
-    num_samples = _check.integer(op, "num_samples", num_samples, 1)
+    num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     config = OpConfig(num_samples=num_samples, row_offset=row_offset)
     samples = _value.evaluate(op, backend, (mean, scale_tril), (_check.seed_tensor(op, seed),), config)

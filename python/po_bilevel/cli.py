@@ -5,6 +5,8 @@ Exit codes: 0 done; 1 training diverged; 2 something about the command, a file o
 """
 
 import dataclasses
+import io
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(1, str(error))
     except (UsageError, MissingDependencyError) as error:
         return _fail(2, str(error))
+    except BrokenPipeError:
+        # Whoever read the output has gone; the interpreter would complain once more on closing it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, MemoryError) as error:
+        return _fail(2, str(error) or "out of memory")
     return 0
 
 
@@ -53,14 +61,17 @@ def classify(config: ClassifyConfig) -> None:
     outcome = classification.run(config)
     options = dataclasses.asdict(config) | {"out": str(config.out)}
     document = results.document("classification", options, outcome.rows)
-    print(results.table(document["summary"]))
     written = [config.out / "curves.json", config.out / "results.json"]
     results.write_json(written[0], {"curves": outcome.curves, "reward_paths": outcome.paths})
     if config.plot:
         written.insert(1, config.out / "classification.png")
         plots.figure_of_classification(outcome, written[1])
     results.write_json(written[-1], document)
-    print("wrote " + ", ".join(map(str, written)))
+    # Last, so that no trouble with the terminal costs the run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    print(results.table(document["summary"]))
+    print("wrote " + ", ".join(map(str, written)), flush=True)
     for warning in outcome.warnings:
         print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
 

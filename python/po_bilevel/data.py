@@ -129,6 +129,9 @@ def _csv(path: Path, target: str | None) -> Table:
         pandas.errors.ParserWarning,
     ) as error:
         raise UsageError(f"--dataset: expected a CSV file, and {str(path)!r} cannot be read as one: {error}") from None
+    header = pandas.read_csv(path, header=None, nrows=1, index_col=False, dtype=str).iloc[0]
+    if repeated := sorted(set(header[header.duplicated()].dropna())):
+        raise UsageError(f"--dataset: expected each column's name once, got {', '.join(map(repr, repeated))} again")
     columns = ", ".join(map(repr, frame.columns))
     if target is None:
         raise UsageError(f"--target: expected the column of {str(path)!r} that holds the classes, one of {columns}")

@@ -85,3 +85,16 @@ def test_equal_rewards_in_a_loss(op, backend):
         for x in (*first[:-1], *second, stats.advantage_std, stats.reward_std):
             assert torch.equal(x, torch.zeros_like(x))
         assert torch.allclose(first[-1], torch.full_like(rewards, -1 / 3), rtol=1e-14)
+
+
+@pytest.mark.parametrize("backend", serving("group_advantage"))
+def test_standardized_neither_hides_a_nan_nor_overflows(backend):
+    bad = pk.group_advantage(torch.tensor([[float("nan")], [0.0], [1.0]]), "standardized", backend=backend)
+    assert bad.isnan().all()
+    for size in (1e30, 1e-30):
+        rewards = torch.tensor([[size], [0.0], [0.0]])
+        found = pk.group_advantage(rewards, "standardized", backend=backend)
+        std = size * (2 / 9) ** 0.5
+        expected = torch.tensor([[2 / 3], [-1 / 3], [-1 / 3]]) * (size / (std + 1e-6))
+        # Deviation, square, mean, root and quotient: eight roundings.
+        torch.testing.assert_close(found, expected, rtol=8 * 1.2e-7, atol=1e-37)

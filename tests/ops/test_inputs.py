@@ -270,3 +270,34 @@ def test_one_class_or_one_dimension_is_enough(op):
     for backend in serving(op):
         case = draw(op, 0, lead=(2,), dim=1, mask=False)
         assert case(backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs(("categorical_surrogate_loss",)))
+def test_a_sample_that_the_policy_masks_is_refused(op, backend):
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]])
+    with pytest.raises(ValueError, match=rf"{op}: samples: .*mask"):
+        pk.categorical_surrogate_loss(logits, torch.tensor([[1], [0]]), torch.zeros(2, 1), backend=backend)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("op", "backend"), pairs(("categorical_sample",)))
+def test_no_samples_from_logits_that_are_no_numbers(op, backend, bad):
+    with pytest.raises(ValueError, match=rf"{op}: logits: .*row 1"):
+        pk.categorical_sample(torch.tensor([[0.0, 1.0], [bad, 0.0]]), 3, backend=backend)
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs(("gaussian_policy_loss", "gaussian_sample", "categorical_sample")))
+def test_more_samples_than_the_counter_has_words_for(op, backend):
+    mean = torch.zeros(2, 3)
+    arguments = {"gaussian_policy_loss": (mean, mean, mean, 1.0), "gaussian_sample": (mean, mean)}.get(op, (mean,))
+    options = {"estimator": "dice"} if op == "gaussian_policy_loss" else {}
+    with pytest.raises(ValueError, match=rf"{op}: num_samples: "):
+        getattr(pk, op)(*arguments, num_samples=2**58, backend=backend, **options)
+
+
+@pytest.mark.parametrize("above", [0.9, float("nan")])
+@pytest.mark.parametrize(("op", "backend"), pairs(("mvn_log_prob",)))
+def test_an_entry_above_the_diagonal_is_judged_by_its_own_rows(op, backend, above):
+    tril = torch.tensor([[1e4, above], [0.0, 1e-2]])
+    with pytest.raises(ValueError, match=rf"{op}: scale_tril"):
+        pk.mvn_log_prob(torch.zeros(2), tril, torch.zeros(2), backend=backend)

@@ -5,7 +5,7 @@
 
 namespace po_kernels {
 
-// Numbered as in po_kernels/backends/native/codes.py.
+// Numbered as in po_kernels/backends/native/kernels.py.
 enum Estimator : int { kClosedForm = 0, kReparam = 1, kDice = 2, kReinforce = 3 };
 enum Advantage : int { kNone = 0, kMin = 1, kMean = 2, kLoo = 3, kStandardized = 4 };
 
@@ -30,18 +30,28 @@ PK_FN V group_mean_from_first(int64_t count, const V* x) {
   return sum * Element<V>(1.0 / double(count));
 }
 
-// Standard deviation with the count in the denominator; zero, with no derivative, for equal members.
+// Standard deviation with the count in the denominator; zero, with no derivative, for equal members. Deviations are
+// squared relative to the largest, so that they neither overflow nor vanish.
 template <class V>
 PK_FN V group_std(int64_t count, const V* x) {
+  using T = Element<V>;
   const V mean = group_mean_from_first(count, x);
+  Primal<V> largest{};
+  for (int64_t g = 0; g < count; ++g) {
+    const Primal<V> deviation = stop(x[g] - x[0] - mean);
+    const Primal<V> size = select(deviation < T(0), -deviation, deviation);
+    largest = select(largest >= size, largest, size);  // a nan is taken
+  }
+  const auto varies = largest != T(0);
+  const Primal<V> unit = select(varies, largest, broadcast<Primal<V>>(T(1)));
+  const Primal<V> inverse = broadcast<Primal<V>>(T(1)) / unit;
   V sum{};
-  for (int64_t g = 0; g < count; ++g) sum = sum + square(x[g] - x[0] - mean);
-  const V variance = sum * Element<V>(1.0 / double(count));
-  const auto varies = stop(variance) > Element<V>(0);
-  return select(varies, square_root(select(varies, variance, constant<V>(Element<V>(1)))), V{});
+  for (int64_t g = 0; g < count; ++g) sum = sum + square((x[g] - x[0] - mean) * inverse);
+  const V variance = select(varies, sum * T(1.0 / double(count)), constant<V>(T(1)));
+  return select(varies, square_root(variance) * unit, V{});
 }
 
-// DESIGN: A over the G rewards of a row.
+// A over the G rewards of a row.
 template <class V>
 PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage) {
   using T = Element<V>;
@@ -62,7 +72,7 @@ PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage) {
     for (int64_t g = 0; g < count; ++g) advantage[g] = advantage[g] * scale;
   } else if (kind == kStandardized) {
     const V std = group_std(count, reward);
-    const auto varies = stop(std) > T(0);
+    const auto varies = stop(std) != T(0);
     const V inverse = constant<V>(T(1)) / (std + T(kStandardizedEpsilon));
     for (int64_t g = 0; g < count; ++g) advantage[g] = select(varies, advantage[g] * inverse, V{});
   }
@@ -84,7 +94,7 @@ PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u)
   }
   const V reward_mean = group_mean_from_first(count, reward);
   const V std = group_std(count, reward);
-  const auto varies = stop(std) > T(0);
+  const auto varies = stop(std) != T(0);
   const V safe = select(varies, std, constant<V>(T(1)));
   const V inverse = constant<V>(T(1)) / (safe + T(kStandardizedEpsilon));
   V dot{};

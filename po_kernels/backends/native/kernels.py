@@ -17,6 +17,9 @@ _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 Arguments = dict[str, Any]
 
+# Samples times dimensions of a row: beyond it no machine has the memory, and sizes in bytes would overflow.
+_MOST_SCRATCH = 2**48
+
 
 class _Rows(str):
     """Name of a (B, ...) input, whose rows may be strided or expanded."""
@@ -143,7 +146,21 @@ def categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offse
 
 
 def _function(op: str) -> Callable[..., tuple[int, int]]:
-    return getattr(extension.module, op)
+    function = getattr(extension.module, op)
+
+    def named(**arguments: Any) -> tuple[int, int]:
+        per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
+        try:
+            if arguments.get("samples", 0) * per_sample > _MOST_SCRATCH:
+                raise MemoryError
+            return function(**arguments)
+        except MemoryError:
+            raise MemoryError(
+                f"{op}: num_samples: expected a group whose samples fit in memory, a few rows at a time, "
+                f"got {arguments.get('samples', 0)} samples of {per_sample} numbers"
+            ) from None
+
+    return named
 
 
 def _address(tensor: Tensor | None, keep: list[Tensor]) -> int:

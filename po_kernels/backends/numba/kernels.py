@@ -341,7 +341,7 @@ def _run_group_advantage(run, constants, config, cotangent, value, gradients):
 
 
 def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
-    checks.logits("categorical_sample", logits)
+    checks.logits("categorical_sample", logits, sampled=True)
     run = _Run("categorical_sample", (logits,), None)
     labels = torch.empty((num_samples, logits.shape[0]), dtype=torch.int64)
     key = np.uint64(int(seed) & (2**64 - 1))

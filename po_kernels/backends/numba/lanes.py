@@ -77,11 +77,17 @@ def mean_from_first(x):
 def group_std(x):
     """Zero, with no derivative, for equal members."""
     mean = mean_from_first(x)
+    largest = 0.0
+    for g in range(x.shape[0]):
+        size = abs((x[g] - x[0] - mean).real)
+        if not largest >= size:  # a nan is taken
+            largest = size
+    if largest == 0.0:
+        return mean - mean
     total = x[0] - x[0]
     for g in range(x.shape[0]):
-        total += (x[g] - x[0] - mean) ** 2
-    variance = total / x.shape[0]
-    return np.sqrt(variance) if variance.real > 0.0 else variance - variance
+        total += ((x[g] - x[0] - mean) / largest) ** 2
+    return np.sqrt(total / x.shape[0]) * largest
 
 
 @compiled
@@ -107,7 +113,7 @@ def advantages(kind, reward, advantage):
     elif kind == STANDARDIZED:
         std = group_std(reward)
         for g in range(count):
-            advantage[g] = advantage[g] / (std + STANDARDIZED_EPS) if std.real > 0.0 else 0.0
+            advantage[g] = advantage[g] / (std + STANDARDIZED_EPS) if std.real != 0.0 else 0.0
 
 
 @compiled
@@ -126,7 +132,7 @@ def advantages_transposed(kind, reward, u):
             u[g] = (u[g] - mean) * scale
         return
     std = group_std(reward)
-    if std.real <= 0.0:
+    if std.real == 0.0:
         for g in range(count):
             u[g] = 0.0
         return

@@ -27,7 +27,7 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
 def _policy_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
     def plain(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> RowLoss:
         labels, seed = (constants[:-1], constants[-1]) if config.num_samples else (constants, None)
-        check(op, *inputs, *labels)
+        check(op, *inputs, *constants)
         return function(*inputs, *labels, seed, config)
 
     return {"plain": plain, "first": _first(plain), "second": _second(plain)}
@@ -119,7 +119,7 @@ def _group_advantage(inputs: Sequence[Tensor], constants: Sequence[Tensor], conf
 
 
 def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
-    checks.logits("categorical_sample", logits)
+    checks.logits("categorical_sample", logits, sampled=True)
     return categorical.sample(logits, seed=seed, num_samples=num_samples, row_offset=row_offset)
 
 

@@ -38,16 +38,21 @@ def group_advantage(rewards: Tensor, kind: str) -> Tensor:
         return centred
     if kind == "loo":
         return centred * (rewards.shape[0] / (rewards.shape[0] - 1))
-    variance = centred.square().mean(dim=0, keepdim=True)
-    varies = variance > 0
-    std = torch.sqrt(torch.where(varies, variance, 1.0))
-    return torch.where(varies, centred / (std + STANDARDIZED_EPS), 0.0)
+    # Deviations are squared relative to the largest, so that they neither overflow nor vanish.
+    largest = centred.detach().abs().amax(dim=0, keepdim=True)
+    varies = largest != 0  # a nan goes on as such
+    unit = torch.where(varies, largest, 1.0)
+    variance = torch.where(varies, (centred / unit).square().mean(dim=0, keepdim=True), 1.0)
+    return torch.where(varies, centred / (torch.sqrt(variance) * unit + STANDARDIZED_EPS), 0.0)
 
 
 def group_std(values: Tensor) -> Tensor:
     """Standard deviation over the leading axis with G in the denominator."""
     shifted = values - values[:1]
-    return (shifted - shifted.mean(dim=0)).square().mean(dim=0).sqrt()
+    deviations = shifted - shifted.mean(dim=0)
+    largest = deviations.abs().amax(dim=0)
+    unit = torch.where(largest != 0, largest, 1.0)
+    return (deviations / unit).square().mean(dim=0).sqrt() * unit
 
 
 def sampled_loss(

@@ -140,6 +140,8 @@ def check(config: ClassifyConfig) -> None:
         count = getattr(config, option)
         if count is not None and count < 1:
             raise UsageError(f"{_flag(option)}: expected an integer of at least 1, got {count}")
+    if config.threads > 4096:
+        raise UsageError(f"--threads: expected at most 4096, got {config.threads}")
     if any(width < 1 for width in config.hidden):
         raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
     for option in ("entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance"):
