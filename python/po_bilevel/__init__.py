@@ -2,7 +2,24 @@
 
 from .errors import MissingDependencyError, NonFiniteError, UsageError
 from .heuristics import marginal_covariance, optimal_precision, residual_covariance
-from .hypergradient import Hypergradient, HypergradientMethod, ImplicitCG
+from .hypergradients import (
+    BOME,
+    Dense,
+    EvolutionStrategies,
+    FiniteDifference,
+    FixedPoint,
+    Hypergradient,
+    HypergradientMethod,
+    Identity,
+    ImplicitCG,
+    Neumann,
+    NormalCG,
+    Penalty,
+    Recompute,
+    SingleLoop,
+    Truncated,
+    Unrolled,
+)
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import (
     CategoricalPolicy,
@@ -25,13 +42,19 @@ from .rewards import (
 from .trainer import BatchStream, BilevelTrainer, OuterStep, train, train_nll, train_policy_gradient
 
 __all__ = [
+    "BOME",
     "Batch",
     "BatchStream",
     "BilevelTrainer",
     "CategoricalPolicy",
+    "Dense",
+    "EvolutionStrategies",
+    "FiniteDifference",
+    "FixedPoint",
     "GaussianPolicy",
     "Hypergradient",
     "HypergradientMethod",
+    "Identity",
     "ImplicitCG",
     "LinearCategorical",
     "LinearGaussian",
@@ -41,14 +64,21 @@ __all__ = [
     "MatrixReward",
     "MissingDependencyError",
     "NegativeLogLikelihood",
+    "Neumann",
     "NonFiniteError",
+    "NormalCG",
     "OneHotMahalanobisReward",
     "OuterStep",
+    "Penalty",
     "Policy",
     "PolicyGradient",
     "PositivePrecision",
+    "Recompute",
+    "SingleLoop",
     "TableReward",
     "TabularReward",
+    "Truncated",
+    "Unrolled",
     "UsageError",
     "marginal_covariance",
     "one_hot_table",

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from .errors import NonFiniteError
-from .hypergradient import HypergradientMethod, ImplicitCG, Tensors
+from .hypergradients import HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
 
@@ -161,7 +161,7 @@ class OuterStep:
     inner_steps: int
     reward: Tensor | None
     gradient_norm: float
-    residual_norm: float
+    residual_norm: float | None
     num_products: int
     converged: bool
     negative_curvature: bool

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .. import data, metrics
 from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
-from ..hypergradient import ImplicitCG
+from ..hypergradients import ImplicitCG
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..results import Row

@@ -1,0 +1,35 @@
+"""Hypergradients dF(θ*(φ), φ)/dφ of a bilevel problem, behind one interface.
+
+    outer   min_φ F(θ*(φ), φ)        inner   θ*(φ) = argmin_θ L(θ, φ)
+
+A method is called with the two losses as functions of (θ, φ) and returns a `Hypergradient`: the gradient, and
+what there is to know about how it was come by. The losses have to be deterministic functions: a method that
+evaluates them more than once must see the same batch and the same random numbers each time, so fix both outside
+(the sampled losses of `po_kernels` take a `seed`). docs/hypergradients.md compares the methods.
+"""
+
+from .first_order import BOME, EvolutionStrategies, FiniteDifference, Penalty
+from .implicit import Dense, FixedPoint, Identity, ImplicitCG, Neumann, NormalCG, SingleLoop
+from .interface import Hypergradient, HypergradientMethod, Loss, Tensors
+from .unrolled import Recompute, Truncated, Unrolled
+
+__all__ = [
+    "BOME",
+    "Dense",
+    "EvolutionStrategies",
+    "FiniteDifference",
+    "FixedPoint",
+    "Hypergradient",
+    "HypergradientMethod",
+    "Identity",
+    "ImplicitCG",
+    "Loss",
+    "Neumann",
+    "NormalCG",
+    "Penalty",
+    "Recompute",
+    "SingleLoop",
+    "Tensors",
+    "Truncated",
+    "Unrolled",
+]

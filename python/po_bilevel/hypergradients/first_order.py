@@ -1,0 +1,262 @@
+"""Methods that take no second derivative: any inner loss will do, estimator="reinforce" too."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .interface import Hypergradient, Loss, Tensors
+from .problem import all_finite, all_reached, flat, inner_gradient, outer_gradients, parameters, scalar, started, unflat
+from .unrolled import descend
+
+
+@dataclass(frozen=True)
+class FiniteDifference:
+    """The Hessian as I/scale and the mixed product by central differences (DARTS, Liu et al. 2019, eq. 8).
+
+        dF/dφ = ∂F/∂φ - [∂L/∂φ(θ + εv) - ∂L/∂φ(θ - εv)] / 2ε,    v = scale · ∂F/∂θ,  ε = radius/‖v‖
+
+    Two gradients of the inner loss by φ. SAMA (Choe et al. 2023) is this with v scaled by the inner optimiser's state.
+
+    Attributes:
+        scale: 1/curvature, the inner learning rate in DARTS.
+        radius: ‖εv‖, in units of θ. The error is O(radius²) from the third derivative and O(rounding/radius).
+    """
+
+    scale: float = 1.0
+    radius: float = 1e-2
+
+    def __post_init__(self) -> None:
+        checks.positive(self, "scale", self.scale)
+        checks.positive(self, "radius", self.radius)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is not used."""
+        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        outer, by_theta, direct = outer_gradients(outer_loss, theta, phi)
+        norm = float(flat(by_theta, theta).norm())
+        gradient = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True)]
+        # Where ∂F/∂θ is zero there is no direction, and nothing to subtract.
+        shift = self.radius / norm if norm > 0 else 0.0
+        ends = []
+        values = []
+        for sign in (1.0, -1.0):
+            moved = tuple(t.detach() + sign * shift * g for t, g in zip(theta, by_theta, strict=True))
+            value, by_phi = _by_phi(inner_loss, moved, phi)
+            values.append(value)
+            ends.append(by_phi)
+        if norm > 0:
+            for index, (plus, minus) in enumerate(zip(*ends, strict=True)):
+                gradient[index] = gradient[index] - self.scale * (plus - minus) / (2.0 * shift)
+        return _first_order(gradient, 0.5 * sum(values), outer)
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """The value-function penalty (F2SA, Kwon et al. 2023, algorithm 1).
+
+        dF/dφ ≈ ∂F/∂φ(y) + μ [∂L/∂φ(y) - ∂L/∂φ(θ)],    y = argmin L + F/μ
+
+    Right to O(1/μ); what y and θ lack in accuracy is multiplied by μ. y takes gradient steps from where it ended the
+    last time, θ is the minimum of L that it is called with. steps + 2 gradients.
+
+    Attributes:
+        multiplier: μ.
+        steps: of gradient descent on y.
+        learning_rate: of it, in units of 1/curvature of the inner loss.
+        tolerance: of ‖∂(L + F/μ)/∂y‖ relative to ‖∂F/∂y‖/μ.
+    """
+
+    multiplier: float
+    steps: int
+    learning_rate: float
+    tolerance: float = 1e-1
+
+    def __post_init__(self) -> None:
+        checks.positive(self, "multiplier", self.multiplier)
+        checks.count(self, "steps", self.steps)
+        checks.positive(self, "learning_rate", self.learning_rate)
+        checks.positive(self, "tolerance", self.tolerance)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is y."""
+        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        y = tuple(t.detach().requires_grad_() for t in (theta if start is None else started(start, theta)))
+
+        def penalised(theta: Tensors, phi: Tensors) -> Tensor:
+            return inner_loss(theta, phi) + outer_loss(theta, phi) / self.multiplier
+
+        # Said here, for the descent would take an outer loss that is no good for the inner one.
+        scalar("outer_loss", outer_loss(y, phi))
+        y = descend(penalised, y, phi, self.steps, self.learning_rate)
+        outer, by_y, direct = outer_gradients(outer_loss, y, phi)
+        _, left = inner_gradient(penalised, y, phi)
+        scale = float(flat(by_y, y).norm()) / self.multiplier
+        residual = float(flat(left, y).norm()) / scale if scale > 0 else 0.0
+        inner, at_theta = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
+        _, at_y = _by_phi(inner_loss, tuple(t.detach() for t in y), phi)
+        gradient = [
+            (torch.zeros_like(p) if d is None else d) + self.multiplier * (a - b)
+            for p, d, a, b in zip(phi, direct, at_y, at_theta, strict=True)
+        ]
+        problems = []
+        if residual > self.tolerance:
+            problems.append(
+                f"the penalised problem stopped at a relative gradient of {residual:.1e} after {self.steps} steps, "
+                f"tolerance {self.tolerance:.1e}; take more steps"
+            )
+        result = _first_order(gradient, inner, outer)
+        return Hypergradient(
+            **{
+                **vars(result),
+                "residual_norm": residual,
+                "converged": not problems,
+                "problems": tuple(problems),
+                "solution": tuple(t.detach() for t in y),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class BOME:
+    """Bilevel optimisation made easy (Ye et al. 2022, algorithm 1): one joint step of (φ, θ) that lowers F and L - L*.
+
+        q(φ, θ) = L(θ, φ) - L(θ^(T), φ),    direction ∇F + μ∇q,    μ = max(0, η - ⟨∇F, ∇q⟩/‖∇q‖²)
+
+    θ^(T) is θ after T steps of gradient descent, a constant in ∇q. The direction's φ part is handed out as the
+    gradient, its θ part moves `theta`: the method is an inner loop of its own, so train with no other inner steps. At
+    a θ that already is a minimum of L, q and so the pull of L on φ vanish. T + 2 gradients.
+
+    Attributes:
+        steps: T.
+        learning_rate: of the T steps.
+        step: ξ, of θ along the direction.
+        control: η, how much of ‖∇q‖² a step should at least descend.
+    """
+
+    steps: int
+    learning_rate: float
+    step: float
+    control: float = 0.5
+
+    def __post_init__(self) -> None:
+        checks.count(self, "steps", self.steps)
+        checks.positive(self, "learning_rate", self.learning_rate)
+        checks.positive(self, "step", self.step)
+        checks.positive(self, "control", self.control)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is not used."""
+        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        outer, f_theta, direct = outer_gradients(outer_loss, theta, phi)
+        f_phi = tuple(torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True))
+        inner, q_theta = inner_gradient(inner_loss, theta, phi)
+        _, here = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
+        lower = descend(inner_loss, theta, phi, self.steps, self.learning_rate)
+        _, there = _by_phi(inner_loss, tuple(t.detach() for t in lower), phi)
+        q_phi = tuple(a - b for a, b in zip(here, there, strict=True))
+        f, q = flat(f_phi + f_theta, phi + theta), flat(q_phi + q_theta, phi + theta)
+        squared = float(q @ q)
+        weight = max(0.0, self.control - float(f @ q) / squared) if squared > 0 else 0.0
+        direction = unflat(f + weight * q, phi + theta)
+        moved = tuple(t.detach() - self.step * d for t, d in zip(theta, direction[len(phi) :], strict=True))
+        result = _first_order(list(direction[: len(phi)]), float(inner.detach()), outer)
+        return Hypergradient(**{**vars(result), "theta": moved})
+
+
+@dataclass(frozen=True)
+class EvolutionStrategies:
+    """The gradient of F(θ_T(φ)) smoothed over φ, by antithetic pairs (Salimans et al. 2017; Metz et al. 2019).
+
+        dF/dφ ≈ (1/N) Σ_i ε_i [F(θ_T(φ + σε_i)) - F(θ_T(φ - σε_i))] / 2σ
+
+    θ_T is θ after T steps of gradient descent from the θ given. The ε_i are Gaussian directions made orthogonal within
+    blocks as large as φ (Choromanski et al. 2018), of length √P: with N a multiple of the size P of φ the gradient of a
+    quadratic function comes out exactly. Takes nothing from L or F but values and ∂L/∂θ, at 2 N T gradients; for few φ.
+
+    Attributes:
+        pairs: N.
+        radius: σ, in units of φ.
+        steps: T.
+        learning_rate: of the T steps.
+        seed: of the directions; None draws one from torch's default generator.
+    """
+
+    pairs: int
+    radius: float
+    steps: int
+    learning_rate: float
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks.count(self, "pairs", self.pairs)
+        checks.positive(self, "radius", self.radius)
+        checks.count(self, "steps", self.steps)
+        checks.positive(self, "learning_rate", self.learning_rate)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is not used."""
+        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        # Finite differences would make nothing of a φ that does not matter; said here as in every other method.
+        inner, _ = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
+        outer, _, _ = outer_gradients(outer_loss, theta, phi)
+        centre = flat(tuple(p.detach() for p in phi), phi)
+        total = torch.zeros_like(centre)
+        for direction in self._directions(centre):
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = unflat(centre + sign * self.radius * direction, phi)
+                reached = descend(inner_loss, theta, moved, self.steps, self.learning_rate)
+                with torch.no_grad():
+                    ends.append(float(outer_loss(reached, moved)))
+            total += direction * (ends[0] - ends[1])
+        return _first_order(list(unflat(total / (2.0 * self.radius * self.pairs), phi)), inner, outer)
+
+    def _directions(self, like: Tensor) -> Tensor:
+        """(N, P)."""
+        size = like.numel()
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        generator = torch.Generator().manual_seed(seed)
+        blocks = []
+        for begin in range(0, self.pairs, size):
+            gaussian = torch.randn(size, min(size, self.pairs - begin), dtype=torch.float64, generator=generator)
+            blocks.append(torch.linalg.qr(gaussian).Q.mT)
+        return size**0.5 * torch.cat(blocks).to(like)
+
+
+def _by_phi(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[float, Tensors]:
+    """L and ∂L/∂φ at a constant θ."""
+    with torch.enable_grad():
+        loss = inner_loss(theta, phi)
+        if not loss.requires_grad:
+            all_reached([None] * len(phi))
+        scalar("inner_loss", loss)
+        return float(loss.detach()), all_reached(torch.autograd.grad(loss, phi, allow_unused=True))
+
+
+def _first_order(gradient: Sequence[Tensor], inner: float, outer: Tensor) -> Hypergradient:
+    return Hypergradient(
+        gradient=all_finite(tuple(gradient)),
+        inner_loss=inner,
+        outer_loss=float(outer.detach()),
+        residual_norm=None,
+        num_products=0,
+        converged=True,
+        min_curvature=None,
+        problems=(),
+        solution=None,
+    )

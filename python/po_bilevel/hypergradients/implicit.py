@@ -1,0 +1,391 @@
+"""Methods by the implicit function theorem: dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v with (∂²L/∂θ² + δI) v = ∂F/∂θ.
+
+They differ in how v is come by. θ has to be near a minimum of the inner loss; how it got there does not matter.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .interface import Hypergradient, Loss, Tensors
+from .problem import ImplicitProblem
+
+
+@dataclass(frozen=True)
+class ImplicitCG:
+    """Conjugate gradients on the Hessian (Pedregosa 2016; Rajeswaran et al. 2019).
+
+    Costs `num_products` Hessian products, the last of which comes with the mixed product in one backward pass. For a
+    Hessian that is positive definite with its damping: the method to begin with.
+
+    Curvature that is not positive ends the solve at the last good iterate, and is reported; so is a solve that ran
+    out of iterations.
+
+    Attributes:
+        damping: δ, in units of the inner loss's curvature. Needed where the Hessian is singular, as for softmax
+            policies without an L2 penalty.
+        tolerance: of the residual, relative to ‖∂F/∂θ‖.
+        max_iterations: of conjugate gradients.
+    """
+
+    damping: float = 0.0
+    tolerance: float = 1e-6
+    max_iterations: int = 100
+
+    def __post_init__(self) -> None:
+        _check_solver(self, self.damping, self.tolerance, self.max_iterations)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`."""
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+        solution, residual = _begin(problem, problem.start(start), self.damping)
+        goal = self.tolerance * problem.scale
+        problems: list[str] = []
+        least = 0.0
+        direction = residual.clone()
+        squared = float(residual @ residual)
+        for _ in range(self.max_iterations):
+            if squared**0.5 <= goal:
+                break
+            image = problem.product(direction)
+            curvature = problem.curvature.observe(direction, image)
+            least = min(least, curvature)
+            if curvature + self.damping <= 0:
+                problems.append(
+                    f"the inner Hessian has curvature {curvature:.3g} along a search direction, damping "
+                    f"{self.damping:.3g}: the linear solve stopped after {problem.num_products} products; train the "
+                    "inner problem further or raise the damping"
+                )
+                break
+            step = squared / ((curvature + self.damping) * float(direction @ direction))
+            solution += step * direction
+            residual -= step * (image + self.damping * direction)
+            previous, squared = squared, float(residual @ residual)
+            direction = residual + (squared / previous) * direction
+        else:
+            if squared**0.5 > goal:
+                problems.append(_ran_out(squared**0.5 / problem.scale, self.max_iterations, self.tolerance))
+        if least < 0 and not problems:
+            problems.append(
+                f"the inner Hessian has curvature {least:.3g} along a search direction; the damping "
+                f"{self.damping:.3g} made the system positive"
+            )
+        return problem.result(solution, tolerance=self.tolerance, problems=problems)
+
+
+@dataclass(frozen=True)
+class NormalCG:
+    """Conjugate gradients on the normal equations, (H + δI)² v = (H + δI) ∂F/∂θ (Hestenes and Stiefel 1952).
+
+    Two Hessian products an iteration, and the condition number is squared; in return the system may be indefinite, as
+    the Hessian of a sampled loss or away from a minimum is. Negative curvature is reported as for `ImplicitCG`, for
+    the implicit function theorem still promises nothing there.
+
+    Attributes:
+        damping, tolerance, max_iterations: as for `ImplicitCG`.
+    """
+
+    damping: float = 0.0
+    tolerance: float = 1e-6
+    max_iterations: int = 100
+
+    def __post_init__(self) -> None:
+        _check_solver(self, self.damping, self.tolerance, self.max_iterations)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`."""
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+
+        def product(vector: Tensor) -> Tensor:
+            image = problem.product(vector)
+            problem.curvature.search(vector, image)
+            return image + self.damping * vector
+
+        solution, residual = _begin(problem, problem.start(start), self.damping)
+        goal = self.tolerance * problem.scale
+        problems: list[str] = []
+        norm = float(residual.norm())
+        if norm > goal:
+            # H is symmetric, so that its transpose is another product. This is CGLS: it recurs on the residual of the
+            # system itself, and so does not square the rounding too.
+            gradient = product(residual)
+            direction = gradient.clone()
+            squared = float(gradient @ gradient)
+            for _ in range(self.max_iterations):
+                # Zero for a residual outside the Hessian's range: there is nothing left to descend along.
+                if norm <= goal or squared == 0.0:
+                    break
+                image = product(direction)
+                step = squared / float(image @ image)
+                solution += step * direction
+                residual -= step * image
+                norm = float(residual.norm())
+                if norm <= goal:
+                    break
+                gradient = product(residual)
+                previous, squared = squared, float(gradient @ gradient)
+                direction = gradient + (squared / previous) * direction
+            if norm > goal:
+                problems.append(_ran_out(norm / problem.scale, self.max_iterations, self.tolerance))
+        return problem.result(solution, tolerance=self.tolerance, problems=problems)
+
+
+@dataclass(frozen=True)
+class Neumann:
+    """A truncated Neumann series, v = α Σ_{k<K} (I - α(H + δI))ᵏ ∂F/∂θ (Lorraine et al. 2020, algorithm 3).
+
+    What backpropagation through the last K steps of gradient descent of size α gives, without storing them. K
+    products, no warm start. Converges if 0 < α λ < 2 for all eigenvalues λ, which for an indefinite H no α does.
+
+    Attributes:
+        terms: K.
+        learning_rate: α, in units of 1/curvature; None measures the largest curvature, with `POWER_ITERATIONS` more
+            products.
+        damping: δ.
+        tolerance: of the relative residual that the series is meant to reach; reported if it does not.
+    """
+
+    terms: int = 20
+    learning_rate: float | None = None
+    damping: float = 0.0
+    tolerance: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _check_solver(self, self.damping, self.tolerance, None)
+        checks.count(self, "terms", self.terms)
+        checks.positive(self, "learning_rate", self.learning_rate)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is not used."""
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+        solution, problems = _richardson(problem, None, self.damping, self.learning_rate, 0.0, self.terms)
+        return problem.result(solution, tolerance=self.tolerance, problems=problems)
+
+
+@dataclass(frozen=True)
+class FixedPoint:
+    """The fixed point of v = v - α((H + δI) v - ∂F/∂θ), warm-started (Grazzi et al. 2020, eq. 11).
+
+    The Neumann series continued from where the last solve ended until the residual is small. One product an
+    iteration; linear convergence at rate 1 - 1/κ where conjugate gradients have 1 - 2/√κ.
+
+    Attributes:
+        learning_rate: α; None measures the largest curvature, with `POWER_ITERATIONS` more products.
+        damping, tolerance, max_iterations: as for `ImplicitCG`.
+    """
+
+    learning_rate: float | None = None
+    damping: float = 0.0
+    tolerance: float = 1e-6
+    max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_solver(self, self.damping, self.tolerance, self.max_iterations)
+        checks.positive(self, "learning_rate", self.learning_rate)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`."""
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+        solution, problems = _richardson(
+            problem, problem.start(start), self.damping, self.learning_rate, self.tolerance, self.max_iterations
+        )
+        return problem.result(solution, tolerance=self.tolerance, problems=problems)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The Hessian itself, by P products, and its eigenvalues: what the others are tested against.
+
+    O(P²) memory and O(P³) time. A direction without curvature is left out of the solution (the pseudo-inverse), and
+    is reported if ∂F/∂θ has a part along it.
+
+    Attributes:
+        damping: δ.
+        max_size: the most inner parameters P it is prepared to take: 2000 are 32 MB of Hessian in float64.
+    """
+
+    damping: float = 0.0
+    max_size: int = 2000
+
+    def __post_init__(self) -> None:
+        checks.at_least_zero(self, "damping", self.damping)
+        checks.count(self, "max_size", self.max_size)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is not used.
+
+        Raises:
+            ValueError: more parameters than max_size, or as every method.
+        """
+        size = sum(t.numel() for t in theta)
+        if size > self.max_size:
+            raise ValueError(
+                f"Dense: theta: expected at most max_size = {self.max_size} parameters, got {size}, whose Hessian has "
+                f"{size * size} entries; use ImplicitCG, which stores none of them, or raise max_size"
+            )
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+        basis = torch.eye(size, dtype=problem.right.dtype, device=problem.right.device)
+        hessian = torch.stack([problem.product(unit) for unit in basis])
+        eigenvalues, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
+        # A product's rounding is of the order of the largest eigenvalue's, in each of P directions.
+        rounding = size * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().amax()
+        eigenvalues = torch.where(eigenvalues.abs() > rounding, eigenvalues, 0.0)
+        for index in (-1, 0):
+            problem.curvature.observe(vectors[:, index], eigenvalues[index] * vectors[:, index])
+        regular = eigenvalues + self.damping
+        kept = regular.abs() > rounding
+        coordinates = vectors.mT @ problem.right
+        solution = vectors @ torch.where(kept, coordinates / torch.where(kept, regular, 1.0), 0.0)
+        lost = float(coordinates[~kept].norm())
+        # The square root of rounding: b's part along a null direction is found by the rounding of both.
+        tolerance = torch.finfo(regular.dtype).eps ** 0.5
+        problems = []
+        if lost > tolerance * problem.scale:
+            problems.append(
+                f"the inner Hessian is singular along {int((~kept).sum())} directions that the outer loss depends on; "
+                "regularise the inner loss or give a damping"
+            )
+        return problem.result(solution, tolerance=tolerance, problems=problems)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """The Hessian taken as I/scale, v = scale · ∂F/∂θ: T1-T2 (Luketina et al. 2016).
+
+    One backward pass. A descent direction as long as the Hessian is not far from a multiple of the identity, and zero
+    where the hypergradient is zero only if it is one. `residual_norm` says how far from it.
+
+    Attributes:
+        scale: 1/curvature; the inner learning rate in the paper.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self, "scale", self.scale)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is not used."""
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, 0.0)
+        return problem.result(self.scale * problem.right, tolerance=None)
+
+
+@dataclass(frozen=True)
+class SingleLoop:
+    """One step of the linear system for each call: SOBA (Dagréou et al. 2022, algorithm 1).
+
+        dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v,    v ← v - ρ((H + δI) v - ∂F/∂θ)
+
+    θ, v and φ each take one step at a time, from the same point: with one inner step an outer step, and small outer
+    steps. The first call has v = 0 and so only the direct part of the gradient. One backward pass a call.
+
+    Attributes:
+        learning_rate: ρ, in units of 1/curvature; below 2/λ_max.
+        damping: δ.
+    """
+
+    learning_rate: float
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.positive(self, "learning_rate", self.learning_rate)
+        checks.at_least_zero(self, "damping", self.damping)
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """See `HypergradientMethod.__call__`; start is v."""
+        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+        vector = problem.start(start)
+        return problem.result(
+            torch.zeros_like(problem.right) if vector is None else vector, tolerance=None, next_step=self.learning_rate
+        )
+
+
+# Enough for a largest curvature that is right within the tenth that the step leaves.
+POWER_ITERATIONS = 10
+
+
+def _begin(problem: ImplicitProblem, start: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
+    """The first v and its residual b - (H + δI) v."""
+    if start is None:
+        return torch.zeros_like(problem.right), problem.right.clone()
+    return start.clone(), problem.right - problem.product(start) - damping * start
+
+
+def _richardson(
+    problem: ImplicitProblem, start: Tensor | None, damping: float, learning_rate: float | None, tolerance: float,
+    iterations: int,
+) -> tuple[Tensor, list[str]]:  # fmt: skip
+    """v ← v + α (b - (H + δI) v), and what went wrong."""
+    solution, residual = _begin(problem, start, damping)
+    step = _step(problem, damping) if learning_rate is None else learning_rate
+    first = norm = float(residual.norm())
+    goal = tolerance * problem.scale
+    for _ in range(iterations - 1):
+        if norm <= goal:
+            return solution, []
+        solution += step * residual
+        image = problem.product(residual)
+        curvature = problem.curvature.observe(residual, image)
+        residual = residual - step * (image + damping * residual)
+        norm = float(residual.norm())
+        # Eigenvalues inside (0, 2/α) make the residual fall at every step.
+        if not norm <= 10.0 * first:
+            return solution, [
+                f"the series diverges: learning_rate {step:.3g} with curvature {curvature:.3g}; it converges for "
+                "learning_rate · curvature between 0 and 2, so lower the learning rate, or raise the damping if the "
+                "curvature is negative"
+            ]
+    if norm > goal > 0:
+        return solution, [_ran_out(norm / problem.scale, iterations, tolerance)]
+    return solution + step * residual, []
+
+
+def _step(problem: ImplicitProblem, damping: float) -> float:
+    """A step below 1/λ_max, from the power method started along b."""
+    vector = problem.right
+    largest = 0.0
+    for _ in range(POWER_ITERATIONS):
+        norm = float(vector.norm())
+        if norm == 0.0:
+            break
+        vector = problem.product(vector / norm)
+        largest = float(vector.norm())
+    return 1.0 / (1.1 * largest + damping) if largest + damping > 0 else 1.0
+
+
+def _ran_out(residual: float, iterations: int, tolerance: float) -> str:
+    return (
+        f"the linear solve stopped at a relative residual of {residual:.1e} after {iterations} iterations, "
+        f"tolerance {tolerance:.1e}"
+    )
+
+
+def _check_solver(method: object, damping: float, tolerance: float, max_iterations: int | None) -> None:
+    checks.at_least_zero(method, "damping", damping)
+    checks.positive(method, "tolerance", tolerance)
+    if max_iterations is not None:
+        checks.count(method, "max_iterations", max_iterations)

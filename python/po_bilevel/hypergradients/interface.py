@@ -1,0 +1,70 @@
+"""What every hypergradient method takes and gives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Loss = Callable[[Tensors, Tensors], Tensor]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """A hypergradient and its diagnosis.
+
+    Attributes:
+        gradient: dF/dφ, one tensor for each of φ, of its shape.
+        inner_loss, outer_loss: L and F at the point, which is `theta` for a method that moves θ.
+        residual_norm: how far the method's own equation is from being solved, measured, not estimated: ‖b - (H + δI) v‖
+            / ‖b‖ of a linear system, 0 for b = 0. None for a method that solves no equation.
+        num_products: how many products with the Hessian H of the inner loss were computed; a backward pass through a
+            step of gradient descent is one.
+        converged: the residual is within the tolerance asked for; True for a method that is asked for none.
+        min_curvature: the least vᵀHv/vᵀv met, without damping; None if none was looked at. Below zero the inner
+            loss is not at a minimum, and the implicit function theorem promises nothing.
+        problems: for people, one sentence for each thing that makes the gradient less than it should be.
+        solution: what the next call close by can start from, one tensor for each of θ: v of a linear system, or the
+            minimiser of a penalised problem. None for a method that has no use for one.
+        theta: where a method that moves θ moved it to, detached. None for the others.
+    """
+
+    gradient: Tensors
+    inner_loss: float
+    outer_loss: float
+    residual_norm: float | None
+    num_products: int
+    converged: bool
+    min_curvature: float | None
+    problems: tuple[str, ...]
+    solution: Tensors | None
+    theta: Tensors | None = None
+
+    @property
+    def negative_curvature(self) -> bool:
+        return self.min_curvature is not None and self.min_curvature < 0
+
+
+class HypergradientMethod(Protocol):
+    """How every hypergradient is asked for."""
+
+    def __call__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
+        *, start: Tensors | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """The hypergradient at (θ, φ).
+
+        Args:
+            inner_loss: L(θ, φ) -> (), twice differentiable in θ and in θ and φ jointly; once for a first-order method.
+            outer_loss: F(θ, φ) -> ().
+            theta: θ, near a minimum of L(·, φ) for the methods that rely on it. Tensors that require grad.
+            phi: φ, tensors that require grad. No tensor's `.grad` is written.
+            start: `solution` of an earlier call close by, where the method has one.
+
+        Raises:
+            ValueError: θ or φ does not require grad; a loss does not depend on θ; φ does not reach the gradient of
+                the inner loss; the inner loss has no second derivative; a start of other shapes.
+            NonFiniteError: a loss or a gradient is infinite or not a number.
+            RuntimeError: a fused loss refuses a second derivative, as estimator="reinforce" does.
+        """

@@ -1,0 +1,282 @@
+"""A bilevel problem at a point: losses, gradients and products, each checked once and for all methods."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import NonFiniteError
+from .interface import Hypergradient, Loss, Tensors
+
+
+class Curvature:
+    """The least Rayleigh quotient vᵀHv/vᵀv seen, where one that is zero but for rounding counts as zero."""
+
+    def __init__(self) -> None:
+        self._least: float | None = None
+        self._most = 0.0
+        self._lowest: tuple[Tensor, Tensor] | None = None
+
+    def observe(self, vector: Tensor, image: Tensor) -> float:
+        """vᵀHv/vᵀv of a vector (P,) that is not zero and its image Hv (P,)."""
+        value = float(vector @ image) / float(vector @ vector)
+        self._most = max(self._most, abs(value))
+        if abs(value) <= 10.0 * torch.finfo(vector.dtype).eps * self._most:
+            value = 0.0
+        self._least = value if self._least is None else min(self._least, value)
+        return value
+
+    def search(self, vector: Tensor, image: Tensor) -> None:
+        """`observe`, over all combinations of the vector and the lowest one so far.
+
+        The directions of a solver that does not mind negative curvature need not have any, where their combinations
+        do. Rayleigh-Ritz in two dimensions at each step (Knyazev 2001) finds it without storing them.
+        """
+        unit = vector.norm()
+        vector, image = vector / unit, image / unit
+        if self._lowest is not None:
+            lowest, lowest_image = self._lowest
+            overlap = lowest @ vector
+            vector, image = vector - overlap * lowest, image - overlap * lowest_image
+            unit = vector.norm()
+            # All that rounding leaves of a vector along the other has no direction.
+            if float(unit) < torch.finfo(vector.dtype).eps ** 0.5:
+                return
+            vector, image = vector / unit, image / unit
+            cross = lowest @ image
+            projected = torch.stack([lowest @ lowest_image, cross, cross, vector @ image]).reshape(2, 2)
+            first, second = torch.linalg.eigh(projected).eigenvectors[:, 0]
+            vector, image = first * lowest + second * vector, first * lowest_image + second * image
+        self._lowest = vector, image
+        self.observe(vector, image)
+
+    @property
+    def least(self) -> float | None:
+        return self._least
+
+
+class ImplicitProblem:
+    """(H + δI) v = ∂F/∂θ and dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v at one point, matrix-free.
+
+    The inner loss is evaluated once and its gradient's graph is used for every product, so that batch and random
+    numbers are the same throughout, and memory does not depend on how many steps led to θ.
+
+    Attributes:
+        right: b = ∂F/∂θ, flat, (P,).
+        scale: ‖b‖.
+        num_products: with H, so far.
+        curvature: of what was multiplied so far.
+    """
+
+    def __init__(
+        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor], damping: float
+    ) -> None:
+        self._theta, self._phi = parameters("theta", theta), parameters("phi", phi)
+        self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
+        self._inner, self._gradient = _differentiable_gradient(inner_loss, self._theta, self._phi)
+        self._damping = damping
+        self.right = flat(by_theta, self._theta)
+        self.scale = float(self.right.norm())
+        self.num_products = 0
+        self.curvature = Curvature()
+
+    @property
+    def size(self) -> int:
+        """P, the number of inner parameters."""
+        return self.right.numel()
+
+    def start(self, start: Tensors | None) -> Tensor | None:
+        """A warm start, flat.
+
+        Raises:
+            ValueError: it has other shapes than θ.
+        """
+        return None if start is None else flat(started(start, self._theta), self._theta)
+
+    def product(self, vector: Tensor) -> Tensor:
+        """H v, without damping, flat: (P,) -> (P,)."""
+        self.num_products += 1
+        return flat(_contract(self._gradient, self._theta, unflat(vector, self._theta)), self._theta)
+
+    def result(
+        self, solution: Tensor, *, tolerance: float | None, problems: Sequence[str] = (), next_step: float | None = None
+    ) -> Hypergradient:
+        """The hypergradient from v, with its residual measured.
+
+        Args:
+            solution: v, (P,).
+            tolerance: of the relative residual; None if none was asked for.
+            problems: what went wrong in the solve.
+            next_step: ρ, to hand on v + ρ (b - (H + δI) v) instead of v as the next start.
+        """
+        # One backward pass gives the mixed product and, for the residual, the Hessian product with the solution.
+        both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
+        self.num_products += 1
+        image = flat(both[: len(self._theta)], self._theta)
+        mixed = all_reached(both[len(self._theta) :])
+        if float(solution.norm()) > 0:
+            self.curvature.observe(solution, image)
+        residual = self.right - image - self._damping * solution
+        residual_norm = float(residual.norm()) / self.scale if self.scale > 0 else 0.0
+        converged = tolerance is None or residual_norm <= tolerance
+        found = list(problems)
+        if not converged and not found:
+            found.append(
+                f"the linear solve ended at a relative residual of {residual_norm:.1e}, tolerance {tolerance:.1e}"
+            )
+        least = self.curvature.least
+        if least is not None and least < 0 and not any("curvature" in problem for problem in found):
+            found.append(f"the inner Hessian has curvature {least:.3g} along a direction: θ is not at a minimum")
+        if next_step is not None:
+            solution = solution + next_step * residual
+        gradient = tuple(
+            (torch.zeros_like(p) if d is None else d) - m
+            for p, d, m in zip(self._phi, self._direct, mixed, strict=True)
+        )
+        return Hypergradient(
+            gradient=all_finite(gradient),
+            inner_loss=float(self._inner.detach()),
+            outer_loss=float(self._outer.detach()),
+            residual_norm=residual_norm,
+            num_products=self.num_products,
+            converged=converged,
+            min_curvature=least,
+            problems=tuple(found),
+            solution=unflat(solution, self._theta),
+        )
+
+
+def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
+    """The tensors as a tuple.
+
+    Raises:
+        ValueError: there is none, or one does not require grad.
+    """
+    tensors = tuple(tensors)
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one tensor, got none")
+    for index, tensor in enumerate(tensors):
+        if not tensor.requires_grad:
+            raise ValueError(f"{name}[{index}]: expected a tensor that requires grad, got one that does not")
+    return tensors
+
+
+def outer_gradients(
+    outer_loss: Loss, theta: Tensors, phi: Tensors
+) -> tuple[Tensor, Tensors, tuple[Tensor | None, ...]]:
+    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there.
+
+    Raises:
+        ValueError: F depends on no θ at all, or is no scalar.
+        NonFiniteError: F or ∂F/∂θ is not finite.
+    """
+    with torch.enable_grad():
+        loss = outer_loss(theta, phi)
+    scalar("outer_loss", loss)
+    gradients = torch.autograd.grad(loss, theta + phi, allow_unused=True)
+    by_theta, by_phi = gradients[: len(theta)], gradients[len(theta) :]
+    if all(g is None for g in by_theta):
+        raise ValueError("outer_loss: expected a loss that depends on theta, got one that does not")
+    filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, by_theta, strict=True))
+    if not all(g.isfinite().all() for g in filled):
+        raise NonFiniteError("the gradient of the outer loss is not finite")
+    return loss, filled, by_phi
+
+
+def inner_gradient(
+    inner_loss: Loss, theta: Tensors, phi: Tensors, *, create_graph: bool = False
+) -> tuple[Tensor, Tensors]:
+    """L and ∂L/∂θ, with zeros where L does not depend on it.
+
+    Raises:
+        ValueError: L depends on no θ at all, or is no scalar.
+        NonFiniteError: L or ∂L/∂θ is not finite.
+    """
+    with torch.enable_grad():
+        loss = inner_loss(theta, phi)
+        scalar("inner_loss", loss)
+        gradients = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True)
+    if all(g is None for g in gradients):
+        raise ValueError("inner_loss: expected a loss that depends on theta, got one that does not")
+    if not all(g is None or g.detach().isfinite().all() for g in gradients):
+        raise NonFiniteError("the gradient of the inner loss is not finite")
+    return loss, tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, gradients, strict=True))
+
+
+def scalar(name: str, loss: Tensor) -> None:
+    """Refuses a loss that is no scalar, is detached or is not finite."""
+    if loss.ndim != 0:
+        raise ValueError(f"{name}: expected a loss of shape (), got {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(f"{name}: expected a loss that depends on theta, got one that is detached from everything")
+    if not loss.detach().isfinite():
+        raise NonFiniteError(f"{name} is not finite: {float(loss.detach())}")
+
+
+def all_reached(by_phi: Sequence[Tensor | None]) -> Tensors:
+    """The derivatives by φ of something that has to depend on all of φ.
+
+    Raises:
+        ValueError: one is None.
+    """
+    reached = []
+    for index, part in enumerate(by_phi):
+        if part is None:
+            raise ValueError(
+                f"phi[{index}]: expected a tensor that the gradient of the inner loss depends on, got one that does "
+                "not reach it; look for a detach() or a no_grad() between the reward and the inner loss"
+            )
+        reached.append(part)
+    return tuple(reached)
+
+
+def all_finite(gradient: Tensors) -> Tensors:
+    """The hypergradient.
+
+    Raises:
+        NonFiniteError: it is infinite or not a number somewhere.
+    """
+    if not all(g.isfinite().all() for g in gradient):
+        raise NonFiniteError("the hypergradient is not finite")
+    return gradient
+
+
+def started(start: Tensors, theta: Tensors) -> Tensors:
+    """A warm start.
+
+    Raises:
+        ValueError: it has other shapes than θ.
+    """
+    expected, came = ([tuple(t.shape) for t in tensors] for tensors in (theta, start))
+    if came != expected:
+        raise ValueError(f"start: expected shapes {expected} like theta, got {came}")
+    return start
+
+
+def flat(tensors: Sequence[Tensor | None], like: Tensors) -> Tensor:
+    """One vector, (P,), with zeros for None."""
+    return torch.cat(
+        [(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, like, strict=True)]
+    )
+
+
+def unflat(vector: Tensor, like: Tensors) -> Tensors:
+    """The parts of a vector (P,) in the shapes of `like`."""
+    parts = vector.split([t.numel() for t in like])
+    return tuple(part.view_as(t) for part, t in zip(parts, like, strict=True))
+
+
+def _differentiable_gradient(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """L, and the parts of ∂L/∂θ that can be differentiated again, each with its index in θ."""
+    loss, gradients = inner_gradient(inner_loss, theta, phi, create_graph=True)
+    again = [(i, g) for i, g in enumerate(gradients) if g.requires_grad]
+    if not again:
+        raise ValueError("inner_loss: expected a twice differentiable loss, got one whose gradient is constant")
+    return loss, again
+
+
+def _contract(gradient: list[tuple[int, Tensor]], inputs: Tensors, vector: Tensors) -> tuple[Tensor | None, ...]:
+    """vᵀ ∂(∂L/∂θ)/∂inputs, None where the inner gradient does not depend on an input."""
+    return torch.autograd.grad(
+        [g for _, g in gradient], inputs, [vector[i] for i, _ in gradient], retain_graph=True, allow_unused=True
+    )
