@@ -5,6 +5,7 @@ With the policy centred on E[y|x] and λ the entropy weight, the outer loss is l
 `residual_covariance` takes y minus a fitted mean, on rows that the fit has not seen unless it cannot overfit.
 """
 
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -91,6 +92,42 @@ def optimal_precision(
             "give a ridge, or ridge=None for the pseudo-inverse"
         )
     return 0.5 * entropy_coef * torch.cholesky_inverse(factor)
+
+
+def iterated_precision(
+    residuals: Callable[[Tensor], Tensor], start: Tensor, entropy_coef: float, kind: PrecisionKind = "full",
+    *, ridge: float | None = 0.0, rounds: int = 10, tolerance: float = 1e-3,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """U* from the residuals of the policy that U* itself leads to: U ← U*(Σ(residuals(U))) until it stays.
+
+    Where U shapes the fitted mean, as it does that of a regularised policy, the residual covariance depends on U and
+    one round is not enough.
+
+    Args:
+        residuals: U -> y - mean(x), (N, D), of a policy trained under U, on rows that it has not seen.
+        start: U of the first training, such as `optimal_precision` of the marginal covariance.
+        entropy_coef, kind, ridge: as in `optimal_precision`.
+        rounds: the most trainings.
+        tolerance: stop at a change of U of at most this, relative to its norm.
+
+    Returns:
+        U of the shape of its kind, and how many rounds it took.
+
+    Raises:
+        ValueError: rounds is below 1, or as `residual_covariance` and `optimal_precision`.
+    """
+    if rounds < 1:
+        raise ValueError(f"iterated_precision: rounds: expected at least 1, got {rounds}")
+    precision = start
+    taken, still = 0, False
+    while taken < rounds and not still:
+        covariance = residual_covariance(residuals(precision))
+        previous, precision = precision, optimal_precision(covariance, entropy_coef, kind, ridge=ridge)
+        still = previous.shape == precision.shape and bool(
+            (precision - previous).norm() <= tolerance * precision.norm()
+        )
+        taken += 1
+    return precision, taken
 
 
 def _rows(op: str, values: Tensor) -> None:

@@ -10,14 +10,36 @@ from .policies import Policy
 
 
 class Batch(NamedTuple):
-    """Rows of data: inputs x (N, in_features) and targets y, (N,) labels or (N, D) values."""
+    """Rows of data: inputs x (N, in_features) and targets y, (N,) labels or (N, D) values.
+
+    Values may have R observations of each row, (R, N, D).
+    """
 
     inputs: Tensor
     target: Tensor
 
     def rows(self, index: Tensor) -> "Batch":
         """The rows at the integer positions index (M,)."""
-        return Batch(self.inputs[index], self.target[index])
+        return Batch(self.inputs[index], self.target[:, index] if self.target.ndim == 3 else self.target[index])
+
+    def split(self, fraction: float, seed: int) -> tuple["Batch", "Batch"]:
+        """The rows in two disjoint parts, such as those of the inner and of the outer loss.
+
+        Args:
+            fraction: of the rows that the second part gets, rounded; each part gets at least one.
+            seed: of the random choice.
+
+        Raises:
+            ValueError: a fraction outside (0, 1), or fewer than two rows.
+        """
+        count = self.inputs.shape[0]
+        if not 0 < fraction < 1:
+            raise ValueError(f"fraction: expected a number between 0 and 1, got {fraction}")
+        if count < 2:
+            raise ValueError(f"split: expected at least two rows, got {count}")
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(self.inputs.device)
+        size = min(max(round(fraction * count), 1), count - 1)
+        return self.rows(order[size:].sort().values), self.rows(order[:size].sort().values)
 
 
 @dataclass(frozen=True)
@@ -66,4 +88,6 @@ def penalty(policy: nn.Module, l2: float) -> Tensor | float:
     """(l2/2) ‖θ‖², over all parameters of the policy."""
     if l2 == 0:
         return 0.0
-    return 0.5 * l2 * torch.stack([p.square().sum() for p in policy.parameters()]).sum()
+    # One vector: many small parameters would cost more in calls than in arithmetic.
+    vector = torch.cat([p.reshape(-1) for p in policy.parameters()])
+    return 0.5 * l2 * (vector @ vector)

@@ -6,38 +6,33 @@ training code is the same for all of them.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import po_kernels as pk
 
-from .rewards import MatrixReward, TabularReward
+from .networks import mlp
+from .rewards import MatrixReward, SampledReward, TabularReward
 
 # Where log σ starts: σ = 1 before any data are seen.
 INITIAL_LOG_STD = 0.0
 
-
-def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
-    """Linear layers with tanh between them: (*, in_features) -> (*, out_features).
-
-    tanh has the continuous second derivatives that implicit hypergradients need; ReLU has none at its kinks.
-    """
-    layers: list[nn.Module] = []
-    width = in_features
-    for size in hidden:
-        layers += [nn.Linear(width, size), nn.Tanh()]
-        width = size
-    return nn.Sequential(*layers, nn.Linear(width, out_features))
+Std = Literal["learned", "fixed", "bounded"]
 
 
 class Policy(nn.Module, ABC):
-    """A conditional distribution p_θ(y|x) with a likelihood and a policy-gradient loss."""
+    """A conditional distribution p_θ(y|x) with a likelihood and a policy-gradient loss.
+
+    `target` has a row for each of `inputs`, or has R of them: then it has R in front, and the network runs once for
+    all observations of a row.
+    """
 
     @abstractmethod
     def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """log p_θ(target | inputs) in nats, one a row, (*)."""
+        """log p_θ(target | inputs) in nats, one for each observation."""
 
     @abstractmethod
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
@@ -46,11 +41,12 @@ class Policy(nn.Module, ABC):
         Args:
             inputs: x, (*, in_features).
             target: y, of the shape that `log_prob` takes.
-            reward: r_φ, of the kind that the family has a fused loss for.
+            reward: r_φ: one that the family has a fused loss for, or a `SampledReward`.
             options: keyword arguments of the fused loss: entropy_coef, estimator, num_samples, seed, ...
 
         Raises:
             TypeError: the family has no fused loss for this kind of reward.
+            ValueError: a closed form asked for with a reward that has to be sampled.
         """
 
 
@@ -61,34 +57,67 @@ class GaussianPolicy(Policy):
         mean_network: (*, in_features) -> (*, D).
         log_std_network: (*, in_features) -> (*, D) for a state-dependent std; None for one vector log_std (D,).
         dim: D.
+        std: "learned", free; "fixed" at initial_log_std, a constant; "bounded", learned between the bounds:
+            log σ = low + (high - low) sigmoid(s). Clamping would stop the gradient at a bound, and two softpluses, one
+            for each bound, let the one through that is applied first; this can pass neither.
+        initial_log_std: where log σ is, or starts, for all x.
+        log_std_bounds: (low, high), of "bounded".
+
+    Raises:
+        ValueError: an unknown std; fixed and state-dependent; bounds that leave initial_log_std outside.
     """
 
-    def __init__(self, mean_network: nn.Module, log_std_network: nn.Module | None, dim: int) -> None:
+    def __init__(
+        self, mean_network: nn.Module, log_std_network: nn.Module | None, dim: int, *, std: Std = "learned",
+        initial_log_std: float = INITIAL_LOG_STD, log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+    ) -> None:  # fmt: skip
         super().__init__()
+        if std not in get_args(Std):
+            raise ValueError(f"std: expected one of {', '.join(map(repr, get_args(Std)))}, got {std!r}")
+        if std == "fixed" and log_std_network is not None:
+            raise ValueError("std: expected 'learned' or 'bounded' for a state-dependent std, got 'fixed'")
+        low, high = log_std_bounds
+        if std == "bounded" and not low < initial_log_std < high:
+            raise ValueError(
+                f"log_std_bounds: expected bounds on both sides of initial_log_std = {initial_log_std}, "
+                f"got {log_std_bounds}"
+            )
         self.mean_network = mean_network
         self.log_std_network = log_std_network
-        if log_std_network is None:
-            self.log_std = nn.Parameter(torch.full((dim,), INITIAL_LOG_STD))
+        self.log_std_bounds = log_std_bounds if std == "bounded" else None
+        start = initial_log_std
+        if std == "bounded":
+            start = float(torch.logit(torch.tensor((initial_log_std - low) / (high - low), dtype=torch.float64)))
+        self._start = start
+        if std == "fixed":
+            self.register_buffer("log_std", torch.full((dim,), start))
+        elif log_std_network is None:
+            self.log_std = nn.Parameter(torch.full((dim,), start))
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """x (*, in_features) -> mean (*, D), and log_std (*, D) if state-dependent, else (D,)."""
         log_std = self.log_std if self.log_std_network is None else self.log_std_network(inputs)
+        if self.log_std_bounds is not None:
+            low, high = self.log_std_bounds
+            log_std = low + (high - low) * torch.sigmoid(log_std)
         return self.mean_network(inputs), log_std
 
     def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """Joint log-density of target (*, D), a sum over dimensions, (*)."""
+        """Joint log-density of target (*, D) or (R, *, D), a sum over dimensions, (*) or (R, *)."""
         mean, log_std = self(inputs)
         return pk.gaussian_log_prob(mean, log_std, target)
 
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
-        """See `Policy.policy_loss`; target is (*, D) and the reward a `MahalanobisReward`."""
-        if not isinstance(reward, MatrixReward):
-            raise TypeError(
-                f"{type(self).__name__}.policy_loss: reward: expected one with a precision(), such as "
-                f"MahalanobisReward, got {type(reward).__name__}"
-            )
+        """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
+        _accepted(self, reward, MatrixReward, "a MahalanobisReward")
         mean, log_std = self(inputs)
-        return cast(Tensor, pk.gaussian_policy_loss(mean, log_std, target, reward.precision(), **options))
+        if target.shape != mean.shape:
+            mean = mean.expand(target.shape)
+            log_std = log_std if log_std.ndim == 1 else log_std.expand(target.shape)
+        if isinstance(reward, MatrixReward):
+            return cast(Tensor, pk.gaussian_policy_loss(mean, log_std, target, reward.precision(), **options))
+        samples, rewards, options = _scored(self, pk.gaussian_sample, (mean, log_std), inputs, target, reward, options)
+        return cast(Tensor, pk.gaussian_surrogate_loss(mean, log_std, samples, rewards, **options))
 
 
 class LinearGaussian(GaussianPolicy):
@@ -97,14 +126,15 @@ class LinearGaussian(GaussianPolicy):
     Args:
         in_features: size of x.
         dim: D, size of y.
-        state_dependent_std: log σ is linear in x too, else one learned vector (D,).
+        state_dependent_std: log σ is linear in x too (before its bounds, if it has any), else one vector (D,).
+        options: std, initial_log_std, log_std_bounds, as in `GaussianPolicy`.
     """
 
-    def __init__(self, in_features: int, dim: int, *, state_dependent_std: bool = False) -> None:
+    def __init__(self, in_features: int, dim: int, *, state_dependent_std: bool = False, **options: Any) -> None:
         log_std = nn.Linear(in_features, dim) if state_dependent_std else None
+        super().__init__(nn.Linear(in_features, dim), log_std, dim, **options)
         if log_std is not None:
-            _initially_constant(log_std)
-        super().__init__(nn.Linear(in_features, dim), log_std, dim)
+            _initially_constant(log_std, self._start)
 
 
 class MLPGaussian(GaussianPolicy):
@@ -114,17 +144,73 @@ class MLPGaussian(GaussianPolicy):
         in_features: size of x.
         dim: D, size of y.
         hidden: widths of the hidden layers.
-        state_dependent_std: log σ is a network of x of its own, else one learned vector (D,).
+        state_dependent_std: log σ is a network of x of its own, else one vector (D,).
+        options: std, initial_log_std, log_std_bounds, as in `GaussianPolicy`.
     """
 
     def __init__(
-        self, in_features: int, dim: int, *, hidden: Sequence[int] = (64, 64), state_dependent_std: bool = False
-    ) -> None:
-        log_std = None
-        if state_dependent_std:
-            log_std = mlp(in_features, hidden, dim)
-            _initially_constant(cast(nn.Linear, log_std[-1]))
-        super().__init__(mlp(in_features, hidden, dim), log_std, dim)
+        self, in_features: int, dim: int, *, hidden: Sequence[int] = (64, 64), state_dependent_std: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        log_std = mlp(in_features, hidden, dim) if state_dependent_std else None
+        super().__init__(mlp(in_features, hidden, dim), log_std, dim, **options)
+        if log_std is not None:
+            _initially_constant(cast(nn.Linear, log_std[-1]), self._start)
+
+
+class FullGaussianPolicy(Policy):
+    """Gaussian N(mean(x), L Lᵀ) with one full covariance for all x; forward gives (mean, scale_tril).
+
+    L is lower triangular with diagonal exp(log_diagonal), so positive definite whatever the parameters.
+
+    Args:
+        mean_network: (*, in_features) -> (*, D).
+        dim: D.
+    """
+
+    def __init__(self, mean_network: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.mean_network = mean_network
+        self.log_diagonal = nn.Parameter(torch.full((dim,), INITIAL_LOG_STD))
+        self.below_diagonal = nn.Parameter(torch.zeros(dim, dim))
+
+    def scale_tril(self) -> Tensor:
+        """L, (D, D)."""
+        return torch.tril(self.below_diagonal, -1) + torch.diag(self.log_diagonal.exp())
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """x (*, in_features) -> mean (*, D), scale_tril (D, D)."""
+        return self.mean_network(inputs), self.scale_tril()
+
+    def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """Joint log-density of target (*, D) or (R, *, D), (*) or (R, *)."""
+        mean, scale_tril = self(inputs)
+        return pk.mvn_log_prob(mean, scale_tril, target)
+
+    def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
+        """See `GaussianPolicy.policy_loss`."""
+        _accepted(self, reward, MatrixReward, "a MahalanobisReward")
+        mean, scale_tril = self(inputs)
+        if target.shape != mean.shape:
+            mean = mean.expand(target.shape)
+        if isinstance(reward, MatrixReward):
+            return cast(Tensor, pk.mvn_policy_loss(mean, scale_tril, target, reward.precision(), **options))
+        samples, rewards, options = _scored(self, pk.mvn_sample, (mean, scale_tril), inputs, target, reward, options)
+        return cast(Tensor, pk.mvn_surrogate_loss(mean, scale_tril, samples, rewards, **options))
+
+
+class LinearFullGaussian(FullGaussianPolicy):
+    """mean(x) = W x + b, x of size in_features, y of size dim."""
+
+    def __init__(self, in_features: int, dim: int) -> None:
+        super().__init__(nn.Linear(in_features, dim), dim)
+
+
+class MLPFullGaussian(FullGaussianPolicy):
+    """mean(x) is a tanh network with the given hidden widths."""
+
+    def __init__(self, in_features: int, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
+        super().__init__(mlp(in_features, hidden, dim), dim)
 
 
 class CategoricalPolicy(Policy):
@@ -146,17 +232,28 @@ class CategoricalPolicy(Policy):
         return self.network(inputs)
 
     def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """Log-probability of the integer labels target (*), (*)."""
+        """Log-probability of the integer labels target (*) or (R, *), of its shape."""
         return pk.categorical_log_prob(self(inputs), target)
 
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
-        """See `Policy.policy_loss`; target is (*) integer labels and the reward one with a table()."""
-        if not isinstance(reward, TabularReward):
-            raise TypeError(
-                f"{type(self).__name__}.policy_loss: reward: expected one with a table(), such as "
-                f"OneHotMahalanobisReward, got {type(reward).__name__}"
-            )
-        return cast(Tensor, pk.categorical_policy_loss(self(inputs), target, reward.table(), **options))
+        """See `Policy.policy_loss`; target is (*) or (R, *) integer labels, the reward a `TabularReward` or a
+        `SampledReward`. One of the latter that does not use x is tabulated where the estimator is exact."""
+        _accepted(self, reward, TabularReward, "a OneHotMahalanobisReward")
+        logits = self(inputs)
+        classes = logits.shape[-1]
+        if target.ndim >= logits.ndim:
+            logits = logits.expand(*target.shape, classes)
+        table = None
+        if isinstance(reward, TabularReward):
+            table = reward.table()
+        elif isinstance(reward, SampledReward) and not reward.uses_inputs and options.get("estimator") in _CLOSED:
+            one_hot = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+            table = reward(one_hot[:, None], one_hot, inputs.new_empty(1, 1, 0))
+        if table is not None:
+            return cast(Tensor, pk.categorical_policy_loss(logits, target, table, **options))
+        labels = functional.one_hot(target, classes).to(logits.dtype)
+        samples, rewards, options = _scored(self, pk.categorical_sample, (logits,), inputs, labels, reward, options)
+        return cast(Tensor, pk.categorical_surrogate_loss(logits, samples, rewards, **options))
 
 
 class LinearCategorical(CategoricalPolicy):
@@ -173,7 +270,45 @@ class MLPCategorical(CategoricalPolicy):
         super().__init__(mlp(in_features, hidden, num_classes))
 
 
-def _initially_constant(linear: nn.Linear) -> None:
-    """Makes the layer's output INITIAL_LOG_STD for every input."""
+def _accepted(policy: Policy, reward: nn.Module, closed: type[nn.Module], such_as: str) -> None:
+    if not isinstance(reward, (closed, SampledReward)):
+        raise TypeError(
+            f"{type(policy).__name__}.policy_loss: reward: expected {such_as} or another {closed.__name__}, or a "
+            f"SampledReward, got {type(reward).__name__}"
+        )
+
+
+# Estimators that take no samples, None being the default of the fused losses.
+_CLOSED = (None, "exact", "analytic")
+
+
+def _scored(
+    policy: Policy, sample: Any, parameters: tuple[Tensor, ...], inputs: Tensor, target: Tensor, reward: nn.Module,
+    options: dict[str, Any],
+) -> tuple[Tensor, Tensor, dict[str, Any]]:  # fmt: skip
+    """Samples (G, *, ...), constant, their rewards (G, *), and what is left of the options for a surrogate loss.
+
+    With "reparam" the rewards depend on the parameters through the samples, which is where its derivatives come from;
+    with the others that path would count twice.
+    """
+    options = dict(options)
+    estimator, group, seed = (options.pop(key, None) for key in ("estimator", "num_samples", "seed"))
+    if estimator in _CLOSED or group is None:
+        raise ValueError(
+            f"{type(policy).__name__}.policy_loss: estimator: expected 'reparam', 'dice' or 'reinforce' with "
+            f"num_samples for a {type(reward).__name__}, which has no closed form, got {estimator!r} and "
+            f"num_samples={group}"
+        )
+    path = estimator == "reparam"
+    samples = sample(*(p if path else p.detach() for p in parameters), group, seed=seed)
+    answers = samples
+    if not samples.is_floating_point():
+        answers = functional.one_hot(samples, target.shape[-1]).to(target.dtype)
+    rewards = reward(answers, target, inputs)
+    return samples.detach(), rewards, options | {"estimator": estimator}
+
+
+def _initially_constant(linear: nn.Linear, value: float) -> None:
+    """Makes the layer's output the value for every input."""
     nn.init.zeros_(linear.weight)
-    nn.init.constant_(linear.bias, INITIAL_LOG_STD)
+    nn.init.constant_(linear.bias, value)

@@ -1,15 +1,19 @@
-"""Rewards r_φ(ŷ, y): modules that give the tensor the fused losses take.
+"""Rewards r_φ: modules that give the tensor the fused losses take, or that score samples.
 
-A `MatrixReward` has `precision()`, for Gaussian policies: r = -(ŷ-y)ᵀ U (ŷ-y).
-A `TabularReward` has `table()`, for categorical policies: r = R[ŷ, y].
+A `MatrixReward` has `precision()`, for Gaussian policies: r(ŷ, y) = -(ŷ-y)ᵀ U (ŷ-y).
+A `TabularReward` has `table()`, for categorical policies: r(ŷ, y) = R[ŷ, y].
+A `SampledReward` is any other function of samples, r(ŷ, y) or r(x, ŷ, y), for both; labels come to it as one-hot rows.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from .networks import mlp
 
 PrecisionKind = Literal["isotropic", "diagonal", "full"]
 
@@ -97,6 +101,106 @@ class TabularReward(nn.Module, ABC):
         """R of shape (C, C): R[i, j] rewards the answer i where the label is j. Differentiable."""
 
 
+class SampledReward(nn.Module, ABC):
+    """A reward known by its values: policies sample and score the samples.
+
+    Attributes:
+        uses_inputs: the reward depends on x. If it does not, a categorical policy can make a table of it.
+    """
+
+    uses_inputs = False
+
+    @abstractmethod
+    def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
+        """The rewards of samples, twice differentiable in them and in the parameters.
+
+        Args:
+            answer: ŷ, (..., D).
+            target: y, (..., D), of a shape that broadcasts with it.
+            inputs: x, (..., in_features), of leading dimensions that broadcast with theirs.
+
+        Returns:
+            (...), the leading dimensions broadcast.
+        """
+
+
+class MLPReward(SampledReward):
+    """r = network(ŷ, y), a tanh network.
+
+    Args:
+        dim: D, of ŷ and of y; the number of classes for labels.
+        hidden: widths of the hidden layers.
+    """
+
+    def __init__(self, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
+        super().__init__()
+        self.network = mlp(2 * dim, hidden, 1)
+
+    def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
+        """See `SampledReward.forward`; inputs are not used."""
+        return self.network(_beside(answer, target)).squeeze(-1)
+
+
+class ConditionalMLPReward(SampledReward):
+    """r = network(x, ŷ, y), a tanh network.
+
+    Args:
+        in_features: size of x.
+        dim: D, of ŷ and of y; the number of classes for labels.
+        hidden: widths of the hidden layers.
+    """
+
+    uses_inputs = True
+
+    def __init__(self, in_features: int, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
+        super().__init__()
+        self.network = mlp(in_features + 2 * dim, hidden, 1)
+
+    def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
+        """See `SampledReward.forward`."""
+        return self.network(_beside(inputs, answer, target)).squeeze(-1)
+
+
+class CosineReward(SampledReward):
+    """r = cos(e(ŷ), e(y)) between embeddings by one tanh network, from -1 to 1.
+
+    Args:
+        dim: D, of ŷ and of y; the number of classes for labels.
+        embedding: size of e.
+        hidden: widths of the hidden layers.
+    """
+
+    def __init__(self, dim: int, *, embedding: int = 16, hidden: Sequence[int] = (64,)) -> None:
+        super().__init__()
+        self.network = mlp(dim, hidden, embedding)
+
+    def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
+        """See `SampledReward.forward`; inputs are not used."""
+        return functional.cosine_similarity(self.network(answer), self.network(target), dim=-1)
+
+
+class EmbeddingMahalanobisReward(SampledReward):
+    """r = -(e(ŷ)-e(y))ᵀ U (e(ŷ)-e(y)), the Mahalanobis reward of embeddings by a tanh network; at most 0.
+
+    Args:
+        dim: D, of ŷ and of y; the number of classes for labels.
+        embedding: size of e.
+        hidden: widths of the hidden layers.
+        kind: of U, as in `PositivePrecision`.
+    """
+
+    def __init__(
+        self, dim: int, *, embedding: int = 16, hidden: Sequence[int] = (64,), kind: PrecisionKind = "diagonal"
+    ) -> None:
+        super().__init__()
+        self.network = mlp(dim, hidden, embedding)
+        self.distance = MahalanobisReward(embedding, kind)
+
+    def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
+        """See `SampledReward.forward`; inputs are not used."""
+        return self.distance(self.network(answer), self.network(target))
+
+
 class MahalanobisReward(MatrixReward):
     """r(ŷ, y) = -(ŷ-y)ᵀ U (ŷ-y), the reward family of arXiv 2510.07624.
 
@@ -172,6 +276,12 @@ class TableReward(TabularReward):
     def forward(self, answer: Tensor, target: Tensor) -> Tensor:
         """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
         return self.values[answer, target]
+
+
+def _beside(*parts: Tensor) -> Tensor:
+    """Parts (..., D_i) beside each other along the last dimension, their leading dimensions broadcast."""
+    lead = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    return torch.cat([part.expand(*lead, part.shape[-1]) for part in parts], dim=-1)
 
 
 def one_hot_table(precision: Tensor, num_classes: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Training loops: one level (likelihood; policy gradient under a fixed reward) and two (the reward is learned)."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -89,13 +90,15 @@ def train(
             return result.detach()
 
         value = float(optimizer.step(closure))  # type: ignore[arg-type]
-        norm = _norm([p.grad for p in parameters if p.grad is not None])
-        _finite(f"the loss at step {step}", value)
-        _finite(f"the gradient's norm at step {step}", norm)
+        if not math.isfinite(value):
+            _finite(f"the loss at step {step}", value)
         if callback is not None:
             callback(step, value)
-        if norm <= tolerance:
-            return value, step + 1
+        if tolerance > 0:
+            norm = _norm([p.grad for p in parameters if p.grad is not None])
+            _finite(f"the gradient's norm at step {step}", norm)
+            if norm <= tolerance:
+                return value, step + 1
     _finite("the norm of the policy's parameters", _norm([p.detach() for p in parameters]))
     return value, steps
 
@@ -377,5 +380,5 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _finite(what: str, value: float) -> None:
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         raise NonFiniteError(f"{what} is not finite ({value}); a smaller learning rate or other data may help")

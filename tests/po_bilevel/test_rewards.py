@@ -7,6 +7,7 @@ from po_bilevel import (
     OneHotMahalanobisReward,
     PositivePrecision,
     TableReward,
+    iterated_precision,
     marginal_covariance,
     one_hot_table,
     optimal_precision,
@@ -150,3 +151,23 @@ def test_bad_covariances_are_refused(arguments, message):
         optimal_precision(torch.eye(2), 1.0, "diagonal", ridge=None)
     with pytest.raises(ValueError, match="ridge"):
         optimal_precision(torch.eye(2), 1.0, ridge=-1.0)
+
+
+def test_iterated_precision_is_a_fixed_point():
+    """A mean that is shrunk by weight decay is shrunk less under a sharper reward."""
+    y = torch.randn(500, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1.0
+
+    def residuals(u):
+        # argmin over m of u (y - m)² + 0.3 m²
+        return y - y.mean(dim=0) * u / (u + 0.3)
+
+    start = optimal_precision(marginal_covariance(y), 1.0, "diagonal")
+    u, rounds = iterated_precision(residuals, start, 1.0, "diagonal", rounds=50, tolerance=1e-10)
+    assert 2 < rounds < 50
+    torch.testing.assert_close(u, optimal_precision(residual_covariance(residuals(u)), 1.0, "diagonal"))
+    assert (u < start).all()
+    once, rounds = iterated_precision(residuals, start, 1.0, "diagonal", rounds=1)
+    torch.testing.assert_close(once, optimal_precision(residual_covariance(residuals(start)), 1.0, "diagonal"))
+    assert rounds == 1
+    with pytest.raises(ValueError, match="rounds"):
+        iterated_precision(residuals, start, 1.0, rounds=0)

@@ -329,10 +329,12 @@ POWER_ITERATIONS = 10
 
 
 def _begin(problem: ImplicitProblem, start: Tensor | None, damping: float) -> tuple[Tensor, Tensor]:
-    """The first v and its residual b - (H + δI) v."""
-    if start is None:
-        return torch.zeros_like(problem.right), problem.right.clone()
-    return start.clone(), problem.right - problem.product(start) - damping * start
+    """The first v and its residual b - (H + δI) v; a start further from the solution than zero is left unused."""
+    if start is not None:
+        residual = problem.right - problem.product(start) - damping * start
+        if float(residual.norm()) < problem.scale:
+            return start.clone(), residual
+    return torch.zeros_like(problem.right), problem.right.clone()
 
 
 def _richardson(
