@@ -1,5 +1,6 @@
 """Training with the fused operations of `po_kernels`: rewards learned from data by bilevel optimisation."""
 
+from .callbacks import TensorBoard, WeightsAndBiases
 from .errors import MissingDependencyError, NonFiniteError, UsageError
 from .heuristics import iterated_precision, marginal_covariance, optimal_precision, residual_covariance
 from .hypergradients import (
@@ -93,9 +94,11 @@ __all__ = [
     "SingleLoop",
     "TableReward",
     "TabularReward",
+    "TensorBoard",
     "Truncated",
     "Unrolled",
     "UsageError",
+    "WeightsAndBiases",
     "iterated_precision",
     "marginal_covariance",
     "one_hot_table",

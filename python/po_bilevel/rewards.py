@@ -127,6 +127,9 @@ class SampledReward(nn.Module, ABC):
 class MLPReward(SampledReward):
     """r = network(ŷ, y), a tanh network.
 
+    Nothing makes it fall for answers far from y, so that an entropy bonus lets a Gaussian policy wander off: give the
+    policy a bounded standard deviation.
+
     Args:
         dim: D, of ŷ and of y; the number of classes for labels.
         hidden: widths of the hidden layers.

@@ -1,22 +1,28 @@
 """Training loops: one level (likelihood; policy gradient under a fixed reward) and two (the reward is learned)."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from tqdm import tqdm
 
+from . import checkpoints
 from .errors import NonFiniteError
 from .hypergradients import HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 OuterLoss = Callable[[Policy, Batch], Tensor]
 
@@ -50,6 +56,15 @@ class BatchStream:
             self._order = list(rows.to(self._data.inputs.device).split(self._batch_size))
         return self._data.rows(self._order.pop(0)), seed
 
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for `restore`."""
+        return {"generator": self._generator.get_state(), "order": list(self._order)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from where a stream of the same arguments was."""
+        self._generator.set_state(state["generator"])
+        self._order = list(state["order"])
+
 
 def train(
     policy: Policy,
@@ -59,9 +74,13 @@ def train(
     steps: int,
     *,
     tolerance: float = 0.0,
+    patience: int | None = None,
+    min_delta: float = 0.0,
+    max_grad_norm: float | None = None,
+    scheduler: LRScheduler | None = None,
     callback: Callable[[int, float], None] | None = None,
 ) -> tuple[float, int]:
-    """Takes optimiser steps on the policy until the gradient is small enough.
+    """Takes optimiser steps on the policy until one of the reasons to stop.
 
     Args:
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
@@ -70,6 +89,10 @@ def train(
         optimizer: any torch optimiser over parameters of the policy.
         steps: the most steps to take.
         tolerance: stop after a step if the Euclidean norm of the last gradient that it used is at most this.
+        patience: stop after so many steps in a row whose loss did not fall below the least before; None for never.
+        min_delta: by how much a loss has to fall below it to count.
+        max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
+        scheduler: of the optimiser's learning rates, stepped after each step; `ReduceLROnPlateau` is given the loss.
         callback: called after each step with its number, from 0, and its loss.
 
     Returns:
@@ -79,7 +102,7 @@ def train(
         NonFiniteError: the loss or a parameter is infinite or not a number.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    value = float("nan")
+    value, least, since = float("nan"), float("inf"), 0
     for step in range(steps):
         batch, seed = stream.next()
 
@@ -87,17 +110,27 @@ def train(
             optimizer.zero_grad()
             result = loss(policy, batch, seed)
             result.backward(inputs=parameters)
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             return result.detach()
 
         value = float(optimizer.step(closure))  # type: ignore[arg-type]
-        if not math.isfinite(value):
-            _finite(f"the loss at step {step}", value)
+        _finite(f"the loss at step {step}", value)
+        if scheduler is not None:
+            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
         if callback is not None:
             callback(step, value)
+        # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
+        # that is not finite makes the next loss so, or the parameters below.
         if tolerance > 0:
             norm = _norm([p.grad for p in parameters if p.grad is not None])
             _finite(f"the gradient's norm at step {step}", norm)
             if norm <= tolerance:
+                return value, step + 1
+        if patience is not None:
+            since = 0 if value < least - min_delta else since + 1
+            least = min(least, value)
+            if since >= patience:
                 return value, step + 1
     _finite("the norm of the policy's parameters", _norm([p.detach() for p in parameters]))
     return value, steps
@@ -111,15 +144,14 @@ def train_nll(
     *,
     loss: NegativeLogLikelihood | None = None,
     batch_size: int | None = None,
-    tolerance: float = 0.0,
     seed: int = 0,
-    callback: Callable[[int, float], None] | None = None,
+    **options: Any,
 ) -> tuple[float, int]:
-    """Maximum likelihood; the default loss has no penalty. Arguments, result and errors as in `train`."""
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
     objective = NegativeLogLikelihood() if loss is None else loss
     return train(
         policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
-        steps, tolerance=tolerance, callback=callback,
+        steps, **options,
     )  # fmt: skip
 
 
@@ -132,16 +164,15 @@ def train_policy_gradient(
     *,
     loss: InnerLoss | None = None,
     batch_size: int | None = None,
-    tolerance: float = 0.0,
     seed: int = 0,
-    callback: Callable[[int, float], None] | None = None,
+    **options: Any,
 ) -> tuple[float, int]:
-    """Policy gradient under a reward that stays as it is. Arguments, result and errors as in `train`."""
+    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
     objective = PolicyGradient() if loss is None else loss
     with _frozen(reward):
         return train(
             policy, lambda policy, batch, step_seed: objective(policy, reward, batch, step_seed),
-            BatchStream(data, batch_size, seed), optimizer, steps, tolerance=tolerance, callback=callback,
+            BatchStream(data, batch_size, seed), optimizer, steps, **options,
         )  # fmt: skip
 
 
@@ -154,6 +185,7 @@ class OuterStep:
         inner_loss, outer_loss: L and F at the policy that the inner loop arrived at.
         inner_steps: optimiser steps taken on the policy.
         reward: the reward's tensor (precision or table) or None if it gives neither, detached.
+        reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
         residual_norm, num_products, converged, negative_curvature, problems: as in `Hypergradient`.
     """
@@ -163,6 +195,7 @@ class OuterStep:
     outer_loss: float
     inner_steps: int
     reward: Tensor | None
+    reward_norm: float
     gradient_norm: float
     residual_norm: float | None
     num_products: int
@@ -185,15 +218,21 @@ class BilevelTrainer:
             its data from passing for a sharp reward.
         inner_optimizer: makes the policy's optimiser from its parameters.
         outer_optimizer: the reward's optimiser.
-        inner_steps: the most optimiser steps on the policy for each outer step.
+        inner_steps: the most optimiser steps on the policy for each outer step; 0 for a hypergradient method that
+            moves θ itself, as `Unrolled` and `BOME` do.
         inner_loss: (policy, reward, batch, seed) -> ().
         outer_loss: (policy, batch) -> (); as it stands, `NegativeLogLikelihood()`.
         hypergradient: the method; `ImplicitCG()` as it stands.
-        inner_tolerance: ends the inner loop early, see `train`.
+        inner_tolerance, patience, min_delta, max_grad_norm: of the inner loop, see `train`.
+        inner_scheduler: makes the inner loop's scheduler from the policy's optimiser, anew at each outer step, which
+            starts from the optimiser's first learning rates: each is a problem of its own.
+        outer_scheduler: of the outer optimiser's learning rates, stepped after each outer step.
         keep_inner_state: keep the policy's optimiser from one outer step to the next. Quasi-Newton methods should
             not: what they remember of the curvature belongs to the reward of before.
         batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
         seed: of batches and samples.
+        checkpoint: file that `fit` writes, for `resume`; None for none. Whole or as it was before, never in between.
+        checkpoint_every: outer steps between two writes.
         progress: False for no progress bar. With True there is one if standard error is a terminal.
         description: the label of the progress bar.
 
@@ -215,14 +254,26 @@ class BilevelTrainer:
         outer_loss: OuterLoss | None = None,
         hypergradient: HypergradientMethod | None = None,
         inner_tolerance: float = 0.0,
+        patience: int | None = None,
+        min_delta: float = 0.0,
+        max_grad_norm: float | None = None,
+        inner_scheduler: SchedulerFactory | None = None,
+        outer_scheduler: LRScheduler | None = None,
         keep_inner_state: bool = True,
         batch_size: int | None = None,
         seed: int = 0,
+        checkpoint: Path | None = None,
+        checkpoint_every: int = 1,
         progress: bool = True,
         description: str = "outer steps",
     ) -> None:
-        if inner_steps < 1:
-            raise ValueError(f"inner_steps: expected at least 1, got {inner_steps}")
+        for name, least, count in (
+            ("inner_steps", 0, inner_steps), ("patience", 1, patience), ("checkpoint_every", 1, checkpoint_every),
+        ):  # fmt: skip
+            if count is not None and count < least:
+                raise ValueError(f"{name}: expected at least {least}, got {count}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         self.policy = policy
         self.reward = reward
         self._phi = [name for name, p in reward.named_parameters() if p.requires_grad]
@@ -230,6 +281,7 @@ class BilevelTrainer:
             raise ValueError("reward: expected parameters that require grad, got none to learn")
         self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
         self._stream = BatchStream(inner_data, batch_size, seed)
+        self._inner_data = inner_data
         self._outer_data = outer_data
         self._inner_optimizer = inner_optimizer
         self._outer_optimizer = outer_optimizer
@@ -237,7 +289,15 @@ class BilevelTrainer:
         self._inner_loss: InnerLoss = PolicyGradient() if inner_loss is None else inner_loss
         self._outer_loss: OuterLoss = NegativeLogLikelihood() if outer_loss is None else outer_loss
         self._hypergradient: HypergradientMethod = ImplicitCG() if hypergradient is None else hypergradient
-        self._inner_tolerance = inner_tolerance
+        self._loop = {
+            "tolerance": inner_tolerance, "patience": patience, "min_delta": min_delta, "max_grad_norm": max_grad_norm,
+        }  # fmt: skip
+        self._inner_scheduler = inner_scheduler
+        self._outer_scheduler = outer_scheduler
+        self._sampling = {"batch_size": batch_size, "seed": seed}
+        self._checkpoint = checkpoint
+        self._checkpoint_every = checkpoint_every
+        self._good: str | None = None
         self._keep_inner_state = keep_inner_state
         self._progress = progress
         self._description = description
@@ -245,31 +305,101 @@ class BilevelTrainer:
         self._solution: Tensors | None = None
         self.history: list[OuterStep] = []
 
-    def fit(self, outer_steps: int, callback: Callable[[OuterStep], None] | None = None) -> list[OuterStep]:
+    def fit(
+        self, outer_steps: int, callback: Callable[[OuterStep], None] | Sequence[Callable[[OuterStep], None]] = ()
+    ) -> list[OuterStep]:
         """Takes outer steps; calling it again goes on from there.
 
         Args:
             outer_steps: how many.
-            callback: called after each.
+            callback: called after each, one or several; see `callbacks` for TensorBoard and Weights & Biases.
 
         Returns:
             the history of all steps so far.
 
         Raises:
-            NonFiniteError: a loss, a gradient or a parameter is infinite or not a number.
+            NonFiniteError: a loss, a gradient or a parameter is infinite or not a number; names the last good
+                checkpoint.
             ValueError, RuntimeError: as the hypergradient method.
+            OSError: the checkpoint cannot be written.
         """
+        callbacks = [callback] if callable(callback) else list(callback)
         # disable=None is tqdm's own test for a terminal.
         with tqdm(
             total=outer_steps, desc=self._description, disable=None if self._progress else True, leave=False
         ) as bar:
-            for _ in range(outer_steps):
+            for index in range(outer_steps):
                 done = self.step()
                 bar.set_postfix_str(_summary(done), refresh=False)
                 bar.update()
-                if callback is not None:
-                    callback(done)
+                for each in callbacks:
+                    each(done)
+                last = index == outer_steps - 1
+                if self._checkpoint is not None and (last or len(self.history) % self._checkpoint_every == 0):
+                    self.save(self._checkpoint)
         return self.history
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint to go on from with `resume`.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        state = {
+            "policy": self.policy.state_dict(),
+            "reward": self.reward.state_dict(),
+            "inner_optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+            "outer_optimizer": self._outer_optimizer.state_dict(),
+            "outer_scheduler": None if self._outer_scheduler is None else self._outer_scheduler.state_dict(),
+            "stream": self._stream.state(),
+            "solution": self._solution,
+            "history": [dataclasses.asdict(step) for step in self.history],
+            "random": checkpoints.random_state(),
+        }
+        checkpoints.save(path, state, self._configuration())
+        self._good = f"{path}, after {len(self.history)} outer steps"
+
+    def resume(self, path: Path) -> list[OuterStep]:
+        """Goes on from a checkpoint of a trainer that was made with the same arguments, to the bit.
+
+        The states of Python's, NumPy's and torch's global random number generators are those of then, too.
+
+        Returns:
+            the history up to there.
+
+        Raises:
+            UsageError: there is no such file, it is no checkpoint, or the arguments differ: says which.
+        """
+        state = checkpoints.load(path, self._configuration())
+        self.policy.load_state_dict(state["policy"])
+        self.reward.load_state_dict(state["reward"])
+        self._outer_optimizer.load_state_dict(state["outer_optimizer"])
+        if self._outer_scheduler is not None:
+            self._outer_scheduler.load_state_dict(state["outer_scheduler"])
+        self._optimizer = None
+        if state["inner_optimizer"] is not None:
+            self._optimizer = self._new_optimizer()
+            self._optimizer.load_state_dict(state["inner_optimizer"])
+        self._stream.restore(state["stream"])
+        self._solution = state["solution"]
+        self.history[:] = [OuterStep(**step) for step in state["history"]]
+        checkpoints.set_random_state(state["random"])
+        self._good = f"{path}, after {len(self.history)} outer steps"
+        return self.history
+
+    def _configuration(self) -> dict[str, str]:
+        parts: dict[str, Any] = {
+            "policy": self.policy, "reward": self.reward, "learned": tuple(self._phi), "inner_data": self._inner_data,
+            "outer_data": self._outer_data, "inner_optimizer": self._new_optimizer(),
+            "outer_optimizer": self._outer_optimizer, "inner_steps": self._inner_steps, "inner_loss": self._inner_loss,
+            "outer_loss": self._outer_loss, "hypergradient": self._hypergradient, **self._loop,
+            "inner_scheduler": self._inner_scheduler, "outer_scheduler": type(self._outer_scheduler).__name__,
+            "keep_inner_state": self._keep_inner_state, **self._sampling,
+        }  # fmt: skip
+        text: dict[str, str] = {}
+        for name, value in parts.items():
+            text |= checkpoints.describe(name, value)
+        return text
 
     def step(self) -> OuterStep:
         """One outer step; see `fit`."""
@@ -289,7 +419,16 @@ class BilevelTrainer:
 
             result = self._hypergradient(inner, outer, theta, phi, start=self._solution)
         except NonFiniteError as error:
-            raise NonFiniteError(f"outer step {number}: {error}") from error
+            raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
+        if result.theta is not None:
+            with torch.no_grad():
+                for parameter, value in zip(theta, result.theta, strict=True):
+                    parameter.copy_(value)
+        elif self._inner_steps == 0:
+            raise ValueError(
+                f"inner_steps: expected at least 1 with {type(self._hypergradient).__name__}, which leaves the policy "
+                "where it is, got 0"
+            )
         self._solution = result.solution
         done = OuterStep(
             step=number,
@@ -297,6 +436,7 @@ class BilevelTrainer:
             outer_loss=result.outer_loss,
             inner_steps=inner_steps,
             reward=_reward_tensor(self.reward),
+            reward_norm=_norm([p.detach() for p in phi]),
             gradient_norm=_norm(result.gradient),
             residual_norm=result.residual_norm,
             num_products=result.num_products,
@@ -307,17 +447,37 @@ class BilevelTrainer:
         for parameter, gradient in zip(phi, result.gradient, strict=True):
             parameter.grad = gradient
         self._outer_optimizer.step()
-        _finite(f"outer step {number}: the norm of the reward's parameters", _norm([p.detach() for p in phi]))
+        if self._outer_scheduler is not None:
+            self._outer_scheduler.step()
+        _finite(
+            f"outer step {number}: the norm of the reward's parameters", _norm([p.detach() for p in phi]),
+            self._last_good(),
+        )  # fmt: skip
         self.history.append(done)
         return done
 
+    def _last_good(self) -> str:
+        return "" if self._good is None else f"; the last good checkpoint is {self._good}"
+
+    def _new_optimizer(self) -> Optimizer:
+        return self._inner_optimizer(list(_named(self.policy, self._theta)))
+
     def _train_policy(self) -> tuple[float, int]:
+        if self._inner_steps == 0:
+            return float("nan"), 0
         if self._optimizer is None or not self._keep_inner_state:
-            self._optimizer = self._inner_optimizer(list(_named(self.policy, self._theta)))
+            self._optimizer = self._new_optimizer()
+        scheduler = None
+        if self._inner_scheduler is not None:
+            for group in self._optimizer.param_groups:
+                # Set by the first scheduler of an optimiser, and what every scheduler starts from.
+                group["lr"] = group.get("initial_lr", group["lr"])
+                group["initial_lr"] = group["lr"]
+            scheduler = self._inner_scheduler(self._optimizer)
         with _frozen(self.reward):
             return train(
                 self.policy, lambda policy, batch, seed: self._inner_loss(policy, self.reward, batch, seed),
-                self._stream, self._optimizer, self._inner_steps, tolerance=self._inner_tolerance,
+                self._stream, self._optimizer, self._inner_steps, scheduler=scheduler, **self._loop,  # type: ignore[arg-type]
             )  # fmt: skip
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
@@ -372,6 +532,8 @@ def _summary(step: OuterStep) -> str:
     if step.reward is not None:
         shown = (step.reward.diagonal() if step.reward.ndim == 2 else step.reward).reshape(-1).tolist()
         text += ", reward " + " ".join(f"{value:.3g}" for value in shown[:6]) + (" …" if len(shown) > 6 else "")
+    else:
+        text += f", ‖φ‖ {step.reward_norm:.4g}"
     return text if step.converged else text + ", not converged"
 
 
@@ -379,6 +541,6 @@ def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
 
 
-def _finite(what: str, value: float) -> None:
+def _finite(what: str, value: float, more: str = "") -> None:
     if not math.isfinite(value):
-        raise NonFiniteError(f"{what} is not finite ({value}); a smaller learning rate or other data may help")
+        raise NonFiniteError(f"{what} is not finite ({value}); a smaller learning rate or other data may help{more}")
