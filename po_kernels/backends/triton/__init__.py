@@ -1,23 +1,36 @@
-"""GPU kernels written in Triton."""
+"""GPU kernels written in Triton, which is imported at the first call.
 
+With TRITON_INTERPRET=1 in the environment before Triton is imported, its interpreter runs the kernels on CPU tensors too,
+slowly: a check of their arithmetic where there is no GPU. Only calls that ask for this backend by name are served so.
+"""
+
+import importlib
 import importlib.util
+import os
 from typing import Any
 
 import torch
 
 
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
 def unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available():
+    if not _interpreted() and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cuda":
-        return f"it serves CUDA tensors, not {device_type}"
-    return None if op in KERNELS else f"it has no kernel for {op}"
+    if device_type == "cuda" or (device_type == "cpu" and _interpreted()):
+        return None
+    return f"it serves CUDA tensors, not {device_type}"
 
 
-KERNELS: dict[str, dict[str, Any]] = {}
+def __getattr__(name: str) -> Any:
+    if name == "KERNELS":
+        return importlib.import_module(f"{__name__}.kernels").KERNELS
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,185 @@
+"""The ops of this backend, as `po_kernels.backends.contract` describes them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import checks
+from ..contract import OpConfig
+from . import family, launch
+from .launch import Call
+
+Evaluate = Callable[..., tuple[Tensor, Tensor]]
+
+
+class _Kernel:
+    """`first` and `second` of an op from one function.
+
+    Args:
+        check: of values, made where they are at hand, which on a GPU they are not.
+        evaluate: (call, constants, cotangent, cotangent_tangent, want_stats, config) -> value, statistics; it writes
+            call.gradients.
+    """
+
+    def __init__(self, op: str, check: Callable[..., None], evaluate: Evaluate) -> None:
+        self.op, self.check, self.evaluate = op, check, evaluate
+
+    def first(
+        self,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        cotangent: Tensor | None,
+        needs: Sequence[bool],
+        want_stats: bool,
+        config: OpConfig,
+    ) -> list[Tensor]:
+        return self._run(inputs, constants, None, cotangent, None, needs, want_stats, config)
+
+    def second(
+        self,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        tangents: Sequence[Tensor | None],
+        cotangent: Tensor,
+        cotangent_tangent: Tensor | None,
+        needs: Sequence[bool],
+        config: OpConfig,
+    ) -> list[Tensor]:
+        value, _, *gradients = self._run(
+            inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config
+        )
+        return [value, *gradients]
+
+    def _run(
+        self,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        tangents: Sequence[Tensor | None] | None,
+        cotangent: Tensor | None,
+        cotangent_tangent: Tensor | None,
+        needs: Sequence[bool],
+        want_stats: bool,
+        config: OpConfig,
+    ) -> list[Tensor]:
+        if inputs[0].device.type == "cpu":
+            self.check(self.op, *inputs, *constants)
+        call = Call(self.op, inputs, tangents, needs)
+        value, stats = self.evaluate(call, constants, cotangent, cotangent_tangent, want_stats, config)
+        return [value, stats, *call.gradients]
+
+
+def _policy_loss(triangular: bool) -> Evaluate:
+    def evaluate(
+        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+    ) -> tuple[Tensor, Tensor]:
+        mean, precision = call.pairs[0][0], call.pairs[3][0]
+        dim, kind = mean.shape[1], precision.ndim
+        blocks = call.tile(max(config.num_samples, 1), dim)
+        # A gradient in one number is summed over rows by dimensions.
+        shared = (0,) if not call.needs[3] else (dim, dim) if kind == 2 else (dim,)
+        u, tangent = (None if x is None else _symmetric(x) for x in call.pairs[3])
+        value, stats, sums = launch.loss(
+            call, family.policy_loss, config, cotangent, cotangent_tangent, want_stats, blocks, shared,
+            **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("target", 2),
+            precision=u, precision_t=tangent,
+            seed=call.seed(constants[0]) if config.num_samples else None,
+            **call.outputs("mean", "scale", "target"), NEED_PRECISION=bool(call.needs[3]),
+            row_offset=config.row_offset, dim=dim, count=max(config.num_samples, 1),
+            TRIANGULAR=triangular, KIND=kind, CLOSED_FORM=config.estimator == "analytic",
+            PATHWISE=config.estimator == "reparam",
+            BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
+        )  # fmt: skip
+        if call.needs[3]:
+            call.gradients[3] = (_symmetric(sums) if kind == 2 else sums.sum() if kind == 0 else sums).to(precision.dtype)
+        return value, stats
+
+    return evaluate
+
+
+def _symmetric(u: Tensor) -> Tensor:
+    return (0.5 * (u + u.mT) if u.ndim == 2 else u).contiguous()
+
+
+def _surrogate_loss(triangular: bool) -> Evaluate:
+    def evaluate(
+        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+    ) -> tuple[Tensor, Tensor]:
+        samples = launch.with_contiguous_rows(constants[0], 2)
+        count, _, dim = samples.shape
+        blocks = call.tile(count, dim)
+        value, stats, _ = launch.loss(
+            call, family.surrogate_loss, config, cotangent, cotangent_tangent, want_stats, blocks, (0,),
+            **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("rewards", 2, leading=2),
+            samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
+            **call.outputs("mean", "scale", "rewards"), dim=dim, count=count,
+            TRIANGULAR=triangular, SCORE=config.estimator != "reparam",
+            BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
+        )  # fmt: skip
+        return value, stats
+
+    return evaluate
+
+
+def _log_prob(triangular: bool) -> Evaluate:
+    def evaluate(
+        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+    ) -> tuple[Tensor, Tensor]:
+        count, rows, dim = call.pairs[2][0].shape
+        value = call.empty(count, rows)
+        if value.numel() == 0:
+            return value, call.no_rows()
+        blocks = launch.tile(count, dim)
+        programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
+        call.run(
+            family.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps(False),
+            **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("at", 2, leading=2),
+            **call.whole("cotangent", cotangent, cotangent_tangent), out=value, **call.outputs("mean", "scale", "at"),
+            rows=rows, chunks=chunks, dim=dim, count=count,
+            TRIANGULAR=triangular, HAS_COTANGENT=cotangent is not None,
+            BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_D=blocks.dim, **call.options(),
+        )  # fmt: skip
+        return value, call.empty(0)
+
+    return evaluate
+
+
+def _sample(triangular: bool) -> Evaluate:
+    def evaluate(
+        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+    ) -> tuple[Tensor, Tensor]:
+        rows, dim = call.pairs[0][0].shape
+        count = config.num_samples
+        value = call.empty(count, rows, dim)
+        if value.numel() == 0:
+            return value, call.no_rows()
+        blocks = launch.tile(count, dim)
+        programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
+        call.run(
+            family.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps(False),
+            **call.rows("mean", 0), **call.rows("scale", 1), seed=call.seed(constants[0]),
+            **call.whole("cotangent", cotangent, cotangent_tangent), out=value, **call.outputs("mean", "scale"),
+            rows=rows, row_offset=config.row_offset, chunks=chunks, dim=dim, count=count,
+            TRIANGULAR=triangular, HAS_COTANGENT=cotangent is not None,
+            BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_D=blocks.dim, **call.options(),
+        )  # fmt: skip
+        return value, call.empty(0)
+
+    return evaluate
+
+
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    kernel.op: {"first": kernel.first, "second": kernel.second}
+    for kernel in (
+        _Kernel("gaussian_policy_loss", checks.gaussian_policy_loss, _policy_loss(False)),
+        _Kernel("gaussian_surrogate_loss", checks.nothing, _surrogate_loss(False)),
+        _Kernel("gaussian_log_prob", checks.nothing, _log_prob(False)),
+        _Kernel("gaussian_sample", checks.nothing, _sample(False)),
+        _Kernel("mvn_policy_loss", checks.mvn_policy_loss, _policy_loss(True)),
+        _Kernel("mvn_surrogate_loss", checks.mvn, _surrogate_loss(True)),
+        _Kernel("mvn_log_prob", checks.mvn, _log_prob(True)),
+        _Kernel("mvn_sample", checks.mvn, _sample(True)),
+    )
+}

@@ -1,0 +1,243 @@
+"""How tensors and options reach the Triton kernels: tiles by rules of shape, strides, and sums in a fixed order."""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..contract import OpConfig
+from . import tally
+
+# Numbered as in group.py.
+ADVANTAGES = {"none": 0, "min": 1, "mean": 2, "loo": 3, "standardized": 4}
+
+# Elements of a tile of samples: more would not fit the registers, fewer would leave a warp without work.
+_LARGEST_TILE = 4096
+_SMALLEST_TILE = 512
+# Registers hold the rewards of a whole group.
+_LARGEST_GROUP = 2**16
+# Programs whose sums over rows are added up afterwards, and numbers that these sums may take together.
+_MOST_PROGRAMS = 2048
+_MOST_SUMS = 2**24
+_MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
+
+Arguments = dict[str, Any]
+
+
+class Tile(NamedTuple):
+    """Block sizes, none of which depends on the number of rows: a row's result has to be that of any batch."""
+
+    rows: int
+    group: int
+    chunks: int
+    dim: int
+
+    def warps(self, matrix: bool) -> int:
+        """Warps for four elements a thread of a tile or more, and of a matrix that is summed over rows in registers.
+
+        With more of the latter, ptxas takes minutes and spills.
+        """
+        largest = self.rows * self.group * self.dim
+        if matrix and self.dim <= 64:
+            largest = max(largest, self.dim**2)
+        return max(1, min(8, largest // 128))
+
+
+def tile(group: int, dim: int) -> Tile:
+    """For `group` samples of a row of `dim` dimensions or classes."""
+    block_d = max(4, triton.next_power_of_2(dim))
+    whole = triton.next_power_of_2(group)
+    block_g = min(whole, max(1, _LARGEST_TILE // block_d))
+    return Tile(max(1, _SMALLEST_TILE // (block_g * block_d)), block_g, whole // block_g, block_d)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class Call:
+    """The tensors of one call.
+
+    Args:
+        inputs: differentiable tensors.
+        tangents: None for the first derivative; for the second, one for each input or None.
+        needs: for each input, whether its gradient is wanted.
+    """
+
+    def __init__(
+        self, op: str, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None] | None, needs: Sequence[bool]
+    ) -> None:
+        self.op = op
+        self.dual = tangents is not None
+        self.device = inputs[0].device
+        self.dtype = compute_dtype(inputs[0].dtype)
+        self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
+        self.pairs = [self.pair(x, t) for x, t in zip(inputs, tangents or [None] * len(inputs), strict=True)]
+        self.needs = needs
+        self.gradients = [
+            torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else x.new_empty(0)
+            for x, needed in zip(inputs, needs, strict=True)
+        ]
+
+    def pair(self, x: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A number and its tangent, of the same strides."""
+        if not self.dual:
+            return x, None
+        return x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format) if (
+            tangent is None
+        ) else tangent.to(x.dtype).contiguous()
+
+    def tile(self, group: int, dim: int) -> Tile:
+        """For an op that needs a group as a whole."""
+        if group > _LARGEST_GROUP:
+            raise ValueError(
+                f"{self.op}: expected at most {_LARGEST_GROUP} samples a row on backend 'triton', got {group}; "
+                "use backend='reference'"
+            )
+        return tile(group, dim)
+
+    def no_rows(self) -> Tensor:
+        """Gradients of nothing: zero. Returns the statistics, which there are none of."""
+        for gradient in self.gradients:
+            gradient.zero_()
+        return self.empty(0)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def rows(self, name: str, index: int, *, leading: int = 1) -> Arguments:
+        """An input whose first `leading` axes may have any strides, as `name`, its tangent and its strides."""
+        x, tangent = self.pairs[index]
+        x = with_contiguous_rows(x, leading)
+        strides = (f"{name}_stride_g", f"{name}_stride")[2 - leading :]
+        return {name: x, f"{name}_t": tangent, **dict(zip(strides, x.stride(), strict=False))}
+
+    def whole(self, name: str, x: Tensor | None, tangent: Tensor | None) -> Arguments:
+        """A contiguous tensor and its tangent, or neither."""
+        if x is None:
+            return {name: None, f"{name}_t": None}
+        return dict(zip((name, f"{name}_t"), self.pair(x.contiguous(), tangent), strict=True))
+
+    def outputs(self, *names: str) -> Arguments:
+        """For each input named where its gradient goes, and whether it is wanted."""
+        result: Arguments = {}
+        for name, needed, gradient in zip(names, self.needs, self.gradients, strict=False):
+            result[f"to_{name}"] = gradient if needed else None
+            result[f"NEED_{name.upper()}"] = bool(needed)
+        return result
+
+    def seed(self, seed: Tensor) -> Tensor:
+        """The seed in memory of the device. One from the CPU is written there by a kernel: nothing waits for a copy."""
+        if seed.device == self.device:
+            return seed
+        return torch.full((), int(seed), dtype=torch.int64, device=self.device)
+
+    def options(self) -> Arguments:
+        return {"DUAL": self.dual, "T": self.triton_dtype}
+
+    def run(self, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
+        """Launches on the device of the tensors. Products and sums may be fused: nothing rests on their rounding."""
+        guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+        with guard:
+            kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=True)
+
+
+def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:
+    """x, or a copy where the strides of the axes after the first `leading` are not those of a contiguous tensor."""
+    expected = 1
+    for size, stride in zip(reversed(x.shape[leading:]), reversed(x.stride()[leading:]), strict=True):
+        if size != 1 and stride != expected:
+            return x.contiguous()
+        expected *= size
+    return x
+
+
+def loss(
+    call: Call,
+    kernel: Any,
+    config: OpConfig,
+    cotangent: Tensor | None,
+    cotangent_tangent: Tensor | None,
+    want_stats: bool,
+    blocks: Tile,
+    shared: tuple[int, ...],
+    **arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a kernel over the rows of a loss and adds up what its programs report.
+
+    Args:
+        shared: shape of what is summed over rows besides the loss and the statistics.
+
+    Returns:
+        the loss, the statistics (empty unless wanted), and the sums of that shape.
+    """
+    rows = call.pairs[0][0].shape[0]
+    reduced = config.reduction != "none"
+    shape = () if reduced else (rows,)
+    value = call.empty(*shape)
+    stats = call.empty(*(5, *shape) if want_stats else (0,))
+    sums = call.empty(*shared)
+    if rows == 0:
+        call.no_rows()
+        return value.zero_(), stats.zero_(), sums.zero_()
+    size = tally.HEAD.value + sums.numel()
+    most = max(1, min(_MOST_PROGRAMS, _MOST_SUMS // size))
+    total_blocks = triton.cdiv(rows, blocks.rows)
+    each = triton.cdiv(total_blocks, most)
+    programs = triton.cdiv(total_blocks, each)
+    # Sums of large matrices start from zero in memory.
+    partial = torch.zeros((programs, size), dtype=call.dtype, device=call.device)
+    call.run(
+        kernel,
+        (programs,),
+        blocks.warps(len(shared) == 2),
+        **arguments,
+        **call.whole("cotangent", cotangent, cotangent_tangent),
+        cotangent_stride=0 if cotangent is None or reduced else 1,
+        losses=None if reduced else value,
+        stats=stats if want_stats and not reduced else None,
+        partial=partial,
+        partial_stride=size,
+        rows=rows,
+        blocks=each,
+        entropy_coef=config.entropy_coef,
+        rbf_gamma=config.rbf_gamma or 0.0,
+        loss_unit=1.0 / rows if config.reduction == "mean" else 1.0,
+        stats_unit=1.0 / rows,
+        HAS_COTANGENT=cotangent is not None,
+        HAS_RBF=config.rbf_gamma is not None,
+        ADVANTAGE=ADVANTAGES[config.advantage],
+        REDUCED=reduced,
+        WANT_STATS=want_stats,
+        BLOCK_B=blocks.rows,
+        **call.options(),
+    )
+    if reduced or sums.numel():
+        block = min(128, triton.next_power_of_2(size))
+        call.run(
+            tally.reduce,
+            (triton.cdiv(size, block),),
+            4,
+            partial=partial,
+            programs=programs,
+            size=size,
+            loss=value,
+            stats=stats,
+            shared=sums,
+            KEEP_LOSS=reduced,
+            KEEP_STATS=reduced and want_stats,
+            BLOCK_P=1024 // block,
+            BLOCK=block,
+        )
+    return value, stats, sums
+
+
+def chunked(group: int, blocks: Tile, together: bool) -> tuple[int, int]:
+    """Programs along the group, and chunks of each: all in one where gradients are summed over the group."""
+    chunks = triton.cdiv(group, blocks.group)
+    each = chunks if together else triton.cdiv(chunks, _MOST_CHUNKS)
+    return triton.cdiv(chunks, each), each
