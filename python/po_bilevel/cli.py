@@ -1,4 +1,4 @@
-"""The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`.
+"""The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`, `po-bilevel gaussian --figure 3`.
 
 Exit codes: 0 done; 1 training diverged; 2 something about the command, a file or the installation is wrong;
 130 interrupted.
@@ -9,15 +9,17 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from . import plots, results
 from .errors import MissingDependencyError, NonFiniteError, UsageError
-from .experiments import classification
+from .experiments import classification, gaussian
 from .experiments.classification import ClassifyConfig
+from .experiments.gaussian import GaussianConfig
 from .optional import require
 
 PROGRAM = "po-bilevel"
@@ -27,9 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; `arguments` are those of the process if None."""
     try:
         config = tyro.extras.subcommand_cli_from_dict(
-            {"classify": ClassifyConfig}, prog=PROGRAM, description="Learn rewards from data.", args=arguments
+            {"classify": ClassifyConfig, "gaussian": GaussianConfig},
+            prog=PROGRAM,
+            description="Learn rewards from data.",
+            args=arguments,
         )
-        classify(config)
+        if isinstance(config, GaussianConfig):
+            run_gaussian(config)
+        else:
+            classify(config)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
@@ -54,25 +62,58 @@ def classify(config: ClassifyConfig) -> None:
         UsageError, MissingDependencyError, NonFiniteError: as `classification.run`, or --out cannot be written to.
     """
     classification.check(config)
-    if config.plot:
-        # Better said now than after the run.
-        require("matplotlib", "plots")
-    _make_folder(config.out)
+    _prepare(config.out, config.plot)
     outcome = classification.run(config)
+    _write(
+        "classification", config, outcome.rows, {"curves": outcome.curves, "reward_paths": outcome.paths},
+        outcome.warnings, lambda path: plots.figure_of_classification(outcome, path),
+    )  # fmt: skip
+
+
+def run_gaussian(config: GaussianConfig) -> None:
+    """Runs a Gaussian experiment, prints its table and the path of u, and writes its files.
+
+    Raises:
+        UsageError, MissingDependencyError, NonFiniteError: as `gaussian.run`, or --out cannot be written to.
+    """
+    gaussian.check(config)
+    _prepare(config.out, config.plot)
+    outcome = gaussian.run(config)
+    name = f"gaussian_figure{config.figure}"
+    _write(
+        name, config, outcome.rows, outcome.curves, outcome.warnings,
+        lambda path: plots.figure_of_gaussian(outcome, config.figure, path), gaussian.summary_of_paths(outcome),
+    )  # fmt: skip
+
+
+def _prepare(out: Path, plot: bool) -> None:
+    """What is better said now than after the run."""
+    if plot:
+        require("matplotlib", "plots")
+    _make_folder(out)
+
+
+def _write(
+    experiment: str, config: Any, rows: list[results.Row], curves: dict[str, Any], warnings: list[str],
+    draw: Callable[[Path], None], more: str = "",
+) -> None:  # fmt: skip
+    """Writes curves.json, the figure and results.json, then prints the table."""
     options = dataclasses.asdict(config) | {"out": str(config.out)}
-    document = results.document("classification", options, outcome.rows)
+    document = results.document(experiment, options, rows)
     written = [config.out / "curves.json", config.out / "results.json"]
-    results.write_json(written[0], {"curves": outcome.curves, "reward_paths": outcome.paths})
+    results.write_json(written[0], curves)
     if config.plot:
-        written.insert(1, config.out / "classification.png")
-        plots.figure_of_classification(outcome, written[1])
+        written.insert(1, config.out / f"{experiment}.png")
+        draw(written[1])
     results.write_json(written[-1], document)
     # Last, so that no trouble with the terminal costs the run.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     print(results.table(document["summary"]))
+    if more:
+        print(more)
     print("wrote " + ", ".join(map(str, written)), flush=True)
-    for warning in outcome.warnings:
+    for warning in warnings:
         print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ from .files import atomic
 from .optional import require
 
 if TYPE_CHECKING:
+    from .experiments import gaussian
     from .experiments.classification import Outcome
 
 
@@ -19,12 +20,8 @@ def figure_of_classification(outcome: "Outcome", path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         OSError: the folder cannot be written to.
     """
-    figures = require("matplotlib.figure", "plots")
-    backend = require("matplotlib.backends.backend_agg", "plots")
     names = list(outcome.curves)
-    # A figure of its own and the Agg canvas: no global state, no display.
-    figure = figures.Figure(figsize=(13, 3.6 * len(names)), layout="constrained")
-    backend.FigureCanvasAgg(figure)
+    figure = _figure(13, 3.6 * len(names))
     panels = figure.subplots(len(names), 3, squeeze=False)
     for (left, middle, right), name in zip(panels, names, strict=True):
         for method, seeds in outcome.curves[name].items():
@@ -34,6 +31,86 @@ def figure_of_classification(outcome: "Outcome", path: Path) -> None:
         middle.set(title=f"{name}: test accuracy", xlabel="optimiser step", ylabel="fraction")
         left.legend(fontsize="small")
         _reward(right, outcome, name)
+    _save(figure, path)
+
+
+def figure_of_gaussian(outcome: "gaussian.Outcome", number: int, path: Path) -> None:
+    """Figure 1, 2 or 3 of the Gaussian experiments.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OSError: the folder cannot be written to.
+    """
+    figure = {1: _moments, 2: _densities, 3: _learned_path}[number](outcome)
+    _save(figure, path)
+
+
+def _moments(outcome: "gaussian.Outcome") -> Any:
+    """Boxes over targets of the errors of the moments and of the likelihood."""
+    figure = _figure(12, 3.8)
+    methods = list(dict.fromkeys(row["method"] for row in outcome.rows))
+    titles = {
+        "mean_error": "error of the mean",
+        "covariance_error": "error of the covariance",
+        "nll": "NLL under the target, nats",
+    }
+    for panel, (metric, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        values = [[row[metric] for row in outcome.rows if row["method"] == method] for method in methods]
+        panel.boxplot(values, showfliers=False)
+        panel.set_xticks(range(1, len(methods) + 1), methods, rotation=20)
+        panel.set(title=title, yscale="log" if metric != "nll" else "linear")
+    return figure
+
+
+def _densities(outcome: "gaussian.Outcome") -> Any:
+    """Samples of the target, and the ellipses of one and two standard deviations that each method learned."""
+    densities = dict(outcome.curves["densities"])
+    target = densities.pop("target")
+    samples = np.array(outcome.curves["samples"])
+    figure = _figure(3.4 * len(densities), 3.6)
+    angles = np.linspace(0.0, 2.0 * np.pi, 200)
+    circle = np.stack([np.cos(angles), np.sin(angles)])
+    panels = figure.subplots(1, len(densities), sharex=True, sharey=True)
+    for panel, (method, density) in zip(panels, densities.items(), strict=True):
+        panel.scatter(*samples.T, s=4, color="grey", alpha=0.5)
+        for each, color, label in ((target, "black", "target"), (density, "tab:red", "learned")):
+            factor = np.linalg.cholesky(np.array(each["covariance"]))
+            for radius in (1.0, 2.0):
+                ellipse = np.array(each["mean"])[:, None] + radius * factor @ circle
+                panel.plot(*ellipse, color=color, linewidth=1.2, label=label if radius == 1.0 else None)
+        panel.set(title=method, aspect="equal")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+def _learned_path(outcome: "gaussian.Outcome") -> Any:
+    """u over outer steps for each seed, their mean, and the optimum; beside it the outer loss."""
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    paths = np.array([path["u"] for path in outcome.curves["paths"]]).mean(axis=2)
+    losses = np.array([path["outer_loss"] for path in outcome.curves["paths"]])
+    left.plot(paths.T, color="tab:blue", alpha=0.25)
+    left.plot(paths.mean(axis=0), color="tab:blue", label="u, mean over seeds")
+    optimum = np.array(outcome.curves["optimum"])
+    left.axhline(
+        np.diag(optimum).mean() if optimum.ndim == 2 else optimum.mean(), color="grey", linestyle="--", label="u*"
+    )
+    left.set(title="learned reward", xlabel="outer step", ylabel="u")
+    left.legend()
+    right.plot(losses.T, color="black", alpha=0.25)
+    right.plot(losses.mean(axis=0), color="black")
+    right.set(title="outer loss", xlabel="outer step", ylabel="nats a row", yscale="log")
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of its own and the Agg canvas: no global state, no display."""
+    figure = require("matplotlib.figure", "plots").Figure(figsize=(width, height), layout="constrained")
+    require("matplotlib.backends.backend_agg", "plots").FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

@@ -9,11 +9,10 @@ The categorical policy under reward table R and entropy weight λ has the inner 
 R sets how sure of the label the policy is asked to be, and the outer loss learns that from held-out likelihood.
 """
 
-import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,6 +31,7 @@ from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..results import Row
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
 from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
+from .runs import check_counts, check_reals, first_step_of_torch, threads
 
 Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]
 
@@ -136,19 +136,11 @@ def check(config: ClassifyConfig) -> None:
             raise UsageError(f"--{option}: expected at least one, got none")
         if len(set(value)) < len(value):
             raise UsageError(f"--{option}: expected each once, got {' '.join(value)}")
-    for option in ("seeds", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads"):
-        count = getattr(config, option)
-        if count is not None and count < 1:
-            raise UsageError(f"{_flag(option)}: expected an integer of at least 1, got {count}")
-    if config.threads > 4096:
-        raise UsageError(f"--threads: expected at most 4096, got {config.threads}")
+    check_counts(config, "seeds", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads")
     if any(width < 1 for width in config.hidden):
         raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
-    for option in ("entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance"):
-        _real(option, getattr(config, option), zero=False)
-    _real("l2", config.l2, zero=True)
-    if config.damping is not None:
-        _real("damping", config.damping, zero=True)
+    check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance")
+    check_reals(config, "l2", "damping", zero=True)
     if config.l2 == 0 and config.damping == 0 and "pg_learned" in config.methods:
         raise UsageError(
             "--damping: expected a positive number with --l2 0, got 0: adding the same number to all logits changes "
@@ -184,10 +176,10 @@ def run(config: ClassifyConfig) -> Outcome:
     outcome = Outcome([], {name: {method: [] for method in config.methods} for name in names}, {}, [])
     total = len(tables) * config.seeds * len(config.methods)
     with (
-        _threads(config.threads),
+        threads(config.threads),
         tqdm(total=total, desc="runs", disable=None if config.progress else True, leave=False) as bar,
     ):
-        _first_step_of_torch()
+        first_step_of_torch()
         for table in tables:
             for seed in range(config.seeds):
                 splits = data.split(
@@ -366,32 +358,5 @@ class _Run:
         return metrics.classification(log_probabilities, self.splits.test.target)
 
 
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _first_step_of_torch() -> None:
-    """The first optimiser step of a process imports a second's worth of torch: no method's time."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    torch.optim.Adam([parameter]).step()
-
-
 def _diagonal(precision: Tensor) -> Tensor:
     return precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
-
-
-def _flag(option: str) -> str:
-    return "--" + option.replace("_", "-")
-
-
-def _real(option: str, value: float, *, zero: bool) -> None:
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        expected = "a finite number of at least 0" if zero else "a finite positive number"
-        raise UsageError(f"{_flag(option)}: expected {expected}, got {value}")

@@ -1,0 +1,399 @@
+"""The paper's Gaussian experiments (arXiv 2510.07624, sections 4 and 5): where the outer optimum is known.
+
+Figure 1: the moments and the likelihood that training ends with, for likelihood and for policy gradient under a reward
+that is and one that is not U*, over many random targets. Figure 2: the densities learned for one target. Figure 3: the
+path of a reward learned by bilevel optimisation from u = 1 to u* = λ n / (2 tr Σ).
+
+Data of figure 3: y = x + 6 + ε, n-dimensional, at `inputs` distinct x, each observed `observations` times. The outer
+loss reads a second draw of the same size, at x of its own: a mean network that memorises its inputs would otherwise
+pass its training residuals, which are too small, for the noise, and u for too large. What it memorises all the same
+makes the mean wrong on the second draw, and u too small, by the square of that error; weight decay keeps it near 1%.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from .. import hypergradients as h
+from ..errors import NonFiniteError, UsageError
+from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
+from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
+from ..policies import FullGaussianPolicy, LinearFullGaussian, MLPFullGaussian, MLPGaussian
+from ..results import Row
+from ..rewards import MahalanobisReward, PrecisionKind
+from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
+from .runs import check_counts, check_reals, first_step_of_torch, threads
+
+Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Hypergradients = Literal[
+    "cg", "normal-cg", "neumann", "fixed-point", "identity", "finite-difference", "unrolled", "recompute", "truncated"
+]
+
+# Gaussian noise in y of figure 3, and what is added to x.
+NOISE_STD, OFFSET = 1.25, 6.0
+# Weight decay of the policy, which in the linear solve is damping: the Hessian of (decay/2)‖θ‖² is decay times I.
+DECAY = 1e-2
+# Added to it: an unfinished network's Hessian, and that of five samples, has negative curvature of this order. Along
+# log σ, where the reward acts, the curvature is 2λ: the damping shortens the hypergradient by a fifth.
+DAMPING = 0.5
+# Where a deterministic problem of figures 1 and 2 counts as solved: the Euclidean norm of the gradient.
+SOLVED = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianConfig:
+    """Reproduce the Gaussian experiments whose outer optimum is known in closed form."""
+
+    figure: Literal[1, 2, 3] = 3
+    """1: moments and likelihood over random targets; 2: learned densities; 3: the path of a learned reward."""
+    out: Path = Path("results")
+    """Folder for results.json, curves.json and the figure; made if it is not there."""
+    seeds: int = 10
+    """Figure 3: how many data sets and initial weights, numbered from 0."""
+    targets: int = 150
+    """Figure 1: how many random targets."""
+    dim: int = 2
+    """n, the dimension of y."""
+    estimator: Literal["analytic", "reparam", "dice"] = "analytic"
+    """Expectation over answers in closed form, along the path of samples, or by the score function."""
+    num_samples: int | None = None
+    """G, samples a row; by default 5 for --estimator reparam and dice."""
+    hypergradient: Hypergradients = "cg"
+    """Figure 3: how the derivative of the inner solution is come by, see docs/hypergradients.md."""
+    reward: PrecisionKind = "isotropic"
+    """Figure 3: form of the learned U; full comes with a policy of full covariance."""
+    correlation: float = 0.0
+    """Figure 3: ρ in the covariance of the noise, 1.25² ρ^|i-j|."""
+    entropy_coef: float = 1.0
+    """λ, in units of reward a nat."""
+    inputs: int = 100
+    """Figure 3: distinct x."""
+    observations: int = 10
+    """Figure 3: observations of y at each x. Figures 1 and 2: a hundred times that, of one target."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Figure 3: widths of the mean network's hidden layers."""
+    outer_steps: int = 100
+    """Figure 3: updates of the reward."""
+    inner_steps: int = 50
+    """Figure 3: optimiser steps between updates of the reward."""
+    learning_rate: float = 3e-3
+    """Figure 3: of adam for the policy."""
+    outer_learning_rate: float = 0.07
+    """Figure 3: of adam for the reward's parameters at first; falls linearly to a tenth."""
+    threads: int = 2
+    """Threads of torch."""
+    plot: bool = True
+    """Draw the figure."""
+    progress: bool = True
+    """Show progress bars on a terminal."""
+
+
+class Outcome(NamedTuple):
+    """What a run found.
+
+    Attributes:
+        rows: one for each data set, method and seed.
+        curves: what the figure draws, by name.
+        warnings: for people, what happened that makes a result less than it should be.
+    """
+
+    rows: list[Row]
+    curves: dict[str, Any]
+    warnings: list[str]
+
+
+def check(config: GaussianConfig) -> None:
+    """Refuses options that no run can have.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+    """
+    check_counts(
+        config, "seeds", "targets", "dim", "num_samples", "inputs", "observations", "outer_steps", "inner_steps",
+        "threads",
+    )  # fmt: skip
+    check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate")
+    if any(width < 1 for width in config.hidden):
+        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
+    if not -1 < config.correlation < 1:
+        raise UsageError(f"--correlation: expected a number between -1 and 1, got {config.correlation}")
+    if config.estimator == "analytic" and config.num_samples is not None:
+        raise UsageError(f"--num-samples: expected none with --estimator analytic, got {config.num_samples}")
+    if config.estimator == "dice" and config.num_samples == 1:
+        raise UsageError("--num-samples: expected at least 2 with --estimator dice, got 1")
+    if config.figure == 2 and config.dim != 2:
+        raise UsageError(f"--dim: expected 2 with --figure 2, which draws densities in a plane, got {config.dim}")
+
+
+def run(config: GaussianConfig) -> Outcome:
+    """Runs the experiment of one figure.
+
+    Raises:
+        UsageError: an option that cannot be used.
+        NonFiniteError: training diverged.
+    """
+    check(config)
+    with threads(config.threads), torch.random.fork_rng(devices=[]):
+        first_step_of_torch()
+        return {1: _moments, 2: _densities, 3: _paths}[config.figure](config)
+
+
+def _loss(config: GaussianConfig) -> PolicyGradient:
+    group = None if config.estimator == "analytic" else config.num_samples or 5
+    return PolicyGradient(entropy_coef=config.entropy_coef, estimator=config.estimator, num_samples=group)
+
+
+class Target(NamedTuple):
+    """A random Gaussian and data from it.
+
+    Attributes:
+        mean: (D,).
+        covariance: (D, D).
+        data: inputs (1, 1), which are zero, and target (R, 1, D).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    data: Batch
+
+
+def _target(config: GaussianConfig, seed: int) -> Target:
+    """Mean of standard normal entries times two; eigenvalues of the covariance from 0.2 to 2, in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    spectrum = 0.2 * 10.0 ** torch.rand(config.dim, dtype=torch.float64, generator=generator)
+    basis = torch.linalg.qr(normal(config.dim, config.dim)).Q
+    covariance = basis @ torch.diag(spectrum) @ basis.mT
+    mean = 2.0 * normal(config.dim)
+    count = 100 * config.observations
+    samples = mean + normal(count, config.dim) @ torch.linalg.cholesky(covariance).mT
+    inputs = torch.zeros(1, 1, dtype=torch.float64)
+    return Target(mean, covariance, Batch(inputs, samples[:, None]))
+
+
+def _fitted(config: GaussianConfig, target: Target, method: Method, seed: int) -> FullGaussianPolicy:
+    """A Gaussian without inputs, trained by one method."""
+    policy = LinearFullGaussian(1, config.dim).double()
+    with torch.no_grad():
+        for parameter in policy.mean_network.parameters():
+            parameter.zero_()
+    noisy = config.estimator != "analytic"
+    if method == "nll" or not noisy:
+        optimizer: Optimizer = torch.optim.LBFGS(
+            policy.parameters(), max_iter=1, max_eval=25, tolerance_grad=1e-9, tolerance_change=1e-14,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+        options: dict[str, Any] = {"steps": 200, "tolerance": SOLVED}
+    else:
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+        options = {"steps": 600, "scheduler": torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 600)}
+    if method == "nll":
+        train_nll(policy, target.data, optimizer, seed=seed, **options)
+        return policy
+    reward = MahalanobisReward(config.dim, "full", _precision(config, target, method, seed)).double()
+    train_policy_gradient(policy, reward, target.data, optimizer, loss=_loss(config), seed=seed, **options)
+    return policy
+
+
+def _precision(config: GaussianConfig, target: Target, method: Method, seed: int) -> Tensor:
+    """U: I, U* of the data, or that of another random target."""
+    if method == "pg_identity":
+        return torch.eye(config.dim, dtype=torch.float64)
+    if method == "pg_other":
+        return optimal_precision(_target(config, seed + 1_000_003).covariance, config.entropy_coef)
+    return optimal_precision(marginal_covariance(target.data.target.flatten(0, 1)), config.entropy_coef)
+
+
+def _moments(config: GaussianConfig) -> Outcome:
+    rows: list[Row] = []
+    for seed in tqdm(range(config.targets), desc="targets", disable=_quiet(config), leave=False):
+        target = _target(config, seed)
+        for method in METHODS:
+            started = time.perf_counter()
+            policy = _fitted(config, target, method, seed)
+            seconds = time.perf_counter() - started
+            rows.append({"dataset": "gaussian", "method": method, "seed": seed}
+                        | _errors(policy, target) | {"seconds": seconds})  # fmt: skip
+    return Outcome(rows, {}, [])
+
+
+def _errors(policy: FullGaussianPolicy, target: Target) -> dict[str, float]:
+    """Errors of the moments relative to the target's, and the likelihood of its density."""
+    with torch.no_grad():
+        mean, factor = policy(target.data.inputs)
+        covariance = factor @ factor.mT
+        difference = mean[0] - target.mean
+        # Closed form of E[-log p] under the target: no sampling error of a test set.
+        solved = torch.linalg.solve(covariance, target.covariance + difference[:, None] * difference)
+        nll = 0.5 * (solved.trace() + torch.logdet(covariance) + len(difference) * math.log(2.0 * math.pi))
+        return {
+            "mean_error": float(difference.norm() / target.covariance.trace().sqrt()),
+            "covariance_error": float((covariance - target.covariance).norm() / target.covariance.norm()),
+            "nll": float(nll),
+        }
+
+
+def _densities(config: GaussianConfig) -> Outcome:
+    target = _target(config, 0)
+    rows: list[Row] = []
+    curves: dict[str, Any] = {
+        "samples": target.data.target[:300, 0].tolist(),
+        "densities": {"target": {"mean": target.mean.tolist(), "covariance": target.covariance.tolist()}},
+    }
+    for method in METHODS:
+        started = time.perf_counter()
+        policy = _fitted(config, target, method, 0)
+        seconds = time.perf_counter() - started
+        rows.append({"dataset": "gaussian", "method": method, "seed": 0}
+                    | _errors(policy, target) | {"seconds": seconds})  # fmt: skip
+        with torch.no_grad():
+            mean, factor = policy(target.data.inputs)
+        curves["densities"][method] = {"mean": mean[0].tolist(), "covariance": (factor @ factor.mT).tolist()}
+    return Outcome(rows, curves, [])
+
+
+def noise_covariance(config: GaussianConfig) -> Tensor:
+    """Σ of figure 3, (n, n) float64: 1.25² ρ^|i-j|."""
+    index = torch.arange(config.dim)
+    return NOISE_STD**2 * config.correlation ** (index[:, None] - index).abs().double()
+
+
+def draw(config: GaussianConfig, seed: int) -> tuple[Batch, Batch]:
+    """The data of figure 3 for the inner and for the outer loss, float32: the same sizes, nothing in common."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.linalg.cholesky(noise_covariance(config)).float()
+
+    def part() -> Batch:
+        x = torch.randn(config.inputs, config.dim, generator=generator)
+        noise = torch.randn(config.observations, config.inputs, config.dim, generator=generator) @ factor.mT
+        return Batch(x, x + OFFSET + noise)
+
+    return part(), part()
+
+
+def _paths(config: GaussianConfig) -> Outcome:
+    outcome = Outcome([], {"paths": [], "optimum": _optimum(config, noise_covariance(config)).tolist()}, [])
+    for seed in tqdm(range(config.seeds), desc="seeds", disable=_quiet(config), leave=False):
+        try:
+            _learn(config, seed, outcome)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"seed {seed}: {error}") from error
+    return outcome
+
+
+def trainer(config: GaussianConfig, seed: int) -> BilevelTrainer:
+    """The bilevel problem of figure 3 for a seed, from u = 1 and an untrained policy."""
+    inner_data, outer_data = draw(config, seed)
+    torch.manual_seed(seed)
+    make = MLPFullGaussian if config.reward == "full" else MLPGaussian
+    policy = make(config.dim, config.dim, hidden=config.hidden)
+    reward = MahalanobisReward(config.dim, config.reward)
+    # The first averages of a gradient are of an untrained policy and of no use for long.
+    outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
+    return BilevelTrainer(
+        policy,
+        reward,
+        inner_data=inner_data,
+        outer_data=outer_data,
+        inner_optimizer=lambda parameters: torch.optim.Adam(
+            parameters, lr=config.learning_rate, weight_decay=DECAY, fused=True
+        ),
+        outer_optimizer=outer,
+        outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, config.outer_steps),
+        inner_steps=config.inner_steps,
+        inner_loss=_loss(config),
+        outer_loss=NegativeLogLikelihood(),
+        hypergradient=_method(config),
+        seed=seed,
+        progress=config.progress,
+        description=f"seed {seed}",
+    )
+
+
+def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
+    learner = trainer(config, seed)
+    reward = cast(MahalanobisReward, learner.reward)
+    outer_data = draw(config, seed)[1]
+    started = time.perf_counter()
+    history = learner.fit(config.outer_steps)
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        residual = outer_data.target - learner.policy(outer_data.inputs)[0]
+        nll = float(learner.policy.log_prob(*outer_data).mean().neg())
+    learned = reward.precision().detach().double()
+    # What the outer loss can know: the covariance of its own rows around the policy's mean.
+    best = _optimum(config, residual_covariance(residual.flatten(0, 1).double()))
+    true = _optimum(config, noise_covariance(config))
+    outcome.rows.append({
+        "dataset": "y = x + 6 + ε", "method": f"pg_learned, {config.estimator}, {config.hypergradient}", "seed": seed,
+        "u": float(_diagonal(learned).mean()), "u_optimal": float(_diagonal(best).mean()),
+        "error": float((learned - best).norm() / best.norm()),
+        "error_true": float((learned - true).norm() / true.norm()), "nll": nll, "seconds": seconds,
+    })  # fmt: skip
+    path = [_diagonal(step.reward).tolist() for step in history if step.reward is not None]
+    outcome.curves["paths"].append({
+        "u": [*path, _diagonal(learned).tolist()],
+        "inner_loss": [step.inner_loss for step in history], "outer_loss": [step.outer_loss for step in history],
+        "products": [step.num_products for step in history],
+    })  # fmt: skip
+    # While the policy is being found the Hessian is indefinite and the damping is there for that.
+    late = [step for step in history[len(history) // 2 :] if step.problems]
+    if late:
+        outcome.warnings.append(
+            f"seed {seed}: {len(late)} of the last {len(history) - len(history) // 2} outer steps had an imperfect "
+            f"hypergradient; the last: {late[-1].problems[0]}"
+        )
+
+
+def summary_of_paths(outcome: Outcome) -> str:
+    """The path of u over outer steps, mean over seeds and dimensions, as text; empty if none was learned."""
+    if "paths" not in outcome.curves:
+        return ""
+    paths = torch.tensor([path["u"] for path in outcome.curves["paths"]], dtype=torch.float64).mean(dim=(0, 2))
+    optimum = torch.tensor(outcome.curves["optimum"], dtype=torch.float64)
+    shown = sorted({*range(0, len(paths), max(1, (len(paths) - 1) // 10)), len(paths) - 1})
+    return (
+        f"u over outer steps, to u* = {float(_diagonal(optimum).mean()):.4g}: "
+        + ", ".join(f"{step}: {float(paths[step]):.4f}" for step in shown)
+    )  # fmt: skip
+
+
+def _method(config: GaussianConfig) -> h.HypergradientMethod:
+    damping = DECAY + DAMPING
+    # Along log σ the curvature is 2λ: half of one over it is a step that converges.
+    step = 0.25 / config.entropy_coef
+    methods: dict[str, h.HypergradientMethod] = {
+        "cg": h.ImplicitCG(damping, 1e-2, 10),
+        "normal-cg": h.NormalCG(damping, 1e-2, 10),
+        "neumann": h.Neumann(20, None, damping, 0.5),
+        "fixed-point": h.FixedPoint(None, damping, 1e-1, 30),
+        "identity": h.Identity(2 * step),
+        "finite-difference": h.FiniteDifference(2 * step),
+        "unrolled": h.Unrolled(10, 0.1 * step),
+        "recompute": h.Recompute(10, 0.1 * step),
+        "truncated": h.Truncated(10, 5, 0.1 * step),
+    }
+    return methods[config.hypergradient]
+
+
+def _optimum(config: GaussianConfig, covariance: Tensor) -> Tensor:
+    return optimal_precision(covariance, config.entropy_coef, config.reward)
+
+
+def _diagonal(precision: Tensor) -> Tensor:
+    return precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
+
+
+def _quiet(config: GaussianConfig) -> bool | None:
+    return None if config.progress else True

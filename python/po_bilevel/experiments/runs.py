@@ -1,0 +1,60 @@
+"""What the experiments have in common: checks of options, threads, and the clock."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+
+
+def flag(option: str) -> str:
+    """The option as it is written on the command line."""
+    return "--" + option.replace("_", "-")
+
+
+def check_counts(config: Any, *options: str) -> None:
+    """Refuses counts below 1, and threads by the thousand; None passes.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+    """
+    for option in options:
+        count = getattr(config, option)
+        if count is not None and count < 1:
+            raise UsageError(f"{flag(option)}: expected an integer of at least 1, got {count}")
+        if option == "threads" and count > 4096:
+            raise UsageError(f"--threads: expected at most 4096, got {count}")
+
+
+def check_reals(config: Any, *options: str, zero: bool = False) -> None:
+    """Refuses numbers that are not finite and positive, or zero if that is allowed; None passes.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+    """
+    for option in options:
+        value = getattr(config, option)
+        if value is not None and (not math.isfinite(value) or value < 0 or (value == 0 and not zero)):
+            expected = "a finite number of at least 0" if zero else "a finite positive number"
+            raise UsageError(f"{flag(option)}: expected {expected}, got {value}")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch has that many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def first_step_of_torch() -> None:
+    """The first optimiser step of a process imports a second's worth of torch: no method's time."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.Adam([parameter]).step()
