@@ -14,7 +14,7 @@ from .group import finish_chunks, place, take
 from .lanes import add, constant, load, masked, mul, negative, number, output, square, sub, times, total, value
 from .philox import normals
 from .precision import add_outer, apply, no_sums, store_sums
-from .tally import HEAD, no_stats, report, report_stats, store_tally
+from .tally import HEAD, no_stats, report, report_stats, row_weight, store_tally
 
 HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
@@ -87,17 +87,6 @@ def log_density(log_det, z, dim):
 @triton.jit
 def entropy_of(log_det, dim):
     return add(log_det, dim * (HALF_LOG_2PI + 0.5))
-
-
-@triton.jit
-def row_weight(
-    cotangent, cotangent_t, stride, row, inside, unit, HAS_COTANGENT: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr
-):
-    """What the row's loss is multiplied with in what is differentiated: the cotangent times `unit`; 0 where no row is."""
-    if HAS_COTANGENT:
-        return times(load(cotangent, cotangent_t, row * stride, inside, 0, DUAL, T), unit)
-    else:
-        return constant(tl.where(inside, unit, 0), DUAL)
 
 
 @triton.jit

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from .. import checks
 from ..contract import OpConfig
-from . import family, launch
+from . import advantage, categorical, family, launch
 from .launch import Call
 
 Evaluate = Callable[..., tuple[Tensor, Tensor]]
+
+_LABELS_AT_ONCE = 256  # of a row
 
 
 class _Kernel:
@@ -77,7 +79,7 @@ def _policy_loss(triangular: bool) -> Evaluate:
     ) -> tuple[Tensor, Tensor]:
         mean, precision = call.pairs[0][0], call.pairs[3][0]
         dim, kind = mean.shape[1], precision.ndim
-        blocks = call.tile(max(config.num_samples, 1), dim)
+        blocks = launch.tile(call.whole_group(max(config.num_samples, 1)), dim, matrix=kind == 2)
         # A gradient in one number is summed over rows by dimensions.
         shared = (0,) if not call.needs[3] else (dim, dim) if kind == 2 else (dim,)
         u, tangent = (None if x is None else _symmetric(x) for x in call.pairs[3])
@@ -109,7 +111,7 @@ def _surrogate_loss(triangular: bool) -> Evaluate:
     ) -> tuple[Tensor, Tensor]:
         samples = launch.with_contiguous_rows(constants[0], 2)
         count, _, dim = samples.shape
-        blocks = call.tile(count, dim)
+        blocks = launch.tile(call.whole_group(count), dim)
         value, stats, _ = launch.loss(
             call, family.surrogate_loss, config, cotangent, cotangent_tangent, want_stats, blocks, (0,),
             **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("rewards", 2, leading=2),
@@ -134,7 +136,7 @@ def _log_prob(triangular: bool) -> Evaluate:
         blocks = launch.tile(count, dim)
         programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
         call.run(
-            family.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps(False),
+            family.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
             **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("at", 2, leading=2),
             **call.whole("cotangent", cotangent, cotangent_tangent), out=value, **call.outputs("mean", "scale", "at"),
             rows=rows, chunks=chunks, dim=dim, count=count,
@@ -158,7 +160,7 @@ def _sample(triangular: bool) -> Evaluate:
         blocks = launch.tile(count, dim)
         programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
         call.run(
-            family.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps(False),
+            family.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
             **call.rows("mean", 0), **call.rows("scale", 1), seed=call.seed(constants[0]),
             **call.whole("cotangent", cotangent, cotangent_tangent), out=value, **call.outputs("mean", "scale"),
             rows=rows, row_offset=config.row_offset, chunks=chunks, dim=dim, count=count,
@@ -168,6 +170,100 @@ def _sample(triangular: bool) -> Evaluate:
         return value, call.empty(0)
 
     return evaluate
+
+
+def _categorical_policy_loss(
+    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+) -> tuple[Tensor, Tensor]:
+    classes = call.pairs[0][0].shape[1]
+    count = call.whole_group(max(config.num_samples, 1))
+    blocks = launch.class_tile(count, classes)
+    # By label first, for the rewards of a row to be neighbours.
+    table, tangent = (None if x is None else x.t().contiguous() for x in call.pairs[1])
+    value, stats, sums = launch.loss(
+        call, categorical.policy_loss, config, cotangent, cotangent_tangent, want_stats, blocks,
+        (classes, classes) if call.needs[1] else (0,),
+        **call.rows("logits", 0), table=table, table_t=tangent, target=constants[0].contiguous(),
+        seed=call.seed(constants[1]) if config.num_samples else None,
+        **call.outputs("logits"), NEED_TABLE=bool(call.needs[1]),
+        row_offset=config.row_offset, classes=classes, count=count, CLOSED_FORM=config.estimator == "exact",
+        BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
+    )  # fmt: skip
+    if call.needs[1]:
+        call.gradients[1] = sums.t().contiguous().to(call.gradients[1].dtype)
+    return value, stats
+
+
+def _categorical_surrogate_loss(
+    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+) -> tuple[Tensor, Tensor]:
+    classes = call.pairs[0][0].shape[1]
+    count = call.whole_group(constants[0].shape[0])
+    blocks = launch.class_tile(count, classes)
+    value, stats, _ = launch.loss(
+        call, categorical.surrogate_loss, config, cotangent, cotangent_tangent, want_stats, blocks, (0,),
+        **call.rows("logits", 0), **call.rows("rewards", 1, leading=2), samples=constants[0].contiguous(),
+        **call.outputs("logits", "rewards"), classes=classes, count=count, BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
+    )  # fmt: skip
+    return value, stats
+
+
+def _categorical_log_prob(
+    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+) -> tuple[Tensor, Tensor]:
+    count, rows = constants[0].shape
+    classes = call.pairs[0][0].shape[1]
+    value = call.empty(count, rows)
+    if value.numel() == 0:
+        return value, call.no_rows()
+    blocks = launch.class_tile(min(count, _LABELS_AT_ONCE), classes)
+    programs, chunks = launch.chunked(count, blocks, call.needs[0])
+    call.run(
+        categorical.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
+        **call.rows("logits", 0), at=constants[0].contiguous(), **call.whole("cotangent", cotangent, cotangent_tangent),
+        out=value, **call.outputs("logits"), rows=rows, chunks=chunks, classes=classes, count=count,
+        HAS_COTANGENT=cotangent is not None,
+        BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_C=blocks.dim, **call.options(),
+    )  # fmt: skip
+    return value, call.empty(0)
+
+
+def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+    if logits.device.type == "cpu":
+        checks.logits("categorical_sample", logits, sampled=True)
+    call = Call("categorical_sample", (logits,), None, (False,))
+    rows, classes = logits.shape
+    labels = torch.empty((num_samples, rows), dtype=torch.int64, device=logits.device)
+    if rows:
+        blocks = launch.class_tile(min(num_samples, _LABELS_AT_ONCE), classes)
+        programs, chunks = launch.chunked(num_samples, blocks, together=False)
+        logits = launch.with_contiguous_rows(logits, 1)
+        call.run(
+            categorical.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
+            logits=logits, logits_stride=logits.stride(0), seed=call.seed(seed), out=labels, rows=rows,
+            row_offset=row_offset, chunks=chunks, classes=classes, count=num_samples, T=call.triton_dtype,
+            BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
+        )  # fmt: skip
+    return labels
+
+
+def _group_advantage(
+    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
+) -> tuple[Tensor, Tensor]:
+    count, rows = call.pairs[0][0].shape
+    value = call.empty(count, rows)
+    if rows == 0:
+        return value, call.no_rows()
+    # The groups stand in columns: rows of a program are neighbours in memory.
+    blocks = launch.class_tile(call.whole_group(count), 1)
+    call.run(
+        advantage.group_advantage, (triton.cdiv(rows, blocks.rows),), blocks.warps,
+        **call.rows("rewards", 0, leading=2), **call.whole("cotangent", cotangent, cotangent_tangent), out=value,
+        **call.outputs("rewards"), rows=rows, count=count, rbf_gamma=config.rbf_gamma or 0.0,
+        ADVANTAGE=launch.ADVANTAGES[config.advantage], HAS_RBF=config.rbf_gamma is not None,
+        HAS_COTANGENT=cotangent is not None, BLOCK_B=blocks.rows, BLOCK_G=blocks.group, **call.options(),
+    )  # fmt: skip
+    return value, call.empty(0)
 
 
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
@@ -181,5 +277,10 @@ KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
         _Kernel("mvn_surrogate_loss", checks.mvn, _surrogate_loss(True)),
         _Kernel("mvn_log_prob", checks.mvn, _log_prob(True)),
         _Kernel("mvn_sample", checks.mvn, _sample(True)),
+        _Kernel("categorical_policy_loss", checks.categorical_policy_loss, _categorical_policy_loss),
+        _Kernel("categorical_surrogate_loss", checks.categorical_surrogate_loss, _categorical_surrogate_loss),
+        _Kernel("categorical_log_prob", checks.categorical_log_prob, _categorical_log_prob),
+        _Kernel("group_advantage", checks.nothing, _group_advantage),
     )
 }
+KERNELS["categorical_sample"] = {"sample": _categorical_sample}

@@ -35,24 +35,36 @@ class Tile(NamedTuple):
     group: int
     chunks: int
     dim: int
-
-    def warps(self, matrix: bool) -> int:
-        """Warps for four elements a thread of a tile or more, and of a matrix that is summed over rows in registers.
-
-        With more of the latter, ptxas takes minutes and spills.
-        """
-        largest = self.rows * self.group * self.dim
-        if matrix and self.dim <= 64:
-            largest = max(largest, self.dim**2)
-        return max(1, min(8, largest // 128))
+    warps: int
 
 
-def tile(group: int, dim: int) -> Tile:
-    """For `group` samples of a row of `dim` dimensions or classes."""
+def tile(group: int, dim: int, matrix: bool = False) -> Tile:
+    """For `group` samples of a row of `dim` dimensions: tiles of rows by samples by dimensions.
+
+    Args:
+        matrix: a matrix is summed over rows in registers. With many of its elements a thread, ptxas takes minutes and
+            spills.
+    """
     block_d = max(4, triton.next_power_of_2(dim))
     whole = triton.next_power_of_2(group)
     block_g = min(whole, max(1, _LARGEST_TILE // block_d))
-    return Tile(max(1, _SMALLEST_TILE // (block_g * block_d)), block_g, whole // block_g, block_d)
+    rows = max(1, _SMALLEST_TILE // (block_g * block_d))
+    elements = rows * block_g * block_d
+    if matrix and block_d <= 64:
+        elements = max(elements, block_d**2)
+    return Tile(rows, block_g, whole // block_g, block_d, _warps(elements))
+
+
+def class_tile(group: int, classes: int) -> Tile:
+    """For `group` samples of a row of classes: tiles of rows by classes, and of rows by samples."""
+    block_c, block_g = triton.next_power_of_2(max(classes, 2)), triton.next_power_of_2(group)
+    rows = max(1, _SMALLEST_TILE // max(block_c, block_g))
+    return Tile(rows, block_g, 1, block_c, _warps(rows * max(block_c, block_g)))
+
+
+def _warps(elements: int) -> int:
+    """Four elements a thread, and more of larger tiles."""
+    return max(1, min(8, elements // 128), min(32, elements // 1024))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -91,14 +103,14 @@ class Call:
             tangent is None
         ) else tangent.to(x.dtype).contiguous()
 
-    def tile(self, group: int, dim: int) -> Tile:
-        """For an op that needs a group as a whole."""
+    def whole_group(self, group: int) -> int:
+        """`group`, for an op that needs a group as a whole."""
         if group > _LARGEST_GROUP:
             raise ValueError(
                 f"{self.op}: expected at most {_LARGEST_GROUP} samples a row on backend 'triton', got {group}; "
                 "use backend='reference'"
             )
-        return tile(group, dim)
+        return group
 
     def no_rows(self) -> Tensor:
         """Gradients of nothing: zero. Returns the statistics, which there are none of."""
@@ -194,7 +206,7 @@ def loss(
     call.run(
         kernel,
         (programs,),
-        blocks.warps(len(shared) == 2),
+        blocks.warps,
         **arguments,
         **call.whole("cotangent", cotangent, cotangent_tangent),
         cotangent_stride=0 if cotangent is None or reduced else 1,

@@ -7,8 +7,21 @@ statistics in the order of LossStats, and what else is summed over rows.
 import triton
 import triton.language as tl
 
+from .lanes import constant, load, times
+
 STATS = tl.constexpr(5)
 HEAD = tl.constexpr(6)  # the loss and the statistics
+
+
+@triton.jit
+def row_weight(
+    cotangent, cotangent_t, stride, row, inside, unit, HAS_COTANGENT: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr
+):
+    """What the row's loss is multiplied with in what is differentiated: the cotangent times `unit`; 0 where no row is."""
+    if HAS_COTANGENT:
+        return times(load(cotangent, cotangent_t, row * stride, inside, 0, DUAL, T), unit)
+    else:
+        return constant(tl.where(inside, unit, 0), DUAL)
 
 
 @triton.jit
