@@ -16,7 +16,7 @@ def group_advantage(
 ):  # fmt: skip
     """rewards (count, rows) and, with a cotangent of that shape, the gradient; a program has BLOCK_B rows."""
     gamma, size = number(rbf_gamma, T), number(count, T)
-    g = tl.arange(0, BLOCK_G)[None, :, None]
+    g = tl.arange(0, BLOCK_G)[None, None, :]
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
     inside = (row < rows) & (g < count)
     at = g.to(tl.int64) * rows + row

@@ -1,7 +1,7 @@
 """Rows of categorical policies, in Triton.
 
 A program takes blocks of BLOCK_B rows, one after the other, as tiles (BLOCK_B, BLOCK_C) of all classes; groups of samples
-are (BLOCK_B, BLOCK_G, 1), and what a row has one of, (BLOCK_B, 1, 1).
+are (BLOCK_B, 1, BLOCK_G), and what a row has one of, (BLOCK_B, 1, 1).
 """
 
 import triton
@@ -22,7 +22,6 @@ from .lanes import (
     number,
     output,
     plus,
-    shaped,
     sub,
     times,
     total,
@@ -53,7 +52,7 @@ def is_label(label, classes):
 
 @triton.jit
 def log_prob_of(logits, logits_t, offset, label, log_normaliser, inside, classes, DUAL: tl.constexpr, T: tl.constexpr):
-    """log p of labels (B, G, 1) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
+    """log p of labels (B, 1, G) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
     x = load(logits, logits_t, offset + label, inside & is_label(label, classes), float("nan"), DUAL, T)
     seen = value(x) != float("-inf")
     return plus(masked(seen, sub(x, log_normaliser)), tl.where(seen, 0.0, float("-inf")).to(T))
@@ -61,14 +60,14 @@ def log_prob_of(logits, logits_t, offset, label, log_normaliser, inside, classes
 
 @triton.jit
 def first_words(seed, g, row):
-    """24 random bits for each sample (B, G, 1) of g (1, G, 1) and row (B, 1, 1)."""
+    """24 random bits for each sample (B, 1, G) of g (1, 1, G) and row (B, 1, 1)."""
     word, _, _, _ = words(seed, tl.zeros_like(g).to(tl.uint32), g.to(tl.uint32), row)
     return word >> 8
 
 
 @triton.jit
 def draw(logits, c, word, classes):
-    """Labels (B, G, 1) from words of 24 bits, by inversion: the thresholds are integers, computed in float64."""
+    """Labels (B, 1, G) from words of 24 bits, by inversion: the thresholds are integers, computed in float64."""
     x = tl.where(c < classes, logits.to(tl.float64), float("-inf"))
     top = tl.max(x, axis=2, keep_dims=True)
     weight = tl.where(x == float("-inf"), 0, tl.exp(x - top))
@@ -86,12 +85,12 @@ def draw(logits, c, word, classes):
 
 @triton.jit
 def scattered(label, x, c, count, DUAL: tl.constexpr):
-    """Σ_g x_g [label_g = c], (B, 1, BLOCK_C), in the order of the samples; label and x (B, G, 1)."""
-    g = tl.arange(0, value(x).shape[1])[None, :, None]
+    """Σ_g x_g [label_g = c], (B, 1, BLOCK_C), in the order of the samples; label and x (B, 1, G)."""
+    g = tl.arange(0, value(x).shape[2])[None, None, :]
     result = constant(tl.zeros((value(x).shape[0], 1, c.shape[2]), value(x).dtype), DUAL)
     for i in range(0, count):
-        chosen = tl.sum(tl.where(g == i, label, 0), axis=1, keep_dims=True)
-        result = add(result, masked(c == chosen, total(masked(g == i, x), 1)))
+        chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
+        result = add(result, masked(c == chosen, total(masked(g == i, x), 2)))
     return result
 
 
@@ -112,27 +111,22 @@ def score_loss(
     ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, WANT_STATS: tl.constexpr, NEED_LOGITS: tl.constexpr,
     DUAL: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The score-function surrogate of labels (B, G, 1), their rewards and log p; stores the gradient in the logits.
+    """The score-function surrogate of labels (B, 1, G), their rewards and log p; stores the gradient in the logits.
 
     Returns:
-        the surrogate; mean reward, standard deviations of rewards and advantages; the rewards' gradient (B, G, 1).
+        the surrogate; mean reward, standard deviations of rewards and advantages; the rewards' gradient (B, 1, G).
     """
-    BLOCK_B: tl.constexpr = label.shape[0]
-    BLOCK_G: tl.constexpr = label.shape[1]
     size = number(count, T)
-    group = shaped(rewards, (BLOCK_B, 1, BLOCK_G))
-    excess = tl.reshape(output(density, DUAL), (BLOCK_B, 1, BLOCK_G))
     objective, reward_mean, reward_std, advantage_std, factor, pull = finish_chunks(
-        group, excess, gamma, size, True, ADVANTAGE, HAS_RBF, WANT_STATS, DUAL
+        rewards, output(density, DUAL), gamma, size, True, ADVANTAGE, HAS_RBF, WANT_STATS, DUAL
     )
     share = negative(times(weight, 1.0 / size))
     if NEED_LOGITS:
-        f = mul(shaped(factor, (BLOCK_B, BLOCK_G, 1)), share)
-        slope = sub(scattered(label, f, c, count, DUAL), mul(p, total(f, 1)))
+        f = mul(factor, share)
+        slope = sub(scattered(label, f, c, count, DUAL), mul(p, total(f, 2)))
         slope = add(slope, times(mul(weight, mul(p, add(log_p, entropy))), coef))
         tl.store(to_logits, output(slope, DUAL), inside)
-    to_rewards = mul(shaped(pull, (BLOCK_B, BLOCK_G, 1)), share)
-    return objective, reward_mean, reward_std, advantage_std, to_rewards
+    return objective, reward_mean, reward_std, advantage_std, mul(pull, share)
 
 
 @triton.jit(do_not_specialize=["cotangent_stride", "partial_stride", "rows", "blocks", "row_offset"])
@@ -177,7 +171,7 @@ def policy_loss(
                 reward_std = tl.sqrt(total(p * deviation * deviation, 2))
                 advantage_std = reward_std
         else:
-            g = tl.arange(0, BLOCK_G)[None, :, None]
+            g = tl.arange(0, BLOCK_G)[None, None, :]
             label = draw(value(x), c, first_words(tl.load(seed), g, row + row_offset), classes)
             there = inside & (g < count)
             given = load(table, table_t, y * classes + label, there & is_label(y, classes), float("nan"), DUAL, T)
@@ -218,7 +212,7 @@ def surrogate_loss(
 ):  # fmt: skip
     """As `policy_loss`; rewards and samples (count, rows), the latter contiguous."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
-    g = tl.arange(0, BLOCK_G)[None, :, None].to(tl.int64)
+    g = tl.arange(0, BLOCK_G)[None, None, :].to(tl.int64)
     coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
     partial += tl.program_id(0).to(tl.int64) * partial_stride
     loss_sum = tl.zeros((BLOCK_B, 1, 1), T)
@@ -242,7 +236,7 @@ def surrogate_loss(
         if NEED_REWARDS:
             tl.store(to_rewards + g * rows + row, output(for_rewards, DUAL), there)
         if WANT_STATS:
-            log_prob = total(tl.where(there, density, 0), 1) * (1.0 / number(count, T))
+            log_prob = total(tl.where(there, density, 0), 2) * (1.0 / number(count, T))
             stats_sum = report_stats(
                 reward_mean, reward_std, entropy, log_prob, advantage_std,
                 stats_sum, stats, row, rows, inside, number(stats_unit, T), REDUCED,
@@ -267,14 +261,14 @@ def log_prob(
     p, log_p, entropy, log_normaliser = softmax(x, c, classes)
     sums = tl.zeros((BLOCK_B, 1, BLOCK_C), T)
     for chunk in range(0, chunks):
-        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
+        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, :]
         there = inside & (g < count)
         label = tl.load(at + g * rows + row, there, 0)
         found = log_prob_of(logits, logits_t, row * logits_stride, label, log_normaliser, there, classes, DUAL, T)
         tl.store(out + g * rows + row, output(found, DUAL), there)
         if HAS_COTANGENT and NEED_LOGITS:
             f = load(cotangent, cotangent_t, g * rows + row, there, 0, DUAL, T)
-            sums += output(sub(scattered(label, f, c, BLOCK_G, DUAL), mul(p, total(f, 1))), DUAL)
+            sums += output(sub(scattered(label, f, c, BLOCK_G, DUAL), mul(p, total(f, 2))), DUAL)
     if HAS_COTANGENT and NEED_LOGITS:
         tl.store(to_logits + row * classes + c, sums, inside & (c < classes))
 
@@ -290,6 +284,6 @@ def sample(
     inside = row < rows
     x = tl.load(logits + row * logits_stride + c, inside & (c < classes), 0).to(T)
     for chunk in range(0, chunks):
-        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, :, None]
+        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, :]
         label = draw(x, c, first_words(tl.load(seed), g, row + row_offset), classes)
         tl.store(out + g * rows + row, label.to(tl.int64), inside & (g < count))

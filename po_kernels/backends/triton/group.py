@@ -1,7 +1,7 @@
 """A group of samples of each row: advantages, their transposed derivative, and the surrogate they make, in Triton.
 
-Groups are (B, G, 1); the first `count` along G are samples, and what is beyond is zero. `g` numbers them; `count` is a
-floating scalar.
+Groups are (B, 1, G); the first `count` along G are samples, and what is beyond is zero. `g` numbers them; `count` is a
+floating scalar. With the samples along the last axis, a warp has them side by side.
 """
 
 import triton
@@ -37,18 +37,18 @@ STANDARDIZED_EPS = tl.constexpr(1e-6)
 @triton.jit
 def from_first(x, g, count):
     """Relative to the first sample, so that equal samples have no rounding between them."""
-    return masked(g < count, sub(x, total(masked(g == 0, x), 1)))
+    return masked(g < count, sub(x, total(masked(g == 0, x), 2)))
 
 
 @triton.jit
 def centred(x, g, count):
     shifted = from_first(x, g, count)
-    return masked(g < count, sub(shifted, times(total(shifted, 1), 1.0 / count)))
+    return masked(g < count, sub(shifted, times(total(shifted, 2), 1.0 / count)))
 
 
 @triton.jit
 def mean(x, g, count):
-    return add(times(total(from_first(x, g, count), 1), 1.0 / count), total(masked(g == 0, x), 1))
+    return add(times(total(from_first(x, g, count), 2), 1.0 / count), total(masked(g == 0, x), 2))
 
 
 @triton.jit
@@ -58,10 +58,10 @@ def standard_deviation(deviation, count):
     Deviations are squared relative to the largest, so that they neither overflow nor vanish.
     """
     size = tl.abs(value(deviation))
-    largest = tl.max(size, axis=1, keep_dims=True)
-    varies = tl.sum((size != 0).to(tl.int32), axis=1, keep_dims=True) != 0  # a nan is other than 0
+    largest = tl.max(size, axis=2, keep_dims=True)
+    varies = tl.sum((size != 0).to(tl.int32), axis=2, keep_dims=True) != 0  # a nan is other than 0
     unit = tl.where(largest != 0, largest, 1)
-    variance = times(total(square(times(deviation, 1 / unit)), 1), 1.0 / count)
+    variance = times(total(square(times(deviation, 1 / unit)), 2), 1.0 / count)
     return times(square_root(or_one(varies, variance)), unit), varies
 
 
@@ -76,7 +76,7 @@ def advantages(reward, g, count, KIND: tl.constexpr):
     if KIND == NONE:
         return masked(g < count, reward)
     elif KIND == MIN:
-        least = tl.min(tl.where(g < count, value(reward), float("inf")), axis=1, keep_dims=True)
+        least = tl.min(tl.where(g < count, value(reward), float("inf")), axis=2, keep_dims=True)
         return masked(g < count, plus(reward, -least))
     elif KIND == MEAN:
         return centred(reward, g, count)
@@ -94,7 +94,7 @@ def advantages_transposed(reward, u, g, count, KIND: tl.constexpr):
     if KIND == NONE or KIND == MIN:
         return u
     else:
-        less_mean = masked(g < count, sub(u, times(total(u, 1), 1.0 / count)))
+        less_mean = masked(g < count, sub(u, times(total(u, 2), 1.0 / count)))
         if KIND == MEAN:
             return less_mean
         elif KIND == LOO:
@@ -103,7 +103,7 @@ def advantages_transposed(reward, u, g, count, KIND: tl.constexpr):
             deviation = centred(reward, g, count)
             std, varies = standard_deviation(deviation, count)
             scale = inverse(plus(std, STANDARDIZED_EPS))
-            dot = times(total(mul(u, deviation), 1), 1.0 / count)
+            dot = times(total(mul(u, deviation), 2), 1.0 / count)
             slope = mul(mul(dot, square(scale)), inverse(std))
             return masked(varies, sub(mul(less_mean, scale), mul(deviation, slope)))
 
@@ -123,7 +123,7 @@ def finish(
     """The surrogate (1/G) Σ_g [r_g + (w_g - 1) A_g] and what its gradients need.
 
     Args:
-        reward: (B, G, 1), transformed already, zero beyond the group.
+        reward: (B, 1, G), transformed already, zero beyond the group.
         excess: w - 1, whose value is zero and whose tangent is that of log p; read with SCORE on pairs only.
 
     Returns:
@@ -132,11 +132,11 @@ def finish(
     """
     advantage = advantages(reward, g, count, KIND)
     weighted = advantage
-    objective = times(total(reward, 1), 1.0 / count)
+    objective = times(total(reward, 2), 1.0 / count)
     pull = constant(tl.where(g < count, tl.zeros_like(value(reward)) + 1, 0), DUAL)
     if SCORE and DUAL:
         product = mul(excess, advantage)
-        objective = add(objective, times(total(product, 1), 1.0 / count))
+        objective = add(objective, times(total(product, 2), 1.0 / count))
         weighted = add(advantage, product)
         pull = add(pull, advantages_transposed(reward, excess, g, count, KIND))
     if HAS_RBF:
@@ -175,8 +175,8 @@ def finish_chunks(
     BLOCK_B: tl.constexpr = excess.shape[0]
     CHUNKS: tl.constexpr = excess.shape[1]
     BLOCK_G: tl.constexpr = excess.shape[2]
-    g = tl.arange(0, CHUNKS * BLOCK_G)[None, :, None]
-    FLAT: tl.constexpr = (BLOCK_B, CHUNKS * BLOCK_G, 1)
+    g = tl.arange(0, CHUNKS * BLOCK_G)[None, None, :]
+    FLAT: tl.constexpr = (BLOCK_B, 1, CHUNKS * BLOCK_G)
     reward = masked(g < count, transformed(shaped(rewards, FLAT), gamma, HAS_RBF))
     tangent = masked(g < count, shaped(excess, FLAT))
     pair = tl.zeros_like(tangent), tangent
