@@ -224,6 +224,8 @@ class BilevelTrainer:
         outer_loss: (policy, batch) -> (); as it stands, `NegativeLogLikelihood()`.
         hypergradient: the method; `ImplicitCG()` as it stands.
         inner_tolerance, patience, min_delta, max_grad_norm: of the inner loop, see `train`.
+        max_outer_grad_norm: longer hypergradients are scaled to this Euclidean norm; None leaves them. Those of an
+            untrained policy can be so long that an adaptive optimiser's averages remember little else.
         inner_scheduler: makes the inner loop's scheduler from the policy's optimiser, anew at each outer step, which
             starts from the optimiser's first learning rates: each is a problem of its own.
         outer_scheduler: of the outer optimiser's learning rates, stepped after each outer step.
@@ -257,6 +259,7 @@ class BilevelTrainer:
         patience: int | None = None,
         min_delta: float = 0.0,
         max_grad_norm: float | None = None,
+        max_outer_grad_norm: float | None = None,
         inner_scheduler: SchedulerFactory | None = None,
         outer_scheduler: LRScheduler | None = None,
         keep_inner_state: bool = True,
@@ -272,8 +275,9 @@ class BilevelTrainer:
         ):  # fmt: skip
             if count is not None and count < least:
                 raise ValueError(f"{name}: expected at least {least}, got {count}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+        for name, norm in (("max_grad_norm", max_grad_norm), ("max_outer_grad_norm", max_outer_grad_norm)):
+            if norm is not None and not norm > 0:
+                raise ValueError(f"{name}: expected a positive number or None, got {norm}")
         self.policy = policy
         self.reward = reward
         self._phi = [name for name, p in reward.named_parameters() if p.requires_grad]
@@ -292,6 +296,7 @@ class BilevelTrainer:
         self._loop = {
             "tolerance": inner_tolerance, "patience": patience, "min_delta": min_delta, "max_grad_norm": max_grad_norm,
         }  # fmt: skip
+        self._max_outer_grad_norm = max_outer_grad_norm
         self._inner_scheduler = inner_scheduler
         self._outer_scheduler = outer_scheduler
         self._sampling = {"batch_size": batch_size, "seed": seed}
@@ -393,6 +398,7 @@ class BilevelTrainer:
             "outer_data": self._outer_data, "inner_optimizer": self._new_optimizer(),
             "outer_optimizer": self._outer_optimizer, "inner_steps": self._inner_steps, "inner_loss": self._inner_loss,
             "outer_loss": self._outer_loss, "hypergradient": self._hypergradient, **self._loop,
+            "max_outer_grad_norm": self._max_outer_grad_norm,
             "inner_scheduler": self._inner_scheduler, "outer_scheduler": type(self._outer_scheduler).__name__,
             "keep_inner_state": self._keep_inner_state, **self._sampling,
         }  # fmt: skip
@@ -446,6 +452,8 @@ class BilevelTrainer:
         )
         for parameter, gradient in zip(phi, result.gradient, strict=True):
             parameter.grad = gradient
+        if self._max_outer_grad_norm is not None:
+            nn.utils.clip_grad_norm_(phi, self._max_outer_grad_norm)
         self._outer_optimizer.step()
         if self._outer_scheduler is not None:
             self._outer_scheduler.step()

@@ -500,6 +500,18 @@ def test_gradients_are_clipped(classes):
     assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_hypergradients_are_clipped_and_reported_as_they_were(classes):
+    reward = OneHotMahalanobisReward(3).double()
+    before = reward.matrix.raw.detach().clone()
+    trainer = BilevelTrainer(
+        seeded(LinearCategorical, 2, 3), reward, inner_data=classes, outer_data=classes, inner_optimizer=lbfgs,
+        outer_optimizer=torch.optim.SGD(reward.parameters(), lr=1.0), inner_steps=1,
+        inner_loss=PolicyGradient(l2=0.05), max_outer_grad_norm=1e-4, progress=False,
+    )  # fmt: skip
+    assert trainer.fit(1)[0].gradient_norm > 1e-3
+    assert float((reward.matrix.raw.detach() - before).norm()) == pytest.approx(1e-4, rel=1e-2)
+
+
 def test_plateaus_lower_the_learning_rate_within_an_outer_step_only(classes):
     seen = []
 
@@ -529,6 +541,7 @@ def test_plateaus_lower_the_learning_rate_within_an_outer_step_only(classes):
         ({"patience": 0}, "patience: expected at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number"),
+        ({"max_outer_grad_norm": -1.0}, "max_outer_grad_norm: expected a positive number"),
     ],
 )
 def test_options_of_the_trainer_out_of_range(options, message, classes):
