@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <unordered_map>
 
 #include "cpu/kernels.hpp"
 
@@ -12,25 +13,31 @@ namespace po_kernels {
 
 namespace py = pybind11;
 
-// Takes arguments out of a keyword dictionary: each is required, and `finish` refuses what is left.
+// Takes arguments out of a keyword dictionary: each is required but an address, which is null when left out, and
+// `finish` refuses what is left.
 class Arguments {
  public:
   explicit Arguments(const py::kwargs& given) : given_(given) {}
 
   template <class T>
-  T take(const char* name) {
-    return item(name).cast<T>();
+  T take(const std::string& name) {
+    const py::handle value = find(name);
+    if (!value) throw py::type_error("missing keyword argument " + name);
+    return value.cast<T>();
   }
 
-  void* address(const char* name) { return reinterpret_cast<void*>(take<uintptr_t>(name)); }
+  void* address(const std::string& name) {
+    const py::handle value = find(name);
+    return value ? reinterpret_cast<void*>(value.cast<uintptr_t>()) : nullptr;
+  }
 
-  const int64_t* labels(const char* name) { return static_cast<const int64_t*>(address(name)); }
+  const int64_t* labels(const std::string& name) { return static_cast<const int64_t*>(address(name)); }
 
   // Arguments <name> and <name>_tangent.
-  Input input(const std::string& name) { return {address(name.c_str()), address((name + "_tangent").c_str())}; }
+  Input input(const std::string& name) { return {address(name), address(name + "_tangent")}; }
 
   // These and <name>_stride.
-  RowInput rows(const std::string& name) { return {input(name), take<int64_t>((name + "_stride").c_str())}; }
+  RowInput rows(const std::string& name) { return {input(name), take<int64_t>(name + "_stride")}; }
 
   void call(Call& call) {
     call.is_double = take<bool>("is_double");
@@ -40,8 +47,8 @@ class Arguments {
   }
 
   void rbf(bool& has_rbf, double& rbf_gamma) {
-    const py::handle gamma = item("rbf_gamma");
-    has_rbf = !gamma.is_none();
+    const py::handle gamma = find("rbf_gamma");
+    has_rbf = gamma && !gamma.is_none();
     rbf_gamma = has_rbf ? gamma.cast<double>() : 0.0;
   }
 
@@ -68,11 +75,19 @@ class Arguments {
   }
 
  private:
-  py::handle item(const char* name) {
-    PyObject* value = PyDict_GetItemString(given_.ptr(), name);
-    if (value == nullptr) throw py::type_error(std::string("missing keyword argument ") + name);
-    ++taken_;
+  py::handle find(const std::string& name) {
+    PyObject* value = PyDict_GetItemWithError(given_.ptr(), key(name));
+    if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+    if (value != nullptr) ++taken_;
     return value;
+  }
+
+  // The name as Python keeps it: looking it up takes as long as a small kernel if its string is made each time.
+  static PyObject* key(const std::string& name) {
+    static std::unordered_map<std::string, PyObject*> keys;
+    PyObject*& known = keys[name];
+    if (known == nullptr) known = PyUnicode_InternFromString(name.c_str());
+    return known;
   }
 
   const py::kwargs& given_;

@@ -5,16 +5,16 @@ namespace po_kernels {
 namespace {
 
 template <class C>
-void take_policy(Arguments& arguments, C& call, const char* scale) {
+void take_policy(Arguments& arguments, C& call, const std::string& scale) {
   call.dim = arguments.take<int64_t>("dim");
   call.mean = arguments.rows("mean");
   call.scale = arguments.rows(scale);
   call.grad_mean = arguments.address("grad_mean");
-  call.grad_scale = arguments.address((std::string("grad_") + scale).c_str());
+  call.grad_scale = arguments.address("grad_" + scale);
 }
 
 // The ops of one Gaussian, whose scale parameter has this name.
-void register_family(py::module_& module, const std::string& family, const char* scale,
+void register_family(py::module_& module, const std::string& family, const std::string& scale,
                      Verdict (*policy_loss)(const GaussianPolicyLoss&),
                      Verdict (*surrogate_loss)(const GaussianSurrogateLoss&),
                      Verdict (*log_prob)(const GaussianLogProb&), Verdict (*sample)(const GaussianSample&)) {

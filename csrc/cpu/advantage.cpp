@@ -14,28 +14,30 @@ Verdict group_advantage(const GroupAdvantage& call) {
     Surrogate s{};
     s.has_rbf = call.has_rbf;
     s.rbf_gamma = call.rbf_gamma;
-    for_each_tile<V>(call, 8 * count, sizeof(V) * size_t(3 * count) + 1024, [&](Tile tile, Arena<V> arena) {
-      V* reward = arena.take(count);
-      V* advantage = arena.take(count);
-      V* pull = arena.take(count);
-      for (int64_t g = 0; g < count; ++g) {
-        load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, reward + g);
-        reward[g] = transformed_reward(s, reward[g]);
-      }
-      advantages(call.advantage, count, reward, advantage);
-      for (int64_t g = 0; g < count; ++g) {
-        const P result = output(advantage[g]);
-        store(tile, &result, 1, slice<T>(call.out, g, call.rows, 1));
-      }
-      if (call.grad_rewards == nullptr) return;
-      for (int64_t g = 0; g < count; ++g) load(tile, slice<T>(call.cotangent, g, call.rows, 1), 1, pull + g);
-      advantages_transposed(call.advantage, count, reward, pull);
-      for (int64_t g = 0; g < count; ++g) {
-        const P result = output(s.has_rbf ? pull[g] * reward[g] * T(s.rbf_gamma) : pull[g]);
-        store(tile, &result, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
-      }
-    });
-    return {};
+    return for_each_tile<V>(call, 8 * count, sizeof(V) * size_t(3 * count) + 1024,
+                            [&](Tile tile, Arena<V> arena) -> Verdict {
+                              V* reward = arena.take(count);
+                              V* advantage = arena.take(count);
+                              V* pull = arena.take(count);
+                              for (int64_t g = 0; g < count; ++g) {
+                                load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, reward + g);
+                                reward[g] = transformed_reward(s, reward[g]);
+                              }
+                              advantages(call.advantage, count, reward, advantage);
+                              for (int64_t g = 0; g < count; ++g) {
+                                const P result = output(advantage[g]);
+                                store(tile, &result, 1, slice<T>(call.out, g, call.rows, 1));
+                              }
+                              if (call.grad_rewards == nullptr) return {};
+                              for (int64_t g = 0; g < count; ++g)
+                                load(tile, slice<T>(call.cotangent, g, call.rows, 1), 1, pull + g);
+                              advantages_transposed(call.advantage, count, reward, pull);
+                              for (int64_t g = 0; g < count; ++g) {
+                                const P result = output(s.has_rbf ? pull[g] * reward[g] * T(s.rbf_gamma) : pull[g]);
+                                store(tile, &result, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                              }
+                              return {};
+                            });
   });
 }
 

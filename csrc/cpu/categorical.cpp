@@ -10,14 +10,14 @@ namespace {
 
 // Samples can be drawn only where the largest logit is finite; without, nan and inf pass on into the value.
 template <class T>
-Verdict check_logits(int64_t rows, int64_t classes, RowInput logits, bool sampled) {
+Verdict check_logits(Tile tile, int64_t classes, RowInput logits, bool sampled) {
   const T infinity = T(__builtin_huge_val());
-  for (int64_t row = 0; row < rows; ++row) {
+  for (int64_t row = tile.begin; row < tile.begin + tile.count; ++row) {
     const T* at = static_cast<const T*>(logits.value) + row * logits.stride;
     bool masked = true, finite = true;
-    for (int64_t c = 0; (masked || sampled) && c < classes; ++c) {
-      masked = masked && at[c] == -infinity;
-      finite = finite && at[c] < infinity;
+    for (int64_t c = 0; c < classes; ++c) {
+      masked = masked & (at[c] == -infinity);
+      finite = finite & (at[c] < infinity);
     }
     if (masked) return {kAllMasked, row};
     if (sampled && !finite) return {kLogitsNotFinite, row};
@@ -25,44 +25,70 @@ Verdict check_logits(int64_t rows, int64_t classes, RowInput logits, bool sample
   return {};
 }
 
+// labels: (count, rows).
+inline Verdict check_labels(Tile tile, int64_t count, int64_t rows, int64_t classes, const int64_t* labels) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t row = tile.begin; row < tile.begin + tile.count; ++row) {
+      if (labels[i * rows + row] < 0 || labels[i * rows + row] >= classes) return {kLabelOutOfRange, row};
+    }
+  }
+  return {};
+}
+
 // A label of probability zero has no score.
 template <class T>
-Verdict check_unmasked(int64_t count, int64_t rows, RowInput logits, const int64_t* labels) {
+Verdict check_unmasked(Tile tile, int64_t count, int64_t rows, RowInput logits, const int64_t* labels) {
   const T infinity = T(__builtin_huge_val());
-  for (int64_t i = 0; i < count * rows; ++i) {
-    const int64_t row = i % rows;
-    if ((static_cast<const T*>(logits.value) + row * logits.stride)[labels[i]] == -infinity) return {kLabelMasked, row};
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t row = tile.begin; row < tile.begin + tile.count; ++row) {
+      const T* at = static_cast<const T*>(logits.value) + row * logits.stride;
+      if (at[labels[i * rows + row]] == -infinity) return {kLabelMasked, row};
+    }
   }
   return {};
 }
 
-// labels: (count, rows).
-Verdict check_labels(int64_t count, int64_t rows, int64_t classes, const int64_t* labels) {
-  for (int64_t i = 0; i < count * rows; ++i) {
-    if (labels[i] < 0 || labels[i] >= classes) return {kLabelOutOfRange, i % rows};
-  }
-  return {};
-}
-
-// Column y of the table for each row, y its label.
+// The table of rewards column by column, as the rows look at it: value, and on duals tangent.
 template <class V>
-void load_reward_columns(const CategoricalPolicyLoss& call, Tile tile, V* column) {
+struct RewardColumns {
   using T = Element<V>;
-  constexpr int width = LaneTraits<V>::width;
-  constexpr int64_t step = sizeof(V) / sizeof(T);
-  T* elements = reinterpret_cast<T*>(column);
-  for (int l = 0; l < width; ++l) {
-    const int64_t label = call.target[tile.begin + std::min(l, tile.count - 1)];
-    for (int64_t c = 0; c < call.classes; ++c) {
-      const int64_t at = c * call.classes + label;
-      elements[c * step + l] = static_cast<const T*>(call.reward_table.value)[at];
-      if constexpr (is_dual<V>) {
-        elements[c * step + width + l] =
-            call.reward_table.tangent ? static_cast<const T*>(call.reward_table.tangent)[at] : T(0);
+  int64_t classes;
+  std::unique_ptr<T[]> value, tangent;
+
+  explicit RewardColumns(const CategoricalPolicyLoss& call)
+      : classes(call.classes), value(transposed(call.reward_table.value, classes)) {
+    if (is_dual<V> && call.reward_table.tangent) tangent = transposed(call.reward_table.tangent, classes);
+  }
+
+  static std::unique_ptr<T[]> transposed(const void* from, int64_t classes) {
+    std::unique_ptr<T[]> to(new T[size_t(classes * classes)]);
+    for (int64_t i = 0; i < classes; ++i) {
+      for (int64_t j = 0; j < classes; ++j) to[j * classes + i] = static_cast<const T*>(from)[i * classes + j];
+    }
+    return to;
+  }
+
+  // Column y of the table for each row, y its label.
+  void load(Tile tile, const int64_t* labels, V* to) const {
+    constexpr int width = LaneTraits<V>::width;
+    constexpr int64_t step = sizeof(V) / sizeof(T);
+    T* elements = reinterpret_cast<T*>(to);
+    const T* row[width];
+    const auto addresses = [&](const T* table) {
+      for (int l = 0; l < width; ++l) row[l] = table + labels[tile.begin + std::min(l, tile.count - 1)] * classes;
+    };
+    addresses(value.get());
+    rows_to_lanes<T, width>(row, classes, elements, step);
+    if constexpr (is_dual<V>) {
+      if (tangent) {
+        addresses(tangent.get());
+        rows_to_lanes<T, width>(row, classes, elements + width, step);
+      } else {
+        for (int64_t c = 0; c < classes; ++c) to[c].t = Primal<V>{};
       }
     }
   }
-}
+};
 
 // Labels of a tile's rows, by thresholds computed in double whatever V is.
 template <class V>
@@ -103,17 +129,19 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.samples;
-    Verdict verdict = check_labels(1, call.rows, classes, call.target);
-    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits, samples > 0);
-    if (verdict.code != kAccepted) return verdict;
+    constexpr int width = LaneTraits<V>::width;
     const Surrogate s = surrogate(call);
+    const RewardColumns<V> columns(call);
     // The table's gradient is scattered by label, so that its sums are elements, not lane values.
     const SharedSums sums{classes * classes, call.grad_reward_table != nullptr, false};
-    const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(2 * classes) +
+    const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(3 * classes) +
                          sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
-    const auto totals = for_each_tile<V>(
+    const Totals totals = for_each_tile<V>(
         call, 8 * classes + samples * (16 + classes), sums, bytes,
-        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
+        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
+          Verdict verdict = check_labels(tile, 1, call.rows, classes, call.target);
+          if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, samples > 0);
+          if (verdict.code != kAccepted) return verdict;
           V* logits = arena.take(classes);
           V* column = arena.take(classes);
           V* work = arena.take(3 * classes + 4 * samples);
@@ -121,7 +149,7 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
           P* grad_column = arena.template take<P>(classes);
           Word<V>* labels = arena.template take<Word<V>>(samples);
           load(tile, call.logits, classes, logits);
-          load_reward_columns(call, tile, column);
+          columns.load(tile, call.target, column);
           const CategoricalRow<V> row{classes, logits, column};
           const CategoricalGradients<V> out{load_weight<V>(call, tile), call.grad_logits ? grad_logits : nullptr,
                                             call.grad_reward_table ? grad_column : nullptr};
@@ -139,16 +167,23 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
             }
           }
           if (out.logits) store(tile, out.logits, classes, call.grad_logits);
-          if (out.column) {
-            T* table = reinterpret_cast<T*>(shared);
+          if (out.column) {  // summed column by column too
+            T* rows = reinterpret_cast<T*>(arena.template take<P>(classes));
+            T* row[width];
+            for (int l = 0; l < width; ++l) row[l] = rows + l * classes;
+            lanes_to_rows<T, width>(out.column, classes, row);
             for (int l = 0; l < tile.count; ++l) {
-              const int64_t label = call.target[tile.begin + l];
-              for (int64_t c = 0; c < classes; ++c) table[c * classes + label] += out.column[c].v[l];
+              T* sum = reinterpret_cast<T*>(shared) + call.target[tile.begin + l] * classes;
+              for (int64_t c = 0; c < classes; ++c) sum[c] += row[l][c];
             }
           }
+          return {};
         });
-    for (int64_t i = 0; call.grad_reward_table && i < sums.terms; ++i) {
-      static_cast<T*>(call.grad_reward_table)[i] = T(totals[kSumsBeforeShared + i]);
+    if (totals.verdict.code != kAccepted || call.grad_reward_table == nullptr) return totals.verdict;
+    for (int64_t i = 0; i < classes; ++i) {
+      for (int64_t j = 0; j < classes; ++j) {
+        static_cast<T*>(call.grad_reward_table)[i * classes + j] = T(totals.shared()[j * classes + i]);
+      }
     }
     return {};
   });
@@ -160,41 +195,45 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.samples;
-    Verdict verdict = check_labels(samples, call.rows, classes, call.given);
-    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits, false);
-    if (verdict.code == kAccepted) verdict = check_unmasked<T>(samples, call.rows, call.logits, call.given);
-    if (verdict.code != kAccepted) return verdict;
     const Surrogate s = surrogate(call);
     const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(classes + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
-    for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
-                     [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) {
-                       V* logits = arena.take(classes);
-                       V* rewards = arena.take(samples);
-                       V* work = arena.take(3 * classes + 4 * samples);
-                       P* grad_logits = arena.template take<P>(classes);
-                       P* grad_rewards = arena.template take<P>(samples);
-                       Word<V>* labels = arena.template take<Word<V>>(samples);
-                       load(tile, call.logits, classes, logits);
-                       for (int64_t g = 0; g < samples; ++g) {
-                         load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
-                         labels[g] = load_labels<Word<V>>(tile, call.given + g * call.rows);
-                       }
-                       const CategoricalRow<V> row{classes, logits, nullptr};
-                       const CategoricalGradients<V> out{load_weight<V>(call, tile),
-                                                         call.grad_logits ? grad_logits : nullptr, nullptr};
-                       Group<V> group{};
-                       P* rewards_out = call.grad_rewards ? grad_rewards : nullptr;
-                       loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
-                       if constexpr (!is_dual<V>) {
-                         if (call.stats) stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
-                       }
-                       if (out.logits) store(tile, out.logits, classes, call.grad_logits);
-                       for (int64_t g = 0; rewards_out && g < samples; ++g) {
-                         store(tile, rewards_out + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
-                       }
-                     });
-    return {};
+    return for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
+                            [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
+                              Verdict verdict = check_labels(tile, samples, call.rows, classes, call.given);
+                              if (verdict.code == kAccepted)
+                                verdict = check_logits<T>(tile, classes, call.logits, false);
+                              if (verdict.code == kAccepted)
+                                verdict = check_unmasked<T>(tile, samples, call.rows, call.logits, call.given);
+                              if (verdict.code != kAccepted) return verdict;
+                              V* logits = arena.take(classes);
+                              V* rewards = arena.take(samples);
+                              V* work = arena.take(3 * classes + 4 * samples);
+                              P* grad_logits = arena.template take<P>(classes);
+                              P* grad_rewards = arena.template take<P>(samples);
+                              Word<V>* labels = arena.template take<Word<V>>(samples);
+                              load(tile, call.logits, classes, logits);
+                              for (int64_t g = 0; g < samples; ++g) {
+                                load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+                                labels[g] = load_labels<Word<V>>(tile, call.given + g * call.rows);
+                              }
+                              const CategoricalRow<V> row{classes, logits, nullptr};
+                              const CategoricalGradients<V> out{load_weight<V>(call, tile),
+                                                                call.grad_logits ? grad_logits : nullptr, nullptr};
+                              Group<V> group{};
+                              P* rewards_out = call.grad_rewards ? grad_rewards : nullptr;
+                              loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
+                              if constexpr (!is_dual<V>) {
+                                if (call.stats)
+                                  stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
+                              }
+                              if (out.logits) store(tile, out.logits, classes, call.grad_logits);
+                              for (int64_t g = 0; rewards_out && g < samples; ++g) {
+                                store(tile, rewards_out + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                              }
+                              return {};
+                            })
+        .verdict;
   });
 }
 
@@ -204,11 +243,11 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t classes = call.classes;
-    Verdict verdict = check_labels(call.count, call.rows, classes, call.value);
-    if (verdict.code == kAccepted) verdict = check_logits<T>(call.rows, classes, call.logits, false);
-    if (verdict.code != kAccepted) return verdict;
     const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(classes) + 1024;
-    for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) {
+    return for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+      Verdict verdict = check_labels(tile, call.count, call.rows, classes, call.value);
+      if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
+      if (verdict.code != kAccepted) return verdict;
       V* logits = arena.take(classes);
       V* p = arena.take(classes);
       V* log_p = arena.take(classes);
@@ -230,11 +269,11 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
           total = total + weight;
         }
       }
-      if (call.grad_logits == nullptr) return;
+      if (call.grad_logits == nullptr) return {};
       for (int64_t c = 0; c < classes; ++c) gradient[c] = output(score[c] - p[c] * total);
       store(tile, gradient, classes, call.grad_logits);
+      return {};
     });
-    return {};
   });
 }
 
@@ -243,17 +282,19 @@ Verdict categorical_sample(const CategoricalSample& call) {
     using V = Primal<decltype(lane)>;
     using T = Element<V>;
     const int64_t classes = call.classes;
-    const Verdict verdict = check_logits<T>(call.rows, classes, call.logits, true);
-    if (verdict.code != kAccepted) return verdict;
     const size_t bytes = sizeof(Word<V>) * size_t(call.samples) + sample_bytes<V>(classes) + 1024;
-    for_each_tile<V>(call, 8 * classes + call.samples * (16 + classes), bytes, [&](Tile tile, Arena<V> arena) {
-      Word<V>* labels = arena.template take<Word<V>>(call.samples);
-      sample_labels(call, call.logits, call.samples, classes, tile, arena, labels);
-      for (int64_t g = 0; g < call.samples; ++g) {
-        for (int l = 0; l < tile.count; ++l) call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
-      }
-    });
-    return {};
+    return for_each_tile<V>(call, 8 * classes + call.samples * (16 + classes), bytes,
+                            [&](Tile tile, Arena<V> arena) -> Verdict {
+                              const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
+                              if (verdict.code != kAccepted) return verdict;
+                              Word<V>* labels = arena.template take<Word<V>>(call.samples);
+                              sample_labels(call, call.logits, call.samples, classes, tile, arena, labels);
+                              for (int64_t g = 0; g < call.samples; ++g) {
+                                for (int l = 0; l < tile.count; ++l)
+                                  call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
+                              }
+                              return {};
+                            });
   });
 }
 

@@ -62,20 +62,23 @@ void store_precision(int kind, int64_t dim, const double* totals, T* to) {
 
 // Refuses a triangular scale that is none, or singular. A diagonal one is always right.
 template <class T, bool triangular>
-Verdict check_scale(int64_t rows, int64_t dim, RowInput scale) {
+Verdict check_scale(Tile tile, int64_t dim, RowInput scale) {
   if constexpr (triangular) {
-    // All rows may be one matrix, expanded.
-    for (int64_t row = 0; row < (scale.stride == 0 ? std::min<int64_t>(rows, 1) : rows); ++row) {
+    for (int64_t row = tile.begin; row < tile.begin + tile.count; ++row) {
       const T* matrix = static_cast<const T*>(scale.value) + row * scale.stride;
-      for (int64_t j = 0; j < dim; ++j) {
-        if (!(matrix[j * dim + j] > T(0))) return {kSingular, row};
-      }
+      bool positive = true, above = false;
       for (int64_t i = 0; i < dim; ++i) {
+        positive = positive & (matrix[i * dim + i] > T(0));
+        for (int64_t j = i + 1; j < dim; ++j) above = above | (matrix[i * dim + j] != T(0));
+      }
+      if (!positive) return {kSingular, row};
+      for (int64_t i = 0; above && i < dim; ++i) {
         for (int64_t j = i + 1; j < dim; ++j) {
           const double scale = std::sqrt(double(matrix[i * dim + i]) * double(matrix[j * dim + j]));
           if (!(std::fabs(double(matrix[i * dim + j])) <= kMatrixTolerance * scale)) return {kNotTriangular, row};
         }
       }
+      if (scale.stride == 0) break;  // all rows are one matrix
     }
   }
   return {};
@@ -110,7 +113,9 @@ template <class P>
 void load_noise(const RandomNumbers& call, Tile tile, int64_t samples, int64_t dim, P* noise) {
   Word<P> low, high;
   row_numbers(call, tile, low, high);
-  for (int64_t g = 0; g < samples; ++g) standard_normals(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
+  int64_t g = 0;
+  for (; g + 2 <= samples; g += 2) standard_normals<2>(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
+  if (g < samples) standard_normals<1>(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
 }
 
 template <template <class> class Scale>
@@ -121,23 +126,23 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
     using P = Primal<V>;
     const int64_t dim = call.dim, samples = call.samples;
     const Surrogate s = surrogate(call);
-    Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
-    if (verdict.code != kAccepted) return verdict;
     std::unique_ptr<Shared<V>[]> u(new Shared<V>[size_t(precision_size(call.precision_kind, dim))]);
-    verdict = load_precision<V>(call.precision, call.precision_kind, dim, u.get());
+    const Verdict verdict = load_precision<V>(call.precision, call.precision_kind, dim, u.get());
     if (verdict.code != kAccepted) return verdict;
     const Precision<V> precision{call.precision_kind, u.get()};
 
     const SharedSums sums{precision_terms(call.precision_kind, dim), call.grad_precision != nullptr, true};
-    const size_t bytes =
-        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(4 * dim + 4 * samples) + sizeof(P) * size_t(samples * dim);
-    const auto totals = for_each_tile<V>(
+    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + gaussian_work(dim) + 4 * samples) +
+                         sizeof(P) * size_t(samples * dim);
+    const Totals totals = for_each_tile<V>(
         call, (samples + 1) * gaussian_operations<Scale<V>>(dim), sums, bytes,
-        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) {
+        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
+          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+          if (judged.code != kAccepted) return judged;
           V* mean;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
           V* target = arena.take(dim);
-          V* work = arena.take(3 * dim + 4 * samples);
+          V* work = arena.take(gaussian_work(dim) + 4 * samples);
           P* noise = arena.template take<P>(samples * dim);
           P* grad_mean = arena.template take<P>(dim);
           P* grad_target = arena.template take<P>(dim);
@@ -164,11 +169,12 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
           if (out.mean) store(tile, out.mean, dim, call.grad_mean);
           if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
           if (out.target) store(tile, out.target, dim, call.grad_target);
+          return {};
         });
-    if (call.grad_precision) {
-      store_precision(call.precision_kind, dim, totals.get() + kSumsBeforeShared, static_cast<T*>(call.grad_precision));
+    if (totals.verdict.code == kAccepted && call.grad_precision) {
+      store_precision(call.precision_kind, dim, totals.shared(), static_cast<T*>(call.grad_precision));
     }
-    return {};
+    return totals.verdict;
   });
 }
 
@@ -180,42 +186,44 @@ Verdict gaussian_surrogate_loss_of(const GaussianSurrogateLoss& call) {
     using P = Primal<V>;
     const int64_t dim = call.dim, samples = call.samples;
     const Surrogate s = surrogate(call);
-    const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
-    if (verdict.code != kAccepted) return verdict;
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim + 5 * samples) +
+    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(gaussian_work(dim) + 5 * samples) +
                          sizeof(P) * size_t(samples * (dim + 1));
-    for_each_tile<V>(call, (samples + 1) * gaussian_operations<Scale<V>>(dim), SharedSums{0, false, true}, bytes,
-                     [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) {
-                       V* mean;
-                       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-                       V* rewards = arena.take(samples);
-                       V* work = arena.take(2 * dim + 4 * samples);
-                       P* given = arena.template take<P>(samples * dim);
-                       P* grad_mean = arena.template take<P>(dim);
-                       P* grad_scale = arena.template take<P>(scale.size());
-                       P* grad_rewards = arena.template take<P>(samples);
-                       for (int64_t g = 0; g < samples; ++g) {
-                         load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
-                         load(tile, slice<T>(Input{call.given, nullptr}, g, call.rows, dim), dim, given + g * dim);
-                       }
-                       const GaussianGradients<V> out{load_weight<V>(call, tile),
-                                                      call.grad_mean ? grad_mean : nullptr,
-                                                      call.grad_scale ? grad_scale : nullptr,
-                                                      nullptr,
-                                                      nullptr,
-                                                      call.grad_rewards ? grad_rewards : nullptr};
-                       Group<V> group{};
-                       loss = output(gaussian_given(scale, mean, rewards, given, s, out, work, group));
-                       if constexpr (!is_dual<V>) {
-                         if (call.stats) stats = gaussian_given_stats(scale, mean, given, s, group, work + 4 * samples);
-                       }
-                       if (out.mean) store(tile, out.mean, dim, call.grad_mean);
-                       if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
-                       for (int64_t g = 0; out.rewards && g < samples; ++g) {
-                         store(tile, out.rewards + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
-                       }
-                     });
-    return {};
+    return for_each_tile<V>(
+               call, (samples + 1) * gaussian_operations<Scale<V>>(dim), SharedSums{0, false, true}, bytes,
+               [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
+                 const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+                 if (judged.code != kAccepted) return judged;
+                 V* mean;
+                 const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+                 V* rewards = arena.take(samples);
+                 V* work = arena.take(gaussian_work(dim) + 4 * samples);
+                 P* given = arena.template take<P>(samples * dim);
+                 P* grad_mean = arena.template take<P>(dim);
+                 P* grad_scale = arena.template take<P>(scale.size());
+                 P* grad_rewards = arena.template take<P>(samples);
+                 for (int64_t g = 0; g < samples; ++g) {
+                   load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+                   load(tile, slice<T>(Input{call.given, nullptr}, g, call.rows, dim), dim, given + g * dim);
+                 }
+                 const GaussianGradients<V> out{load_weight<V>(call, tile),
+                                                call.grad_mean ? grad_mean : nullptr,
+                                                call.grad_scale ? grad_scale : nullptr,
+                                                nullptr,
+                                                nullptr,
+                                                call.grad_rewards ? grad_rewards : nullptr};
+                 Group<V> group{};
+                 loss = output(gaussian_given(scale, mean, rewards, given, s, out, work, group));
+                 if constexpr (!is_dual<V>) {
+                   if (call.stats) stats = gaussian_given_stats(scale, mean, given, s, group, work + 4 * samples);
+                 }
+                 if (out.mean) store(tile, out.mean, dim, call.grad_mean);
+                 if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
+                 for (int64_t g = 0; out.rewards && g < samples; ++g) {
+                   store(tile, out.rewards + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                 }
+                 return {};
+               })
+        .verdict;
   });
 }
 
@@ -226,11 +234,11 @@ Verdict gaussian_log_prob_of(const GaussianLogProb& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t dim = call.dim;
-    const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
-    if (verdict.code != kAccepted) return verdict;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim);
-    for_each_tile<V>(
-        call, (call.count + 1) * gaussian_operations<Scale<V>>(dim), bytes, [&](Tile tile, Arena<V> arena) {
+    return for_each_tile<V>(
+        call, (call.count + 1) * gaussian_operations<Scale<V>>(dim), bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+          if (judged.code != kAccepted) return judged;
           V* mean;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
           V* value = arena.take(dim);
@@ -251,8 +259,8 @@ Verdict gaussian_log_prob_of(const GaussianLogProb& call) {
           }
           if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
           if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+          return {};
         });
-    return {};
   });
 }
 
@@ -263,37 +271,41 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t dim = call.dim;
-    const Verdict verdict = check_scale<T, Scale<V>::triangular>(call.rows, dim, call.scale);
-    if (verdict.code != kAccepted) return verdict;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t(2 * dim);
-    for_each_tile<V>(call, (call.samples + 1) * gaussian_operations<Scale<V>>(dim), bytes,
-                     [&](Tile tile, Arena<V> arena) {
-                       V* mean;
-                       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-                       V* sample = arena.take(dim);
-                       V* slope = arena.take(dim);
-                       P* noise = arena.template take<P>(dim);
-                       P* result = arena.template take<P>(dim);
-                       P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
-                       P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
-                       clear(dim, grad_mean);
-                       clear(scale.size(), grad_scale);
-                       Word<V> low, high;
-                       row_numbers(call, tile, low, high);
-                       for (int64_t g = 0; g < call.samples; ++g) {
-                         standard_normals(call.seed, uint32_t(g), low, high, dim, noise);
-                         scale.stretch(noise, sample);
-                         for (int64_t j = 0; j < dim; ++j) result[j] = output(mean[j] + sample[j]);
-                         store(tile, result, dim, slice<T>(call.out, g, call.rows, dim));
-                         if (grad_mean || grad_scale) {
-                           load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
-                           scale.add_path(slope, noise, grad_mean, grad_scale);
-                         }
-                       }
-                       if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
-                       if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
-                     });
-    return {};
+    return for_each_tile<V>(call, (call.samples + 1) * gaussian_operations<Scale<V>>(dim), bytes,
+                            [&](Tile tile, Arena<V> arena) -> Verdict {
+                              const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+                              if (judged.code != kAccepted) return judged;
+                              V* mean;
+                              const Scale<V> scale =
+                                  load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+                              V* sample = arena.take(dim);
+                              V* slope = arena.take(dim);
+                              P* noise = arena.template take<P>(dim);
+                              P* result = arena.template take<P>(dim);
+                              P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
+                              P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
+                              clear(dim, grad_mean);
+                              clear(scale.size(), grad_scale);
+                              Word<V> low, high;
+                              row_numbers(call, tile, low, high);
+                              for (int64_t g = 0; g < call.samples; ++g) {
+                                standard_normals<1>(call.seed, uint32_t(g), low, high, dim, noise);
+                                scale.template stretch<1>(mean, noise, sample);
+                                for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
+                                store(tile, result, dim, slice<T>(call.out, g, call.rows, dim));
+                                if (grad_mean || grad_scale) {
+                                  load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
+                                  for (int64_t j = 0; grad_mean && j < dim; ++j) {
+                                    grad_mean[j] = grad_mean[j] + output(slope[j]);
+                                  }
+                                  if (grad_scale) scale.template add_path<1>(slope, noise, grad_scale);
+                                }
+                              }
+                              if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
+                              if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+                              return {};
+                            });
   });
 }
 

@@ -146,19 +146,17 @@ struct GroupAdvantage : Call {
   void* grad_rewards = nullptr;
 };
 
-#define PK_FOR_EACH_KERNEL(do)                                                                                                                                                                                     \
-  do                                                                                                                                                                                                               \
-  (gaussian_policy_loss, GaussianPolicyLoss) do(gaussian_surrogate_loss, GaussianSurrogateLoss) do(gaussian_log_prob, GaussianLogProb) do(gaussian_sample, GaussianSample) do(                                     \
-      mvn_policy_loss,                                                                                                                                                                                             \
-      GaussianPolicyLoss) do(mvn_surrogate_loss,                                                                                                                                                                   \
-                             GaussianSurrogateLoss) do(mvn_log_prob,                                                                                                                                               \
-                                                       GaussianLogProb) do(mvn_sample,                                                                                                                             \
-                                                                           GaussianSample) do(categorical_policy_loss,                                                                                             \
-                                                                                              CategoricalPolicyLoss) do(categorical_surrogate_loss,                                                                \
-                                                                                                                        CategoricalSurrogateLoss) do(categorical_log_prob,                                         \
-                                                                                                                                                     CategoricalLogProb) do(categorical_sample,                    \
-                                                                                                                                                                            CategoricalSample) do(group_advantage, \
-                                                                                                                                                                                                  GroupAdvantage)
+// clang-format off
+#define PK_FOR_EACH_KERNEL(do)                                                                 \
+  do(gaussian_policy_loss, GaussianPolicyLoss) do(gaussian_surrogate_loss, GaussianSurrogateLoss) \
+  do(gaussian_log_prob, GaussianLogProb) do(gaussian_sample, GaussianSample)                   \
+  do(mvn_policy_loss, GaussianPolicyLoss) do(mvn_surrogate_loss, GaussianSurrogateLoss)        \
+  do(mvn_log_prob, GaussianLogProb) do(mvn_sample, GaussianSample)                             \
+  do(categorical_policy_loss, CategoricalPolicyLoss)                                           \
+  do(categorical_surrogate_loss, CategoricalSurrogateLoss)                                     \
+  do(categorical_log_prob, CategoricalLogProb) do(categorical_sample, CategoricalSample)       \
+  do(group_advantage, GroupAdvantage)
+// clang-format on
 
 struct KernelTable {
   const char* level;

@@ -2,6 +2,7 @@
 // instruction-set level.
 #pragma once
 
+#include "po_kernels/blocks.hpp"
 #include "po_kernels/math.hpp"
 
 #if defined(__SSE2__)
@@ -270,6 +271,106 @@ PK_FN void scatter_add(Dual<Pack<T, N>>* table, Pack<uint32_t, N> index, Dual<Pa
   for (int i = 0; i < N; ++i) {
     elements[size_t(index.v[i]) * 2 * N + i] += value.v.v[i];
     elements[size_t(index.v[i]) * 2 * N + N + i] += value.t.v[i];
+  }
+}
+
+// ---- Rows of memory to and from lanes ----
+
+// Four neighbouring elements of a row, wherever they start.
+template <class T>
+struct Four {
+  typedef T Vector __attribute__((vector_size(4 * sizeof(T))));
+  typedef T Unaligned __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+// The four columns of rows k, k + 4, k + 8, ... side by side.
+template <class T, int N>
+PK_FN typename Pack<T, N>::Vector every_fourth_row(const T* const* row, int64_t column) {
+  const auto four = [&](int r) ->
+      typename Four<T>::Vector { return *reinterpret_cast<const typename Four<T>::Unaligned*>(row[r] + column); };
+  if constexpr (N == 4) {
+    return four(0);
+  } else if constexpr (N == 8) {
+    return __builtin_shufflevector(four(0), four(4), 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    const auto low = __builtin_shufflevector(four(0), four(4), 0, 1, 2, 3, 4, 5, 6, 7);
+    const auto high = __builtin_shufflevector(four(8), four(12), 0, 1, 2, 3, 4, 5, 6, 7);
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+}
+
+// Of each four lanes (a0 a1 a2 a3) and (b0 b1 b2 b3): a0 b0 a1 b1 or, high, a2 b2 a3 b3; and a0 a1 b0 b1 or a2 a3 b2
+// b3.
+#define PK_LANES_OF_FOUR(lane)                                                                                    \
+  if constexpr (N == 4) {                                                                                         \
+    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3));                                     \
+  } else if constexpr (N == 8) {                                                                                  \
+    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7)); \
+  } else {                                                                                                        \
+    return __builtin_shufflevector(a, b, lane(0), lane(1), lane(2), lane(3), lane(4), lane(5), lane(6), lane(7),  \
+                                   lane(8), lane(9), lane(10), lane(11), lane(12), lane(13), lane(14), lane(15)); \
+  }
+template <int N, bool high, class Vector>
+PK_FN Vector interleave_fours(Vector a, Vector b) {
+#define PK_LANE(i) ((i) / 4 * 4 + (high ? 2 : 0) + (i) % 4 / 2 + ((i) % 2 ? N : 0))
+  PK_LANES_OF_FOUR(PK_LANE)
+#undef PK_LANE
+}
+template <int N, bool high, class Vector>
+PK_FN Vector join_fours(Vector a, Vector b) {
+#define PK_LANE(i) ((i) / 4 * 4 + (high ? 2 : 0) + (i) % 2 + ((i) % 4 / 2 ? N : 0))
+  PK_LANES_OF_FOUR(PK_LANE)
+#undef PK_LANE
+}
+#undef PK_LANES_OF_FOUR
+
+// Transposes each 4 x 4 block of lanes.
+template <int N, class Vector>
+PK_FN void transpose_fours(Vector (&x)[4]) {
+  const Vector a = interleave_fours<N, false>(x[0], x[1]), b = interleave_fours<N, true>(x[0], x[1]);
+  const Vector c = interleave_fours<N, false>(x[2], x[3]), d = interleave_fours<N, true>(x[2], x[3]);
+  x[0] = join_fours<N, false>(a, c);
+  x[1] = join_fours<N, true>(a, c);
+  x[2] = join_fours<N, false>(b, d);
+  x[3] = join_fours<N, true>(b, d);
+}
+
+// Column c of N rows into lanes to[c * step], and back. The last four columns may overlap those before.
+template <class T, int N>
+PK_FN void rows_to_lanes(const T* const (&row)[N], int64_t columns, T* to, int64_t step) {
+  using Vector = typename Pack<T, N>::Vector;
+  for (int64_t c = 0; columns >= 4 && c < columns; c += 4) {
+    const int64_t first = c + 4 <= columns ? c : columns - 4;
+    Vector x[4];
+    unrolled<4>([&](auto k)
+                    PK_LAMBDA { x[decltype(k)::value] = every_fourth_row<T, N>(row + decltype(k)::value, first); });
+    transpose_fours<N>(x);
+    unrolled<4>([&](auto k) PK_LAMBDA {
+      memcpy(to + (first + decltype(k)::value) * step, &x[decltype(k)::value], sizeof(Vector));
+    });
+  }
+  for (int64_t c = 0; columns < 4 && c < columns; ++c) {
+    Vector x;
+    for (int l = 0; l < N; ++l) x[l] = row[l][c];
+    memcpy(to + c * step, &x, sizeof x);
+  }
+}
+template <class T, int N>
+PK_FN void lanes_to_rows(const Pack<T, N>* from, int64_t columns, T* const (&row)[N]) {
+  using Vector = typename Pack<T, N>::Vector;
+  for (int64_t c = 0; columns >= 4 && c < columns; c += 4) {
+    const int64_t first = c + 4 <= columns ? c : columns - 4;
+    Vector x[4] = {from[first].v, from[first + 1].v, from[first + 2].v, from[first + 3].v};
+    transpose_fours<N>(x);
+    unrolled<4>([&](auto k) PK_LAMBDA {
+      for (int l = 0; l < N; l += 4) {
+        memcpy(row[l + decltype(k)::value] + first, reinterpret_cast<const T*>(&x[decltype(k)::value]) + l,
+               4 * sizeof(T));
+      }
+    });
+  }
+  for (int64_t c = 0; columns < 4 && c < columns; ++c) {
+    for (int l = 0; l < N; ++l) row[l][c] = from[c].v[l];
   }
 }
 

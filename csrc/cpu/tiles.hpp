@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
+#include <utility>
 
 #include "cpu/kernels.hpp"
 #include "cpu/pack.hpp"
@@ -27,15 +29,6 @@ struct Tile {
   int count;
 };
 
-// Column c of the rows in the tile, into to[c * step], one element a lane.
-template <class T, int width>
-inline void load_columns(Tile tile, const T* from, int64_t stride, int64_t columns, T* to, int64_t step) {
-  for (int l = 0; l < width; ++l) {
-    const T* row = from + (tile.begin + std::min(l, tile.count - 1)) * stride;
-    for (int64_t c = 0; c < columns; ++c) to[c * step + l] = row[c];
-  }
-}
-
 // Slice i of an (n, rows, columns) input.
 template <class T>
 inline RowInput slice(Input input, int64_t i, int64_t rows, int64_t columns) {
@@ -45,17 +38,35 @@ inline RowInput slice(Input input, int64_t i, int64_t rows, int64_t columns) {
       columns};
 }
 
+// The rows of the tile, one a lane.
+template <class T, int width>
+inline void row_addresses(Tile tile, T* from, int64_t stride, T* (&row)[width]) {
+  for (int l = 0; l < width; ++l) row[l] = from + (tile.begin + std::min(l, tile.count - 1)) * stride;
+}
+
 template <class V>
 inline void load(Tile tile, RowInput input, int64_t columns, V* to) {
   using T = Element<V>;
   constexpr int width = LaneTraits<V>::width;
   constexpr int64_t step = sizeof(V) / sizeof(T);
   T* elements = reinterpret_cast<T*>(to);
-  load_columns<T, width>(tile, static_cast<const T*>(input.value), input.stride, columns, elements, step);
+  const T* value = static_cast<const T*>(input.value);
+  const T* row[width];
+  if (columns == 1 && input.stride == 1 && tile.count == width) {
+    memcpy(elements, value + tile.begin, sizeof(Primal<V>));
+  } else if (input.stride == 0) {
+    for (int64_t c = 0; c < columns; ++c) {
+      const Primal<V> all = broadcast<Primal<V>>(value[c]);
+      memcpy(elements + c * step, &all, sizeof all);
+    }
+  } else {
+    row_addresses(tile, value, input.stride, row);
+    rows_to_lanes<T, width>(row, columns, elements, step);
+  }
   if constexpr (is_dual<V>) {
     if (input.tangent != nullptr) {
-      const T* tangent = static_cast<const T*>(input.tangent);
-      load_columns<T, width>(tile, tangent, columns, columns, elements + width, step);
+      row_addresses(tile, static_cast<const T*>(input.tangent), columns, row);
+      rows_to_lanes<T, width>(row, columns, elements + width, step);
     } else {
       for (int64_t c = 0; c < columns; ++c) to[c].t = Primal<V>{};
     }
@@ -66,10 +77,17 @@ template <class P>
 inline void store(Tile tile, const P* from, int64_t columns, void* to) {
   using T = Element<P>;
   constexpr int width = LaneTraits<P>::width;
-  const T* elements = reinterpret_cast<const T*>(from);
   T* rows = static_cast<T*>(to) + tile.begin * columns;
-  for (int l = 0; l < tile.count; ++l) {
-    for (int64_t c = 0; c < columns; ++c) rows[l * columns + c] = elements[c * width + l];
+  if (tile.count < width) {
+    for (int l = 0; l < tile.count; ++l) {
+      for (int64_t c = 0; c < columns; ++c) rows[l * columns + c] = from[c].v[l];
+    }
+  } else if (columns == 1) {
+    memcpy(rows, from, sizeof(P));
+  } else {
+    T* row[width];
+    for (int l = 0; l < width; ++l) row[l] = rows + l * columns;
+    lanes_to_rows<T, width>(from, columns, row);
   }
 }
 
@@ -154,21 +172,26 @@ struct Arena {
   }
 };
 
+constexpr int64_t kMostChunks = 64;
+
 // Consecutive rows in chunks of whole tiles, in float and in double: the unit of parallel work and of sums.
 struct Chunks {
   int64_t rows, size, count;
 
-  Chunks(int64_t rows, int64_t most)
+  explicit Chunks(int64_t rows, int64_t most = kMostChunks)
       : rows(rows),
         size(std::max<int64_t>(32, ((rows + most - 1) / most + 15) / 16 * 16)),
         count((rows + size - 1) / size) {}
 
+  // body(tile) for the tiles of a chunk, until one is refused.
   template <int width, class Body>
-  void for_each_tile(int64_t chunk, Body body) const {
+  Verdict for_each_tile(int64_t chunk, Body body) const {
     const int64_t end = std::min(rows, (chunk + 1) * size);
     for (int64_t begin = chunk * size; begin < end; begin += width) {
-      body(Tile{begin, int(std::min<int64_t>(width, end - begin))});
+      const Verdict verdict = body(Tile{begin, int(std::min<int64_t>(width, end - begin))});
+      if (verdict.code != kAccepted) return verdict;
     }
+    return {};
   }
 };
 
@@ -180,14 +203,25 @@ inline int worthwhile_threads(const Call& call, int64_t operations) {
   return int(std::min(double(call.threads), 1.0 + wanted));
 }
 
-// Runs body(tile, arena) over all rows of so many operations each.
+// The first refusal, in the order of rows.
+inline Verdict first_refusal(const Chunks& chunks, const Verdict* verdicts) {
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    if (verdicts[chunk].code != kAccepted) return verdicts[chunk];
+  }
+  return {};
+}
+
+// Runs body(tile, arena) over all rows of so many operations each. A body that refuses a row says so before it reads
+// what that row would lead it to; what has been written by then is of no use.
 template <class V, class Body>
-void for_each_tile(const Call& call, int64_t operations, size_t scratch_bytes, Body body) {
-  const Chunks chunks(call.rows, 64);
+Verdict for_each_tile(const Call& call, int64_t operations, size_t scratch_bytes, Body body) {
+  const Chunks chunks(call.rows);
+  Verdict verdicts[kMostChunks];
   parallel_for(chunks.count, worthwhile_threads(call, operations), [&](int64_t chunk) {
     const Arena<V> arena{static_cast<char*>(scratch(scratch_bytes))};
-    chunks.for_each_tile<LaneTraits<V>::width>(chunk, [&](Tile tile) { body(tile, arena); });
+    verdicts[chunk] = chunks.for_each_tile<LaneTraits<V>::width>(chunk, [&](Tile tile) { return body(tile, arena); });
   });
+  return first_refusal(chunks, verdicts);
 }
 
 // Runs kernel(lane value, call) in the precision, and on the duals, that the call asks for.
@@ -208,18 +242,24 @@ struct SharedSums {
   bool by_lane;
 };
 
-// Runs body(tile, arena, shared, loss, stats) over all rows, of so many operations each: it writes one lane value for
-// the losses of the tile's rows and five for their statistics, and adds to `shared`. Writes call.loss and call.stats.
-// Returns the totals of the shared terms.
+// The totals over all rows, unless one was refused.
+struct Totals {
+  Verdict verdict;
+  std::unique_ptr<double[]> sums;
+  const double* shared() const { return sums.get() + kSumsBeforeShared; }
+};
+
+// Runs body(tile, arena, shared, loss, stats), as above, over all rows: it writes one lane value for the losses of the
+// tile's rows and five for their statistics, and adds to `shared`. Writes call.loss and call.stats.
 template <class V, class Body>
-std::unique_ptr<double[]> for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, size_t scratch_bytes,
-                                        Body body) {
+Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, size_t scratch_bytes, Body body) {
   using P = Primal<V>;
   using T = Element<V>;
   constexpr int width = LaneTraits<V>::width;
-  // At most 64 chunks and 16 MiB of sums.
+  // At most 16 MiB of sums.
   const int64_t most = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1));
-  const Chunks chunks(call.rows, std::min<int64_t>(64, most));
+  const Chunks chunks(call.rows, std::min(kMostChunks, most));
+  Verdict verdicts[kMostChunks];
   const int64_t shared_terms = sums.wanted ? sums.terms : 0;
   const int64_t shared_packs = sums.by_lane ? shared_terms : (shared_terms + width - 1) / width;
   const int64_t terms = kSumsBeforeShared + shared_terms;
@@ -230,19 +270,21 @@ std::unique_ptr<double[]> for_each_tile(const LossCall& call, int64_t operations
     P* shared = arena.template take<P>(shared_packs);
     for (int64_t i = 0; i < shared_packs; ++i) shared[i] = P{};
     double* total = partial.get() + chunk * terms;
-    chunks.for_each_tile<width>(chunk, [&](Tile tile) {
+    verdicts[chunk] = chunks.for_each_tile<width>(chunk, [&](Tile tile) -> Verdict {
       P loss{};
       RowStats<P> row_stats{};
-      body(tile, arena, shared, loss, row_stats);
+      const Verdict verdict = body(tile, arena, shared, loss, row_stats);
+      if (verdict.code != kAccepted) return verdict;
       total[0] += lane_sum(loss, tile.count);
       if (call.reduction == kNoReduction) store(tile, &loss, 1, call.loss);
-      if (call.stats == nullptr) return;
+      if (call.stats == nullptr) return {};
       const P stats[5] = {row_stats.reward_mean, row_stats.reward_std, row_stats.entropy, row_stats.log_prob,
                           row_stats.advantage_std};
       for (int i = 0; i < 5; ++i) {
         total[1 + i] += lane_sum(stats[i], tile.count);
         if (call.reduction == kNoReduction) store(tile, stats + i, 1, slice<T>(call.stats, i, call.rows, 1));
       }
+      return {};
     });
     const T* elements = reinterpret_cast<const T*>(shared);
     for (int64_t i = 0; i < shared_terms; ++i) {
@@ -250,6 +292,8 @@ std::unique_ptr<double[]> for_each_tile(const LossCall& call, int64_t operations
     }
   });
 
+  const Verdict verdict = first_refusal(chunks, verdicts);
+  if (verdict.code != kAccepted) return {verdict, nullptr};
   for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
     for (int64_t i = 0; i < terms; ++i) partial[i] += partial[chunk * terms + i];
   }
@@ -258,7 +302,7 @@ std::unique_ptr<double[]> for_each_tile(const LossCall& call, int64_t operations
     *static_cast<T*>(call.loss) = T(call.reduction == kMeanOverRows ? partial[0] / count : partial[0]);
     for (int i = 0; call.stats != nullptr && i < 5; ++i) static_cast<T*>(call.stats)[i] = T(partial[1 + i] / count);
   }
-  return partial;
+  return {verdict, std::move(partial)};
 }
 
 }  // namespace PK_LEVEL

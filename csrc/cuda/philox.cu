@@ -20,7 +20,7 @@ __global__ void standard_normals_kernel(uint64_t seed, uint64_t row_offset, int6
     const int64_t block = i % blocks, row = i / blocks % rows, sample = i / (blocks * rows);
     const uint64_t number = row_offset + uint64_t(row);
     T z[4];
-    normals_of_block(seed, uint32_t(block), uint32_t(sample), uint32_t(number), uint32_t(number >> 32), z);
+    normals_of_block<1, 2>(seed, uint32_t(block), uint32_t(sample), uint32_t(number), uint32_t(number >> 32), z, 4);
     for (int64_t j = 0; j < 4 && block * 4 + j < dim; ++j) out[(sample * rows + row) * dim + block * 4 + j] = z[j];
   }
 }

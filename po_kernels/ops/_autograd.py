@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from .. import dispatch
 from ..backends.contract import OpConfig
 from . import _library
 
@@ -40,11 +42,33 @@ class Call(NamedTuple):
 def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The value and the statistics (5, ...) of a loss, the latter empty unless wanted."""
     track = torch.is_grad_enabled()
-    needs = tuple(track and x.requires_grad for x in inputs)
-    # Dynamo traces no Function that defines a jvp.
-    function = _CompiledValue if torch.compiler.is_compiling() else _Value
-    outputs = function.apply(call, needs, *inputs, *constants)
+    needs = [track and x.requires_grad for x in inputs]
+    if torch.compiler.is_compiling():
+        outputs = _CompiledValue.apply(call, needs, *inputs, *constants)
+    elif not _is_plain(inputs, constants):
+        outputs = _Value.apply(call, needs, *inputs, *constants)
+    elif True in needs or forward_ad._current_level >= 0:
+        outputs = _PlainValue.apply(call, needs, *inputs, *constants)
+    else:
+        outputs = _kernel(call, "first")(inputs, constants, None, needs, call.want_stats, call.config)
     return outputs[0], outputs[1]
+
+
+def _is_plain(inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> bool:
+    """No transform, mode or subclass of tensor is looking: the kernel may be called without torch's dispatcher."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return False
+    for x in (*inputs, *constants):  # noqa: SIM110, a generator takes longer than all of it
+        if type(x) not in _PLAIN:
+            return False
+    return True
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _kernel(call: Call, which: str) -> Any:
+    return dispatch.kernel(call.backend, call.op, which)
 
 
 def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -97,13 +121,18 @@ def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     return stacked, tuple(None if column is None else 0 for column in stacked)
 
 
+def _known_early(call: Call, needs: Sequence[bool]) -> Sequence[bool]:
+    """Which of the gradients needed the forward pass can compute, not knowing the cotangent."""
+    if call.config.reduction != "none":
+        return needs
+    return [needed and axis is not None for needed, axis in zip(needs, call.row_axis, strict=True)]
+
+
 class _CompiledValue(torch.autograd.Function):
     @staticmethod
     def forward(call, needs, *tensors):
         inputs, constants = _split(call, tensors)
-        if call.config.reduction == "none":
-            needs = [needed and axis is not None for needed, axis in zip(needs, call.row_axis, strict=True)]
-        return tuple(_first(call, inputs, constants, None, needs, call.want_stats))
+        return tuple(_first(call, inputs, constants, None, _known_early(call, needs), call.want_stats))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -142,17 +171,69 @@ class _Value(_CompiledValue):
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
-        call = ctx.call
-        count = len(call.row_axis)
-        tensors = ctx.saved_tensors[: len(ctx.saved_tensors) - count]
-        inputs, _ = _split(call, tensors)
-        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents[:count], strict=True)]
-        derivative = _Derivative.apply(call, *filled, *tensors)
+        count = len(ctx.call.row_axis)
+        derivative = _directional(ctx.call, ctx.saved_tensors[:-count], tangents)
         return (derivative, *(None,) * (count + 1))
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return _loop(_Value, info, in_dims, *args)
+
+
+def _directional(call: Call, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
+    """∂f(x)·v, from (*x, *constants) and (*v, ...)."""
+    inputs, _ = _split(call, tuple(tensors))
+    moved = tangents[: len(inputs)]
+    filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, moved, strict=True)]
+    return _Derivative.apply(call, *filled, *tensors)
+
+
+class _PlainValue(torch.autograd.Function):
+    """`_Value` where only autograd is at work: without what it leaves out a small call takes half the time.
+
+    The backward pass hands out the gradients of the forward pass themselves, multiplied in place. Asked again of a
+    graph that is kept, it computes them anew.
+    """
+
+    @staticmethod
+    def forward(ctx, call, needs, *tensors):
+        inputs, constants = _split(call, tensors)
+        early = _known_early(call, needs)
+        value, stats, *ctx.known = _kernel(call, "first")(inputs, constants, None, early, call.want_stats, call.config)
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(*tensors)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors)
+        return value, stats
+
+    @staticmethod
+    def backward(ctx, cotangent, _):
+        call = ctx.call
+        count = len(call.row_axis)
+        needs = ctx.needs_input_grad[2 : 2 + count]
+        others = (None,) * (len(ctx.needs_input_grad) - 2 - count)
+        if cotangent is None:
+            return (None, None, *(None,) * count, *others)
+        known = ctx.known
+        if torch.is_grad_enabled():
+            known = known or [cotangent.new_empty(0)] * count
+            found = _Gradient.apply(call, needs, cotangent, *ctx.saved_tensors, *known)
+        elif known is not None and not cotangent.ndim and call.config.reduction != "none":
+            ctx.known = None
+            found = [k if needed else None for k, needed in zip(known, needs, strict=True)]
+            if cotangent.device.type != "cpu" or cotangent.item() != 1.0:
+                torch._foreach_mul_([k for k in found if k is not None], cotangent)
+            return (None, None, *found, *others)
+        else:
+            known = known or [cotangent.new_empty(0)] * count
+            found = _gradient(call, needs, cotangent, *ctx.saved_tensors, *known)
+        return (None, None, *(g if needed else None for g, needed in zip(found, needs, strict=True)), *others)
+
+    @staticmethod
+    def jvp(ctx, _call, _needs, *tangents):
+        return _directional(ctx.call, ctx.saved_tensors, tangents), None
 
 
 def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

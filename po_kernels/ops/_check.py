@@ -51,10 +51,10 @@ def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.long()
 
 
-def has_shape(op: str, name: str, tensor: Tensor, *allowed: Iterable[int]) -> None:
-    expected = [tuple(shape) for shape in allowed]
-    if tuple(tensor.shape) not in expected:
-        raise ValueError(f"{op}: {name}: expected shape {' or '.join(map(str, expected))}, got {shape_of(tensor)}")
+def has_shape(op: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
+    if tensor.shape not in allowed:
+        expected = " or ".join(str(tuple(shape)) for shape in allowed)
+        raise ValueError(f"{op}: {name}: expected shape {expected}, got {shape_of(tensor)}")
 
 
 def rows(tensor: Tensor, *shape: int) -> Tensor:

@@ -1,5 +1,6 @@
 """The path that every loss op takes from checked, flattened tensors to a reduced loss."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,9 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.contract import OpConfig
 from . import _autograd, _check
+
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class LossStats(NamedTuple):
@@ -34,18 +38,22 @@ class LossStats(NamedTuple):
 class LossOptions(NamedTuple):
     """What all loss ops take besides their tensors, checked by `options`."""
 
-    estimator: str
-    num_samples: int
-    advantage: str
-    rbf_gamma: float | None
-    entropy_coef: float
-    reduction: str
-    row_offset: int
+    config: OpConfig
     return_stats: bool
     backend: str | None
 
 
-def options(
+def options(op: str, **given: Any) -> LossOptions:
+    """`_options`, remembered: a training loop asks for the same ones at each step."""
+    if torch.compiler.is_compiling():
+        return _options(op, **given)
+    try:
+        return _remembered(op, **given)
+    except TypeError:  # what cannot be hashed is no option: the error should say so
+        return _options(op, **given)
+
+
+def _options(
     op: str,
     *,
     estimator: str,
@@ -76,7 +84,7 @@ def options(
         num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
         if estimator != "reparam":
             _check.group_size(op, "num_samples", num_samples, advantage)
-    return LossOptions(
+    config = OpConfig(
         estimator,
         num_samples,
         advantage,
@@ -84,19 +92,21 @@ def options(
         _check.real(op, "entropy_coef", entropy_coef),
         reduction,
         _check.integer(op, "row_offset", row_offset, 0),
-        _check.flag(op, "return_stats", return_stats),
-        backend,
     )
+    return LossOptions(config, _check.flag(op, "return_stats", return_stats), backend)
+
+
+_remembered = functools.lru_cache(maxsize=256, typed=True)(_options)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Half-precision inputs are read as such and computed with in float32."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def computed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Floating tensors in the dtype they are computed with."""
-    return tuple(x.to(compute_dtype(x.dtype)) for x in tensors)
+    return tuple([x.float() if x.dtype in HALF else x for x in tensors])
 
 
 def evaluate(
@@ -115,24 +125,20 @@ def evaluate(
         constants: labels or samples, then the seed if samples are drawn.
         row_axis: the axis of each input that counts rows, None if shared.
     """
-    inputs = computed(*inputs)
-    constants = tuple(computed(x)[0] if x.is_floating_point() else x for x in constants)
-    config = OpConfig(
-        chosen.estimator, chosen.num_samples, chosen.advantage, chosen.rbf_gamma,
-        chosen.entropy_coef, chosen.reduction, chosen.row_offset,
-    )  # fmt: skip
+    inputs, constants = computed(*inputs), computed(*constants)
+    config = chosen.config
     backend = dispatch.select(op, inputs[0].device.type, inputs[0].dtype, chosen.backend)
     # Plain torch would differentiate `reinforce` twice, wrongly; a compiled function refuses that by itself.
-    if backend == "reference" and (chosen.estimator != "reinforce" or torch.compiler.is_compiling()):
+    if backend == "reference" and (config.estimator != "reinforce" or torch.compiler.is_compiling()):
         rows, *statistics = dispatch.plain(op)(inputs, constants, config)
-        loss = reduce(rows, chosen.reduction)
-        averaged = "none" if chosen.reduction == "none" else "mean"
+        loss = reduce(rows, config.reduction)
+        averaged = "none" if config.reduction == "none" else "mean"
         stats = tuple(reduce(column, averaged) for column in statistics)
     else:
         call = _autograd.Call(op, backend, config, chosen.return_stats, row_axis)
         loss, stacked = _autograd.value(call, inputs, constants)
         stats = stacked.unbind(0) if chosen.return_stats else ()
-    if chosen.reduction == "none":
+    if config.reduction == "none":
         loss = _check.rows(loss, *lead)
         stats = tuple(_check.rows(column, *lead) for column in stats)
     return (loss, LossStats(*stats)) if chosen.return_stats else loss
@@ -148,19 +154,20 @@ def reduce(rows: Tensor, reduction: str) -> Tensor:
 
 def precision_tensor(op: str, precision: Any, mean: Tensor) -> Tensor:
     """`precision` as a tensor like mean (*, D), of shape (), (D,) or (D, D)."""
-    if not isinstance(precision, Tensor):
+    if isinstance(precision, Tensor):
+        _check.floating(op, mean=mean, precision=precision)
+    else:
         precision = torch.tensor(_check.real(op, "precision", precision), dtype=mean.dtype, device=mean.device)
-    _check.floating(op, mean=mean, precision=precision)
     dim = mean.shape[-1]
     _check.has_shape(op, "precision", precision, (), (dim,), (dim, dim))
     return precision
 
 
 def no_rbf_in_closed_form(op: str, chosen: LossOptions, closed_form: str) -> None:
-    if chosen.estimator == closed_form and chosen.rbf_gamma is not None:
+    if chosen.config.estimator == closed_form and chosen.config.rbf_gamma is not None:
         raise ValueError(
             f"{op}: rbf_gamma: expected None with estimator={closed_form!r}, which is the expectation of the "
-            f"plain reward, got {chosen.rbf_gamma}; use a sampled estimator"
+            f"plain reward, got {chosen.config.rbf_gamma}; use a sampled estimator"
         )
 
 

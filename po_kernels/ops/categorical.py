@@ -123,7 +123,7 @@ def categorical_policy_loss(
         row_offset=row_offset, return_stats=return_stats, backend=backend,
     )  # fmt: skip
     constants = [_check.rows(target, logits.shape[0])]
-    if options.num_samples:
+    if options.config.num_samples:
         constants.append(_check.seed_tensor(op, seed))
     return _loss.evaluate(op, options, lead, (logits, reward_table), constants, (0, None))
 

@@ -140,7 +140,7 @@ def gaussian_policy_loss(
         row_offset=row_offset, return_stats=return_stats, backend=backend,
     )  # fmt: skip
     _loss.no_rbf_in_closed_form(op, options, "analytic")
-    constants = [_check.seed_tensor(op, seed)] if options.num_samples else []
+    constants = [_check.seed_tensor(op, seed)] if options.config.num_samples else []
     inputs = (mean, log_std, _check.rows(target, *mean.shape), precision)
     return _loss.evaluate(op, options, lead, inputs, constants, (0, 0, 0, None))
 

@@ -38,32 +38,62 @@ struct DiagonalScale {
     return sum;
   }
 
-  PK_FN void stretch(const P* eps, V* y) const {
-    for (int64_t j = 0; j < dim; ++j) y[j] = std[j] * eps[j];
+  template <int S>
+  PK_FN void stretch(const V* base, const P* eps, V* y) const {
+    for (int64_t j = 0; j < dim; ++j) {
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        constexpr int at = decltype(s)::value;
+        y[at * dim + j] = base[j] + std[j] * eps[at * dim + j];
+      });
+    }
   }
 
+  template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
-    for (int64_t j = 0; j < dim; ++j) z[j] = residual[j] * inverse_std[j];
-  }
-
-  PK_FN void whiten_noise([[maybe_unused]] const V* mean, const P* eps, V* z) const {
     for (int64_t j = 0; j < dim; ++j) {
-      z[j] = constant<V>(eps[j]);
-      if constexpr (is_dual<V>) z[j].t = -(mean[j].t * inverse_std[j].v + eps[j] * log_std[j].t);
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        z[decltype(s)::value * dim + j] = residual[decltype(s)::value * dim + j] * inverse_std[j];
+      });
     }
   }
 
-  PK_FN void add_score(V f, const V* z, P* mean, P* scale) const {
-    for (int64_t j = 0; j < dim; ++j) {
-      if (mean) mean[j] = mean[j] + output(f * z[j] * inverse_std[j]);
-      if (scale) scale[j] = scale[j] + output(f * (square(z[j]) - T(1)));
+  template <int S>
+  PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
+    if constexpr (is_dual<V>) {
+      for (int64_t j = 0; j < dim; ++j) {
+        const P shift = mean[j].t * inverse_std[j].v;
+        unrolled<S>([&](auto s) PK_LAMBDA {
+          constexpr int at = decltype(s)::value;
+          const P e = eps[at * dim + j];
+          z[at * dim + j] = V{e, -(shift + e * log_std[j].t)};
+        });
+      }
     }
   }
 
-  PK_FN void add_path(const V* slope, const P* eps, P* mean, P* scale) const {
+  template <int S>
+  PK_FN void add_score(const V (&f)[S], const V* z, P* mean, P* scale) const {
     for (int64_t j = 0; j < dim; ++j) {
-      if (mean) mean[j] = mean[j] + output(slope[j]);
-      if (scale) scale[j] = scale[j] + output(slope[j] * std[j] * eps[j]);
+      V to_mean{}, to_scale{};
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        constexpr int at = decltype(s)::value;
+        const V factor = f[at] * z[at * dim + j];
+        to_mean = to_mean + factor;
+        to_scale = to_scale + (factor * z[at * dim + j] - f[at]);
+      });
+      if (mean) mean[j] = mean[j] + output(to_mean * inverse_std[j]);
+      if (scale) scale[j] = scale[j] + output(to_scale);
+    }
+  }
+
+  template <int S>
+  PK_FN void add_path(const V* slope, const P* eps, P* scale) const {
+    for (int64_t j = 0; j < dim; ++j) {
+      V sum{};
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        sum = sum + slope[decltype(s)::value * dim + j] * eps[decltype(s)::value * dim + j];
+      });
+      scale[j] = scale[j] + output(sum * std[j]);
     }
   }
 

@@ -6,14 +6,16 @@
 //   work()                           lane values of scratch that `prepare` and the rest use
 //   prepare(scratch)
 //   log_determinant()                log det S
-//   stretch(eps, y)                  y = S eps
-//   whiten(residual, z)              z = S⁻¹ residual
-//   whiten_noise(mean, eps, z)       z of the constant sample μ + S eps: eps, with the derivative that μ and S give it
-//   add_score(f, z, mean, scale)     adds f ∂log p(ŷ)/∂(μ, S) for a constant ŷ
-//   add_path(slope, eps, mean, scale)  adds the gradient of slopeᵀ (μ + S eps)
+//   stretch<S>(base, eps, y)         y = base + S eps
+//   whiten<S>(residual, z)           z = S⁻¹ residual
+//   whiten_noise<S>(mean, eps, z)    on duals z of the constant sample μ + S eps: eps, with the derivative that μ and S
+//                                    give it; without derivatives z is eps itself, and nothing is written
+//   add_score<S>(f, z, mean, scale)  adds f ∂log p(ŷ)/∂(μ, S) for a constant ŷ
+//   add_path<S>(slope, eps, scale)   adds the gradient of slopeᵀ S eps
 //   add_entropy(f, scale)            adds f ∂(log det S)/∂S
 //   trace(precision, weight, scale, precision_out)  tr(U S Sᵀ); adds weight times its gradients
 //   reward_variance(precision, x)    2 tr(U Σ U Σ) + 4 xᵀ Σ x
+// Those with an S work on a block of S samples: eps, residual, y, z and slope are (S, dim), f is (S), base is (dim).
 // Gradient pointers may be null. On duals all of them take the tangent of the gradient.
 #pragma once
 
@@ -46,12 +48,16 @@ PK_FN V gaussian_entropy(const Scale<V>& scale) {
   return scale.log_determinant() + Element<V>((kHalfLog2Pi + 0.5) * double(scale.dim));
 }
 
-// log p from z.
+// log p from z, less what depends on the scale alone.
+template <class V>
+PK_FN V gaussian_log_kernel(int64_t dim, const V* z) {
+  V sum{};
+  for (int64_t j = 0; j < dim; ++j) sum = sum + square(z[j]);
+  return sum * Element<V>(-0.5);
+}
 template <class V, template <class> class Scale>
 PK_FN V gaussian_log_density(const Scale<V>& scale, const V* z) {
-  V sum{};
-  for (int64_t j = 0; j < scale.dim; ++j) sum = sum + square(z[j]);
-  return -(sum * Element<V>(0.5)) - scale.log_determinant() - Element<V>(kHalfLog2Pi * double(scale.dim));
+  return gaussian_log_kernel(scale.dim, z) - scale.log_determinant() - Element<V>(kHalfLog2Pi * double(scale.dim));
 }
 
 // L = δᵀUδ + tr(U S Sᵀ) - λ H, δ = μ - y. Scratch: 2 dim.
@@ -63,11 +69,14 @@ PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* targ
   V* delta = scratch;
   V* weighted = scratch + dim;
   for (int64_t j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
-  apply(precision, dim, delta, weighted);
-  if (out.precision) accumulate_outer(precision.kind, dim, out.weight, delta, out.precision);
+  if (out.precision) {
+    for (int64_t j = 0; j < dim; ++j) weighted[j] = out.weight * delta[j];
+    accumulate_outer<1>(precision.kind, dim, weighted, delta, out.precision);
+  }
   clear(scale.size(), out.scale);
   V loss = scale.trace(precision, out.weight, out.scale, out.precision);
   if (out.scale) scale.add_entropy(out.weight * T(-entropy_coef), out.scale);
+  apply<1>(precision, dim, delta, weighted);
   for (int64_t j = 0; j < dim; ++j) {
     loss = loss + delta[j] * weighted[j];
     const V pull = out.weight * weighted[j] * T(2);
@@ -78,31 +87,43 @@ PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* targ
 }
 
 // The score-function part of a group, for score estimators: first w - 1 on duals, then, once the group is finished, the
-// gradients in the policy. z_of(g, z) gives the whitened sample g. Scratch: dim.
+// gradients in the policy. z_of(g, block) gives the whitened samples of a block.
 template <class V, template <class> class Scale, class Whitened>
-PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of, V* z) {
+PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of) {
   if constexpr (is_dual<V>) {
-    for (int64_t g = 0; g < s.samples; ++g) {
-      Primal<V> tangent{};
-      if (s.estimator != kReparam) {
-        z_of(g, z);
-        tangent = gaussian_log_density(scale, z).t;
-      }
-      group.excess[g] = V{Primal<V>{}, tangent};
+    if (s.estimator == kReparam) {
+      clear(s.samples, group.excess);
+      return;
     }
+    const Primal<V> common = scale.log_determinant().t;
+    in_blocks(s.samples, [&](int64_t g, auto block) PK_LAMBDA {
+      const V* z = z_of(g, block);
+      for (int k = 0; k < decltype(block)::value; ++k) {
+        const Primal<V> tangent = gaussian_log_kernel(scale.dim, z + k * scale.dim).t - common;
+        group.excess[g + k] = V{Primal<V>{}, tangent};
+      }
+    });
   }
 }
 template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
-                          GaussianGradients<V> out, V* z) {
+                          GaussianGradients<V> out) {
   const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
-  for (int64_t g = 0; g < s.samples; ++g) {
-    z_of(g, z);
-    scale.add_score(unit * score_factor(group, g), z, out.mean, out.scale);
-  }
+  in_blocks(s.samples, [&](int64_t g, auto block) PK_LAMBDA {
+    constexpr int S = decltype(block)::value;
+    const V* z = z_of(g, block);
+    V f[S];
+    unrolled<S>([&](auto k) PK_LAMBDA { f[decltype(k)::value] = unit * score_factor(group, g + decltype(k)::value); });
+    scale.template add_score<S>(f, z, out.mean, out.scale);
+  });
 }
 
-// The sampled loss from (G, dim) standard normals. Scratch: 4 G + 3 dim.
+// Scratch of the two losses below, besides 4 G for the group.
+PK_FN int64_t gaussian_work(int64_t dim) {
+  return (2 + 2 * kBlock) * dim;
+}
+
+// The sampled loss from (G, dim) standard normals. Scratch: 4 G + gaussian_work.
 template <class V, template <class> class Scale>
 PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
                          const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out, V* scratch,
@@ -111,50 +132,84 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   const int64_t dim = scale.dim, count = s.samples;
   const bool pathwise = s.estimator == kReparam;
   group = group_in(scratch, count);
-  V* residual = scratch + 4 * count;
-  V* weighted = residual + dim;
-  V* z = weighted + dim;
+  V* base = scratch + 4 * count;
+  V* sum = base + dim;
+  V* residual = sum + dim;
+  V* other = residual + kBlock * dim;
   // ŷ - y. Score-function samples are constants, so that only y carries a derivative.
-  const auto residuals = [&](int64_t g) {
-    scale.stretch(noise + g * dim, residual);
-    for (int64_t j = 0; j < dim; ++j) {
-      const V sample = mean[j] + residual[j];
-      residual[j] = (pathwise ? sample : constant<V>(stop(sample))) - target[j];
+  for (int64_t j = 0; j < dim; ++j) base[j] = (pathwise ? mean[j] : constant<V>(stop(mean[j]))) - target[j];
+  const auto residuals = [&](int64_t g, auto block) PK_LAMBDA {
+    constexpr int S = decltype(block)::value;
+    scale.template stretch<S>(base, noise + g * dim, residual);
+    if constexpr (is_dual<V>) {
+      for (int64_t j = 0; !pathwise && j < dim; ++j) {
+        unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = base[j].t; });
+      }
     }
   };
-  const auto z_of = [&](int64_t g, V* to) { scale.whiten_noise(mean, noise + g * dim, to); };
-  for (int64_t g = 0; g < count; ++g) {
-    residuals(g);
-    group.reward[g] = transformed_reward(s, -quadratic(precision, dim, residual));
-  }
-  gaussian_excess(scale, s, group, z_of, z);
+  const auto z_of = [&](int64_t g, auto block) PK_LAMBDA {
+    if constexpr (is_dual<V>) {
+      scale.template whiten_noise<decltype(block)::value>(mean, noise + g * dim, other);
+      return static_cast<const V*>(other);
+    } else {
+      return noise + g * dim;
+    }
+  };
+  in_blocks(count, [&](int64_t g, auto block) PK_LAMBDA {
+    constexpr int S = decltype(block)::value;
+    V squares[S];
+    residuals(g, block);
+    quadratic<S>(precision, dim, residual, squares);
+    unrolled<S>([&](auto k) PK_LAMBDA {
+      constexpr int at = decltype(k)::value;
+      group.reward[g + at] = transformed_reward(s, -squares[at]);
+    });
+  });
+  gaussian_excess(scale, s, group, z_of);
   const V objective = finish(s, group);
 
-  clear(dim, out.mean);
-  clear(dim, out.target);
   clear(scale.size(), out.scale);
   if (out.scale) scale.add_entropy(out.weight * T(-s.entropy_coef), out.scale);
-  const bool policy = out.mean || out.scale;
-  const bool need_weighted = out.target || (pathwise && policy);
+  // U times the sum of the pulled residuals is the gradient in y, and that in the mean of a pathwise sample.
+  clear(dim, sum);
+  const bool need_path = pathwise && out.scale;
+  const bool need_sum = out.target || (pathwise && out.mean);
   const V unit = out.weight * T(1.0 / double(count));
-  for (int64_t g = 0; (need_weighted || out.precision) && g < count; ++g) {
-    residuals(g);
-    const V pull = unit * group.pull[g];
-    if (out.precision) accumulate_outer(precision.kind, dim, pull, residual, out.precision);
-    if (need_weighted) {
-      apply(precision, dim, residual, weighted);
+  if (need_sum || need_path || out.precision) {
+    in_blocks(count, [&](int64_t g, auto block) PK_LAMBDA {
+      constexpr int S = decltype(block)::value;
+      residuals(g, block);
       for (int64_t j = 0; j < dim; ++j) {
-        weighted[j] = pull * weighted[j] * T(2);
-        if (out.target) out.target[j] = out.target[j] - output(weighted[j]);
+        unrolled<S>([&](auto k) PK_LAMBDA {
+          constexpr int at = decltype(k)::value;
+          other[at * dim + j] = unit * group.pull[g + at] * residual[at * dim + j];
+          sum[j] = sum[j] + other[at * dim + j];
+        });
       }
-      if (pathwise) scale.add_path(weighted, noise + g * dim, out.mean, out.scale);
+      if (out.precision) accumulate_outer<S>(precision.kind, dim, other, residual, out.precision);
+      if (need_path) {
+        apply<S>(precision, dim, other, residual);
+        for (int64_t j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
+        scale.template add_path<S>(residual, noise + g * dim, out.scale);
+      }
+    });
+  }
+  if (need_sum) {
+    apply<1>(precision, dim, sum, other);
+    for (int64_t j = 0; j < dim; ++j) {
+      const V pull = other[j] * T(2);
+      if (out.target) out.target[j] = output(-pull);
+      if (pathwise && out.mean) out.mean[j] = output(pull);
     }
   }
-  if (!pathwise && policy) gaussian_score(scale, s, group, z_of, out, z);
+  if (!pathwise && (out.mean || out.scale)) {
+    clear(dim, out.mean);
+    gaussian_score(scale, s, group, z_of, out);
+  }
   return -objective - gaussian_entropy(scale) * T(s.entropy_coef);
 }
 
-// The loss of given samples (G, dim), which are constants, and their rewards (G). Scratch: 4 G + 2 dim.
+// The loss of given samples (G, dim), which are constants, and their rewards (G). Scratch: 4 G + gaussian_work.
 template <class V, template <class> class Scale>
 PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, const Primal<V>* samples,
                        const Surrogate& s, GaussianGradients<V> out, V* scratch, Group<V>& group) {
@@ -162,18 +217,25 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
   const int64_t dim = scale.dim, count = s.samples;
   group = group_in(scratch, count);
   V* residual = scratch + 4 * count;
-  V* z = residual + dim;
+  V* z = residual + kBlock * dim;
   for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
-  const auto z_of = [&](int64_t g, V* to) {
-    for (int64_t j = 0; j < dim; ++j) residual[j] = constant<V>(samples[g * dim + j]) - mean[j];
-    scale.whiten(residual, to);
+  const auto z_of = [&](int64_t g, auto block) PK_LAMBDA {
+    constexpr int S = decltype(block)::value;
+    for (int64_t j = 0; j < dim; ++j) {
+      unrolled<S>([&](auto k) PK_LAMBDA {
+        constexpr int at = decltype(k)::value;
+        residual[at * dim + j] = constant<V>(samples[(g + at) * dim + j]) - mean[j];
+      });
+    }
+    scale.template whiten<S>(residual, z);
+    return static_cast<const V*>(z);
   };
-  gaussian_excess(scale, s, group, z_of, z);
+  gaussian_excess(scale, s, group, z_of);
   const V objective = finish(s, group);
   clear(dim, out.mean);
   clear(scale.size(), out.scale);
   if (out.scale) scale.add_entropy(out.weight * T(-s.entropy_coef), out.scale);
-  if (s.estimator != kReparam && (out.mean || out.scale)) gaussian_score(scale, s, group, z_of, out, z);
+  if (s.estimator != kReparam && (out.mean || out.scale)) gaussian_score(scale, s, group, z_of, out);
   const V unit = out.weight * T(-1.0 / double(count));
   for (int64_t g = 0; out.rewards && g < count; ++g) out.rewards[g] = output(unit * group.pull[g]);
   return -objective - gaussian_entropy(scale) * T(s.entropy_coef);
@@ -191,13 +253,13 @@ PK_FN RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, co
     stats = group_stats(s, group);
   } else {
     for (int64_t j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
-    apply(precision, dim, delta, other);
+    apply<1>(precision, dim, delta, other);
     for (int64_t j = 0; j < dim; ++j) stats.reward_mean = stats.reward_mean - delta[j] * other[j];
     stats.reward_mean = stats.reward_mean - scale.trace(precision, V{}, nullptr, nullptr);
     stats.reward_std = stats.advantage_std = square_root(scale.reward_variance(precision, other));
   }
   for (int64_t j = 0; j < dim; ++j) delta[j] = target[j] - mean[j];
-  scale.whiten(delta, other);
+  scale.template whiten<1>(delta, other);
   stats.log_prob = gaussian_log_density(scale, other);
   stats.entropy = gaussian_entropy(scale);
   return stats;
@@ -211,7 +273,7 @@ PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, con
   RowStats<V> stats = group_stats(s, group);
   for (int64_t g = 0; g < s.samples; ++g) {
     for (int64_t j = 0; j < dim; ++j) scratch[j] = constant<V>(samples[g * dim + j]) - mean[j];
-    scale.whiten(scratch, scratch + dim);
+    scale.template whiten<1>(scratch, scratch + dim);
     stats.log_prob = stats.log_prob + gaussian_log_density(scale, scratch + dim);
   }
   stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.samples));
@@ -227,11 +289,12 @@ PK_FN V gaussian_log_prob(const Scale<V>& scale, const V* mean, const V* value, 
   V* residual = scratch;
   V* z = scratch + dim;
   for (int64_t j = 0; j < dim; ++j) residual[j] = value[j] - mean[j];
-  scale.whiten(residual, z);
-  if (mean_out || scale_out) scale.add_score(weight, z, mean_out, scale_out);
+  scale.template whiten<1>(residual, z);
+  const V factor[1] = {weight}, opposite[1] = {-weight};
+  if (mean_out || scale_out) scale.template add_score<1>(factor, z, mean_out, scale_out);
   if (value_out) {  // ∂/∂value is minus ∂/∂mean
     clear(dim, value_out);
-    scale.add_score(-weight, z, value_out, static_cast<Primal<V>*>(nullptr));
+    scale.template add_score<1>(opposite, z, value_out, static_cast<Primal<V>*>(nullptr));
   }
   return gaussian_log_density(scale, z);
 }

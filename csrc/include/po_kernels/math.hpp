@@ -18,6 +18,7 @@
 #define PK_FN inline __attribute__((always_inline))
 #define PK_UNROLL _Pragma("GCC unroll 16")
 #endif
+#define PK_LAMBDA __attribute__((always_inline))
 
 // Each instruction-set level, and CUDA, compiles these templates in a namespace of its own.
 #ifndef PK_LEVEL

@@ -15,12 +15,12 @@ struct TriangularScale {
   int64_t dim;
   const V* tril;              // (dim, dim)
   V* inverse_diag = nullptr;  // 1 / L_jj
-  V* work_ = nullptr;         // 2 dim
+  V* work_ = nullptr;         // 2 kBlock dim
 
   PK_FN TriangularScale(int64_t dim, const V* parameter) : dim(dim), tril(parameter) {}
 
   PK_FN static int64_t size(int64_t dim) { return dim * dim; }
-  PK_FN static int64_t work(int64_t dim) { return 3 * dim; }
+  PK_FN static int64_t work(int64_t dim) { return (1 + 2 * kBlock) * dim; }
   PK_FN int64_t size() const { return dim * dim; }
 
   PK_FN const V* row(int64_t i) const { return tril + i * dim; }
@@ -37,64 +37,105 @@ struct TriangularScale {
     return sum;
   }
 
-  PK_FN void stretch(const P* eps, V* y) const {
+  template <int S>
+  PK_FN void stretch(const V* base, const P* eps, V* y) const {
     for (int64_t i = 0; i < dim; ++i) {
-      V sum{};
-      for (int64_t j = 0; j <= i; ++j) sum = sum + row(i)[j] * eps[j];
-      y[i] = sum;
+      V sum[S];
+      unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = base[i]; });
+      for (int64_t j = 0; j <= i; ++j) {
+        const V l = row(i)[j];
+        unrolled<S>([&](auto s) PK_LAMBDA {
+          sum[decltype(s)::value] = sum[decltype(s)::value] + l * eps[decltype(s)::value * dim + j];
+        });
+      }
+      unrolled<S>([&](auto s) PK_LAMBDA { y[decltype(s)::value * dim + i] = sum[decltype(s)::value]; });
     }
   }
 
   // L z = residual.
+  template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
     for (int64_t i = 0; i < dim; ++i) {
-      V sum = residual[i];
-      for (int64_t j = 0; j < i; ++j) sum = sum - row(i)[j] * z[j];
-      z[i] = sum * inverse_diag[i];
+      V sum[S];
+      unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = residual[decltype(s)::value * dim + i]; });
+      for (int64_t j = 0; j < i; ++j) {
+        const V l = row(i)[j];
+        unrolled<S>([&](auto s) PK_LAMBDA {
+          sum[decltype(s)::value] = sum[decltype(s)::value] - l * z[decltype(s)::value * dim + j];
+        });
+      }
+      unrolled<S>([&](auto s)
+                      PK_LAMBDA { z[decltype(s)::value * dim + i] = sum[decltype(s)::value] * inverse_diag[i]; });
     }
   }
 
   // Lᵀ a = z.
+  template <int S>
   PK_FN void whiten_transposed(const V* z, V* a) const {
     for (int64_t i = dim - 1; i >= 0; --i) {
-      V sum = z[i];
-      for (int64_t k = i + 1; k < dim; ++k) sum = sum - row(k)[i] * a[k];
-      a[i] = sum * inverse_diag[i];
+      V sum[S];
+      unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = z[decltype(s)::value * dim + i]; });
+      for (int64_t k = i + 1; k < dim; ++k) {
+        const V l = row(k)[i];
+        unrolled<S>([&](auto s) PK_LAMBDA {
+          sum[decltype(s)::value] = sum[decltype(s)::value] - l * a[decltype(s)::value * dim + k];
+        });
+      }
+      unrolled<S>([&](auto s)
+                      PK_LAMBDA { a[decltype(s)::value * dim + i] = sum[decltype(s)::value] * inverse_diag[i]; });
     }
   }
 
   // The constant sample obeys L z = ŷ - μ, so that L ż = -(μ̇ + L̇ eps).
-  PK_FN void whiten_noise([[maybe_unused]] const V* mean, const P* eps, V* z) const {
-    for (int64_t i = 0; i < dim; ++i) {
-      z[i] = constant<V>(eps[i]);
-      if constexpr (is_dual<V>) {
-        P sum = -mean[i].t;
-        for (int64_t j = 0; j <= i; ++j) sum = sum - row(i)[j].t * eps[j];
-        for (int64_t j = 0; j < i; ++j) sum = sum - row(i)[j].v * z[j].t;
-        z[i].t = sum * inverse_diag[i].v;
+  template <int S>
+  PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
+    if constexpr (is_dual<V>) {
+      for (int64_t i = 0; i < dim; ++i) {
+        P sum[S];
+        unrolled<S>([&](auto s) PK_LAMBDA {
+          constexpr int at = decltype(s)::value;
+          sum[at] = -mean[i].t - row(i)[i].t * eps[at * dim + i];
+        });
+        for (int64_t j = 0; j < i; ++j) {
+          const V l = row(i)[j];
+          unrolled<S>([&](auto s) PK_LAMBDA {
+            constexpr int at = decltype(s)::value;
+            sum[at] = sum[at] - l.t * eps[at * dim + j] - l.v * z[at * dim + j].t;
+          });
+        }
+        unrolled<S>([&](auto s) PK_LAMBDA {
+          constexpr int at = decltype(s)::value;
+          z[at * dim + i] = V{eps[at * dim + i], sum[at] * inverse_diag[i].v};
+        });
       }
     }
   }
 
   // ∂log p/∂μ = a, ∂log p/∂L_ij = a_i z_j - [i = j] / L_jj, with Lᵀ a = z.
-  PK_FN void add_score(V f, const V* z, P* mean, P* scale) const {
+  template <int S>
+  PK_FN void add_score(const V (&f)[S], const V* z, P* mean, P* scale) const {
     V* a = work_;
-    whiten_transposed(z, a);
+    whiten_transposed<S>(z, a);
+    V all{};
+    unrolled<S>([&](auto s) PK_LAMBDA { all = all + f[decltype(s)::value]; });
     for (int64_t i = 0; i < dim; ++i) {
-      const V fa = f * a[i];
-      if (mean) mean[i] = mean[i] + output(fa);
-      if (scale) {
-        for (int64_t j = 0; j <= i; ++j) scale[i * dim + j] = scale[i * dim + j] + output(fa * z[j]);
-        scale[i * dim + i] = scale[i * dim + i] - output(f * inverse_diag[i]);
-      }
+      P sum{};
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        V& to = a[decltype(s)::value * dim + i];
+        to = f[decltype(s)::value] * to;
+        sum = sum + output(to);
+      });
+      if (mean) mean[i] = mean[i] + sum;
+      if (scale) scale[i * dim + i] = scale[i * dim + i] - output(all * inverse_diag[i]);
     }
+    if (scale) add_outer<S>(dim, 0, a, z, [&](int64_t i) PK_LAMBDA { return scale + i * dim; });
   }
 
-  PK_FN void add_path(const V* slope, const P* eps, P* mean, P* scale) const {
-    for (int64_t i = 0; i < dim; ++i) {
-      if (mean) mean[i] = mean[i] + output(slope[i]);
-      for (int64_t j = 0; scale && j <= i; ++j) scale[i * dim + j] = scale[i * dim + j] + output(slope[i] * eps[j]);
-    }
+  template <int S>
+  PK_FN void add_path(const V* slope, const P* eps, P* scale) const {
+    V* constants = work_;
+    for (int64_t j = 0; j < S * dim; ++j) constants[j] = constant<V>(eps[j]);
+    add_outer<S>(dim, 0, slope, static_cast<const V*>(constants), [&](int64_t i) PK_LAMBDA { return scale + i * dim; });
   }
 
   PK_FN void add_entropy(V f, P* scale) const {
@@ -104,16 +145,19 @@ struct TriangularScale {
   // Column by column of L: tr(U L Lᵀ) = Σ_j l_jᵀ U l_j.
   PK_FN V trace(Precision<V> precision, V weight, P* scale, P* precision_out) const {
     V* column = work_;
-    V* weighted = work_ + dim;
+    V* other = work_ + dim;
     V sum{};
     for (int64_t j = 0; j < dim; ++j) {
       for (int64_t i = j; i < dim; ++i) column[i] = row(i)[j];
-      apply(precision, dim, column, weighted, j);
+      apply<1>(precision, dim, column, other, j);
       for (int64_t i = j; i < dim; ++i) {
-        sum = sum + column[i] * weighted[i];
-        if (scale) scale[i * dim + j] = scale[i * dim + j] + output(weight * weighted[i] * T(2));
+        sum = sum + column[i] * other[i];
+        if (scale) scale[i * dim + j] = scale[i * dim + j] + output(weight * other[i] * T(2));
       }
-      if (precision_out) accumulate_outer(precision.kind, dim, weight, column, precision_out, j);
+      if (precision_out) {
+        for (int64_t i = j; i < dim; ++i) other[i] = weight * column[i];
+        accumulate_outer<1>(precision.kind, dim, other, column, precision_out, j);
+      }
     }
     return sum;
   }
@@ -129,7 +173,7 @@ struct TriangularScale {
         column[i] = i < j ? V{} : row(i)[j];
         along = along + column[i] * x[i];
       }
-      apply(precision, dim, column, weighted);
+      apply<1>(precision, dim, column, weighted);
       sum = sum + square(along) * T(4);
       for (int64_t k = 0; k < dim; ++k) {
         V product{};

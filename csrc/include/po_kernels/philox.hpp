@@ -2,7 +2,7 @@
 // Key = 64-bit seed; counter = (dimension block of 4, sample, row low word, row high word).
 #pragma once
 
-#include "po_kernels/math.hpp"
+#include "po_kernels/several.hpp"
 
 namespace po_kernels {
 inline namespace PK_LEVEL {
@@ -86,33 +86,56 @@ PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   sine = select(sine_negative, -b, b);
 }
 
-// The four standard normals of a block of dimensions; with only two wanted, the last two are left out.
-template <class V>
+// Standard normals of a block of dimensions for S samples from `sample` on: z (S, stride), of which the block's first
+// 2 P are written.
+template <int S, int P, class V>
 PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word<V> row_low, Word<V> row_high, V* z,
-                            bool all = true) {
+                            int64_t stride) {
   using T = Element<V>;
-  Word<V> c0 = Word<V>{} + block, c1 = Word<V>{} + sample, c2 = row_low, c3 = row_high;
-  philox4x32(c0, c1, c2, c3, seed);
-  for (int pair = 0; pair < (all ? 2 : 1); ++pair) {
-    const V radius = square_root(log_uniform<V>(pair == 0 ? c0 : c2) * T(-2));
-    V cosine, sine;
-    circle(pair == 0 ? c1 : c3, cosine, sine);
-    z[2 * pair] = cosine * radius;
-    z[2 * pair + 1] = sine * radius;
-  }
+  using W = Word<V>;
+  Several<W, S> c[4];
+  unrolled<S>([&](auto s) PK_LAMBDA {
+    constexpr int at = decltype(s)::value;
+    c[0].v[at] = W{} + block;
+    c[1].v[at] = W{} + (sample + uint32_t(at));
+    c[2].v[at] = row_low;
+    c[3].v[at] = row_high;
+  });
+  philox4x32(c[0], c[1], c[2], c[3], seed);
+  // Pair p of sample s is number s P + p.
+  const auto words = [&](auto first) PK_LAMBDA {
+    return each_of<S * P>([&](auto i) PK_LAMBDA {
+      return c[decltype(first)::value + 2 * (decltype(i)::value % P)].v[decltype(i)::value / P];
+    });
+  };
+  using All = Several<V, S * P>;
+  const All radius = square_root(log_uniform<All>(words(Constant<0>{})) * T(-2));
+  All cosine, sine;
+  circle(words(Constant<1>{}), cosine, sine);
+  unrolled<S * P>([&](auto i) PK_LAMBDA {
+    constexpr int at = decltype(i)::value;
+    V* to = z + at / P * stride + 2 * (at % P);
+    to[0] = cosine.v[at] * radius.v[at];
+    to[1] = sine.v[at] * radius.v[at];
+  });
 }
 
-// The standard normals of one sample of the rows in the lanes: dim of them, dimension 4 k + i from block k.
-template <class V>
+// The standard normals of S samples of the rows in the lanes: out (S, dim), dimension 4 k + i from block k.
+template <int S, class V>
 PK_FN void standard_normals(uint64_t seed, uint32_t sample, Word<V> row_low, Word<V> row_high, int64_t dim, V* out) {
-  const int64_t whole = dim / 4;
+  const int64_t whole = dim / 4, rest = dim % 4;
   for (int64_t block = 0; block < whole; ++block) {
-    normals_of_block(seed, uint32_t(block), sample, row_low, row_high, out + 4 * block);
+    normals_of_block<S, 2>(seed, uint32_t(block), sample, row_low, row_high, out + 4 * block, dim);
   }
-  if (dim % 4 != 0) {
-    V z[4];
-    normals_of_block(seed, uint32_t(whole), sample, row_low, row_high, z, dim % 4 > 2);
-    for (int64_t i = 0; i < dim % 4; ++i) out[4 * whole + i] = z[i];
+  if (rest == 0) return;
+  V z[4 * S];
+  if (rest > 2) {
+    normals_of_block<S, 2>(seed, uint32_t(whole), sample, row_low, row_high, z, 4);
+  } else {
+    normals_of_block<S, 1>(seed, uint32_t(whole), sample, row_low, row_high, z, 4);
+  }
+  for (int s = 0; s < S; ++s) {
+    for (int64_t i = 0; i < rest; ++i) out[s * dim + 4 * whole + i] = z[4 * s + i];
   }
 }
 

@@ -1,7 +1,7 @@
 // The precision U of a Mahalanobis reward r = -(ŷ - y)ᵀ U (ŷ - y), shared by all rows.
 #pragma once
 
-#include "po_kernels/math.hpp"
+#include "po_kernels/blocks.hpp"
 
 namespace po_kernels {
 
@@ -31,54 +31,112 @@ PK_FN Shared<V> precision_diagonal(Precision<V> p, int64_t dim, int64_t j) {
   return p.kind == kScalar ? p.u[0] : p.kind == kDiagonal ? p.u[j] : p.u[j * dim + j];
 }
 
-// y = U x for an x that is zero before `first`, where y is not wanted either.
-template <class V>
+// Rows i..i+R of y = U x for the S vectors of x (S, dim), which are zero before `first`: sums[r][s].
+template <int S, int R, class V>
+PK_FN void multiply_rows(Precision<V> p, int64_t dim, int64_t first, int64_t end, int64_t i, const V* x,
+                         V (&sums)[R][S]) {
+  unrolled<R>([&](auto r) PK_LAMBDA {
+    unrolled<S>([&](auto s) PK_LAMBDA { sums[decltype(r)::value][decltype(s)::value] = V{}; });
+  });
+  for (int64_t j = first; j < end; ++j) {
+    Shared<V> u[R];
+    unrolled<R>([&](auto r) PK_LAMBDA { u[decltype(r)::value] = p.u[(i + decltype(r)::value) * dim + j]; });
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      const V from = x[decltype(s)::value * dim + j];
+      unrolled<R>([&](auto r) PK_LAMBDA {
+        V& sum = sums[decltype(r)::value][decltype(s)::value];
+        sum = sum + from * u[decltype(r)::value];
+      });
+    });
+  }
+}
+
+// y = U x for S vectors, (S, dim), that are zero before `first`, where y is not wanted either.
+template <int S, class V>
 PK_FN void apply(Precision<V> p, int64_t dim, const V* x, V* y, int64_t first = 0) {
   if (p.kind != kFull) {
-    for (int64_t i = first; i < dim; ++i) y[i] = x[i] * (p.kind == kScalar ? p.u[0] : p.u[i]);
+    for (int64_t i = first; i < dim; ++i) {
+      const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
+      unrolled<S>([&](auto s) PK_LAMBDA { y[decltype(s)::value * dim + i] = x[decltype(s)::value * dim + i] * u; });
+    }
     return;
   }
-  for (int64_t i = first; i < dim; ++i) {
-    const Shared<V>* row = p.u + i * dim;
-    V sum = x[first] * row[first];
-    for (int64_t j = first + 1; j < dim; ++j) sum = sum + x[j] * row[j];
-    y[i] = sum;
-  }
+  const auto rows = [&](int64_t i, auto count) PK_LAMBDA {
+    constexpr int R = decltype(count)::value;
+    V sums[R][S];
+    multiply_rows<S, R>(p, dim, first, dim, i, x, sums);
+    unrolled<R>([&](auto r) PK_LAMBDA {
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        y[decltype(s)::value * dim + i + decltype(r)::value] = sums[decltype(r)::value][decltype(s)::value];
+      });
+    });
+  };
+  int64_t i = first;
+  for (; i + 2 <= dim; i += 2) rows(i, Constant<2>{});
+  if (i < dim) rows(i, Constant<1>{});
 }
 
-// xᵀ U x.
-template <class V>
-PK_FN V quadratic(Precision<V> p, int64_t dim, const V* x) {
-  V total{};
+// xᵀ U x of S vectors, (S, dim).
+template <int S, class V>
+PK_FN void quadratic(Precision<V> p, int64_t dim, const V* x, V (&total)[S]) {
+  using T = Element<V>;
+  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = V{}; });
   if (p.kind != kFull) {
-    for (int64_t i = 0; i < dim; ++i) total = total + square(x[i]) * (p.kind == kScalar ? p.u[0] : p.u[i]);
-    return total;
+    for (int64_t i = 0; i < dim; ++i) {
+      const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        total[decltype(s)::value] = total[decltype(s)::value] + square(x[decltype(s)::value * dim + i]) * u;
+      });
+    }
+    return;
   }
-  for (int64_t i = 0; i < dim; ++i) {
-    const Shared<V>* row = p.u + i * dim;
-    V below{};
-    for (int64_t j = 0; j < i; ++j) below = below + x[j] * row[j];
-    total = total + x[i] * (below * Element<V>(2) + x[i] * row[i]);
+  // Twice what is below the diagonal, and the diagonal.
+  int64_t i = 0;
+  for (; i + 2 <= dim; i += 2) {
+    V below[2][S];
+    multiply_rows<S, 2>(p, dim, 0, i, i, x, below);
+    const Shared<V>* row = p.u + (i + 1) * dim + i;
+    const Shared<V> head = p.u[i * dim + i], off = row[0], tail = row[1];
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      constexpr int at = decltype(s)::value;
+      const V a = x[at * dim + i], b = x[at * dim + i + 1];
+      total[at] = total[at] + a * (below[0][at] * T(2) + a * head);
+      total[at] = total[at] + b * ((below[1][at] + a * off) * T(2) + b * tail);
+    });
   }
-  return total;
+  if (i < dim) {
+    V below[1][S];
+    multiply_rows<S, 1>(p, dim, 0, i, i, x, below);
+    const Shared<V> tail = p.u[i * dim + i];
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      constexpr int at = decltype(s)::value;
+      const V b = x[at * dim + i];
+      total[at] = total[at] + b * (below[0][at] * T(2) + b * tail);
+    });
+  }
 }
 
-// acc += weight x xᵀ, as the gradient in U, for an x that is zero before `first`.
-template <class V>
-PK_FN void accumulate_outer(int kind, int64_t dim, V weight, const V* x, Primal<V>* acc, int64_t first = 0) {
-  if (kind == kScalar) {
-    V sum{};
-    for (int64_t j = first; j < dim; ++j) sum = sum + square(x[j]);
-    acc[0] = acc[0] + output(weight * sum);
-  } else if (kind == kDiagonal) {
-    for (int64_t j = first; j < dim; ++j) acc[j] = acc[j] + output(weight * square(x[j]));
-  } else {
-    for (int64_t i = first; i < dim; ++i) {
-      const V wx = weight * x[i];
-      Primal<V>* row = acc + i * (i + 1) / 2;
-      for (int64_t j = first; j <= i; ++j) row[j] = row[j] + output(wx * x[j]);
+// acc += Σ_s weighted_s x_sᵀ, as the gradient in U, for weighted_s a multiple of x_s, both (S, dim) and zero before
+// `first`.
+template <int S, class V>
+PK_FN void accumulate_outer(int kind, int64_t dim, const V* weighted, const V* x, Primal<V>* acc, int64_t first = 0) {
+  if (kind == kFull) {
+    add_outer<S>(dim, first, weighted, x, [&](int64_t i) PK_LAMBDA { return acc + i * (i + 1) / 2; });
+    return;
+  }
+  Primal<V> all{};
+  for (int64_t j = first; j < dim; ++j) {
+    Primal<V> sum = kind == kScalar ? all : acc[j];
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      sum = sum + output(weighted[decltype(s)::value * dim + j] * x[decltype(s)::value * dim + j]);
+    });
+    if (kind == kScalar) {
+      all = sum;
+    } else {
+      acc[j] = sum;
     }
   }
+  if (kind == kScalar) acc[0] = acc[0] + all;
 }
 
 }  // namespace PK_LEVEL

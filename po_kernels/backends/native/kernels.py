@@ -1,7 +1,7 @@
 """How tensors and options reach the compiled kernels: what each op passes, and one way to pass it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +21,29 @@ Arguments = dict[str, Any]
 _MOST_SCRATCH = 2**48
 
 
-class _Rows(str):
-    """Name of a (B, ...) input, whose rows may be strided or expanded."""
+class _Input(NamedTuple):
+    """How the extension calls an input, and what goes with it."""
+
+    value: str
+    tangent: str
+    gradient: str
+    stride: str  # empty for an input that is passed contiguous
 
 
-class _Whole(str):
-    """Name of an input that is passed contiguous."""
+def _rows(name: str) -> _Input:
+    """A (B, ...) input, whose rows may be strided or expanded."""
+    return _Input(name, f"{name}_tangent", f"grad_{name}", f"{name}_stride")
+
+
+def _whole(name: str) -> _Input:
+    return _Input(name, f"{name}_tangent", f"grad_{name}", "")
 
 
 class _Kernel:
     """One op: `first` and `second` of `contract` on the extension's function of the same name.
 
     Args:
-        names: of the inputs, as the extension calls them; the gradient of x is `grad_x`.
+        names: of the inputs.
         value_shape: shape of the value, from (inputs, constants, config).
         options: the op's own arguments, from (inputs, constants, config).
         labels: the constants to pass, by name.
@@ -42,7 +52,7 @@ class _Kernel:
     def __init__(
         self,
         op: str,
-        names: Sequence[_Rows | _Whole],
+        names: Sequence[_Input],
         value_shape: Callable[[Sequence[Tensor], Sequence[Tensor], OpConfig], Sequence[int]],
         options: Callable[[Sequence[Tensor], Sequence[Tensor], OpConfig], Arguments],
         labels: Sequence[str] = (),
@@ -64,8 +74,7 @@ class _Kernel:
         want_stats: bool,
         config: OpConfig,
     ) -> list[Tensor]:
-        tangents = [None] * len(inputs)
-        return self._run(inputs, constants, tangents, cotangent, None, needs, want_stats, config, dual=False)
+        return self._run(inputs, constants, None, cotangent, None, needs, want_stats, config)
 
     def second(
         self,
@@ -78,7 +87,7 @@ class _Kernel:
         config: OpConfig,
     ) -> list[Tensor]:
         value, _, *gradients = self._run(
-            inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config, dual=True
+            inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config
         )
         return [value, *gradients]
 
@@ -86,115 +95,109 @@ class _Kernel:
         self,
         inputs: Sequence[Tensor],
         constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None],
+        tangents: Sequence[Tensor | None] | None,
         cotangent: Tensor | None,
         cotangent_tangent: Tensor | None,
         needs: Sequence[bool],
         want_stats: bool,
         config: OpConfig,
-        dual: bool,
     ) -> list[Tensor]:
         head = inputs[0]
         shape = self.value_shape(inputs, constants, config)
-        value = head.new_empty(shape)
-        stats = head.new_empty((5, *shape) if want_stats else 0)
-        gradients = [
-            x.new_empty(x.shape) if needed else x.new_empty(0) for x, needed in zip(inputs, needs, strict=True)
-        ]
+        outputs = [head.new_empty(shape), head.new_empty((5, *shape) if want_stats else 0)]
         keep: list[Tensor] = []  # what is copied for the call lives until its end
         arguments = self.options(inputs, constants, config)
-        if "stats" in arguments:
-            arguments["stats"] = stats.data_ptr() if want_stats else 0
-        for name, x, tangent, gradient, needed in zip(self.names, inputs, tangents, gradients, needs, strict=True):
-            arguments.update(_input(name, x, tangent, keep))
-            arguments[f"grad_{name}"] = gradient.data_ptr() if needed else 0
+        arguments["is_double"] = head.dtype == torch.float64
+        arguments["dual"] = tangents is not None
+        arguments["threads"] = torch.get_num_threads()
+        arguments["value"] = outputs[0].data_ptr()
+        if want_stats:
+            arguments["stats"] = outputs[1].data_ptr()
+        for names, x, needed in zip(self.names, inputs, needs, strict=True):
+            _pass_input(arguments, names, x, keep)
+            if needed:
+                gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+                arguments[names.gradient] = gradient.data_ptr()
+            else:
+                gradient = x.new_empty(0)
+            outputs.append(gradient)
+        for names, tangent in zip(self.names, tangents or (), strict=False):
+            if tangent is not None:
+                arguments[names.tangent] = _address(tangent, keep)
         for label, constant in zip(self.labels, constants, strict=False):
             arguments[label] = _address(constant, keep)
-        code, row = _function(self.op)(
-            is_double=head.dtype == torch.float64,
-            dual=dual,
-            threads=torch.get_num_threads(),
-            cotangent=_address(cotangent, keep),
-            cotangent_tangent=_address(cotangent_tangent, keep),
-            value=value.data_ptr(),
-            **arguments,
-        )
-        if code:
-            contract.refuse(self.op, code, row, self.labels_name)
-        return [value, stats, *gradients]
+        if cotangent is not None:
+            arguments["cotangent"] = _address(cotangent, keep)
+        if cotangent_tangent is not None:
+            arguments["cotangent_tangent"] = _address(cotangent_tangent, keep)
+        _call(self.op, arguments, self.labels_name)
+        return outputs
 
 
 def categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
     rows, classes = logits.shape
     labels = logits.new_empty((num_samples, rows), dtype=torch.int64)
     keep: list[Tensor] = []
-    code, row = _function("categorical_sample")(
-        is_double=logits.dtype == torch.float64,
-        dual=False,
-        rows=rows,
-        threads=torch.get_num_threads(),
-        classes=classes,
-        samples=num_samples,
-        seed=int(seed),
-        row_offset=row_offset,
-        value=labels.data_ptr(),
-        **_input(_Rows("logits"), logits, None, keep),
-    )
-    if code:
-        contract.refuse("categorical_sample", code, row)
+    arguments = {
+        "is_double": logits.dtype == torch.float64,
+        "dual": False,
+        "rows": rows,
+        "threads": torch.get_num_threads(),
+        "classes": classes,
+        "samples": num_samples,
+        "seed": int(seed),
+        "row_offset": row_offset,
+        "value": labels.data_ptr(),
+    }
+    _pass_input(arguments, _rows("logits"), logits, keep)
+    _call("categorical_sample", arguments)
     return labels
 
 
-def _function(op: str) -> Callable[..., tuple[int, int]]:
-    function = getattr(extension.module, op)
+def _call(op: str, arguments: Arguments, labels_name: str = "target") -> None:
+    """Runs the extension's function; raises what it refuses."""
+    samples = arguments.get("samples", 0)
+    per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
+    try:
+        if samples * per_sample > _MOST_SCRATCH:
+            raise MemoryError
+        code, row = getattr(extension.module, op)(**arguments)
+    except MemoryError:
+        raise MemoryError(
+            f"{op}: num_samples: expected a group whose samples fit in memory, a few rows at a time, "
+            f"got {samples} samples of {per_sample} numbers"
+        ) from None
+    if code:
+        contract.refuse(op, code, row, labels_name)
 
-    def named(**arguments: Any) -> tuple[int, int]:
-        per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
-        try:
-            if arguments.get("samples", 0) * per_sample > _MOST_SCRATCH:
-                raise MemoryError
-            return function(**arguments)
-        except MemoryError:
-            raise MemoryError(
-                f"{op}: num_samples: expected a group whose samples fit in memory, a few rows at a time, "
-                f"got {arguments.get('samples', 0)} samples of {per_sample} numbers"
-            ) from None
 
-    return named
-
-
-def _address(tensor: Tensor | None, keep: list[Tensor]) -> int:
-    if tensor is None:
-        return 0
-    tensor = tensor.contiguous()
-    keep.append(tensor)
+def _address(tensor: Tensor, keep: list[Tensor]) -> int:
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+        keep.append(tensor)
     return tensor.data_ptr()
 
 
-def _input(name: _Rows | _Whole, x: Tensor, tangent: Tensor | None, keep: list[Tensor]) -> Arguments:
-    arguments: Arguments = {f"{name}_tangent": _address(tangent, keep)}
-    if isinstance(name, _Rows):
-        row = x[:1]
-        if not row.is_contiguous():
+def _pass_input(arguments: Arguments, names: _Input, x: Tensor, keep: list[Tensor]) -> None:
+    if names.stride:
+        if not x.is_contiguous() and not x[:1].is_contiguous():
             x = x.contiguous()
-        keep.append(x)
-        arguments[f"{name}_stride"] = x.stride(0)
-        arguments[name] = x.data_ptr()
+            keep.append(x)
+        arguments[names.stride] = x.stride(0)
+        arguments[names.value] = x.data_ptr()
     else:
-        arguments[name] = _address(x, keep)
-    return arguments
+        arguments[names.value] = _address(x, keep)
 
 
-def _loss(rows: int, config: OpConfig) -> Arguments:
+def _loss(inputs: Sequence[Tensor], config: OpConfig) -> Arguments:
     return {
-        "rows": rows,
+        "rows": inputs[0].shape[0],
         "reduction": _REDUCTIONS[config.reduction],
         "estimator": _ESTIMATORS[config.estimator],
         "advantage": _ADVANTAGES[config.advantage],
         "samples": config.num_samples,
         "entropy_coef": config.entropy_coef,
         "rbf_gamma": config.rbf_gamma,
-        "stats": 0,
     }
 
 
@@ -208,14 +211,14 @@ def _loss_shape(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: O
 
 
 def _gaussian(family: str, scale: str) -> dict[str, _Kernel]:
-    mean, scale_rows = _Rows("mean"), _Rows(scale)
+    mean, scale_rows = _rows("mean"), _rows(scale)
     return {
         f"{family}_policy_loss": _Kernel(
             f"{family}_policy_loss",
-            (mean, scale_rows, _Rows("target"), _Whole("precision")),
+            (mean, scale_rows, _rows("target"), _whole("precision")),
             _loss_shape,
             lambda inputs, constants, config: {
-                **_loss(inputs[0].shape[0], config),
+                **_loss(inputs, config),
                 **_random(constants, config),
                 "dim": inputs[0].shape[1],
                 "precision_kind": inputs[3].ndim,
@@ -223,14 +226,14 @@ def _gaussian(family: str, scale: str) -> dict[str, _Kernel]:
         ),
         f"{family}_surrogate_loss": _Kernel(
             f"{family}_surrogate_loss",
-            (mean, scale_rows, _Whole("rewards")),
+            (mean, scale_rows, _whole("rewards")),
             _loss_shape,
-            lambda inputs, constants, config: {**_loss(inputs[0].shape[0], config), "dim": inputs[0].shape[1]},
+            lambda inputs, constants, config: {**_loss(inputs, config), "dim": inputs[0].shape[1]},
             labels=("given",),
         ),
         f"{family}_log_prob": _Kernel(
             f"{family}_log_prob",
-            (mean, scale_rows, _Whole("at")),
+            (mean, scale_rows, _whole("at")),
             lambda inputs, constants, config: inputs[2].shape[:-1],
             lambda inputs, constants, config: {
                 "rows": inputs[0].shape[0],
@@ -255,10 +258,10 @@ def _gaussian(family: str, scale: str) -> dict[str, _Kernel]:
 _CATEGORICAL = {
     "categorical_policy_loss": _Kernel(
         "categorical_policy_loss",
-        (_Rows("logits"), _Whole("reward_table")),
+        (_rows("logits"), _whole("reward_table")),
         _loss_shape,
         lambda inputs, constants, config: {
-            **_loss(inputs[0].shape[0], config),
+            **_loss(inputs, config),
             **_random(constants, config),
             "classes": inputs[0].shape[1],
         },
@@ -266,15 +269,15 @@ _CATEGORICAL = {
     ),
     "categorical_surrogate_loss": _Kernel(
         "categorical_surrogate_loss",
-        (_Rows("logits"), _Whole("rewards")),
+        (_rows("logits"), _whole("rewards")),
         _loss_shape,
-        lambda inputs, constants, config: {**_loss(inputs[0].shape[0], config), "classes": inputs[0].shape[1]},
+        lambda inputs, constants, config: {**_loss(inputs, config), "classes": inputs[0].shape[1]},
         labels=("given",),
         labels_name="samples",
     ),
     "categorical_log_prob": _Kernel(
         "categorical_log_prob",
-        (_Rows("logits"),),
+        (_rows("logits"),),
         lambda inputs, constants, config: constants[0].shape,
         lambda inputs, constants, config: {
             "rows": inputs[0].shape[0],
@@ -289,7 +292,7 @@ _CATEGORICAL = {
 _ADVANTAGE = {
     "group_advantage": _Kernel(
         "group_advantage",
-        (_Whole("rewards"),),
+        (_whole("rewards"),),
         lambda inputs, constants, config: inputs[0].shape,
         lambda inputs, constants, config: {
             "rows": inputs[0].shape[1],

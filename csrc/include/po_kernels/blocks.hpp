@@ -1,0 +1,87 @@
+// Loops over blocks of samples and over tiles of matrices, whose values stay in registers.
+//
+// The samples of a row share what the row is made of: working on a few at a time, a number is read from memory once for
+// all of them, and their sums do not wait for one another.
+#pragma once
+
+#include "po_kernels/math.hpp"
+
+namespace po_kernels {
+
+constexpr int kBlock = 4;  // samples in a block
+
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+};
+
+inline namespace PK_LEVEL {
+
+// body(Constant<0>{}), ..., body(Constant<N - 1>{}): arrays indexed by such constants need no memory.
+template <int N, class Body>
+PK_FN void unrolled(Body body) {
+  if constexpr (N > 0) {
+    unrolled<N - 1>(body);
+    body(Constant<N - 1>{});
+  }
+}
+
+// body(g, Constant<S>{}) for blocks of S samples from g on, S being kBlock while there are as many, then 1.
+template <class Body>
+PK_FN void in_blocks(int64_t count, Body body) {
+  int64_t g = 0;
+  for (; g + kBlock <= count; g += kBlock) body(g, Constant<kBlock>{});
+  for (; g < count; ++g) body(g, Constant<1>{});
+}
+
+// A tile of the sum below: rows i..i+4, columns j..j+4, on the diagonal (i = j) its lower triangle.
+template <int S, bool diagonal, class V, class Rows>
+PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, const V* right, Rows row) {
+  using P = Primal<V>;
+  P tile[4][4];
+  unrolled<4>([&](auto r) PK_LAMBDA {
+    unrolled<diagonal ? decltype(r)::value + 1 : 4>([&](auto c) PK_LAMBDA {
+      tile[decltype(r)::value][decltype(c)::value] = row(i + decltype(r)::value)[j + decltype(c)::value];
+    });
+  });
+  unrolled<S>([&](auto s) PK_LAMBDA {
+    const V* l = left + decltype(s)::value * dim + i;
+    const V* r = right + decltype(s)::value * dim + j;
+    unrolled<4>([&](auto a) PK_LAMBDA {
+      unrolled<diagonal ? decltype(a)::value + 1 : 4>([&](auto c) PK_LAMBDA {
+        constexpr int at = decltype(a)::value, to = decltype(c)::value;
+        tile[at][to] = tile[at][to] + output(l[at] * r[to]);
+      });
+    });
+  });
+  unrolled<4>([&](auto r) PK_LAMBDA {
+    unrolled<diagonal ? decltype(r)::value + 1 : 4>([&](auto c) PK_LAMBDA {
+      row(i + decltype(r)::value)[j + decltype(c)::value] = tile[decltype(r)::value][decltype(c)::value];
+    });
+  });
+}
+
+// row(i)[j] += Σ_s left[s][i] right[s][j] for first <= j <= i < dim; left and right are (S, dim).
+template <int S, class V, class Rows>
+PK_FN void add_outer(int64_t dim, int64_t first, const V* left, const V* right, Rows row) {
+  int64_t i = first;
+  if constexpr (S > 1) {  // a sum of one term has nothing to keep in registers
+    for (; i + 4 <= dim; i += 4) {
+      for (int64_t j = first; j < i; j += 4) add_outer_tile<S, false>(dim, i, j, left, right, row);
+      add_outer_tile<S, true>(dim, i, i, left, right, row);
+    }
+  }
+  for (; i < dim; ++i) {
+    Primal<V>* to = row(i);
+    V factor[S];
+    unrolled<S>([&](auto s) PK_LAMBDA { factor[decltype(s)::value] = left[decltype(s)::value * dim + i]; });
+    for (int64_t j = first; j <= i; ++j) {
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        to[j] = to[j] + output(factor[decltype(s)::value] * right[decltype(s)::value * dim + j]);
+      });
+    }
+  }
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels

@@ -1,0 +1,100 @@
+// Several lane values side by side, as one lane value.
+//
+// A long computation on one value waits for each of its steps. On several, the same code makes as many independent
+// chains of steps, close enough together for the processor to run them at once.
+#pragma once
+
+#include "po_kernels/blocks.hpp"
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+template <class V, int M>
+struct Several {
+  V v[M];
+};
+
+template <class V, int M>
+struct LaneTraits<Several<V, M>> {
+  using Element = typename LaneTraits<V>::Element;
+  using Word = Several<typename LaneTraits<V>::Word, M>;
+  using Bits = Several<typename LaneTraits<V>::Bits, M>;
+  static constexpr int width = LaneTraits<V>::width;
+};
+
+// f(i) for each of the values.
+template <int M, class F>
+PK_FN auto each_of(F f) {
+  Several<decltype(f(Constant<0>{})), M> y;
+  unrolled<M>([&](auto i) PK_LAMBDA { y.v[decltype(i)::value] = f(i); });
+  return y;
+}
+
+#define PK_SEVERAL_OPERATOR(op)                                                                              \
+  template <class A, class B, int M>                                                                         \
+  PK_FN auto operator op(const Several<A, M>& a, const Several<B, M>& b) {                                   \
+    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[decltype(i)::value] op b.v[decltype(i)::value]; }); \
+  }                                                                                                          \
+  template <class A, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0>                \
+  PK_FN auto operator op(const Several<A, M>& a, T b) {                                                      \
+    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[decltype(i)::value] op b; });                       \
+  }
+PK_SEVERAL_OPERATOR(+)
+PK_SEVERAL_OPERATOR(-)
+PK_SEVERAL_OPERATOR(*)
+PK_SEVERAL_OPERATOR(/)
+PK_SEVERAL_OPERATOR(&)
+PK_SEVERAL_OPERATOR(|)
+PK_SEVERAL_OPERATOR(^)
+PK_SEVERAL_OPERATOR(<<)
+PK_SEVERAL_OPERATOR(>>)
+PK_SEVERAL_OPERATOR(<)
+PK_SEVERAL_OPERATOR(>)
+PK_SEVERAL_OPERATOR(!=)
+#undef PK_SEVERAL_OPERATOR
+
+template <class V, int M>
+PK_FN Several<V, M> operator-(const Several<V, M>& a) {
+  return each_of<M>([&](auto i) PK_LAMBDA { return -a.v[decltype(i)::value]; });
+}
+
+#define PK_SEVERAL_FUNCTION(name)                                                       \
+  template <class A, int M>                                                             \
+  PK_FN auto name(const Several<A, M>& a) {                                             \
+    return each_of<M>([&](auto i) PK_LAMBDA { return name(a.v[decltype(i)::value]); }); \
+  }
+PK_SEVERAL_FUNCTION(square_root)
+PK_SEVERAL_FUNCTION(from_bits)
+PK_SEVERAL_FUNCTION(to_bits)
+PK_SEVERAL_FUNCTION(widen)
+PK_SEVERAL_FUNCTION(narrow)
+#undef PK_SEVERAL_FUNCTION
+
+// Conversions to V, a Several.
+#define PK_SEVERAL_CONVERSION(name)                                                         \
+  template <class V, class A, int M>                                                        \
+  PK_FN auto name(const Several<A, M>& a) {                                                 \
+    using To = std::remove_reference_t<decltype(V{}.v[0])>;                                 \
+    return each_of<M>([&](auto i) PK_LAMBDA { return name<To>(a.v[decltype(i)::value]); }); \
+  }
+PK_SEVERAL_CONVERSION(from_word)
+PK_SEVERAL_CONVERSION(from_integer)
+PK_SEVERAL_CONVERSION(element_mask)
+#undef PK_SEVERAL_CONVERSION
+
+template <class Mask, class V, int M>
+PK_FN Several<V, M> select(const Several<Mask, M>& mask, const Several<V, M>& a, const Several<V, M>& b) {
+  return each_of<M>([&](auto i) PK_LAMBDA {
+    return select(mask.v[decltype(i)::value], a.v[decltype(i)::value], b.v[decltype(i)::value]);
+  });
+}
+
+template <class W, int M>
+PK_FN void multiply_wide(const Several<W, M>& a, uint32_t b, Several<W, M>& high, Several<W, M>& low) {
+  unrolled<M>([&](auto i) PK_LAMBDA {
+    multiply_wide(a.v[decltype(i)::value], b, high.v[decltype(i)::value], low.v[decltype(i)::value]);
+  });
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels
