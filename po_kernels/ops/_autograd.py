@@ -285,11 +285,10 @@ class _Gradient(torch.autograd.Function):
         _no_second_derivative(call)
         cotangent, *tensors = ctx.saved_tensors
         inputs, constants = _split(call, tuple(tensors))
-        tangents = [
-            torch.zeros_like(x) if v is None or not needed else v
-            for x, v, needed in zip(inputs, cotangents, ctx.needs, strict=True)
-        ]
-        derivative, *products = _Product.apply(call, cotangent, None, *tangents, *inputs, *constants)
+        tangents = [v if needed else None for v, needed in zip(cotangents, ctx.needs, strict=True)]
+        needs = ctx.needs_input_grad[3 : 3 + len(inputs)]
+        derivative, *products = _Product.apply(call, needs, cotangent, None, *tangents, *inputs, *constants)
+        products = [p if needed else None for p, needed in zip(products, needs, strict=True)]
         return (None, None, derivative, *products, *(None,) * (ctx.count - 1 - len(products)))
 
     @staticmethod
@@ -298,8 +297,8 @@ class _Gradient(torch.autograd.Function):
         _no_second_derivative(call)
         cotangent, *tensors = ctx.saved_tensors
         inputs, constants = _split(call, tuple(tensors))
-        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents[: len(inputs)], strict=True)]
-        _, *products = _Product.apply(call, cotangent, cotangent_tangent, *filled, *inputs, *constants)
+        moved = tangents[: len(inputs)]
+        _, *products = _Product.apply(call, ctx.needs, cotangent, cotangent_tangent, *moved, *inputs, *constants)
         return tuple(p if needed else None for p, needed in zip(products, ctx.needs, strict=True))
 
     @staticmethod
@@ -331,9 +330,9 @@ class _Derivative(torch.autograd.Function):
         _no_second_derivative(call)
         tangents, rest = _split(call, ctx.saved_tensors)
         inputs, constants = _split(call, rest)
-        _, *products = _Product.apply(call, cotangent, None, *tangents, *inputs, *constants)
-        empty = [x.new_empty(0) for x in inputs]
         needs = (True,) * len(inputs)
+        _, *products = _Product.apply(call, needs, cotangent, None, *tangents, *inputs, *constants)
+        empty = [x.new_empty(0) for x in inputs]
         gradients = _Gradient.apply(call, needs, cotangent, *inputs, *constants, *empty)
         return (None, *gradients, *products, *(None,) * len(constants))
 
@@ -352,7 +351,8 @@ class _Derivative(torch.autograd.Function):
                 f"{call.op}: forward over forward mode is not available for a value that is no scalar; "
                 "use reverse mode for one of the two derivatives, or backend='reference'"
             )
-        _, *products = _Product.apply(call, unit, None, *tangents, *inputs, *constants)
+        needs = (True,) * len(inputs)
+        _, *products = _Product.apply(call, needs, unit, None, *tangents, *inputs, *constants)
         for product, direction in zip(products, first[: len(inputs)], strict=True):
             if direction is not None:
                 result = result + (product * direction).sum()
@@ -364,13 +364,12 @@ class _Derivative(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """(∂f(x)·v, g ∇²f(x) v + ġ ∇f(x)), from (g, ġ, *v, *x, *constants)."""
+    """(∂f(x)·v, g ∇²f(x) v + ġ ∇f(x)), from (g, ġ, *v, *x, *constants); ġ and any of v may be None, for zero."""
 
     @staticmethod
-    def forward(call, cotangent, cotangent_tangent, *tensors):
+    def forward(call, needs, cotangent, cotangent_tangent, *tensors):
         tangents, rest = _split(call, tensors)
         inputs, constants = _split(call, rest)
-        needs = [True] * len(inputs)
         return tuple(_second(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs))
 
     @staticmethod

@@ -1,7 +1,8 @@
 // Loops over blocks of samples and over tiles of matrices, whose values stay in registers.
 //
 // The samples of a row share what the row is made of: working on a few at a time, a number is read from memory once for
-// all of them, and their sums do not wait for one another.
+// all of them, and their sums do not wait for one another. Hence also the local copies below: what might have been
+// written through another pointer would be read again.
 #pragma once
 
 #include "po_kernels/math.hpp"
@@ -76,9 +77,11 @@ PK_FN void add_outer(int64_t dim, int64_t first, const V* left, const V* right, 
     V factor[S];
     unrolled<S>([&](auto s) PK_LAMBDA { factor[decltype(s)::value] = left[decltype(s)::value * dim + i]; });
     for (int64_t j = first; j <= i; ++j) {
+      Primal<V> sum = to[j];
       unrolled<S>([&](auto s) PK_LAMBDA {
-        to[j] = to[j] + output(factor[decltype(s)::value] * right[decltype(s)::value * dim + j]);
+        sum = sum + output(factor[decltype(s)::value] * right[decltype(s)::value * dim + j]);
       });
+      to[j] = sum;
     }
   }
 }

@@ -41,9 +41,10 @@ struct DiagonalScale {
   template <int S>
   PK_FN void stretch(const V* base, const P* eps, V* y) const {
     for (int64_t j = 0; j < dim; ++j) {
+      const V from = base[j], scale = std[j];
       unrolled<S>([&](auto s) PK_LAMBDA {
         constexpr int at = decltype(s)::value;
-        y[at * dim + j] = base[j] + std[j] * eps[at * dim + j];
+        y[at * dim + j] = from + scale * eps[at * dim + j];
       });
     }
   }
@@ -51,8 +52,9 @@ struct DiagonalScale {
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
     for (int64_t j = 0; j < dim; ++j) {
+      const V inverse = inverse_std[j];
       unrolled<S>([&](auto s) PK_LAMBDA {
-        z[decltype(s)::value * dim + j] = residual[decltype(s)::value * dim + j] * inverse_std[j];
+        z[decltype(s)::value * dim + j] = residual[decltype(s)::value * dim + j] * inverse;
       });
     }
   }
@@ -61,11 +63,11 @@ struct DiagonalScale {
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
       for (int64_t j = 0; j < dim; ++j) {
-        const P shift = mean[j].t * inverse_std[j].v;
+        const P shift = mean[j].t * inverse_std[j].v, stretched = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = decltype(s)::value;
           const P e = eps[at * dim + j];
-          z[at * dim + j] = V{e, -(shift + e * log_std[j].t)};
+          z[at * dim + j] = V{e, -(shift + e * stretched)};
         });
       }
     }

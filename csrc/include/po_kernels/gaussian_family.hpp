@@ -143,7 +143,8 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
     scale.template stretch<S>(base, noise + g * dim, residual);
     if constexpr (is_dual<V>) {
       for (int64_t j = 0; !pathwise && j < dim; ++j) {
-        unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = base[j].t; });
+        const Primal<V> tangent = base[j].t;
+        unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = tangent; });
       }
     }
   };
@@ -179,12 +180,17 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
     in_blocks(count, [&](int64_t g, auto block) PK_LAMBDA {
       constexpr int S = decltype(block)::value;
       residuals(g, block);
+      V pull[S];
+      unrolled<S>([&](auto k) PK_LAMBDA { pull[decltype(k)::value] = unit * group.pull[g + decltype(k)::value]; });
       for (int64_t j = 0; j < dim; ++j) {
+        V total = sum[j];
         unrolled<S>([&](auto k) PK_LAMBDA {
           constexpr int at = decltype(k)::value;
-          other[at * dim + j] = unit * group.pull[g + at] * residual[at * dim + j];
-          sum[j] = sum[j] + other[at * dim + j];
+          const V pulled = pull[at] * residual[at * dim + j];
+          other[at * dim + j] = pulled;
+          total = total + pulled;
         });
+        sum[j] = total;
       }
       if (out.precision) accumulate_outer<S>(precision.kind, dim, other, residual, out.precision);
       if (need_path) {
