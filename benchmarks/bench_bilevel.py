@@ -4,6 +4,7 @@
 skipped where it is not installed.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,8 +28,10 @@ CONFIG = GaussianConfig(progress=False, outer_steps=1_000_000)
 class Figure3:
     """The problem of Figure 3 with the fused losses, as functions of (θ, φ); φ is u."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, repeat: bool = False) -> None:
         self.inner_data, self.outer_data = gaussian.draw(CONFIG, 0)
+        if repeat:
+            self.inner_data, self.outer_data = _repeated(self.inner_data), _repeated(self.outer_data)
         torch.manual_seed(0)
         self.policy = MLPGaussian(2, 2)
         self.names = [name for name, _ in self.policy.named_parameters()]
@@ -48,21 +51,31 @@ class Figure3:
         return -pk.gaussian_log_prob(mean, log_std, self.outer_data.target).mean()
 
 
+def _repeated(data: Batch) -> Batch:
+    """A row of inputs for each observation."""
+    inputs = data.inputs.expand(*data.target.shape[:-1], data.inputs.shape[-1])
+    return Batch(inputs.flatten(0, 1), data.target.flatten(0, 1))
+
+
 @pytest.mark.parametrize("products", [5, 10, 20])
 def bench_hypergradient_is_its_products(benchmark, products):
-    """A whole hypergradient of K products against K Hessian products and one mixed one, of a graph that is there."""
+    """A hypergradient of K products against the two gradients, K Hessian products and one mixed one in it."""
     problem = Figure3()
+    trainer = gaussian.trainer(CONFIG, 0)
+    for _ in range(10):
+        trainer.step()
+    problem.policy.load_state_dict(trainer.policy.state_dict())
     # No tolerance to reach: K - 1 products in the solve, and the last with the mixed one.
-    method = ImplicitCG(damping=50.0, tolerance=1e-30, max_iterations=products - 1)
+    method = ImplicitCG(damping=2.0, tolerance=1e-30, max_iterations=products - 1)
 
     def ours() -> Any:
         return method(problem.inner, problem.outer, problem.theta, problem.phi)
 
     assert ours().num_products == products
-    gradient = torch.autograd.grad(problem.inner(problem.theta, problem.phi), problem.theta, create_graph=True)
-    vector = tuple(torch.randn_like(t) for t in problem.theta)
 
     def bare() -> None:
+        vector = torch.autograd.grad(problem.outer(problem.theta, problem.phi), problem.theta)
+        gradient = torch.autograd.grad(problem.inner(problem.theta, problem.phi), problem.theta, create_graph=True)
         for _ in range(products):
             torch.autograd.grad(gradient, problem.theta, vector, retain_graph=True)
         torch.autograd.grad(gradient, problem.phi, vector, retain_graph=True)
@@ -82,18 +95,23 @@ def bench_figure_3(benchmark):
     benchmark.pedantic(run, rounds=3)
 
 
-def torchopt_run(torchopt: Any, accelerated: bool) -> tuple[Callable[[], None], Callable[[], float]]:
+def torchopt_run(torchopt: Any, estimator: str, repeat: bool) -> tuple[Callable[[], None], Callable[[], float]]:
     """Figure 3 as the documentation of torchopt has it: `custom_root` around an inner loop on an eager loss.
 
-    Data, network, both optimisers with their states kept, weight decay, damping, tolerance and iterations are ours.
+    Data, network, both optimisers with their states kept and their schedules, weight decay, clipping, damping,
+    tolerance and iterations are ours.
 
     Returns:
         one outer step; and u.
     """
-    problem = Figure3()
+    problem = Figure3(repeat=repeat)
     raw = torch.tensor(math.log(math.expm1(1.0)), requires_grad=True)
     outer_optimizer = torch.optim.Adam([raw], lr=CONFIG.outer_learning_rate, betas=(0.5, 0.9))
-    optimizer = torchopt.adam(lr=CONFIG.learning_rate, weight_decay=DECAY, use_accelerated_op=accelerated)
+
+    def rate(count: Any) -> Any:
+        return CONFIG.learning_rate * (1.0 - 0.9 * (count % CONFIG.inner_steps) / CONFIG.inner_steps)
+
+    optimizer = torchopt.adam(lr=rate, weight_decay=DECAY)
     precision = torch.eye(2)
     kept: dict[str, Any] = {"theta": tuple(t.detach().clone().requires_grad_() for t in problem.theta)}
     kept["state"] = optimizer.init(kept["theta"])
@@ -101,7 +119,10 @@ def torchopt_run(torchopt: Any, accelerated: bool) -> tuple[Callable[[], None], 
     def objective(theta: tuple[Tensor, ...], raw: Tensor) -> Tensor:
         mean, log_std = problem._call(theta, problem.inner_data)
         u = torch.nn.functional.softplus(raw) * precision
-        return peers.gaussian_analytic(mean, log_std, problem.inner_data.target, u, ENTROPY)
+        target = problem.inner_data.target
+        if estimator == "dice":
+            return peers.gaussian_dice(mean, log_std.expand_as(mean), target, u, ENTROPY, 5)
+        return peers.gaussian_analytic(mean, log_std, target, u, ENTROPY)
 
     @torchopt.diff.implicit.custom_root(
         torch.func.grad(objective, argnums=0),
@@ -122,22 +143,31 @@ def torchopt_run(torchopt: Any, accelerated: bool) -> tuple[Callable[[], None], 
         loss = -torch.distributions.Normal(mean, log_std.exp()).log_prob(problem.outer_data.target).sum(-1).mean()
         outer_optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_([raw], 1.0)
         outer_optimizer.step()
         kept["theta"] = tuple(t.detach().requires_grad_() for t in theta)
 
     return step, lambda: float(torch.nn.functional.softplus(raw.detach()))
 
 
-@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
-def bench_figure_3_against_torchopt(benchmark, accelerated):
-    """An outer step with its 50 inner ones, after the two have been seen to take the same path."""
+@pytest.mark.parametrize("repeat", [False, True], ids=["observations together", "a row each"])
+@pytest.mark.parametrize("estimator", ["analytic", "dice"])
+def bench_figure_3_against_torchopt(benchmark, estimator, repeat):
+    """An outer step with its 50 inner ones, after the two have been seen to get to the same u.
+
+    With "a row each" the network of torchopt's run sees every x as often as it is observed, which is how such data come;
+    else it sees it once, as ours does.
+    """
     torchopt = pytest.importorskip("torchopt")
-    theirs, their_u = torchopt_run(torchopt, accelerated)
-    trainer = gaussian.trainer(CONFIG, 0)
-    for _ in range(40):
+    theirs, their_u = torchopt_run(torchopt, estimator, repeat)
+    trainer = gaussian.trainer(dataclasses.replace(CONFIG, estimator=estimator), 0)
+    for _ in range(70):
         theirs()
         trainer.step()
-    # The solves end at their tolerance and Adam divides by noise at first: the paths agree to about a percent.
-    check([torch.tensor(their_u())], [trainer.reward.precision().detach()], "u of torchopt", tolerance=0.03)
-    benchmark.extra_info.update(versions(), eager=compare(trainer.step, theirs, budget=20.0)._asdict())
+    # Both have got to the optimum: how exactly depends on where each solve ended, and on the samples.
+    check(
+        [torch.tensor(their_u())], [trainer.reward.precision().detach()], "u of torchopt",
+        tolerance=0.02 if estimator == "analytic" else 0.1,
+    )  # fmt: skip
+    benchmark.extra_info.update(versions(), eager=compare(trainer.step, theirs, budget=10.0)._asdict())
     benchmark.pedantic(trainer.step, rounds=5)

@@ -107,7 +107,9 @@ def train(
         batch, seed = stream.next()
 
         def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
-            optimizer.zero_grad()
+            # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
+            for parameter in parameters:
+                parameter.grad = None
             result = loss(policy, batch, seed)
             result.backward(inputs=parameters)
             if max_grad_norm is not None:

@@ -88,8 +88,8 @@ class GaussianConfig:
     """Figure 3: of adam for the policy at first; falls to a tenth between two updates of the reward."""
     outer_learning_rate: float = 0.07
     """Figure 3: of adam for the reward's parameters at first; falls linearly to a tenth."""
-    threads: int = 2
-    """Threads of torch."""
+    threads: int = 1
+    """Threads of torch; networks of this size lose time with more, and a great deal on a busy machine."""
     plot: bool = True
     """Draw the figure."""
     progress: bool = True

@@ -54,7 +54,8 @@ class ImplicitCG:
             if squared**0.5 <= goal:
                 break
             image = problem.product(direction)
-            curvature = problem.curvature.observe(direction, image)
+            length = float(direction @ direction)
+            curvature = problem.curvature.observe(direction, image, length)
             least = min(least, curvature)
             if curvature + self.damping <= 0:
                 problems.append(
@@ -63,11 +64,11 @@ class ImplicitCG:
                     "inner problem further or raise the damping"
                 )
                 break
-            step = squared / ((curvature + self.damping) * float(direction @ direction))
-            solution += step * direction
-            residual -= step * (image + self.damping * direction)
+            step = squared / ((curvature + self.damping) * length)
+            solution.add_(direction, alpha=step)
+            residual.sub_(image, alpha=step).sub_(direction, alpha=step * self.damping)
             previous, squared = squared, float(residual @ residual)
-            direction = residual + (squared / previous) * direction
+            direction.mul_(squared / previous).add_(residual)
         else:
             if squared**0.5 > goal:
                 problems.append(_ran_out(squared**0.5 / problem.scale, self.max_iterations, self.tolerance))

@@ -17,9 +17,9 @@ class Curvature:
         self._most = 0.0
         self._lowest: tuple[Tensor, Tensor] | None = None
 
-    def observe(self, vector: Tensor, image: Tensor) -> float:
-        """vᵀHv/vᵀv of a vector (P,) that is not zero and its image Hv (P,)."""
-        value = float(vector @ image) / float(vector @ vector)
+    def observe(self, vector: Tensor, image: Tensor, squared: float | None = None) -> float:
+        """vᵀHv/vᵀv of a vector (P,) that is not zero, its image Hv (P,), and vᵀv if it is known."""
+        value = float(vector @ image) / (float(vector @ vector) if squared is None else squared)
         self._most = max(self._most, abs(value))
         if abs(value) <= 10.0 * torch.finfo(vector.dtype).eps * self._most:
             value = 0.0
@@ -178,7 +178,7 @@ def outer_gradients(
     if all(g is None for g in by_theta):
         raise ValueError("outer_loss: expected a loss that depends on theta, got one that does not")
     filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, by_theta, strict=True))
-    if not all(g.isfinite().all() for g in filled):
+    if not _finite(filled):
         raise NonFiniteError("the gradient of the outer loss is not finite")
     return loss, filled, by_phi
 
@@ -198,9 +198,10 @@ def inner_gradient(
         gradients = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True)
     if all(g is None for g in gradients):
         raise ValueError("inner_loss: expected a loss that depends on theta, got one that does not")
-    if not all(g is None or g.detach().isfinite().all() for g in gradients):
+    filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, gradients, strict=True))
+    if not _finite(filled):
         raise NonFiniteError("the gradient of the inner loss is not finite")
-    return loss, tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, gradients, strict=True))
+    return loss, filled
 
 
 def scalar(name: str, loss: Tensor) -> None:
@@ -236,7 +237,7 @@ def all_finite(gradient: Tensors) -> Tensors:
     Raises:
         NonFiniteError: it is infinite or not a number somewhere.
     """
-    if not all(g.isfinite().all() for g in gradient):
+    if not _finite(gradient):
         raise NonFiniteError("the hypergradient is not finite")
     return gradient
 
@@ -264,6 +265,11 @@ def unflat(vector: Tensor, like: Tensors) -> Tensors:
     """The parts of a vector (P,) in the shapes of `like`."""
     parts = vector.split([t.numel() for t in like])
     return tuple(part.view_as(t) for part, t in zip(parts, like, strict=True))
+
+
+def _finite(tensors: Tensors) -> bool:
+    """All of them, in one reading: many small ones would cost more in calls than in arithmetic."""
+    return bool(torch.cat([t.detach().reshape(-1) for t in tensors]).isfinite().all())
 
 
 def _differentiable_gradient(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[Tensor, list[tuple[int, Tensor]]]:
