@@ -155,8 +155,8 @@ def torchopt_run(torchopt: Any, estimator: str, repeat: bool) -> tuple[Callable[
 def bench_figure_3_against_torchopt(benchmark, estimator, repeat):
     """An outer step with its 50 inner ones, after the two have been seen to get to the same u.
 
-    With "a row each" the network of torchopt's run sees every x as often as it is observed, which is how such data come;
-    else it sees it once, as ours does.
+    With "a row each" the network of torchopt's run sees every x as often as it is observed, which is how such data
+    come; else it sees it once, as ours does.
     """
     torchopt = pytest.importorskip("torchopt")
     theirs, their_u = torchopt_run(torchopt, estimator, repeat)

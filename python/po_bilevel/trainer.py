@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -363,7 +364,7 @@ class BilevelTrainer:
             "history": [dataclasses.asdict(step) for step in self.history],
             "random": checkpoints.random_state(),
         }
-        checkpoints.save(path, state, self._configuration())
+        checkpoints.save(path, state, self._configuration)
         self._good = f"{path}, after {len(self.history)} outer steps"
 
     def resume(self, path: Path) -> list[OuterStep]:
@@ -377,7 +378,7 @@ class BilevelTrainer:
         Raises:
             UsageError: there is no such file, it is no checkpoint, or the arguments differ: says which.
         """
-        state = checkpoints.load(path, self._configuration())
+        state = checkpoints.load(path, self._configuration)
         self.policy.load_state_dict(state["policy"])
         self.reward.load_state_dict(state["reward"])
         self._outer_optimizer.load_state_dict(state["outer_optimizer"])
@@ -394,7 +395,9 @@ class BilevelTrainer:
         self._good = f"{path}, after {len(self.history)} outer steps"
         return self.history
 
+    @functools.cached_property
     def _configuration(self) -> dict[str, str]:
+        """Read once, for it reads all data."""
         parts: dict[str, Any] = {
             "policy": self.policy, "reward": self.reward, "learned": tuple(self._phi), "inner_data": self._inner_data,
             "outer_data": self._outer_data, "inner_optimizer": self._new_optimizer(),

@@ -87,7 +87,7 @@ def test_figure_3_gets_to_the_optimum(estimator):
     assert outcome.rows[0]["error"] < 0.03
     assert outcome.rows[0]["u"] == pytest.approx(0.32, rel=0.1)
     path = outcome.curves["paths"][0]["u"]
-    assert path[0] == [1.0]
+    assert path[0] == pytest.approx([1.0])
     assert len(path) == 61
 
 

@@ -379,7 +379,7 @@ def _method(config: GaussianConfig) -> h.HypergradientMethod:
     # Along log σ the curvature is 2λ: half of one over it is a step that converges.
     step = 0.25 / config.entropy_coef
     methods: dict[str, h.HypergradientMethod] = {
-        "cg": h.ImplicitCG(damping, 1e-2, 10),
+        "cg": h.ImplicitCG(damping, 1e-2, 20),
         "normal-cg": h.NormalCG(damping, 1e-2, 10),
         "neumann": h.Neumann(20, None, damping, 0.5),
         "fixed-point": h.FixedPoint(None, damping, 1e-1, 30),
