@@ -16,13 +16,26 @@ with warnings.catch_warnings():
     import torch._decomp.decompositions_for_jvp
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the tensors of the op tests are: cpu or cuda")
+
+
+def pytest_configure(config):
+    # Before tests/ops/cases.py is imported, which draws all cases.
+    os.environ["PO_KERNELS_TEST_DEVICE"] = config.getoption("--device")
+
+
 @pytest.fixture(autouse=True)
-def torch_state():
+def torch_state(request):
     threads = torch.get_num_threads()
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        yield
+        if request.config.getoption("--device") == "cpu":
+            yield
+        else:
+            with torch.device(request.config.getoption("--device")):
+                yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
 

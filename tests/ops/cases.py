@@ -1,5 +1,6 @@
 """Random calls of every op, and the backends that serve them: what a new kernel has to pass, by registering."""
 
+import os
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,15 +38,19 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
 GROUPS = (1, 2, 3, 4, 5, 8, 13)
 
 
+# Where the cases' tensors are: pytest's --device.
+DEVICE = os.environ.get("PO_KERNELS_TEST_DEVICE", "cpu")
+
+
 def fused(op: str) -> list[str]:
-    """The backends besides the reference that serve `op` on the CPU."""
+    """The backends besides the reference that serve `op` on that device."""
     names = []
     for name in dispatch.BACKENDS:
         if name == "reference":
             continue
         backend = dispatch.module(name)
-        if backend.unavailable() is None and backend.refuses(op, "cpu", torch.float32) is None:
-            assert backend.refuses(op, "cpu", torch.float64) is None
+        if backend.unavailable() is None and backend.refuses(op, DEVICE, torch.float32) is None:
+            assert backend.refuses(op, DEVICE, torch.float64) is None
             names.append(name)
     return names
 
@@ -103,19 +108,22 @@ class Case:
         return f"{self.op} {shapes} {self.options}"
 
 
+# Drawn on the CPU, so that a case is the same on every device.
+
+
 def normal(rng: random.Random, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(rng.getrandbits(63))
+    return torch.randn(shape, dtype=torch.float64, generator=generator, device="cpu").to(DEVICE)
 
 
 def uniform(rng: random.Random, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    return torch.rand(shape, dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(rng.getrandbits(63))
+    return torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu").to(DEVICE)
 
 
 def labels(rng: random.Random, classes: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(rng.getrandbits(63))
-    return torch.randint(classes, shape, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(rng.getrandbits(63))
+    return torch.randint(classes, shape, generator=generator, device="cpu").to(DEVICE)
 
 
 def precision(rng: random.Random, kind: str, dim: int) -> Tensor:
@@ -126,7 +134,7 @@ def precision(rng: random.Random, kind: str, dim: int) -> Tensor:
         return 0.5 + uniform(rng, dim)
     root = normal(rng, dim, dim) / dim**0.5
     product = root @ root.mT
-    return 0.5 * (product + product.mT) + 0.3 * torch.eye(dim, dtype=torch.float64)
+    return 0.5 * (product + product.mT) + 0.3 * torch.eye(dim, dtype=torch.float64, device=DEVICE)
 
 
 def scale_tril(rng: random.Random, *shape: int) -> Tensor:

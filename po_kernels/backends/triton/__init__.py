@@ -1,7 +1,7 @@
 """GPU kernels written in Triton, which is imported at the first call.
 
-With TRITON_INTERPRET=1 in the environment before Triton is imported, its interpreter runs the kernels on CPU tensors too,
-slowly: a check of their arithmetic where there is no GPU. Only calls that ask for this backend by name are served so.
+With TRITON_INTERPRET=1 in the environment before Triton is imported, its interpreter runs the kernels on CPU tensors
+too, slowly: a check of their arithmetic where there is no GPU, for calls that ask for this backend by name.
 """
 
 import importlib

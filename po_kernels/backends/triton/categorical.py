@@ -1,7 +1,7 @@
 """Rows of categorical policies, in Triton.
 
-A program takes blocks of BLOCK_B rows, one after the other, as tiles (BLOCK_B, BLOCK_C) of all classes; groups of samples
-are (BLOCK_B, 1, BLOCK_G), and what a row has one of, (BLOCK_B, 1, 1).
+A program takes blocks of BLOCK_B rows, one after the other, as tiles (BLOCK_B, 1, BLOCK_C) of all classes; groups of
+samples are (BLOCK_B, 1, BLOCK_G), and what a row has one of, (BLOCK_B, 1, 1).
 """
 
 import triton
@@ -46,14 +46,23 @@ def softmax(logits, c, classes):
 
 @triton.jit
 def is_label(label, classes):
-    """Values in memory of a device are not checked: one that is no label reads nothing, and makes its row nan."""
     return (label >= 0) & (label < classes)
+
+
+@triton.jit
+def load_of(pointer, tangent, offsets, label, inside, classes, DUAL: tl.constexpr, T: tl.constexpr):
+    """Reads what belongs to a label, zero where not `inside`.
+
+    Values in memory of a device are not checked: one that is no label reads nothing, and makes its row nan.
+    """
+    x = load(pointer, tangent, offsets, inside & is_label(label, classes), float("nan"), DUAL, T)
+    return masked(inside, x)
 
 
 @triton.jit
 def log_prob_of(logits, logits_t, offset, label, log_normaliser, inside, classes, DUAL: tl.constexpr, T: tl.constexpr):
     """log p of labels (B, 1, G) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
-    x = load(logits, logits_t, offset + label, inside & is_label(label, classes), float("nan"), DUAL, T)
+    x = load_of(logits, logits_t, offset + label, label, inside, classes, DUAL, T)
     seen = value(x) != float("-inf")
     return plus(masked(seen, sub(x, log_normaliser)), tl.where(seen, 0.0, float("-inf")).to(T))
 
@@ -155,8 +164,8 @@ def policy_loss(
         weight = row_weight(cotangent, cotangent_t, cotangent_stride, row, inside, unit, HAS_COTANGENT, DUAL, T)
         p, log_p, entropy, log_normaliser = softmax(x, c, classes)
         if CLOSED_FORM:
-            column = load(table, table_t, y * classes + c, here & is_label(y, classes), float("nan"), DUAL, T)
-            reward = transformed(masked(here, column), gamma, HAS_RBF)
+            column = load_of(table, table_t, y * classes + c, y, here, classes, DUAL, T)
+            reward = transformed(column, gamma, HAS_RBF)
             objective = total(mul(p, reward), 2)
             deviation = sub(reward, objective)
             if NEED_LOGITS:
@@ -174,10 +183,8 @@ def policy_loss(
             g = tl.arange(0, BLOCK_G)[None, None, :]
             label = draw(value(x), c, first_words(tl.load(seed), g, row + row_offset), classes)
             there = inside & (g < count)
-            given = load(table, table_t, y * classes + label, there & is_label(y, classes), float("nan"), DUAL, T)
-            density = log_prob_of(
-                logits, logits_t, row * logits_stride, label, log_normaliser, there, classes, DUAL, T
-            )
+            given = load_of(table, table_t, y * classes + label, y, there, classes, DUAL, T)
+            density = log_prob_of(logits, logits_t, row * logits_stride, label, log_normaliser, there, classes, DUAL, T)
             objective, reward_mean, reward_std, advantage_std, to_rewards = score_loss(
                 label, given, density, p, log_p, entropy, weight, coef, gamma, c, count, here,
                 to_logits + row * classes + c if NEED_LOGITS else None,
@@ -198,7 +205,9 @@ def policy_loss(
     store_tally(loss_sum, stats_sum, partial)
 
 
-@triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "cotangent_stride", "partial_stride", "rows", "blocks"])
+@triton.jit(
+    do_not_specialize=["rewards_stride_g", "rewards_stride", "cotangent_stride", "partial_stride", "rows", "blocks"]
+)
 def surrogate_loss(
     logits, logits_t, logits_stride: tl.int64,
     rewards, rewards_t, rewards_stride_g: tl.int64, rewards_stride: tl.int64, samples,
@@ -253,12 +262,12 @@ def log_prob(
     HAS_COTANGENT: tl.constexpr, NEED_LOGITS: tl.constexpr,
     DUAL: tl.constexpr, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """log p of labels (count, rows) and, with a cotangent of that shape, the gradient; `chunks` of BLOCK_G a program."""
+    """log p of labels (count, rows) and, with a cotangent so, the gradient; `chunks` of BLOCK_G a program."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
     inside = row < rows
     x = load(logits, logits_t, row * logits_stride + c, inside & (c < classes), 0, DUAL, T)
-    p, log_p, entropy, log_normaliser = softmax(x, c, classes)
+    p, _, _, log_normaliser = softmax(x, c, classes)
     sums = tl.zeros((BLOCK_B, 1, BLOCK_C), T)
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, :]

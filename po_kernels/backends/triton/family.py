@@ -1,9 +1,9 @@
 """Rows of both Gaussian policies ŷ = μ + S ε, in Triton. z = S⁻¹ (ŷ - μ).
 
-What depends on the scale S is in `gaussian`, where S is a diagonal, and `mvn`, where it is a triangular matrix; TRIANGULAR
-says which. A program takes blocks of BLOCK_B rows, one after the other, and BLOCK_G samples of each at a time, in CHUNKS
-times, as tiles (BLOCK_B, BLOCK_G, BLOCK_D). What is summed over rows goes to its own part of
-`partial`, see `tally`.
+What depends on the scale S is in `gaussian`, where S is a diagonal, and `mvn`, where it is a triangular matrix;
+TRIANGULAR says which. A program takes blocks of BLOCK_B rows, one after the other, and of each BLOCK_G samples at a
+time, CHUNKS times, as tiles (BLOCK_B, BLOCK_G, BLOCK_D). What is summed over rows goes to its part of `partial`, see
+`tally`.
 """
 
 import triton
@@ -242,7 +242,8 @@ def policy_loss(
 
 @triton.jit(
     do_not_specialize=[
-        "rewards_stride_g", "rewards_stride", "samples_stride_g", "cotangent_stride", "partial_stride", "rows", "blocks",
+        "rewards_stride_g", "rewards_stride", "samples_stride_g", "cotangent_stride", "partial_stride",
+        "rows", "blocks",
     ]
 )  # fmt: skip
 def surrogate_loss(
@@ -339,7 +340,7 @@ def log_prob(
     NEED_AT: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """log p of at (count, rows, dim) and, with a cotangent (count, rows), the gradients; `chunks` of BLOCK_G a program."""
+    """log p of at (count, rows, dim) and, with a cotangent (count, rows), gradients; `chunks` of BLOCK_G a program."""
     d = tl.arange(0, BLOCK_D)[None, None, :]
     extent = number(dim, T)
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]

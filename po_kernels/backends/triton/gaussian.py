@@ -49,9 +49,7 @@ def whiten_noise(scale, mean, eps, DUAL: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def store_gradient(
-    scale, left, right, inner, to, offset, inside, d, dim, first, DUAL: tl.constexpr, T: tl.constexpr
-):
+def store_gradient(scale, left, right, inner, to, offset, inside, d, dim, first, DUAL: tl.constexpr, T: tl.constexpr):
     """The gradient in S of Σ_g leftᵀ S right + inner · log det S; left, right (B, G, BLOCK_D), inner (B, 1, 1).
 
     It is stored if `first`, and else added to what was stored before.

@@ -91,7 +91,7 @@ def advantages(reward, g, count, KIND: tl.constexpr):
 @triton.jit
 def advantages_transposed(reward, u, g, count, KIND: tl.constexpr):
     """Jᵀ u with J the Jacobian of the advantages in the rewards; u is zero beyond the group."""
-    if KIND == NONE or KIND == MIN:
+    if KIND <= MIN:  # and NONE
         return u
     else:
         less_mean = masked(g < count, sub(u, times(total(u, 2), 1.0 / count)))

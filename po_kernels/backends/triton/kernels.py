@@ -12,7 +12,7 @@ from ..contract import OpConfig
 from . import advantage, categorical, family, launch
 from .launch import Call
 
-Evaluate = Callable[..., tuple[Tensor, Tensor]]
+Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
 
 _LABELS_AT_ONCE = 256  # of a row
 
@@ -22,8 +22,7 @@ class _Kernel:
 
     Args:
         check: of values, made where they are at hand, which on a GPU they are not.
-        evaluate: (call, constants, cotangent, cotangent_tangent, want_stats, config) -> value, statistics; it writes
-            call.gradients.
+        evaluate: gives value and statistics, and writes call.gradients.
     """
 
     def __init__(self, op: str, check: Callable[..., None], evaluate: Evaluate) -> None:
@@ -68,34 +67,33 @@ class _Kernel:
     ) -> list[Tensor]:
         if inputs[0].device.type == "cpu":
             self.check(self.op, *inputs, *constants)
-        call = Call(self.op, inputs, tangents, needs)
-        value, stats = self.evaluate(call, constants, cotangent, cotangent_tangent, want_stats, config)
+        call = Call(self.op, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config)
+        value, stats = self.evaluate(call)
         return [value, stats, *call.gradients]
 
 
 def _policy_loss(triangular: bool) -> Evaluate:
-    def evaluate(
-        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
         mean, precision = call.pairs[0][0], call.pairs[3][0]
         dim, kind = mean.shape[1], precision.ndim
-        blocks = launch.tile(call.whole_group(max(config.num_samples, 1)), dim, matrix=kind == 2)
+        blocks = launch.tile(call.whole_group(max(call.config.num_samples, 1)), dim, matrix=kind == 2)
         # A gradient in one number is summed over rows by dimensions.
         shared = (0,) if not call.needs[3] else (dim, dim) if kind == 2 else (dim,)
         u, tangent = (None if x is None else _symmetric(x) for x in call.pairs[3])
         value, stats, sums = launch.loss(
-            call, family.policy_loss, config, cotangent, cotangent_tangent, want_stats, blocks, shared,
+            call, family.policy_loss, blocks, shared,
             **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("target", 2),
             precision=u, precision_t=tangent,
-            seed=call.seed(constants[0]) if config.num_samples else None,
+            seed=call.seed(call.constants[0]) if call.config.num_samples else None,
             **call.outputs("mean", "scale", "target"), NEED_PRECISION=bool(call.needs[3]),
-            row_offset=config.row_offset, dim=dim, count=max(config.num_samples, 1),
-            TRIANGULAR=triangular, KIND=kind, CLOSED_FORM=config.estimator == "analytic",
-            PATHWISE=config.estimator == "reparam",
+            row_offset=call.config.row_offset, dim=dim, count=max(call.config.num_samples, 1),
+            TRIANGULAR=triangular, KIND=kind, CLOSED_FORM=call.config.estimator == "analytic",
+            PATHWISE=call.config.estimator == "reparam",
             BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
         )  # fmt: skip
         if call.needs[3]:
-            call.gradients[3] = (_symmetric(sums) if kind == 2 else sums.sum() if kind == 0 else sums).to(precision.dtype)
+            found = _symmetric(sums) if kind == 2 else sums.sum() if kind == 0 else sums
+            call.gradients[3] = found.to(precision.dtype)
         return value, stats
 
     return evaluate
@@ -106,18 +104,16 @@ def _symmetric(u: Tensor) -> Tensor:
 
 
 def _surrogate_loss(triangular: bool) -> Evaluate:
-    def evaluate(
-        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-    ) -> tuple[Tensor, Tensor]:
-        samples = launch.with_contiguous_rows(constants[0], 2)
+    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
+        samples = launch.with_contiguous_rows(call.constants[0], 2)
         count, _, dim = samples.shape
         blocks = launch.tile(call.whole_group(count), dim)
         value, stats, _ = launch.loss(
-            call, family.surrogate_loss, config, cotangent, cotangent_tangent, want_stats, blocks, (0,),
+            call, family.surrogate_loss, blocks, (0,),
             **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("rewards", 2, leading=2),
             samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
             **call.outputs("mean", "scale", "rewards"), dim=dim, count=count,
-            TRIANGULAR=triangular, SCORE=config.estimator != "reparam",
+            TRIANGULAR=triangular, SCORE=call.config.estimator != "reparam",
             BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
         )  # fmt: skip
         return value, stats
@@ -126,9 +122,7 @@ def _surrogate_loss(triangular: bool) -> Evaluate:
 
 
 def _log_prob(triangular: bool) -> Evaluate:
-    def evaluate(
-        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
         count, rows, dim = call.pairs[2][0].shape
         value = call.empty(count, rows)
         if value.numel() == 0:
@@ -138,9 +132,9 @@ def _log_prob(triangular: bool) -> Evaluate:
         call.run(
             family.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
             **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("at", 2, leading=2),
-            **call.whole("cotangent", cotangent, cotangent_tangent), out=value, **call.outputs("mean", "scale", "at"),
+            **call.cotangents(), out=value, **call.outputs("mean", "scale", "at"),
             rows=rows, chunks=chunks, dim=dim, count=count,
-            TRIANGULAR=triangular, HAS_COTANGENT=cotangent is not None,
+            TRIANGULAR=triangular,
             BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_D=blocks.dim, **call.options(),
         )  # fmt: skip
         return value, call.empty(0)
@@ -149,11 +143,9 @@ def _log_prob(triangular: bool) -> Evaluate:
 
 
 def _sample(triangular: bool) -> Evaluate:
-    def evaluate(
-        call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-    ) -> tuple[Tensor, Tensor]:
+    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
         rows, dim = call.pairs[0][0].shape
-        count = config.num_samples
+        count = call.config.num_samples
         value = call.empty(count, rows, dim)
         if value.numel() == 0:
             return value, call.no_rows()
@@ -161,10 +153,10 @@ def _sample(triangular: bool) -> Evaluate:
         programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
         call.run(
             family.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-            **call.rows("mean", 0), **call.rows("scale", 1), seed=call.seed(constants[0]),
-            **call.whole("cotangent", cotangent, cotangent_tangent), out=value, **call.outputs("mean", "scale"),
-            rows=rows, row_offset=config.row_offset, chunks=chunks, dim=dim, count=count,
-            TRIANGULAR=triangular, HAS_COTANGENT=cotangent is not None,
+            **call.rows("mean", 0), **call.rows("scale", 1), seed=call.seed(call.constants[0]),
+            **call.cotangents(), out=value, **call.outputs("mean", "scale"),
+            rows=rows, row_offset=call.config.row_offset, chunks=chunks, dim=dim, count=count,
+            TRIANGULAR=triangular,
             BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_D=blocks.dim, **call.options(),
         )  # fmt: skip
         return value, call.empty(0)
@@ -172,21 +164,19 @@ def _sample(triangular: bool) -> Evaluate:
     return evaluate
 
 
-def _categorical_policy_loss(
-    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-) -> tuple[Tensor, Tensor]:
+def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     classes = call.pairs[0][0].shape[1]
-    count = call.whole_group(max(config.num_samples, 1))
+    count = call.whole_group(max(call.config.num_samples, 1))
     blocks = launch.class_tile(count, classes)
     # By label first, for the rewards of a row to be neighbours.
     table, tangent = (None if x is None else x.t().contiguous() for x in call.pairs[1])
     value, stats, sums = launch.loss(
-        call, categorical.policy_loss, config, cotangent, cotangent_tangent, want_stats, blocks,
+        call, categorical.policy_loss, blocks,
         (classes, classes) if call.needs[1] else (0,),
-        **call.rows("logits", 0), table=table, table_t=tangent, target=constants[0].contiguous(),
-        seed=call.seed(constants[1]) if config.num_samples else None,
+        **call.rows("logits", 0), table=table, table_t=tangent, target=call.constants[0].contiguous(),
+        seed=call.seed(call.constants[1]) if call.config.num_samples else None,
         **call.outputs("logits"), NEED_TABLE=bool(call.needs[1]),
-        row_offset=config.row_offset, classes=classes, count=count, CLOSED_FORM=config.estimator == "exact",
+        row_offset=call.config.row_offset, classes=classes, count=count, CLOSED_FORM=call.config.estimator == "exact",
         BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
     )  # fmt: skip
     if call.needs[1]:
@@ -194,24 +184,20 @@ def _categorical_policy_loss(
     return value, stats
 
 
-def _categorical_surrogate_loss(
-    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-) -> tuple[Tensor, Tensor]:
+def _categorical_surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     classes = call.pairs[0][0].shape[1]
-    count = call.whole_group(constants[0].shape[0])
+    count = call.whole_group(call.constants[0].shape[0])
     blocks = launch.class_tile(count, classes)
     value, stats, _ = launch.loss(
-        call, categorical.surrogate_loss, config, cotangent, cotangent_tangent, want_stats, blocks, (0,),
-        **call.rows("logits", 0), **call.rows("rewards", 1, leading=2), samples=constants[0].contiguous(),
+        call, categorical.surrogate_loss, blocks, (0,),
+        **call.rows("logits", 0), **call.rows("rewards", 1, leading=2), samples=call.constants[0].contiguous(),
         **call.outputs("logits", "rewards"), classes=classes, count=count, BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
     )  # fmt: skip
     return value, stats
 
 
-def _categorical_log_prob(
-    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-) -> tuple[Tensor, Tensor]:
-    count, rows = constants[0].shape
+def _categorical_log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    count, rows = call.constants[0].shape
     classes = call.pairs[0][0].shape[1]
     value = call.empty(count, rows)
     if value.numel() == 0:
@@ -220,9 +206,8 @@ def _categorical_log_prob(
     programs, chunks = launch.chunked(count, blocks, call.needs[0])
     call.run(
         categorical.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-        **call.rows("logits", 0), at=constants[0].contiguous(), **call.whole("cotangent", cotangent, cotangent_tangent),
+        **call.rows("logits", 0), at=call.constants[0].contiguous(), **call.cotangents(),
         out=value, **call.outputs("logits"), rows=rows, chunks=chunks, classes=classes, count=count,
-        HAS_COTANGENT=cotangent is not None,
         BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_C=blocks.dim, **call.options(),
     )  # fmt: skip
     return value, call.empty(0)
@@ -231,7 +216,7 @@ def _categorical_log_prob(
 def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
     if logits.device.type == "cpu":
         checks.logits("categorical_sample", logits, sampled=True)
-    call = Call("categorical_sample", (logits,), None, (False,))
+    call = Call("categorical_sample", (logits,), (), None, None, None, (False,), False, OpConfig())
     rows, classes = logits.shape
     labels = torch.empty((num_samples, rows), dtype=torch.int64, device=logits.device)
     if rows:
@@ -247,9 +232,7 @@ def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offs
     return labels
 
 
-def _group_advantage(
-    call: Call, constants: Sequence[Tensor], cotangent: Any, cotangent_tangent: Any, want_stats: bool, config: OpConfig
-) -> tuple[Tensor, Tensor]:
+def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
     count, rows = call.pairs[0][0].shape
     value = call.empty(count, rows)
     if rows == 0:
@@ -258,10 +241,10 @@ def _group_advantage(
     blocks = launch.class_tile(call.whole_group(count), 1)
     call.run(
         advantage.group_advantage, (triton.cdiv(rows, blocks.rows),), blocks.warps,
-        **call.rows("rewards", 0, leading=2), **call.whole("cotangent", cotangent, cotangent_tangent), out=value,
-        **call.outputs("rewards"), rows=rows, count=count, rbf_gamma=config.rbf_gamma or 0.0,
-        ADVANTAGE=launch.ADVANTAGES[config.advantage], HAS_RBF=config.rbf_gamma is not None,
-        HAS_COTANGENT=cotangent is not None, BLOCK_B=blocks.rows, BLOCK_G=blocks.group, **call.options(),
+        **call.rows("rewards", 0, leading=2), **call.cotangents(), out=value,
+        **call.outputs("rewards"), rows=rows, count=count, rbf_gamma=call.config.rbf_gamma or 0.0,
+        ADVANTAGE=launch.ADVANTAGES[call.config.advantage], HAS_RBF=call.config.rbf_gamma is not None,
+        BLOCK_B=blocks.rows, BLOCK_G=blocks.group, **call.options(),
     )  # fmt: skip
     return value, call.empty(0)
 

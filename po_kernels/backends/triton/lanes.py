@@ -1,8 +1,8 @@
 """Numbers with or without a tangent, in Triton.
 
 The rows are written once for two kinds of numbers: tensors, and pairs (value, tangent) of them that carry a derivative
-along. A tensor beside pairs is a constant. On pairs, the code of a gradient gives the derivative of that gradient: there
-is no second-order code to write. `value` drops a derivative, `output` is what a kernel stores.
+along. A tensor beside pairs is a constant. On pairs, the code of a gradient gives the derivative of that gradient:
+there is no second-order code to write. `value` drops a derivative, `output` is what a kernel stores.
 
 Names in capitals are compile-time constants; T is the dtype that is computed with.
 """

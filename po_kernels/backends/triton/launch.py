@@ -72,24 +72,27 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Call:
-    """The tensors of one call.
-
-    Args:
-        inputs: differentiable tensors.
-        tangents: None for the first derivative; for the second, one for each input or None.
-        needs: for each input, whether its gradient is wanted.
-    """
+    """The tensors and options of one call, as in `contract`; for the first derivative `tangents` is None."""
 
     def __init__(
-        self, op: str, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None] | None, needs: Sequence[bool]
+        self,
+        op: str,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        tangents: Sequence[Tensor | None] | None,
+        cotangent: Tensor | None,
+        cotangent_tangent: Tensor | None,
+        needs: Sequence[bool],
+        want_stats: bool,
+        config: OpConfig,
     ) -> None:
-        self.op = op
+        self.op, self.constants, self.needs, self.want_stats, self.config = op, constants, needs, want_stats, config
+        self.cotangent, self.cotangent_tangent = cotangent, cotangent_tangent
         self.dual = tangents is not None
         self.device = inputs[0].device
         self.dtype = compute_dtype(inputs[0].dtype)
         self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
         self.pairs = [self.pair(x, t) for x, t in zip(inputs, tangents or [None] * len(inputs), strict=True)]
-        self.needs = needs
         self.gradients = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else x.new_empty(0)
             for x, needed in zip(inputs, needs, strict=True)
@@ -99,9 +102,8 @@ class Call:
         """A number and its tangent, of the same strides."""
         if not self.dual:
             return x, None
-        return x.contiguous(), torch.zeros_like(x, memory_format=torch.contiguous_format) if (
-            tangent is None
-        ) else tangent.to(x.dtype).contiguous()
+        x = x.contiguous()
+        return x, torch.zeros_like(x) if tangent is None else tangent.contiguous()
 
     def whole_group(self, group: int) -> int:
         """`group`, for an op that needs a group as a whole."""
@@ -128,11 +130,12 @@ class Call:
         strides = (f"{name}_stride_g", f"{name}_stride")[2 - leading :]
         return {name: x, f"{name}_t": tangent, **dict(zip(strides, x.stride(), strict=False))}
 
-    def whole(self, name: str, x: Tensor | None, tangent: Tensor | None) -> Arguments:
-        """A contiguous tensor and its tangent, or neither."""
-        if x is None:
-            return {name: None, f"{name}_t": None}
-        return dict(zip((name, f"{name}_t"), self.pair(x.contiguous(), tangent), strict=True))
+    def cotangents(self) -> Arguments:
+        """The cotangent, contiguous, with its tangent."""
+        pair: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.cotangent is not None:
+            pair = self.pair(self.cotangent.contiguous(), self.cotangent_tangent)
+        return {"cotangent": pair[0], "cotangent_t": pair[1], "HAS_COTANGENT": self.cotangent is not None}
 
     def outputs(self, *names: str) -> Arguments:
         """For each input named where its gradient goes, and whether it is wanted."""
@@ -169,15 +172,7 @@ def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:
 
 
 def loss(
-    call: Call,
-    kernel: Any,
-    config: OpConfig,
-    cotangent: Tensor | None,
-    cotangent_tangent: Tensor | None,
-    want_stats: bool,
-    blocks: Tile,
-    shared: tuple[int, ...],
-    **arguments: Any,
+    call: Call, kernel: Any, blocks: Tile, shared: tuple[int, ...], **arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a kernel over the rows of a loss and adds up what its programs report.
 
@@ -187,6 +182,7 @@ def loss(
     Returns:
         the loss, the statistics (empty unless wanted), and the sums of that shape.
     """
+    config, want_stats = call.config, call.want_stats
     rows = call.pairs[0][0].shape[0]
     reduced = config.reduction != "none"
     shape = () if reduced else (rows,)
@@ -208,8 +204,8 @@ def loss(
         (programs,),
         blocks.warps,
         **arguments,
-        **call.whole("cotangent", cotangent, cotangent_tangent),
-        cotangent_stride=0 if cotangent is None or reduced else 1,
+        **call.cotangents(),
+        cotangent_stride=0 if reduced else 1,
         losses=None if reduced else value,
         stats=stats if want_stats and not reduced else None,
         partial=partial,
@@ -220,7 +216,6 @@ def loss(
         rbf_gamma=config.rbf_gamma or 0.0,
         loss_unit=1.0 / rows if config.reduction == "mean" else 1.0,
         stats_unit=1.0 / rows,
-        HAS_COTANGENT=cotangent is not None,
         HAS_RBF=config.rbf_gamma is not None,
         ADVANTAGE=ADVANTAGES[config.advantage],
         REDUCED=reduced,

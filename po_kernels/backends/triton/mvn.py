@@ -33,7 +33,7 @@ def column_of(scale, j, DUAL: tl.constexpr, T: tl.constexpr):
 @triton.jit
 def inverse_diagonal(scale, i, DUAL: tl.constexpr, T: tl.constexpr):
     """1 / L_ii, (B, 1, 1)."""
-    pointer, tangent, offset, inside, d, dim = scale
+    pointer, tangent, offset, inside, _, dim = scale
     return inverse(load(pointer, tangent, offset + i * (dim + 1), inside, 1, DUAL, T))
 
 
@@ -81,7 +81,7 @@ def whiten_transposed(scale, z, DUAL: tl.constexpr, T: tl.constexpr):
 def whiten_noise(scale, mean, eps, DUAL: tl.constexpr, T: tl.constexpr):
     """L⁻¹ (ŷ - μ) of the constant sample ŷ = μ + L eps: eps, with the derivative that μ and L give it."""
     if DUAL:
-        pointer, tangent, offset, inside, d, dim = scale
+        _, tangent, offset, inside, d, dim = scale
         moved = mean[1] + stretch((tangent, tangent, offset, inside, d, dim), eps, False, T)
         return eps, -whiten(scale, moved, False, T)
     else:
@@ -98,9 +98,7 @@ def store_row(to, i, row, offset, inside, d, dim, first, DUAL: tl.constexpr, T: 
 
 
 @triton.jit
-def store_gradient(
-    scale, left, right, inner, to, offset, inside, d, dim, first, DUAL: tl.constexpr, T: tl.constexpr
-):
+def store_gradient(scale, left, right, inner, to, offset, inside, d, dim, first, DUAL: tl.constexpr, T: tl.constexpr):
     """The gradient in L of Σ_g leftᵀ L right + inner · log det L; left, right (B, G, BLOCK_D), inner (B, 1, 1).
 
     It is stored if `first`, and else added to what was stored before.

@@ -22,7 +22,7 @@ def words(seed, block, sample, row):
 def log_uniform(word, T: tl.constexpr):
     """ln u of u = ((word >> 8) + 1/2) 2^-24."""
     n = ((word >> 8) << 1) | 1  # u = n 2^-25
-    if T == tl.float64:
+    if tl.float64 == T:
         return tl.log(n.to(T) * 2.9802322387695312e-08)
     else:
         # n is exact in float32 up to 2^24: from there on u is taken as 1 - w, so that nothing is rounded before the
@@ -52,7 +52,7 @@ def log_uniform(word, T: tl.constexpr):
 def circle(word, T: tl.constexpr):
     """cos and sin of 2 pi u."""
     n = ((word >> 8) << 1) | 1
-    if T == tl.float64:
+    if tl.float64 == T:
         angle = n.to(T) * 1.8725351414619643e-07  # 2 pi 2^-25
         return tl.cos(angle), tl.sin(angle)
     else:

@@ -17,7 +17,7 @@ HEAD = tl.constexpr(6)  # the loss and the statistics
 def row_weight(
     cotangent, cotangent_t, stride, row, inside, unit, HAS_COTANGENT: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr
 ):
-    """What the row's loss is multiplied with in what is differentiated: the cotangent times `unit`; 0 where no row is."""
+    """The factor of the row's loss in what is differentiated, the cotangent times `unit`; zero without a row."""
     if HAS_COTANGENT:
         return times(load(cotangent, cotangent_t, row * stride, inside, 0, DUAL, T), unit)
     else:

@@ -1,0 +1,161 @@
+"""The Triton backend without a GPU: its kernels in Triton's interpreter, and compiled ahead of time.
+
+The interpreter is chosen when kernels are declared, so that it needs a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from po_kernels.backends import triton as backend
+from po_kernels.backends.contract import OpConfig
+
+from .cases import LOG_PROBS, LOSSES, SAMPLES
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from . import triton_aot
+
+FOLDER = Path(__file__).parent
+
+
+def interpreted(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("PO_KERNELS_BACKEND", None)
+    done = subprocess.run(command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_in_the_interpreter():
+    interpreted(str(FOLDER / "triton_interpreted.py"))
+
+
+def test_random_numbers_in_the_interpreter():
+    """Integers to the bit; of the half precisions, which draw from the same thresholds, none again."""
+    interpreted(str(FOLDER / "test_philox.py"), "-k", "triton and not distribution and not dtype2 and not dtype3")
+
+
+def test_the_interpreter_serves_cpu_tensors_by_name_only(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backend.unavailable() is None
+    assert backend.refuses("gaussian_policy_loss", "cpu", torch.float32) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "CUDA" in backend.refuses("gaussian_policy_loss", "cpu", torch.float32)
+
+
+# Compilation: rows do not matter, and shapes are typical of their op.
+ROWS = 64
+SHAPES = {"gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categorical": ((32, 16),), "group": ((1, 64),)}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def tensors(op: str, dim: int, group: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs and constants of an op; of their values only those matter that would be refused."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    family = op.split("_")[0]
+    labels = {"policy": (ROWS,), "surrogate": (group, ROWS), "log": (group, ROWS)}
+    seed = torch.tensor(1)
+    if op == "group_advantage":
+        return [empty(group, ROWS)], []
+    if family == "categorical":
+        what = op.split("_")[1]
+        extra = {"policy": [empty(dim, dim)], "surrogate": [empty(group, ROWS)]}.get(what, [])
+        constants = [torch.zeros(labels[what], dtype=torch.int64)] if what in labels else []
+        return [empty(ROWS, dim), *extra], [*constants, *([seed] if what in ("policy", "sample") else [])]
+    unit = torch.eye(dim, dtype=dtype)
+    policy = [empty(ROWS, dim), unit.repeat(ROWS, 1, 1) if family == "mvn" else empty(ROWS, dim)]
+    if op.endswith("policy_loss"):
+        return [*policy, empty(ROWS, dim), unit], [seed]
+    if op.endswith("surrogate_loss"):
+        return [*policy, empty(group, ROWS)], [empty(group, ROWS, dim)]
+    if op.endswith("log_prob"):
+        return [*policy, empty(group, ROWS, dim)], []
+    return policy, [seed]
+
+
+def compile_all(
+    monkeypatch, op: str, order: str, shape: tuple[int, int], dtype: torch.dtype, config: OpConfig, *capabilities: int
+) -> list:
+    dim, group = shape
+    inputs, constants = tensors(op, dim, group, dtype)
+    if config.estimator in ("analytic", "exact"):
+        constants = constants[:-1]
+    compute = torch.float32 if dtype == torch.bfloat16 else dtype
+    wide = op in LOG_PROBS or op == "group_advantage"
+    cotangent = torch.ones((group, ROWS, dim) if op in SAMPLES else (group, ROWS) if wide else (), dtype=compute)
+    launches = triton_aot.launches_of(
+        monkeypatch, op, order, inputs, constants, config, cotangent, want_stats=order == "first" and op in LOSSES
+    )
+    assert launches
+    return [triton_aot.compiled(each, capability) for each in launches for capability in capabilities]
+
+
+def config_of(op: str, estimator: str, group: int) -> OpConfig:
+    closed = estimator in ("analytic", "exact")
+    return OpConfig(estimator, 0 if closed else group, "standardized", None if closed else 0.1, 0.5, "mean", 0)
+
+
+ESTIMATORS = {"policy_loss": ("dice", "reparam", "analytic"), "surrogate_loss": ("dice",)}
+CALLS = [
+    (op, estimator)
+    for op in (*LOSSES, *LOG_PROBS, *SAMPLES, "group_advantage")
+    for estimator in next((found for what, found in ESTIMATORS.items() if op.endswith(what)), ("",))
+]
+CALLS = [
+    (op, "exact" if op.startswith("categorical") and estimator == "analytic" else estimator)
+    for op, estimator in CALLS
+    if not (op == "categorical_policy_loss" and estimator == "reparam")
+]
+
+
+# Below its limit of 255 registers a thread ptxas may put a few bytes aside for more threads to fit a multiprocessor.
+FEW_BYTES = 16
+
+
+@pytest.mark.parametrize(("op", "estimator"), CALLS)
+def test_first_order_compiles_without_spills(op, estimator, monkeypatch, record_property):
+    order = "sample" if op == "categorical_sample" else "first"
+    for shape in SHAPES[op.split("_")[0]][: 2 if estimator == "dice" else 1]:
+        config = config_of(op, estimator, shape[1])
+        for kernel, resources in compile_all(monkeypatch, op, order, shape, torch.float32, config, 80, 90):
+            record_property(f"{shape} {kernel.metadata.name} sm_{kernel.metadata.target.arch}", resources._asdict())
+            assert resources.spills <= (FEW_BYTES if resources.registers < 255 else 0), (shape, resources)
+
+
+@pytest.mark.parametrize(("op", "estimator"), [call for call in CALLS if call[0] != "categorical_sample"])
+def test_second_order_compiles(op, estimator, monkeypatch, record_property):
+    shape = SHAPES[op.split("_")[0]][0]
+    config = config_of(op, estimator, shape[1])
+    for kernel, resources in compile_all(monkeypatch, op, "second", shape, torch.float32, config, 80, 90):
+        record_property(f"{shape} {kernel.metadata.name} sm_{kernel.metadata.target.arch}", resources._asdict())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capabilities"), [(torch.float64, (80, 90)), (torch.bfloat16, (90,)), (torch.float16, (80,))], ids=str
+)
+@pytest.mark.parametrize("op", [*LOSSES, *LOG_PROBS, *SAMPLES, "group_advantage"])
+def test_other_dtypes_compile(op, dtype, capabilities, monkeypatch):
+    order = "sample" if op == "categorical_sample" else "first"
+    compile_all(monkeypatch, op, order, (4, 4), dtype, config_of(op, "dice", 4), *capabilities)
+
+
+def test_a_row_more_takes_no_new_kernel(monkeypatch):
+    """What a launch is specialised on does not change with the number of rows."""
+    keys = set()
+    for rows in (1, 2, 16, 1000, 4096):
+        monkeypatch.setattr(sys.modules[__name__], "ROWS", rows)
+        inputs, constants = tensors("gaussian_surrogate_loss", 5, 4, torch.float32)
+        for each in triton_aot.launches_of(
+            monkeypatch, "gaussian_surrogate_loss", "first", inputs, constants, config_of("", "dice", 4)
+        ):
+            keys.add(triton_aot.specialisation(each))
+    assert len(keys) == 2  # the loss, and the sum over programs

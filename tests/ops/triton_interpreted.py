@@ -1,0 +1,163 @@
+"""The Triton kernels in the interpreter, against the reference: `test_triton` runs this in a process of its own."""
+
+import pytest
+import torch
+
+from po_kernels.backends.contract import OpConfig
+from po_kernels.backends.triton import launch
+from po_kernels.backends.triton.kernels import KERNELS
+
+from . import test_numbers
+from .cases import (
+    ADVANTAGES,
+    DIFFERENTIABLE,
+    ESTIMATORS,
+    LOSSES,
+    PRECISIONS,
+    REDUCTIONS,
+    Case,
+    derivatives,
+    distance,
+    draw,
+    repeats_second_order,
+)
+from .test_contract import allowed, compiled_agrees, small_cases, transforms_agree
+from .test_derivatives import agrees_with_oracle, scored
+
+BACKEND = "triton"
+
+
+def agrees(case: Case, seed: int = 0) -> None:
+    """Value, statistics, first and second derivatives, within the bound of the contract's test."""
+    second = repeats_second_order(case)
+    exact = derivatives(case.to(torch.float64), "reference", seed, second=second)
+    reference = derivatives(case, "reference", seed, second=second)
+    found = derivatives(case, BACKEND, seed, second=second)
+    for name, order in (("value", 0), ("statistics", 0), ("first", 1), ("second", 2)):
+        if name in found:
+            bound = allowed(case, exact[name], reference[name], order)
+            assert distance(found[name], exact[name]) <= bound, (name, str(case))
+
+
+def variants(op: str) -> list[dict]:
+    """Options of a loss: each estimator, and with each advantage those that have use for one."""
+    found = []
+    for estimator in ESTIMATORS[op]:
+        kinds = ADVANTAGES if estimator in ("dice", "reinforce") else ("loo",)
+        found += [{"estimator": estimator, "advantage": kind} for kind in kinds]
+    return found
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_losses(op):
+    for number, options in enumerate(variants(op)):
+        dtype = (torch.float64, torch.float32)[number % 2]
+        turn = {"reduction": REDUCTIONS[number % 3], "precision_kind": PRECISIONS[(number + 1) % 3]}
+        agrees(draw(op, number, dtype, lead=(3,), dim=2 + number % 3, group=3, **turn, **options))
+
+
+@pytest.mark.parametrize("kind", PRECISIONS)
+@pytest.mark.parametrize("op", ["gaussian_policy_loss", "mvn_policy_loss"])
+def test_precisions(op, kind):
+    for estimator in ("analytic", "reparam", "dice"):
+        agrees(draw(op, 1, lead=(2, 2), dim=5, group=4, precision_kind=kind, estimator=estimator, reduction="mean"))
+
+
+@pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op not in LOSSES])
+def test_values(op):
+    for seed in range(6):
+        agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2]), seed)
+
+
+@pytest.mark.parametrize("op", [op for op in LOSSES if "categorical" not in op])
+def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
+    monkeypatch.setattr(launch, "_LARGEST_TILE", 8)
+    monkeypatch.setattr(launch, "_SMALLEST_TILE", 8)
+    monkeypatch.setattr(launch, "_MOST_PROGRAMS", 2)
+    options = {"precision_kind": "full", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
+    agrees(draw(op, 2, lead=(3,), dim=2, group=3, **options))
+    if op == "gaussian_policy_loss":
+        agrees(draw(op, 2, lead=(3,), dim=2, group=3, **{**options, "estimator": "reparam", "reduction": "none"}))
+
+
+@pytest.mark.parametrize("op", ["gaussian_log_prob", "mvn_log_prob", "gaussian_sample", "mvn_sample"])
+def test_values_in_chunks(op, monkeypatch):
+    monkeypatch.setattr(launch, "_LARGEST_TILE", 8)
+    for seed in range(3):
+        agrees(draw(op, seed, lead=(2,), dim=3, group=5), seed)
+
+
+def test_a_precision_of_many_dimensions():
+    """Its gradient is summed in memory."""
+    options = {"precision_kind": "full", "estimator": "dice", "advantage": "loo", "reduction": "mean"}
+    agrees(draw("gaussian_policy_loss", 1, lead=(2,), dim=65, group=2, **options))
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_dice_has_the_derivatives_of_the_oracle(op):
+    agrees_with_oracle(scored(op, 1, "dice", advantage="loo", precision_kind="full"), BACKEND, 1, second=True)
+
+
+@pytest.mark.parametrize("op", ["gaussian_policy_loss", "group_advantage"])
+def test_transforms(op):
+    ((seed, case),) = small_cases(op, 1)
+    transforms_agree(case, BACKEND, seed)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled():
+    options = {"estimator": "dice", "advantage": "loo", "reduction": "mean", "rbf_gamma": None}
+    compiled_agrees(draw("gaussian_policy_loss", 1, lead=(3,), dim=2, group=3, **options), BACKEND, "aot_eager")
+
+
+@pytest.mark.parametrize("op", [*LOSSES, "mvn_log_prob"])
+def test_a_row_does_not_depend_on_its_batch(op):
+    options = {"reduction": "none", "estimator": "dice"} if op in LOSSES else {}
+    case = draw(op, 3, torch.float32, lead=(7,), dim=3, group=3, shared_scale=False, **options)
+    if op not in LOSSES:
+        case = test_numbers.with_value_of_two(case)
+    whole, part = (each(backend=BACKEND) for each in (case, test_numbers.rows_of(case, 2, 5)))
+    assert torch.equal(part, whole[..., 2:5])
+
+
+@pytest.mark.parametrize(
+    "op", ["gaussian_policy_loss", "mvn_surrogate_loss", "categorical_log_prob", "group_advantage"]
+)
+def test_no_rows(op):
+    test_numbers.test_no_rows(op, BACKEND, (2, 0, 3))
+
+
+@pytest.mark.parametrize("layout", test_numbers.LAYOUTS)
+def test_layouts(layout):
+    for op in ("gaussian_surrogate_loss", "gaussian_log_prob"):
+        test_numbers.test_layouts(op, BACKEND, layout)
+
+
+def test_expanded_inputs():
+    test_numbers.test_expanded_inputs("gaussian_policy_loss", BACKEND)
+
+
+def test_extreme_and_masked_logits():
+    inf = float("inf")
+    logits = torch.tensor([[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [-inf, 2.0, -1e4], [-inf, -inf, 7.0]])
+    case = draw("categorical_policy_loss", 1, torch.float32, lead=(4,), dim=3, group=3, estimator="dice", mask=False)
+    case.tensors["logits"] = logits
+    test_numbers.as_good_as_the_reference(case, BACKEND, alike=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_reaches_a_kernel_as_such(dtype):
+    """The ops hand over float32 today; a kernel that is given halves reads them itself."""
+    case = draw("gaussian_policy_loss", 0, lead=(3,), dim=3, group=3, precision_kind="diagonal", shared_scale=False)
+    halves = [x.to(dtype) for x in case.tensors.values()]
+    config = OpConfig("dice", 3, "loo", None, 0.5, "mean", 0)
+    first = KERNELS["gaussian_policy_loss"]["first"]
+    (loss, _, *gradients), (expected_loss, _, *expected) = (
+        first(tensors, [torch.tensor(5)], None, [True] * 4, False, config)
+        for tensors in (halves, [x.float() for x in halves])
+    )
+    assert torch.equal(loss, expected_loss)
+    for found, right in zip(gradients, expected, strict=True):
+        assert found.dtype == dtype
+        # A GPU rounds to nearest where it stores, the interpreter may cut off: one unit in the last place.
+        assert ((found.float() - right).abs() <= torch.finfo(dtype).eps * right.abs()).all()
