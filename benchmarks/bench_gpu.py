@@ -1,0 +1,295 @@
+"""The fused ops on a GPU against eager torch, torch.compile, copy bandwidth and a kernel that only draws numbers.
+
+python -m benchmarks.bench_gpu --out gpu.json     all ratios from one process, timed with CUDA events
+python -m benchmarks.bench_gpu --once             one small call of each case, for compute-sanitizer
+python -m benchmarks.bench_gpu --device cpu       a dry run: tiny shapes, timed with the host's clock
+
+Runs of both sides alternate, A B B A, and work on inputs in rotation that together exceed the L2 cache; a ratio is the
+median of those of neighbouring runs. An answer is checked against the reference in float64 before it is timed.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import po_kernels as pk
+from benchmarks import peers
+from benchmarks.harness import check
+
+ENTROPY = 0.5
+CACHE = 128 * 2**20  # bytes, more than the L2 cache of any GPU this runs on
+
+
+class Case(NamedTuple):
+    """An op, what a user would write instead, and what its time is measured against.
+
+    Attributes:
+        fused: takes the inputs and a backend's name or None.
+        inputs: makes one set of inputs, of which those with as many rows as the first have a row for each of its.
+        derivatives: of a loss and inputs, what is computed.
+        ceiling: the least that such an op has to do.
+    """
+
+    name: str
+    fused: Callable[..., Tensor]
+    peer: Callable[..., Tensor]
+    inputs: Callable[[], list[Tensor]]
+    derivatives: Callable[[Callable[..., Tensor], list[Tensor]], Sequence[Tensor]]
+    ceiling: Callable[[], Any] | None = None
+
+
+def gradients(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    value = loss(*inputs)
+    return (value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad]))
+
+
+def products(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Hessian-vector and mixed products along the gradient's own policy part."""
+    wanted = [x for x in inputs if x.requires_grad]
+    first = torch.autograd.grad(loss(*inputs), wanted[:2], create_graph=True)
+    return torch.autograd.grad(sum((g * g.detach()).sum() for g in first), wanted)
+
+
+def gaussian_inputs(rows: int, dim: int, device: str) -> list[Tensor]:
+    root = torch.randn(dim, dim, device=device) / dim**0.5
+    return [
+        torch.randn(rows, dim, device=device).requires_grad_(),
+        (0.1 * torch.randn(rows, dim, device=device)).requires_grad_(),
+        torch.randn(rows, dim, device=device),
+        (root @ root.mT + torch.eye(dim, device=device)).requires_grad_(),
+    ]
+
+
+def mvn_inputs(rows: int, dim: int, device: str) -> list[Tensor]:
+    mean, _, target, precision = gaussian_inputs(rows, dim, device)
+    off = torch.tril(0.2 * torch.randn(rows, dim, dim, device=device), -1)
+    tril = off + torch.diag_embed(0.5 + torch.rand(rows, dim, device=device))
+    return [mean, tril.requires_grad_(), target, precision]
+
+
+def categorical_inputs(rows: int, classes: int, device: str) -> list[Tensor]:
+    return [
+        torch.randn(rows, classes, device=device, requires_grad=True),
+        torch.randint(classes, (rows,), device=device),
+        torch.randn(classes, classes, device=device, requires_grad=True),
+    ]
+
+
+def cases(device: str, small: bool) -> list[Case]:
+    def shape(*full: int) -> tuple[int, ...]:
+        return (min(full[0], 64), *(min(size, 8) for size in full[1:])) if small else full
+
+    # A seed in memory of the device, as in a captured training step.
+    seed = torch.tensor(1, device=device)
+
+    def gaussian(op: Any, peer: Any, make: Any, rows: int, dim: int, group: int) -> tuple[Any, Any, Any]:
+        def fused(*x: Tensor, backend: str | None) -> Tensor:
+            return op(*x, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed, backend=backend)
+
+        return fused, lambda *x: peer(*x, ENTROPY, group), lambda: make(rows, dim, device)
+
+    def categorical(*x: Tensor, backend: str | None) -> Tensor:
+        return pk.categorical_policy_loss(*x, entropy_coef=ENTROPY, backend=backend)
+
+    result = []
+    for size in (shape(65536, 17, 64), shape(4096, 17, 16), shape(256, 17, 5)):
+        call = gaussian(pk.gaussian_policy_loss, peers.gaussian_dice, gaussian_inputs, *size)
+        ceiling = partial(random_numbers_only, *size, seed) if device == "cuda" else None
+        result.append(Case(f"gaussian_dice {size}", *call, gradients, ceiling))
+        result.append(Case(f"gaussian_dice {size} second order", *call, products))
+    size = shape(4096, 8, 16)
+    call = gaussian(pk.mvn_policy_loss, peers.mvn_dice, mvn_inputs, *size)
+    result.append(Case(f"mvn_dice {size}", *call, gradients))
+    rows, classes = shape(2**20, 32)
+    # The loss reads logits and labels and writes a gradient: as many bytes as this copy.
+    source = torch.empty(rows * (classes + 1), device=device)
+    target = torch.empty_like(source)
+    result.append(
+        Case(
+            f"categorical_exact {(rows, classes)}", categorical,
+            lambda *x: peers.categorical_exact_to_compile(*x, ENTROPY),
+            lambda: categorical_inputs(rows, classes, device), gradients, lambda: target.copy_(source),
+        )
+    )  # fmt: skip
+    return result
+
+
+def random_numbers_only(rows: int, dim: int, group: int, seed: Tensor) -> Tensor:
+    """The standard normals that a loss draws, with one sum a row stored."""
+    import triton
+
+    from benchmarks.noise import row_sums
+    from po_kernels.backends.triton import launch
+
+    tile = launch.tile(group, dim)
+    out = torch.empty(rows, device=seed.device)
+    row_sums[(triton.cdiv(rows, tile.rows),)](
+        seed, out, rows, dim, group, BLOCK_B=tile.rows, BLOCK_G=tile.group, CHUNKS=tile.chunks, BLOCK_D=tile.dim,
+        num_warps=tile.warps, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+class Clock:
+    """Seconds that a call takes, on the device's own clock where there is one."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        if not self.cuda:
+            begin = time.perf_counter()
+            run()
+            return time.perf_counter() - begin
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e-3
+
+
+def compare(clock: Clock, ours: Callable[[int], Any], peer: Callable[[int], Any], rounds: int) -> dict[str, float]:
+    """The peer's time over ours; the argument of both counts runs, for them to rotate inputs."""
+    for number in range(3):
+        ours(number), peer(number)
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            times[which].append(clock(lambda which=which, number=number: (ours, peer)[which](number)))
+    ratios = [b / a for a, b in zip(*times, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {
+        "ratio": median,
+        "spread": 0.5 * (high - low) / median,
+        "seconds": statistics.median(times[0]),
+        "peer_seconds": statistics.median(times[1]),
+    }
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A CUDA graph of a call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """Bytes that a call takes besides what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def right(case: Case, backend: str | None) -> None:
+    """Refuses a wrong answer for the first rows: the reference needs memory for all their samples."""
+    inputs = case.inputs()
+    rows = inputs[0].shape[0]
+    first = [(x[:1024] if x.ndim and x.shape[0] == rows else x).detach() for x in inputs]
+    asked = [x.requires_grad for x in inputs]
+
+    def leaves(dtype: torch.dtype) -> list[Tensor]:
+        return [
+            x.clone().to(dtype).requires_grad_(needed) if x.is_floating_point() else x
+            for x, needed in zip(first, asked, strict=True)
+        ]
+
+    expected = case.derivatives(partial(case.fused, backend="reference"), leaves(torch.float64))
+    check(case.derivatives(partial(case.fused, backend=backend), leaves(torch.float32)), expected, case.name)
+
+
+def measure(case: Case, clock: Clock, backend: str | None, rounds: int) -> dict[str, Any]:
+    right(case, backend)
+    fused = partial(case.fused, backend=backend)
+    one = case.inputs()
+    size = sum(x.numel() * x.element_size() for x in one)
+    sets = [one, *(case.inputs() for _ in range(min(8, CACHE // size) if clock.cuda else 1))]
+
+    def run(loss: Callable[..., Tensor]) -> Callable[[int], Any]:
+        return lambda number: case.derivatives(loss, sets[number % len(sets)])
+
+    result: dict[str, Any] = {"case": case.name, "eager": compare(clock, run(fused), run(case.peer), rounds)}
+    if case.ceiling is not None:
+        ceiling = case.ceiling
+        result["ceiling"] = compare(clock, run(fused), lambda number: ceiling(), rounds)
+    if not clock.cuda:
+        return result
+    if case.derivatives is gradients:  # of a compiled function torch has no second derivative
+        torch._dynamo.reset()
+        result["compiled"] = compare(clock, run(fused), run(torch.compile(case.peer)), rounds)
+    ours, theirs = (peak(partial(case.derivatives, loss, one)) for loss in (fused, case.peer))
+    result["peak_bytes"] = {"ours": ours, "eager": theirs}
+    try:
+        replay = graphed(partial(case.derivatives, fused, one))
+        result["graph"] = compare(clock, lambda number: replay(), run(case.peer), rounds)
+    except RuntimeError as error:
+        result["graph"] = {"error": str(error)[:300]}
+    return result
+
+
+def about(device: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "device": device, "torch": torch.__version__, "po_kernels": pk.__version__, "machine": platform.machine(),
+    }  # fmt: skip
+    if device == "cuda":
+        import triton
+
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": properties.name, "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
+            "triton": triton.__version__,
+        }  # fmt: skip
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks")
+    parser.add_argument("--once", action="store_true", help="one small call of each case, nothing timed")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_default_device(arguments.device)
+    device = arguments.device
+    found = cases(device, arguments.once or device == "cpu")
+    if arguments.once:
+        for case in found:
+            case.derivatives(partial(case.fused, backend=arguments.backend), case.inputs())
+            print(case.name, "ran")
+        return
+    rounds = 3 if device == "cpu" else arguments.rounds
+    results = []
+    for case in found:
+        results.append(measure(case, Clock(device), arguments.backend, rounds))
+        print(json.dumps(results[-1]), flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**about(device), "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# All that a GPU is needed for: build in place, the op tests on the device, compute-sanitizer, benchmarks.
+#
+#   benchmarks/gpu.sh            on a machine with an NVIDIA GPU; uses its torch and triton, and no network
+#   benchmarks/gpu.sh --dry-run  the same steps without a GPU: what can run on the CPU runs, with tiny shapes
+#
+# Environment: PYTHON (python3), OUT (gpu-results), BUDGET (seconds in all, 460). Writes $OUT/*.log and $OUT/gpu.json.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-gpu-results}
+end=$((SECONDS + ${BUDGET:-460}))
+device=cuda
+[[ ${1:-} == --dry-run ]] && device=cpu
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 CUBLAS_WORKSPACE_CONFIG=:4096:8
+failed=0
+
+# step NAME SECONDS COMMAND...: runs it within its limit and what is left in all, and goes on when it fails.
+step() {
+  local name=$1 limit=$2 left=$((end - SECONDS))
+  shift 2
+  ((limit > left)) && limit=$left
+  if ((limit < 5)); then
+    echo "== $name: no time left"
+    return
+  fi
+  echo "== $name (at most ${limit} s)"
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  tail -n 4 "$out/$name.log"
+  ((status == 0)) || { echo "== $name: exit status $status, see $out/$name.log"; failed=1; }
+}
+
+if [[ $device == cuda ]]; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.csv"
+  if "$python" -c 'import scikit_build_core, pybind11' 2>/dev/null; then
+    step build 180 "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
+  else
+    echo "== build: scikit-build-core or pybind11 is missing; the Python sources run as they are"
+  fi
+fi
+export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
+step status 30 "$python" -m po_kernels
+
+if [[ $device == cuda ]]; then
+  select="not fork and not threads and not numba and not native"
+  step tests 200 "$python" -m pytest -q -p no:cacheprovider -W ignore --device cuda -k "$select" \
+    tests/ops/test_contract.py tests/ops/test_derivatives.py tests/ops/test_numbers.py tests/ops/test_philox.py
+  if command -v compute-sanitizer >/dev/null; then
+    for tool in memcheck racecheck; do
+      step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.bench_gpu --once
+    done
+  else
+    echo "== compute-sanitizer: not on this machine"
+  fi
+  step bench 240 "$python" -m benchmarks.bench_gpu --out "$out/gpu.json"
+else
+  step tests 120 "$python" -m pytest -q -p no:cacheprovider --device cpu tests/ops/test_philox.py -k "known or seeds"
+  step bench 120 "$python" -m benchmarks.bench_gpu --device cpu --out "$out/gpu.json"
+fi
+exit $failed
