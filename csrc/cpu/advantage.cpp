@@ -26,7 +26,7 @@ Verdict group_advantage(const GroupAdvantage& call) {
                               advantages(call.advantage, count, reward, advantage);
                               for (int64_t g = 0; g < count; ++g) {
                                 const P result = output(advantage[g]);
-                                store(tile, &result, 1, slice<T>(call.out, g, call.rows, 1));
+                                store(tile, result, slice<T>(call.out, g, call.rows, 1));
                               }
                               if (call.grad_rewards == nullptr) return {};
                               for (int64_t g = 0; g < count; ++g)
@@ -34,7 +34,7 @@ Verdict group_advantage(const GroupAdvantage& call) {
                               advantages_transposed(call.advantage, count, reward, pull);
                               for (int64_t g = 0; g < count; ++g) {
                                 const P result = output(s.has_rbf ? pull[g] * reward[g] * T(s.rbf_gamma) : pull[g]);
-                                store(tile, &result, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                                store(tile, result, slice<T>(call.grad_rewards, g, call.rows, 1));
                               }
                               return {};
                             });

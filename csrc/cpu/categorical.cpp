@@ -134,7 +134,7 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     const RewardColumns<V> columns(call);
     // The table's gradient is scattered by label, so that its sums are elements, not lane values.
     const SharedSums sums{classes * classes, call.grad_reward_table != nullptr, false};
-    const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(3 * classes) +
+    const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(4 * classes) +
                          sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
     const Totals totals = for_each_tile<V>(
         call, 8 * classes + samples * (16 + classes), sums, bytes,
@@ -166,7 +166,7 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
               stats = categorical_policy_stats(row, s, target, group, work + 4 * samples);
             }
           }
-          if (out.logits) store(tile, out.logits, classes, call.grad_logits);
+          if (out.logits) store(tile, out.logits, classes, call.grad_logits, arena);
           if (out.column) {  // summed column by column too
             T* rows = reinterpret_cast<T*>(arena.template take<P>(classes));
             T* row[width];
@@ -196,7 +196,7 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.samples;
     const Surrogate s = surrogate(call);
-    const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(classes + samples) +
+    const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(2 * classes + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
     return for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
                             [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
@@ -227,9 +227,9 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
                                 if (call.stats)
                                   stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
                               }
-                              if (out.logits) store(tile, out.logits, classes, call.grad_logits);
+                              if (out.logits) store(tile, out.logits, classes, call.grad_logits, arena);
                               for (int64_t g = 0; rewards_out && g < samples; ++g) {
-                                store(tile, rewards_out + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                                store(tile, rewards_out[g], slice<T>(call.grad_rewards, g, call.rows, 1));
                               }
                               return {};
                             })
@@ -243,7 +243,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t classes = call.classes;
-    const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(classes) + 1024;
+    const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(2 * classes) + 1024;
     return for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
       Verdict verdict = check_labels(tile, call.count, call.rows, classes, call.value);
       if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
@@ -261,7 +261,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
       for (int64_t i = 0; i < call.count; ++i) {
         const Word<V> label = load_labels<Word<V>>(tile, call.value + i * call.rows);
         const P result = output(label_log_prob(row, log_p, label));
-        store(tile, &result, 1, slice<T>(call.out, i, call.rows, 1));
+        store(tile, result, slice<T>(call.out, i, call.rows, 1));
         if (call.grad_logits) {
           V weight;
           load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
@@ -271,7 +271,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
       }
       if (call.grad_logits == nullptr) return {};
       for (int64_t c = 0; c < classes; ++c) gradient[c] = output(score[c] - p[c] * total);
-      store(tile, gradient, classes, call.grad_logits);
+      store(tile, gradient, classes, call.grad_logits, arena);
       return {};
     });
   });

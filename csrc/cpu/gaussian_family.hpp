@@ -86,20 +86,21 @@ Verdict check_scale(Tile tile, int64_t dim, RowInput scale) {
 
 // Mean and scale of a tile's rows.
 template <class V, template <class> class Scale>
-Scale<V> load_policy(Tile tile, int64_t dim, RowInput mean, RowInput scale, Arena<V>& arena, V*& mean_lanes) {
+Scale<V> load_policy(Tile tile, int64_t dim, RowInput mean, RowInput scale, Arena<V>& arena, V*& mean_lanes,
+                     bool whitens = true) {
   mean_lanes = arena.take(dim);
   V* parameter = arena.take(Scale<V>::size(dim));
   load(tile, mean, dim, mean_lanes);
   load(tile, scale, Scale<V>::size(dim), parameter);
   Scale<V> loaded(dim, parameter);
-  loaded.prepare(arena.take(Scale<V>::work(dim)));
+  loaded.prepare(arena.take(Scale<V>::work(dim)), whitens);
   return loaded;
 }
 
 template <class V, template <class> class Scale>
 size_t policy_bytes(int64_t dim) {
   return sizeof(V) * size_t(dim + Scale<V>::size(dim) + Scale<V>::work(dim)) +
-         sizeof(Primal<V>) * size_t(2 * dim + Scale<V>::size(dim)) + 1024;
+         sizeof(Primal<V>) * size_t(3 * dim + 2 * Scale<V>::size(dim)) + 1024;
 }
 
 // Elementary operations a sample, roughly.
@@ -140,7 +141,8 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
           const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
           if (judged.code != kAccepted) return judged;
           V* mean;
-          const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+          const bool whitens = s.estimator != kClosedForm || call.stats != nullptr;
+          const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean, whitens);
           V* target = arena.take(dim);
           V* work = arena.take(gaussian_work(dim) + 4 * samples);
           P* noise = arena.template take<P>(samples * dim);
@@ -166,9 +168,9 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
               stats = gaussian_policy_stats(scale, mean, target, precision, s, group, work + 4 * samples);
             }
           }
-          if (out.mean) store(tile, out.mean, dim, call.grad_mean);
-          if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
-          if (out.target) store(tile, out.target, dim, call.grad_target);
+          if (out.mean) store(tile, out.mean, dim, call.grad_mean, arena);
+          if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale, arena);
+          if (out.target) store(tile, out.target, dim, call.grad_target, arena);
           return {};
         });
     if (totals.verdict.code == kAccepted && call.grad_precision) {
@@ -216,10 +218,10 @@ Verdict gaussian_surrogate_loss_of(const GaussianSurrogateLoss& call) {
                  if constexpr (!is_dual<V>) {
                    if (call.stats) stats = gaussian_given_stats(scale, mean, given, s, group, work + 4 * samples);
                  }
-                 if (out.mean) store(tile, out.mean, dim, call.grad_mean);
-                 if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale);
+                 if (out.mean) store(tile, out.mean, dim, call.grad_mean, arena);
+                 if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale, arena);
                  for (int64_t g = 0; out.rewards && g < samples; ++g) {
-                   store(tile, out.rewards + g, 1, slice<T>(call.grad_rewards, g, call.rows, 1));
+                   store(tile, out.rewards[g], slice<T>(call.grad_rewards, g, call.rows, 1));
                  }
                  return {};
                })
@@ -254,11 +256,11 @@ Verdict gaussian_log_prob_of(const GaussianLogProb& call) {
             if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
             const P result =
                 output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
-            store(tile, &result, 1, slice<T>(call.out, i, call.rows, 1));
-            if (grad_value) store(tile, grad_value, dim, slice<T>(call.grad_value, i, call.rows, dim));
+            store(tile, result, slice<T>(call.out, i, call.rows, 1));
+            if (grad_value) store(tile, grad_value, dim, slice<T>(call.grad_value, i, call.rows, dim), arena);
           }
-          if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
-          if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+          if (grad_mean) store(tile, grad_mean, dim, call.grad_mean, arena);
+          if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale, arena);
           return {};
         });
   });
@@ -293,7 +295,7 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
                                 standard_normals<1>(call.seed, uint32_t(g), low, high, dim, noise);
                                 scale.template stretch<1>(mean, noise, sample);
                                 for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
-                                store(tile, result, dim, slice<T>(call.out, g, call.rows, dim));
+                                store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
                                 if (grad_mean || grad_scale) {
                                   load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
                                   for (int64_t j = 0; grad_mean && j < dim; ++j) {
@@ -302,8 +304,8 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
                                   if (grad_scale) scale.template add_path<1>(slope, noise, grad_scale);
                                 }
                               }
-                              if (grad_mean) store(tile, grad_mean, dim, call.grad_mean);
-                              if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale);
+                              if (grad_mean) store(tile, grad_mean, dim, call.grad_mean, arena);
+                              if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale, arena);
                               return {};
                             });
   });

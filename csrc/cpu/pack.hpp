@@ -363,10 +363,11 @@ PK_FN void lanes_to_rows(const Pack<T, N>* from, int64_t columns, T* const (&row
     Vector x[4] = {from[first].v, from[first + 1].v, from[first + 2].v, from[first + 3].v};
     transpose_fours<N>(x);
     unrolled<4>([&](auto k) PK_LAMBDA {
-      for (int l = 0; l < N; l += 4) {
-        memcpy(row[l + decltype(k)::value] + first, reinterpret_cast<const T*>(&x[decltype(k)::value]) + l,
-               4 * sizeof(T));
-      }
+      unrolled<N / 4>([&](auto quarter) PK_LAMBDA {
+        constexpr int l = 4 * decltype(quarter)::value;
+        *reinterpret_cast<typename Four<T>::Unaligned*>(row[l + decltype(k)::value] + first) =
+            __builtin_shufflevector(x[decltype(k)::value], x[decltype(k)::value], l, l + 1, l + 2, l + 3);
+      });
     });
   }
   for (int64_t c = 0; columns < 4 && c < columns; ++c) {

@@ -44,6 +44,13 @@ inline void row_addresses(Tile tile, T* from, int64_t stride, T* (&row)[width]) 
   for (int l = 0; l < width; ++l) row[l] = from + (tile.begin + std::min(l, tile.count - 1)) * stride;
 }
 
+// Asks for the next tile's rows.
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(from + i, 0, 2);
+}
+
 template <class V>
 inline void load(Tile tile, RowInput input, int64_t columns, V* to) {
   using T = Element<V>;
@@ -61,6 +68,7 @@ inline void load(Tile tile, RowInput input, int64_t columns, V* to) {
     }
   } else {
     row_addresses(tile, value, input.stride, row);
+    if (input.stride == columns) prefetch(value + (tile.begin + width) * columns, width * columns);
     rows_to_lanes<T, width>(row, columns, elements, step);
   }
   if constexpr (is_dual<V>) {
@@ -73,22 +81,45 @@ inline void load(Tile tile, RowInput input, int64_t columns, V* to) {
   }
 }
 
+template <class T, int N>
+inline double lane_sum(const Pack<T, N>& x) {
+  const auto wide = __builtin_convertvector(x.v, typename Pack<double, N>::Vector);
+  double half[N / 2];
+  for (int l = 0; l < N / 2; ++l) half[l] = wide[l] + wide[l + N / 2];
+  for (int n = N / 4; n > 0; n /= 2) {
+    for (int l = 0; l < n; ++l) half[l] += half[l + n];
+  }
+  return half[0];
+}
+
+// Bump allocation of lane values.
+template <class V>
+struct Arena {
+  char* next;
+  template <class U = V>
+  U* take(int64_t count) {
+    U* at = reinterpret_cast<U*>(next);
+    next += (sizeof(U) * size_t(count) + 63) / 64 * 64;
+    return at;
+  }
+};
+
+// One number a row.
 template <class P>
-inline void store(Tile tile, const P* from, int64_t columns, void* to) {
+inline void store(Tile tile, const P& from, void* to) {
+  memcpy(static_cast<Element<P>*>(to) + tile.begin, &from, size_t(tile.count) * sizeof(Element<P>));
+}
+
+// A row a lane, by way of the arena: the rows are neighbours in memory, which takes them up fastest as one piece.
+template <class P, class V>
+inline void store(Tile tile, const P* from, int64_t columns, void* to, Arena<V> arena) {
   using T = Element<P>;
   constexpr int width = LaneTraits<P>::width;
-  T* rows = static_cast<T*>(to) + tile.begin * columns;
-  if (tile.count < width) {
-    for (int l = 0; l < tile.count; ++l) {
-      for (int64_t c = 0; c < columns; ++c) rows[l * columns + c] = from[c].v[l];
-    }
-  } else if (columns == 1) {
-    memcpy(rows, from, sizeof(P));
-  } else {
-    T* row[width];
-    for (int l = 0; l < width; ++l) row[l] = rows + l * columns;
-    lanes_to_rows<T, width>(from, columns, row);
-  }
+  T* rows = reinterpret_cast<T*>(arena.template take<P>(columns));
+  T* row[width];
+  for (int l = 0; l < width; ++l) row[l] = rows + l * columns;
+  lanes_to_rows<T, width>(from, columns, row);
+  memcpy(static_cast<T*>(to) + tile.begin * columns, rows, size_t(tile.count * columns) * sizeof(T));
 }
 
 // Slice i of an (n, rows, columns) output.
@@ -152,25 +183,13 @@ inline void row_numbers(const RandomNumbers& call, Tile tile, W& low, W& high) {
   }
 }
 
-// Sum over the lanes, in order, in double.
+// Sum over the first lanes, or all, in double and in a fixed order.
 template <class P>
-inline double lane_sum(P x, int count) {
+inline double lane_sum(const P& x, int count) {
   double sum = 0;
   for (int l = 0; l < count; ++l) sum += double(x.v[l]);
   return sum;
 }
-
-// Bump allocation of lane values.
-template <class V>
-struct Arena {
-  char* next;
-  template <class U = V>
-  U* take(int64_t count) {
-    U* at = reinterpret_cast<U*>(next);
-    next += (sizeof(U) * size_t(count) + 63) / 64 * 64;
-    return at;
-  }
-};
 
 constexpr int64_t kMostChunks = 64;
 
@@ -178,9 +197,9 @@ constexpr int64_t kMostChunks = 64;
 struct Chunks {
   int64_t rows, size, count;
 
-  explicit Chunks(int64_t rows, int64_t most = kMostChunks)
+  explicit Chunks(int64_t rows, int64_t most = kMostChunks, int64_t least_rows = 32)
       : rows(rows),
-        size(std::max<int64_t>(32, ((rows + most - 1) / most + 15) / 16 * 16)),
+        size((std::max(least_rows, (rows + most - 1) / most) + 15) / 16 * 16),
         count((rows + size - 1) / size) {}
 
   // body(tile) for the tiles of a chunk, until one is refused.
@@ -258,7 +277,9 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
   constexpr int width = LaneTraits<V>::width;
   // At most 16 MiB of sums.
   const int64_t most = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1));
-  const Chunks chunks(call.rows, std::min(kMostChunks, most));
+  // Large enough that the sums over lanes at a chunk's end are little next to its rows.
+  const int64_t least_rows = std::clamp<int64_t>(2048 * sums.terms / operations, 32, 1024);
+  const Chunks chunks(call.rows, std::min(kMostChunks, most), least_rows);
   Verdict verdicts[kMostChunks];
   const int64_t shared_terms = sums.wanted ? sums.terms : 0;
   const int64_t shared_packs = sums.by_lane ? shared_terms : (shared_terms + width - 1) / width;
@@ -276,19 +297,19 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
       const Verdict verdict = body(tile, arena, shared, loss, row_stats);
       if (verdict.code != kAccepted) return verdict;
       total[0] += lane_sum(loss, tile.count);
-      if (call.reduction == kNoReduction) store(tile, &loss, 1, call.loss);
+      if (call.reduction == kNoReduction) store(tile, loss, call.loss);
       if (call.stats == nullptr) return {};
       const P stats[5] = {row_stats.reward_mean, row_stats.reward_std, row_stats.entropy, row_stats.log_prob,
                           row_stats.advantage_std};
       for (int i = 0; i < 5; ++i) {
         total[1 + i] += lane_sum(stats[i], tile.count);
-        if (call.reduction == kNoReduction) store(tile, stats + i, 1, slice<T>(call.stats, i, call.rows, 1));
+        if (call.reduction == kNoReduction) store(tile, stats[i], slice<T>(call.stats, i, call.rows, 1));
       }
       return {};
     });
     const T* elements = reinterpret_cast<const T*>(shared);
     for (int64_t i = 0; i < shared_terms; ++i) {
-      total[kSumsBeforeShared + i] = sums.by_lane ? lane_sum(shared[i], width) : double(elements[i]);
+      total[kSumsBeforeShared + i] = sums.by_lane ? lane_sum(shared[i]) : double(elements[i]);
     }
   });
 

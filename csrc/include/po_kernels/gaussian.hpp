@@ -23,13 +23,11 @@ struct DiagonalScale {
   PK_FN static int64_t work(int64_t dim) { return 2 * dim; }
   PK_FN int64_t size() const { return dim; }
 
-  PK_FN void prepare(V* scratch) {
+  PK_FN void prepare(V* scratch, bool whitens) {
     std = scratch;
     inverse_std = scratch + dim;
-    for (int64_t j = 0; j < dim; ++j) {
-      std[j] = exp(log_std[j]);
-      inverse_std[j] = exp(-log_std[j]);
-    }
+    for (int64_t j = 0; j < dim; ++j) std[j] = exp(log_std[j]);
+    for (int64_t j = 0; whitens && j < dim; ++j) inverse_std[j] = exp(-log_std[j]);
   }
 
   PK_FN V log_determinant() const {

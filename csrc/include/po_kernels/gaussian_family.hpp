@@ -4,7 +4,7 @@
 // A Scale<V> has, with z = S⁻¹ (ŷ - μ):
 //   dim, size()                      dimension; numbers in the parameter of S
 //   work()                           lane values of scratch that `prepare` and the rest use
-//   prepare(scratch)
+//   prepare(scratch, whitens)        before all that follow; `whitens` if one of whiten, whiten_noise, add_score does
 //   log_determinant()                log det S
 //   stretch<S>(base, eps, y)         y = base + S eps
 //   whiten<S>(residual, z)           z = S⁻¹ residual

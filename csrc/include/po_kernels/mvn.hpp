@@ -25,7 +25,7 @@ struct TriangularScale {
 
   PK_FN const V* row(int64_t i) const { return tril + i * dim; }
 
-  PK_FN void prepare(V* scratch) {
+  PK_FN void prepare(V* scratch, bool) {
     inverse_diag = scratch;
     work_ = scratch + dim;
     for (int64_t j = 0; j < dim; ++j) inverse_diag[j] = constant<V>(T(1)) / row(j)[j];

@@ -71,9 +71,10 @@ PK_FN void apply(Precision<V> p, int64_t dim, const V* x, V* y, int64_t first = 
       });
     });
   };
+  constexpr int R = S == 1 ? 4 : 2;  // as many sums at once as keep the processor busy
   int64_t i = first;
-  for (; i + 2 <= dim; i += 2) rows(i, Constant<2>{});
-  if (i < dim) rows(i, Constant<1>{});
+  for (; i + R <= dim; i += R) rows(i, Constant<R>{});
+  for (; i < dim; ++i) rows(i, Constant<1>{});
 }
 
 // xᵀ U x of S vectors, (S, dim).
