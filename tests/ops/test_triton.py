@@ -131,7 +131,9 @@ def test_first_order_compiles_without_spills(op, estimator, monkeypatch, record_
             assert resources.spills <= (FEW_BYTES if resources.registers < 255 else 0), (shape, resources)
 
 
-@pytest.mark.parametrize(("op", "estimator"), [call for call in CALLS if call[0] != "categorical_sample"])
+@pytest.mark.parametrize(
+    ("op", "estimator"), [call for call in CALLS if call[0] != "categorical_sample" and call[1] != "reparam"]
+)
 def test_second_order_compiles(op, estimator, monkeypatch, record_property):
     shape = SHAPES[op.split("_")[0]][0]
     config = config_of(op, estimator, shape[1])

@@ -65,8 +65,8 @@ def test_precisions(op, kind):
 
 @pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op not in LOSSES])
 def test_values(op):
-    for seed in range(6):
-        agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2]), seed)
+    for seed in range(4):
+        agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2], dim=1 + 2 * seed), seed)
 
 
 @pytest.mark.parametrize("op", [op for op in LOSSES if "categorical" not in op])
@@ -129,8 +129,7 @@ def test_no_rows(op):
 
 @pytest.mark.parametrize("layout", test_numbers.LAYOUTS)
 def test_layouts(layout):
-    for op in ("gaussian_surrogate_loss", "gaussian_log_prob"):
-        test_numbers.test_layouts(op, BACKEND, layout)
+    test_numbers.test_layouts("gaussian_surrogate_loss", BACKEND, layout)
 
 
 def test_expanded_inputs():
