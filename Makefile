@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+BENCH = mkdir -p build && $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' \
+  -o python_functions='bench_*' --benchmark-enable -W default -q
 EXTENSION := $(wildcard CMakeLists.txt cmake/* csrc/*/* csrc/include/*/*)
 
-.PHONY: demo test bench sanitize lint clean
+.PHONY: demo test bench bench-check bench-quick sanitize lint clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -17,10 +19,17 @@ test: $(VENV)/installed-test
 
 # Ratios against eager torch and torch.compile, in one process; build/bench.json and a table.
 bench: $(VENV)/installed-test
-	mkdir -p build
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o python_functions='bench_*' \
-	  --benchmark-enable --benchmark-json build/bench.json -W default -q
-	$(BIN)/python -m benchmarks.table build/bench.json
+	$(BENCH) --benchmark-json build/bench.json
+	$(BIN)/python -m benchmarks.report table build/bench.json
+
+# Fails if a ratio fell by more than a quarter below its baseline, beyond the spread.
+bench-check: bench
+	$(BIN)/python -m benchmarks.report check build/bench.json
+
+# A few cases in half a minute, as a report: a noisy machine fails nothing.
+bench-quick: $(VENV)/installed-test
+	-export PO_KERNELS_BENCH_SECONDS=0.5; $(BENCH) -m quick --benchmark-json build/bench-quick.json
+	-$(BIN)/python -m benchmarks.report check build/bench-quick.json
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/installed-test

@@ -3,8 +3,9 @@
 `make bench` runs these; each checks its answer against the reference in float64 before it is timed.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 import po_kernels as pk
 from benchmarks import peers
-from benchmarks.harness import check, compare, versions
+from benchmarks.harness import check, compare, peak_extra_bytes, versions
+from po_kernels import extension
 
 ENTROPY = 0.5
 
@@ -45,150 +47,159 @@ def categorical_inputs(rows: int, classes: int) -> list[Tensor]:
     ]
 
 
-def gradients(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     value = loss(*inputs)
     return (value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad]))
 
 
-def products(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+def products(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Hessian-vector and mixed products along the gradient's own policy part."""
     wanted = [x for x in inputs if x.requires_grad]
     first = torch.autograd.grad(loss(*inputs), wanted[:2], create_graph=True)
-    inner = sum((g * g.detach()).sum() for g in first)
-    return torch.autograd.grad(inner, wanted)
+    return torch.autograd.grad(first, wanted, [g.detach() for g in first])
 
 
-def run(
-    benchmark: Any, run_of: Callable[..., Any], fused: Callable[..., Tensor], peer: Callable[..., Tensor],
-    inputs: list[Tensor], backend: str, elements: int, to_compile: Callable[..., Tensor] | None = None,
-) -> None:  # fmt: skip
-    seed = {"seed": 1} if "seed" in fused.__code__.co_varnames else {}
+class Case(NamedTuple):
+    """One loss of one shape.
 
-    def ours(*x: Tensor, **options: Any) -> Tensor:
-        return fused(*x, backend=backend, **options)
+    Attributes:
+        fused: takes (*inputs, **options), with a seed among the options if it draws samples.
+        eager: the peer; to_compile what torch.compile gets, None if it gets nothing.
+        group: G, 0 for a closed form.
+        family: whose random numbers it draws, None for labels or none.
+    """
 
-    exact = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
-    right = run_of(lambda *x: fused(*x, backend="reference", **seed), exact)
-    check(run_of(lambda *x: ours(*x, **seed), inputs), right, f"{fused.__name__} on {backend}")
+    name: str
+    fused: Callable[..., Any]
+    eager: Callable[..., Tensor]
+    to_compile: Callable[..., Any] | None
+    inputs: Callable[[], list[Tensor]]
+    group: int = 0
+    second: bool = False
+    family: str | None = None
 
-    eager = compare(lambda: run_of(ours, inputs), lambda: run_of(peer, inputs))
-    benchmark.extra_info.update(versions(), eager=eager._asdict(), ns_per_element=eager.seconds * 1e9 / elements)
-    if to_compile is not None:
+    def elements(self, inputs: Sequence[Tensor]) -> int:
+        """Sample elements, or elements of the policy's first parameter: what a time is divided by."""
+        return inputs[0].numel() * max(self.group, 1)
+
+
+def gaussian(rows: int, dim: int, group: int, *, second: bool = False, advantage: str = "loo") -> Case:
+    fused = partial(
+        pk.gaussian_policy_loss, entropy_coef=ENTROPY, estimator="dice", num_samples=group, advantage=advantage
+    )
+    if advantage == "min":
+        eager = partial(peers.authors_gaussian, entropy_coef=ENTROPY, group=group)
+        to_compile = None
+    else:
+        eager = partial(peers.gaussian_dice, entropy_coef=ENTROPY, group=group)
+        to_compile = peers.second_order(eager) if second else eager
+    name = "second order" if second else "dice" if to_compile else "dice, the authors' loss as peer"
+    return Case(
+        f"gaussian {name} {rows} x {dim}, G = {group}", fused, eager, to_compile, partial(gaussian_inputs, rows, dim),
+        group, second, "gaussian",
+    )  # fmt: skip
+
+
+CASES = [
+    gaussian(256, 17, 5),
+    gaussian(4096, 17, 16),
+    gaussian(4096, 17, 64),
+    gaussian(65536, 17, 16),
+    gaussian(4096, 2, 50),
+    gaussian(4096, 17, 16, second=True),
+    gaussian(4096, 17, 16, advantage="min"),
+    Case(
+        "gaussian analytic 65536 x 17",
+        partial(pk.gaussian_policy_loss, entropy_coef=ENTROPY),
+        partial(peers.gaussian_analytic, entropy_coef=ENTROPY),
+        partial(peers.gaussian_analytic, entropy_coef=ENTROPY),
+        partial(gaussian_inputs, 65536, 17),
+    ),
+    Case(
+        "mvn dice 4096 x 8, G = 16",
+        partial(pk.mvn_policy_loss, entropy_coef=ENTROPY, estimator="dice", num_samples=16),
+        partial(peers.mvn_dice, entropy_coef=ENTROPY, group=16),
+        partial(peers.mvn_dice, entropy_coef=ENTROPY, group=16),
+        partial(mvn_inputs, 4096, 8),
+        group=16,
+        family="gaussian",
+    ),
+    Case(
+        "categorical exact 65536 x 10",
+        partial(pk.categorical_policy_loss, entropy_coef=ENTROPY),
+        partial(peers.categorical_exact, entropy_coef=ENTROPY),
+        partial(peers.categorical_exact_to_compile, entropy_coef=ENTROPY),
+        partial(categorical_inputs, 65536, 10),
+    ),
+    Case(
+        "categorical dice 4096 x 10, G = 50",
+        partial(pk.categorical_policy_loss, entropy_coef=ENTROPY, estimator="dice", num_samples=50),
+        partial(peers.categorical_dice, entropy_coef=ENTROPY, group=50),
+        partial(peers.categorical_dice, entropy_coef=ENTROPY, group=50),
+        partial(categorical_inputs, 4096, 10),
+        group=50,
+    ),
+]
+QUICK = {"gaussian dice 4096 x 17, G = 16", "categorical exact 65536 x 10"}
+PARAMETERS = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.quick] if case.name in QUICK else []) for case in CASES
+]
+
+
+@pytest.mark.parametrize("case", PARAMETERS)
+def bench_native(benchmark, case):
+    """Against eager torch and torch.compile, with the memory that both need and the time of the random numbers."""
+    run, inputs = _prepared(case, "native")
+    ours = partial(run, partial(case.fused, backend="native"), inputs)
+    eager = partial(run, case.eager, inputs)
+    ratio = compare(ours, eager)
+    info = benchmark.extra_info
+    info.update(versions(), shape=case.name, eager=ratio._asdict())
+    info["ns_per_element"] = ratio.seconds * 1e9 / case.elements(inputs)
+    info["peak_extra_mb"] = _megabytes(peak_extra_bytes(ours))
+    info["eager_peak_extra_mb"] = _megabytes(peak_extra_bytes(eager))
+    if case.family:
+        numbers = partial(_random_numbers_alone, inputs[0], case.group)
+        info["random_numbers_share"] = 1 / compare(numbers, ours).median * (2 if case.second else 1)
+    if case.to_compile is not None:
         torch._dynamo.reset()
-        faster = torch.compile(to_compile)
-        benchmark.extra_info["compiled"] = compare(
-            lambda: run_of(ours, inputs), lambda: run_of(faster, inputs)
-        )._asdict()
-    benchmark.pedantic(run_of, (ours, inputs), rounds=5)
+        compiled = torch.compile(case.to_compile)
+        wanted = [x.detach() for x in inputs]
+        peer = partial(compiled, *wanted) if case.second else partial(run, compiled, inputs)
+        info["compiled"] = compare(ours, peer)._asdict()
+    benchmark.pedantic(ours, rounds=3)
 
 
-@pytest.fixture(params=["native", "numba"])
-def backend(request):
-    return request.param
+@pytest.mark.parametrize("case", PARAMETERS)
+def bench_numba(benchmark, case):
+    """Against the native backend: how much of its speed is there without a compiler."""
+    run, inputs = _prepared(case, "numba")
+    ours = partial(run, partial(case.fused, backend="numba"), inputs)
+    ratio = compare(ours, partial(run, partial(case.fused, backend="native"), inputs))
+    benchmark.extra_info.update(versions(), shape=case.name, native=ratio._asdict())
+    benchmark.extra_info["ns_per_element"] = ratio.seconds * 1e9 / case.elements(inputs)
+    benchmark.pedantic(ours, rounds=3)
 
 
-GAUSSIAN = [(256, 17, 5), (4096, 17, 16), (4096, 17, 64), (65536, 17, 16), (4096, 2, 50)]
+def _prepared(case: Case, backend: str) -> tuple[Callable[..., Any], list[Tensor]]:
+    """What is run, and on what; the answer has been checked against the reference."""
+    run = products if case.second else gradients
+    inputs = case.inputs()
+    exact = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    seed = {"seed": 1} if case.group else {}
+    right = run(partial(case.fused, backend="reference", **seed), exact)
+    check(run(partial(case.fused, backend=backend, **seed), inputs), right, f"{case.name} on {backend}")
+    return run, inputs
 
 
-@pytest.mark.parametrize("shape", GAUSSIAN, ids=str)
-def bench_gaussian_dice(benchmark, backend, shape):
-    rows, dim, group = shape
-
-    def fused(mean, log_std, target, precision, backend, seed=None):
-        return pk.gaussian_policy_loss(
-            mean, log_std, target, precision, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed,
-            backend=backend,
-        )  # fmt: skip
-
-    def eager(mean, log_std, target, precision):
-        return peers.gaussian_dice(mean, log_std, target, precision, ENTROPY, group)
-
-    run(benchmark, gradients, fused, eager, gaussian_inputs(rows, dim), backend, rows * dim * group, eager)
+def _random_numbers_alone(like: Tensor, group: int) -> None:
+    """The normals of (G, B, D) samples, made and dropped: what no sampled loss can be faster than."""
+    rows, dim = like.shape
+    extension.module.gaussian_sample(
+        is_double=False, dual=False, rows=rows, dim=dim, samples=group, threads=torch.get_num_threads(), seed=1,
+        row_offset=0, mean=like.data_ptr(), mean_stride=dim, log_std=like.data_ptr(), log_std_stride=dim,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", [(4096, 17, 16)], ids=str)
-def bench_gaussian_against_the_authors(benchmark, backend, shape):
-    rows, dim, group = shape
-
-    def fused(mean, log_std, target, precision, backend, seed=None):
-        return pk.gaussian_policy_loss(
-            mean, log_std, target, precision, entropy_coef=ENTROPY, estimator="dice", advantage="min",
-            num_samples=group, seed=seed, backend=backend,
-        )  # fmt: skip
-
-    def authors(mean, log_std, target, precision):
-        return peers.authors_gaussian(mean, log_std, target, precision, ENTROPY, group)
-
-    run(benchmark, gradients, fused, authors, gaussian_inputs(rows, dim), backend, rows * dim * group)
-
-
-@pytest.mark.parametrize("shape", [(4096, 17, 16)], ids=str)
-def bench_gaussian_second_order(benchmark, backend, shape):
-    rows, dim, group = shape
-
-    def fused(mean, log_std, target, precision, backend, seed=None):
-        return pk.gaussian_policy_loss(
-            mean, log_std, target, precision, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed,
-            backend=backend,
-        )  # fmt: skip
-
-    def eager(mean, log_std, target, precision):
-        return peers.gaussian_dice(mean, log_std, target, precision, ENTROPY, group)
-
-    run(benchmark, products, fused, eager, gaussian_inputs(rows, dim), backend, rows * dim * group)
-
-
-@pytest.mark.parametrize("shape", [(65536, 17)], ids=str)
-def bench_gaussian_analytic(benchmark, backend, shape):
-    def fused(mean, log_std, target, precision, backend):
-        return pk.gaussian_policy_loss(mean, log_std, target, precision, entropy_coef=ENTROPY, backend=backend)
-
-    def eager(mean, log_std, target, precision):
-        return peers.gaussian_analytic(mean, log_std, target, precision, ENTROPY)
-
-    run(benchmark, gradients, fused, eager, gaussian_inputs(*shape), backend, shape[0] * shape[1], eager)
-
-
-@pytest.mark.parametrize("shape", [(4096, 8, 16)], ids=str)
-def bench_mvn_dice(benchmark, backend, shape):
-    rows, dim, group = shape
-
-    def fused(mean, scale_tril, target, precision, backend, seed=None):
-        return pk.mvn_policy_loss(
-            mean, scale_tril, target, precision, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed,
-            backend=backend,
-        )  # fmt: skip
-
-    def eager(mean, scale_tril, target, precision):
-        return peers.mvn_dice(mean, scale_tril, target, precision, ENTROPY, group)
-
-    run(benchmark, gradients, fused, eager, mvn_inputs(rows, dim), backend, rows * dim * group, eager)
-
-
-@pytest.mark.parametrize("shape", [(65536, 10)], ids=str)
-def bench_categorical_exact(benchmark, backend, shape):
-    def fused(logits, target, table, backend):
-        return pk.categorical_policy_loss(logits, target, table, entropy_coef=ENTROPY, backend=backend)
-
-    def eager(logits, target, table):
-        return peers.categorical_exact(logits, target, table, ENTROPY)
-
-    def to_compile(logits, target, table):
-        return peers.categorical_exact_to_compile(logits, target, table, ENTROPY)
-
-    run(benchmark, gradients, fused, eager, categorical_inputs(*shape), backend, shape[0] * shape[1], to_compile)
-
-
-@pytest.mark.parametrize("shape", [(4096, 10, 50)], ids=str)
-def bench_categorical_dice(benchmark, backend, shape):
-    rows, classes, group = shape
-
-    def fused(logits, target, table, backend, seed=None):
-        return pk.categorical_policy_loss(
-            logits, target, table, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed, backend=backend
-        )
-
-    def eager(logits, target, table):
-        return peers.categorical_dice(logits, target, table, ENTROPY, group)
-
-    run(benchmark, gradients, fused, eager, categorical_inputs(rows, classes), backend, rows * group, eager)
+def _megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 2**20

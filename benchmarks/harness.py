@@ -1,15 +1,22 @@
 """Ratios of interleaved runs in one process: machines are shared and noisy, and absolute times say little."""
 
+import ctypes
+import gc
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import po_kernels as pk
+
+# Seconds that a comparison of two runs may take.
+BUDGET = float(os.environ.get("PO_KERNELS_BENCH_SECONDS", "2"))
 
 
 class Ratio(NamedTuple):
@@ -26,7 +33,7 @@ class Ratio(NamedTuple):
     seconds: float
 
 
-def compare(ours: Callable[[], Any], peer: Callable[[], Any], *, budget: float = 2.0) -> Ratio:
+def compare(ours: Callable[[], Any], peer: Callable[[], Any], *, budget: float = BUDGET) -> Ratio:
     """Runs both as A B B A A B ..., after a warm-up, for about `budget` seconds but at least nine pairs."""
     for _ in range(2):
         ours(), peer()
@@ -51,10 +58,38 @@ def check(found: Sequence[Tensor], expected: Sequence[Tensor], what: str, tolera
             raise AssertionError(f"{what}: relative error {error:.2g}")
 
 
+def peak_extra_bytes(run: Callable[[], Sequence[Tensor]]) -> int | None:
+    """The most memory that a run has at once besides what it returns, from the kernel's count; None elsewhere."""
+    counters, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not counters.exists():
+        return None
+
+    def kilobytes(name: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    counters.write_text("5")  # the peak is what there is now
+    before = kilobytes("VmRSS")
+    outputs = run()
+    returned = sum(x.numel() * x.element_size() for x in outputs)
+    return max(0, (kilobytes("VmHWM") - before) * 1024 - returned)
+
+
 def versions() -> dict[str, Any]:
     return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{_processor()}, {torch.get_num_threads()} threads",
         "simd": pk.status()["simd"],
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "po_kernels": pk.__version__,
     }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

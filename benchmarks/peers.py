@@ -1,6 +1,7 @@
 """What a user would write or call instead of the fused ops."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -82,3 +83,16 @@ def categorical_dice(logits: Tensor, target: Tensor, table: Tensor, entropy_coef
     advantages = (rewards - rewards.mean(0)) * (group / (group - 1))
     weights = torch.exp(log_prob - log_prob.detach())
     return -((rewards + (weights - 1) * advantages).mean(0) - entropy_coef * (p * log_p).sum(-1)).mean()
+
+
+def second_order(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """`bench_losses.products` for torch.compile, which refuses a double backward: func.grad and one VJP."""
+
+    def products(policy: Tensor, scale: Tensor, target: Tensor, precision: Tensor) -> tuple[Tensor, ...]:
+        def gradient(policy: Tensor, scale: Tensor, precision: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.grad(loss, argnums=(0, 1))(policy, scale, target, precision)
+
+        first, pull = torch.func.vjp(gradient, policy, scale, precision)
+        return pull(first)
+
+    return products

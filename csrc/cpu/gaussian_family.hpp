@@ -109,14 +109,14 @@ int64_t gaussian_operations(int64_t dim) {
   return dim * (8 + dim + (S::triangular ? 2 * dim : 0));
 }
 
-// Standard normals of a tile's rows, (samples, dim) lane values.
+// Standard normals of a tile's rows for samples [first, first + samples): (samples, dim) lane values.
 template <class P>
-void load_noise(const RandomNumbers& call, Tile tile, int64_t samples, int64_t dim, P* noise) {
+void load_noise(const RandomNumbers& call, Tile tile, int64_t first, int64_t samples, int64_t dim, P* noise) {
   Word<P> low, high;
   row_numbers(call, tile, low, high);
   int64_t g = 0;
-  for (; g + 2 <= samples; g += 2) standard_normals<2>(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
-  if (g < samples) standard_normals<1>(call.seed, uint32_t(g), low, high, dim, noise + g * dim);
+  for (; g + 2 <= samples; g += 2) standard_normals<2>(call.seed, uint32_t(first + g), low, high, dim, noise + g * dim);
+  if (g < samples) standard_normals<1>(call.seed, uint32_t(first + g), low, high, dim, noise + g * dim);
 }
 
 template <template <class> class Scale>
@@ -160,7 +160,7 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
           if (s.estimator == kClosedForm) {
             loss = output(gaussian_closed_form(scale, mean, target, precision, s.entropy_coef, out, work));
           } else {
-            load_noise(call, tile, samples, dim, noise);
+            load_noise(call, tile, 0, samples, dim, noise);
             loss = output(gaussian_sampled(scale, mean, target, precision, s, noise, out, work, group));
           }
           if constexpr (!is_dual<V>) {
@@ -273,7 +273,8 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t dim = call.dim;
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t(2 * dim);
+    const size_t bytes =
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t((kBlock + 1) * dim);
     return for_each_tile<V>(call, (call.samples + 1) * gaussian_operations<Scale<V>>(dim), bytes,
                             [&](Tile tile, Arena<V> arena) -> Verdict {
                               const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
@@ -283,25 +284,29 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
                                   load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
                               V* sample = arena.take(dim);
                               V* slope = arena.take(dim);
-                              P* noise = arena.template take<P>(dim);
+                              P* noise = arena.template take<P>(kBlock * dim);
                               P* result = arena.template take<P>(dim);
                               P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
                               P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
                               clear(dim, grad_mean);
                               clear(scale.size(), grad_scale);
-                              Word<V> low, high;
-                              row_numbers(call, tile, low, high);
                               for (int64_t g = 0; g < call.samples; ++g) {
-                                standard_normals<1>(call.seed, uint32_t(g), low, high, dim, noise);
-                                scale.template stretch<1>(mean, noise, sample);
-                                for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
-                                store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
+                                const P* eps = noise + g % kBlock * dim;
+                                if (g % kBlock == 0) {
+                                  const int64_t left = call.samples - g;
+                                  load_noise(call, tile, g, std::min<int64_t>(kBlock, left), dim, noise);
+                                }
+                                if (call.out) {
+                                  scale.template stretch<1>(mean, eps, sample);
+                                  for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
+                                  store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
+                                }
                                 if (grad_mean || grad_scale) {
                                   load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
                                   for (int64_t j = 0; grad_mean && j < dim; ++j) {
                                     grad_mean[j] = grad_mean[j] + output(slope[j]);
                                   }
-                                  if (grad_scale) scale.template add_path<1>(slope, noise, grad_scale);
+                                  if (grad_scale) scale.template add_path<1>(slope, eps, grad_scale);
                                 }
                               }
                               if (grad_mean) store(tile, grad_mean, dim, call.grad_mean, arena);
