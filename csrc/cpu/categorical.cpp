@@ -111,9 +111,11 @@ void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, i
   }
   Word<V> low, high;
   row_numbers(call, tile, low, high);
-  for (int64_t g = 0; g < samples; ++g) {
-    labels[g] = categorical_label(call.seed, uint32_t(g), low, high, classes, thresholds);
+  int64_t g = 0;
+  for (; g + 2 <= samples; g += 2) {
+    categorical_labels<2>(call.seed, uint32_t(g), low, high, classes, thresholds, labels + g);
   }
+  if (g < samples) categorical_labels<1>(call.seed, uint32_t(g), low, high, classes, thresholds, labels + g);
 }
 
 template <class V>
@@ -134,7 +136,7 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     const RewardColumns<V> columns(call);
     // The table's gradient is scattered by label, so that its sums are elements, not lane values.
     const SharedSums sums{classes * classes, call.grad_reward_table != nullptr, false};
-    const size_t bytes = sizeof(V) * size_t(5 * classes + 4 * samples) + sizeof(P) * size_t(4 * classes) +
+    const size_t bytes = sizeof(V) * size_t(6 * classes + 5 * samples) + sizeof(P) * size_t(4 * classes) +
                          sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
     const Totals totals = for_each_tile<V>(
         call, 8 * classes + samples * (16 + classes), sums, bytes,
@@ -144,7 +146,7 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
           if (verdict.code != kAccepted) return verdict;
           V* logits = arena.take(classes);
           V* column = arena.take(classes);
-          V* work = arena.take(3 * classes + 4 * samples);
+          V* work = arena.take(4 * classes + 5 * samples);
           P* grad_logits = arena.template take<P>(classes);
           P* grad_column = arena.template take<P>(classes);
           Word<V>* labels = arena.template take<Word<V>>(samples);
@@ -196,7 +198,7 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.samples;
     const Surrogate s = surrogate(call);
-    const size_t bytes = sizeof(V) * size_t(4 * classes + 5 * samples) + sizeof(P) * size_t(2 * classes + samples) +
+    const size_t bytes = sizeof(V) * size_t(5 * classes + 6 * samples) + sizeof(P) * size_t(2 * classes + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
     return for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
                             [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
@@ -208,7 +210,7 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
                               if (verdict.code != kAccepted) return verdict;
                               V* logits = arena.take(classes);
                               V* rewards = arena.take(samples);
-                              V* work = arena.take(3 * classes + 4 * samples);
+                              V* work = arena.take(4 * classes + 5 * samples);
                               P* grad_logits = arena.template take<P>(classes);
                               P* grad_rewards = arena.template take<P>(samples);
                               Word<V>* labels = arena.template take<Word<V>>(samples);

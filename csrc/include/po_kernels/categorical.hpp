@@ -103,19 +103,75 @@ PK_FN void categorical_thresholds(int64_t classes, const D* logits, D* scratch, 
   }
 }
 
-// The labels of one sample of the rows in the lanes.
-template <class W>
-PK_FN W categorical_label(uint64_t seed, uint32_t sample, W row_low, W row_high, int64_t classes, const W* thresholds) {
-  W c0{}, c1 = W{} + sample, c2 = row_low, c3 = row_high;
+// The labels of S samples from `sample` on, of the rows in the lanes.
+template <int S, class W>
+PK_FN void categorical_labels(uint64_t seed, uint32_t sample, W row_low, W row_high, int64_t classes,
+                              const W* thresholds, W* labels) {
+  Several<W, S> c0, c1, c2, c3, label;
+  unrolled<S>([&](auto s) PK_LAMBDA {
+    constexpr int at = decltype(s)::value;
+    c0.v[at] = label.v[at] = W{};
+    c1.v[at] = W{} + (sample + uint32_t(at));
+    c2.v[at] = row_low;
+    c3.v[at] = row_high;
+  });
   philox4x32(c0, c1, c2, c3, seed);
-  const W bits = c0 >> 8;
-  W label{};
-  for (int64_t c = 0; c < classes; ++c) label = label + select(bits >= thresholds[c], W{} + 1u, W{});
-  return label;
+  const auto bits = c0 >> 8;
+  for (int64_t c = 0; c < classes; ++c) {
+    const W threshold = thresholds[c];
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      W& to = label.v[decltype(s)::value];
+      to = to + select(bits.v[decltype(s)::value] >= threshold, W{} + 1u, W{});
+    });
+  }
+  unrolled<S>([&](auto s) PK_LAMBDA { labels[decltype(s)::value] = label.v[decltype(s)::value]; });
+}
+
+// Up to so many classes it is faster to compare a label with each than to go to memory where it points.
+constexpr int64_t kFewClasses = 32;
+
+// table[label], lane by lane.
+template <class V>
+PK_FN V pick(int64_t classes, const V* table, Word<V> label) {
+  if (classes > kFewClasses) return gather(table, label);
+  V found = table[0];
+  for (int64_t c = 1; c < classes; ++c) {
+    found = select(element_mask<Primal<V>>(label == uint32_t(c)), table[c], found);
+  }
+  return found;
+}
+
+// sums[c] = Σ_g [labels[g] = c] x[g].
+template <class V>
+PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, const V* x, V* sums) {
+  int64_t c = 0;
+  const auto of_classes = [&](auto several) PK_LAMBDA {
+    constexpr int N = decltype(several)::value;
+    V sum[N];
+    unrolled<N>([&](auto n) PK_LAMBDA { sum[decltype(n)::value] = V{}; });
+    for (int64_t g = 0; g < count; ++g) {
+      const Word<V> label = labels[g];
+      const V term = x[g];
+      unrolled<N>([&](auto n) PK_LAMBDA {
+        const auto here = element_mask<Primal<V>>(label == uint32_t(c + decltype(n)::value));
+        V& to = sum[decltype(n)::value];
+        to = select(here, to + term, to);
+      });
+    }
+    unrolled<N>([&](auto n) PK_LAMBDA { sums[c + decltype(n)::value] = sum[decltype(n)::value]; });
+    c += N;
+  };
+  if (classes <= kFewClasses) {
+    while (c + 4 <= classes) of_classes(Constant<4>{});
+    while (c < classes) of_classes(Constant<1>{});
+    return;
+  }
+  for (; c < classes; ++c) sums[c] = V{};
+  for (int64_t g = 0; g < count; ++g) scatter_add(sums, labels[g], x[g]);
 }
 
 // The score-function surrogate of a group of labels whose rewards are in group.reward (transformed).
-// Fills pull, and the gradient in the logits. Scratch: 3 classes.
+// Fills pull, and the gradient in the logits. Scratch: 3 classes + G.
 template <class V>
 PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels, CategoricalGradients<V> out,
                           V* scratch, Group<V> group) {
@@ -130,18 +186,18 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
     P mean{};
     for (int64_t c = 0; c < classes; ++c) mean = mean + p[c].v * row.logits[c].t;
     for (int64_t g = 0; g < s.samples; ++g) {
-      group.excess[g] = V{P{}, gather(row.logits, labels[g]).t - mean};
+      group.excess[g] = V{P{}, pick(classes, row.logits, labels[g]).t - mean};
     }
   }
   const V objective = finish(s, group);
   if (out.logits) {
-    for (int64_t c = 0; c < classes; ++c) score[c] = V{};
+    V* factor = scratch + 3 * classes;
     V total{};
     for (int64_t g = 0; g < s.samples; ++g) {
-      const V factor = score_factor(group, g) * T(1.0 / double(s.samples));
-      total = total + factor;
-      scatter_add(score, labels[g], factor);
+      factor[g] = score_factor(group, g) * T(1.0 / double(s.samples));
+      total = total + factor[g];
     }
+    sum_by_label(classes, s.samples, labels, factor, score);
     for (int64_t c = 0; c < classes; ++c) {
       const V slope = score[c] - p[c] * total + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
@@ -150,7 +206,7 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   return -objective - entropy * T(s.entropy_coef);
 }
 
-// The sampled loss from (G) labels. Scratch: 4 G + 3 classes.
+// The sampled loss from (G) labels. Scratch: 5 G + 4 classes.
 template <class V>
 PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
                             CategoricalGradients<V> out, V* scratch, Group<V>& group) {
@@ -158,17 +214,18 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
   using P = Primal<V>;
   const int64_t count = s.samples;
   group = group_in(scratch, count);
-  for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, gather(row.column, labels[g]));
+  for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, pick(row.classes, row.column, labels[g]));
   const V loss = categorical_group(row, s, labels, out, scratch + 4 * count, group);
   if (out.column) {
-    for (int64_t c = 0; c < row.classes; ++c) out.column[c] = P{};
+    P* terms = reinterpret_cast<P*>(scratch + 4 * count);
     const V unit = out.weight * T(-1.0 / double(count));
-    for (int64_t g = 0; g < count; ++g) scatter_add(out.column, labels[g], output(unit * group.pull[g]));
+    for (int64_t g = 0; g < count; ++g) terms[g] = output(unit * group.pull[g]);
+    sum_by_label(row.classes, count, labels, terms, out.column);
   }
   return loss;
 }
 
-// The loss of given labels (G), which are constants, and their rewards (G). Scratch: 4 G + 3 classes.
+// The loss of given labels (G), which are constants, and their rewards (G). Scratch: 5 G + 3 classes.
 template <class V>
 PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
                           CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
@@ -183,8 +240,9 @@ PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* re
 // log p of a label from the row's p and log p, -inf where masked.
 template <class V>
 PK_FN V label_log_prob(CategoricalRow<V> row, const V* log_p, Word<V> label) {
-  const V logit = gather(row.logits, label);
-  return select(stop(logit) > -Element<V>(__builtin_huge_val()), gather(log_p, label), constant<V>(stop(logit)));
+  const V logit = pick(row.classes, row.logits, label);
+  const V found = pick(row.classes, log_p, label);
+  return select(stop(logit) > -Element<V>(__builtin_huge_val()), found, constant<V>(stop(logit)));
 }
 
 // Statistics of a row whose `group` is finished, or of a closed form. Scratch: 2 classes.
