@@ -1,5 +1,7 @@
 """Training with the fused operations of `po_kernels`: rewards learned from data by bilevel optimisation."""
 
+from typing import TYPE_CHECKING, Any
+
 from .callbacks import TensorBoard, WeightsAndBiases
 from .errors import MissingDependencyError, NonFiniteError, UsageError
 from .heuristics import iterated_precision, marginal_covariance, optimal_precision, residual_covariance
@@ -22,6 +24,7 @@ from .hypergradients import (
     Unrolled,
 )
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
+from .optional import require
 from .policies import (
     CategoricalPolicy,
     FullGaussianPolicy,
@@ -50,6 +53,11 @@ from .rewards import (
 )
 from .trainer import BatchStream, BilevelTrainer, OuterStep, train, train_nll, train_policy_gradient
 
+if TYPE_CHECKING:
+    from .estimators import BilevelClassifier as BilevelClassifier
+    from .estimators import BilevelRegressor as BilevelRegressor
+
+# The estimators are not among these: `from po_bilevel import *` has to work without scikit-learn.
 __all__ = [
     "BOME",
     "Batch",
@@ -108,3 +116,13 @@ __all__ = [
     "train_nll",
     "train_policy_gradient",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The scikit-learn estimators, imported when they are first asked for."""
+    if name not in ("BilevelClassifier", "BilevelRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    require("sklearn", "sklearn")
+    from . import estimators
+
+    return getattr(estimators, name)

@@ -10,7 +10,6 @@ R sets how sure of the label the policy is asked to be, and the outer loss learn
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
+from ..optimizers import SOLVED, lbfgs
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..results import Row
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
@@ -35,12 +35,6 @@ from .runs import check_counts, check_reals, first_step_of_torch, threads
 
 Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]
 
-# Pairs of steps and gradients that L-BFGS remembers.
-LBFGS_HISTORY = 10
-# The most evaluations of the loss in one step of it.
-LINE_SEARCH = 25
-# Where a deterministic problem counts as solved: the Euclidean norm of the loss's gradient.
-SOLVED = 1e-5
 DEFAULT_STEPS = {"lbfgs": 300, "adam": 400}
 DEFAULT_DAMPING = {"exact": 1e-4, "dice": 3e-2}
 DEFAULT_INNER_STEPS = {"lbfgs": 100, "adam": 40}
@@ -329,16 +323,7 @@ class _Run:
     def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.config.learning_rate)
-        return torch.optim.LBFGS(
-            parameters,
-            max_iter=1,
-            # Else it is 1.25 max_iter, which leaves the line search no evaluation.
-            max_eval=LINE_SEARCH,
-            history_size=LBFGS_HISTORY,
-            tolerance_grad=0.1 * SOLVED / math.sqrt(sum(p.numel() for p in parameters)),
-            tolerance_change=1e-12,
-            line_search_fn="strong_wolfe",
-        )
+        return lbfgs(parameters)
 
     def _inner_loss(self, rows: Batch) -> PolicyGradient:
         config = self.config

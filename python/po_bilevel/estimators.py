@@ -1,0 +1,611 @@
+"""scikit-learn estimators whose reward is learned from the data that they are fitted to.
+
+Fitting has two stages. The reward: K policies, one for each fold, are trained by entropy-regularised policy gradient on
+the rows outside their fold, and the reward is moved along the hypergradient of the likelihood of the rows inside. No
+likelihood is read on rows that its policy was trained on, so memorising them does not pass for knowing the answer.
+The policy: one more, trained on all rows under that reward.
+
+Rows that occur more than once are put together and their weights added, and the rest of the fit sees the rows in an
+order of their own. So an integer weight is that many copies to the last bit, no copy is on both sides of a fold, and
+the order of the rows does not matter.
+
+The entropy weight λ is 1: rewards and λ matter through their ratio only.
+"""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple, cast, get_args
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, MultiOutputMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .errors import UsageError
+from .heuristics import optimal_precision, residual_covariance
+from .hypergradients import ImplicitCG
+from .losses import Batch
+from .optimizers import lbfgs
+from .policies import CategoricalPolicy, FullGaussianPolicy, GaussianPolicy, Policy
+from .rewards import (
+    MahalanobisReward,
+    OneHotMahalanobisReward,
+    PrecisionKind,
+    TableReward,
+    one_hot_table,
+)
+from .trainer import BatchStream, BilevelTrainer, train
+
+RowLoss = Callable[[Policy, Batch], Tensor]
+
+# The classifier's U before anything is learned: right and wrong answers differ by 4 nats.
+START = 2.0
+# Added to the inner Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
+DAMPING = 1e-6
+# Of the hypergradient's linear solve.
+CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
+# How much less exactly than the last training those before it are solved: they start from each other, and an error of
+# theirs is one of the hypergradient, not of the model.
+ROUGHLY = 10.0
+# Outer steps end where the hypergradient is shorter than this, in nats a row for a relative change of the reward.
+OUTER_SOLVED = 1e-4
+# Added to the variances of standardised residuals: a perfect fit has none.
+RIDGE = 1e-6
+
+
+class _Rows(NamedTuple):
+    """Distinct rows: inputs (N, F), target (N,) labels or (N, D) values, weight (N,), positive; float64 but labels."""
+
+    inputs: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+class _Stack(nn.Module):
+    """M tanh networks (linear without hidden layers) of the same shape, evaluated together: (N, F) -> (M, N, out).
+
+    Attributes:
+        unit: (out,), the units of the outputs that the penalty is to be free of.
+
+    Args:
+        members: M.
+        sizes: F, the widths of the hidden layers, out.
+        seed: of the initial weights, the same for all members; a linear network starts at zero.
+    """
+
+    unit: Tensor
+
+    def __init__(self, members: int, sizes: list[int], seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("unit", torch.ones(sizes[-1], dtype=torch.float64))
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for width, out in pairwise(sizes):
+            weight = torch.zeros(width, out, dtype=torch.float64)
+            if len(sizes) > 2:
+                nn.init.xavier_uniform_(weight, generator=generator)
+            self.weights.append(nn.Parameter(weight.repeat(members, 1, 1)))
+            self.biases.append(nn.Parameter(torch.zeros(members, 1, out, dtype=torch.float64)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # For the first layer einsum makes one matrix of all members' weights, matmul copies the inputs for each.
+        hidden = torch.einsum("nf,mfo->mno", inputs, self.weights[0]) + self.biases[0]
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            hidden = torch.matmul(hidden.tanh(), weight) + bias
+        return hidden
+
+    def squares(self) -> Tensor:
+        """‖weights‖² of each member for outputs in units of one, without intercepts, (M,)."""
+        *hidden, last = self.weights
+        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last * self.unit)]).sum(dim=0)
+
+    def measure_in(self, unit: Tensor) -> None:
+        """Gives the outputs in units of unit (out,) instead of one."""
+        with torch.no_grad():
+            self.weights[-1].div_(unit)
+            self.biases[-1].div_(unit)
+            self.unit.copy_(unit)
+
+
+class _LogStd(nn.Module):
+    """One log σ for each member and dimension, the same for all x: (N, F) -> (M, N, D)."""
+
+    def __init__(self, members: int, dim: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(members, 1, dim, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value.expand(-1, inputs.shape[0], -1)
+
+
+class _FullStack(FullGaussianPolicy):
+    """`FullGaussianPolicy` with a covariance for each of M members; forward gives (M, N, D) and (M, N, D, D)."""
+
+    def __init__(self, mean_network: _Stack, members: int, dim: int) -> None:
+        super().__init__(mean_network, dim)
+        self.log_diagonal = nn.Parameter(torch.zeros(members, dim, dtype=torch.float64))
+        self.below_diagonal = nn.Parameter(torch.zeros(members, dim, dim, dtype=torch.float64))
+
+    def scale_tril(self) -> Tensor:
+        """L, (M, D, D)."""
+        return torch.tril(self.below_diagonal, -1) + torch.diag_embed(self.log_diagonal.exp())
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean_network(inputs), self.scale_tril()[:, None].expand(-1, inputs.shape[0], -1, -1)
+
+
+class _Bilevel(BaseEstimator):
+    """What both estimators have in common: the two stages of fitting."""
+
+    _rewards: ClassVar[tuple[str, ...]]
+    reward: str
+    hidden_layer_sizes: tuple[int, ...]
+    l2: float
+    folds: int
+    outer_steps: int
+    outer_learning_rate: float
+    max_iter: int
+    tol: float
+    warm_start: bool
+    random_state: Any
+    verbose: int
+    policy_: Policy
+    _reward: Any
+
+    def _check_parameters(self) -> None:
+        name = type(self).__name__
+        if self.reward not in self._rewards:
+            raise UsageError(
+                f"{name}: reward: expected one of {', '.join(map(repr, self._rewards))}, got {self.reward!r}"
+            )
+        for option, least in (("folds", 2), ("outer_steps", 0), ("max_iter", 1)):
+            value = getattr(self, option)
+            if not isinstance(value, Integral) or value < least:
+                raise UsageError(f"{name}: {option}: expected an integer of at least {least}, got {value!r}")
+        for option in ("l2", "outer_learning_rate", "tol"):
+            value = getattr(self, option)
+            if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+                raise UsageError(f"{name}: {option}: expected a finite number of at least 0, got {value!r}")
+        if any(not isinstance(width, Integral) or width < 1 for width in self.hidden_layer_sizes):
+            raise UsageError(
+                f"{name}: hidden_layer_sizes: expected integers of at least 1, got {self.hidden_layer_sizes!r}"
+            )
+
+    def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
+        """M policies that start the same."""
+        raise NotImplementedError
+
+    def _first_loss(self) -> "RowLoss":
+        """The loss that the policies are trained under before there is a reward."""
+        raise NotImplementedError
+
+    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, folds: Tensor) -> tuple[nn.Module, _Rows]:
+        """The reward to start from, and the rows in the units that it is for.
+
+        Args:
+            policy: trained on all rows under `_first_loss`.
+            together: with a member for each fold, trained on the other folds.
+            rows: standardised.
+            folds: (N,), the fold of each row.
+        """
+        raise NotImplementedError
+
+    def _fit(self, rows: _Rows, outputs: int, strata: np.ndarray) -> None:
+        """Learns the reward, then the policy.
+
+        Args:
+            rows: standardised.
+            outputs: of the network: classes, or dimensions of y.
+            strata: (N,) int64, of which each fold gets its share.
+        """
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(2**31 - 1))
+        members, features = min(self.folds, len(rows.inputs)), rows.inputs.shape[1]
+        folds = torch.from_numpy(_deal(strata, members, random))
+        inside = rows.weight * (folds == torch.arange(members)[:, None])
+        outside = rows.weight - inside
+        together = self._policy(members, features, outputs, seed)
+        if self.warm_start and hasattr(self, "policy_"):
+            policy, reward = copy.deepcopy(self.policy_), copy.deepcopy(self._reward)
+            _spread(policy, together)
+            rows = rows._replace(target=_in_units(rows.target, _network(policy).unit))
+        else:
+            policy = self._policy(1, features, outputs, seed)
+            self._train(policy, rows, rows.weight[None], self._first_loss(), ROUGHLY * self.tol)
+            self._train(together, rows, outside, self._first_loss(), ROUGHLY * self.tol)
+            reward, rows = self._first_reward(policy, together, rows, folds)
+        if self.outer_steps > 0:
+            self._learn(reward, together, rows, inside, outside)
+        loss = _policy_gradient(reward)
+        self.n_iter_ = self._train(policy, rows, rows.weight[None], loss, self.tol)
+        if self.n_iter_ == self.max_iter:
+            warnings.warn(
+                f"{type(self).__name__}: the policy's training stopped after max_iter={self.max_iter} steps, its "
+                f"gradient possibly above tol={self.tol}; raise max_iter, l2 or tol",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        self.policy_, self._reward = policy, reward
+
+    def _learn(self, reward: nn.Module, policy: Policy, rows: _Rows, inside: Tensor, outside: Tensor) -> None:
+        """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""
+        outer = torch.optim.Adam(reward.parameters(), lr=self.outer_learning_rate, betas=(0.8, 0.9))
+        batch, inner = _repeated(rows, len(inside)), self._objective(rows, outside)
+        trainer = BilevelTrainer(
+            policy,
+            reward,
+            inner_data=batch,
+            outer_data=batch,
+            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol),
+            outer_optimizer=outer,
+            outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, self.outer_steps),
+            inner_steps=self.max_iter,
+            inner_loss=lambda policy, reward, batch, _: inner(policy, batch, _policy_gradient(reward)),
+            outer_loss=lambda policy, batch: (inside * _likelihood(policy, batch)).sum() / rows.weight.sum(),
+            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS),
+            inner_tolerance=ROUGHLY * self.tol,
+            # What L-BFGS remembers of the curvature belongs to the reward of before.
+            keep_inner_state=False,
+            progress=False,
+        )
+        self.outer_losses_ = []
+        best, least = reward.state_dict(), math.inf
+        with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
+            for _ in range(self.outer_steps):
+                before = copy.deepcopy(reward.state_dict())
+                step = trainer.step()
+                self.outer_losses_.append(step.outer_loss)
+                bar.set_postfix_str(f"held-out NLL {step.outer_loss:.4f}", refresh=False)
+                bar.update()
+                if step.outer_loss < least:
+                    best, least = before, step.outer_loss
+                if step.gradient_norm <= OUTER_SOLVED:
+                    break
+        reward.load_state_dict(best)
+
+    def _train(self, policy: Policy, rows: _Rows, weight: Tensor, loss: RowLoss, tolerance: float) -> int:
+        """Trains all members at once, each on its row of weight (M, N); returns how many steps it took."""
+        objective = self._objective(rows, weight)
+        _, steps = train(
+            policy,
+            lambda policy, batch, _: objective(policy, batch, loss),
+            BatchStream(_repeated(rows, len(weight)), None, 0),
+            lbfgs(policy.parameters(), tolerance),
+            self.max_iter,
+            tolerance=tolerance,
+        )
+        return steps
+
+    def _objective(self, rows: _Rows, weight: Tensor) -> Callable[[Policy, Batch, RowLoss], Tensor]:
+        """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
+        total = weight.sum(dim=1, keepdim=True)
+        share = weight / total
+
+        def objective(policy: Policy, batch: Batch, loss: RowLoss) -> Tensor:
+            penalty = 0.5 * self.l2 * (_network(policy).squares() / total[:, 0]).sum()
+            return (share * loss(policy, batch)).sum() + penalty
+
+        return objective
+
+
+class BilevelClassifier(ClassifierMixin, _Bilevel):
+    """Softmax classifier trained by policy gradient under a reward for each pair of answer and label, learned too.
+
+    With its defaults a linear model with the prior of `LogisticRegression()`: it differs in the loss, which asks for
+    the confidence that cross-validated likelihood finds right. See the module for how it is fitted.
+
+    Args:
+        reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
+            -(e_ŷ-e_y)ᵀU(e_ŷ-e_y) of one-hot labels (1, C or C² numbers), "table" for any reward R[ŷ, y].
+        hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
+        l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
+            are free. Inputs are standardised first.
+        folds: of the reward's cross-validation; fewer if there are fewer rows.
+        outer_steps: the most updates of the reward; 0 keeps the one that it starts from.
+        outer_learning_rate: of Adam for the reward at first; falls to a tenth.
+        max_iter: the most L-BFGS iterations in one training of a policy.
+        tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
+        warm_start: the next `fit` starts from the policy and the reward of the last.
+        random_state: of the folds, and of a network's initial weights.
+        verbose: 1 for a progress bar.
+
+    Attributes:
+        classes_: (C,) labels.
+        reward_: (C, C), reward_[i, j] of the answer classes_[i] where the label is classes_[j], in nats.
+        precision_: U, () or (C,) or (C, C); not there for "table".
+        outer_losses_: cross-validated NLL before each update of the reward, nats a row.
+        policy_: the trained policy, on standardised inputs.
+        n_iter_: L-BFGS iterations of its training.
+        n_features_in_, feature_names_in_: of the inputs, as everywhere in scikit-learn.
+    """
+
+    _rewards = (*get_args(PrecisionKind), "table")
+    classes_: np.ndarray
+
+    def __init__(
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
+        outer_steps: int = 30, outer_learning_rate: float = 0.3, max_iter: int = 500, tol: float = 1e-4,
+        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+    ) -> None:  # fmt: skip
+        self.reward = reward
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.l2 = l2
+        self.folds = folds
+        self.outer_steps = outer_steps
+        self.outer_learning_rate = outer_learning_rate
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BilevelClassifier":
+        """Learns the reward and the policy.
+
+        Args:
+            X: (N, F), an array or a DataFrame of finite numbers.
+            y: (N,) labels of at least two classes.
+            sample_weight: (N,), at least 0; a row of weight 2 is that row twice.
+
+        Raises:
+            ValueError: data or a parameter that cannot be used.
+            NonFiniteError: training diverged.
+        """
+        self._check_parameters()
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        classes, labels = np.unique(y, return_inverse=True)
+        present = len(np.unique(labels[weight > 0]))
+        if present < 2:
+            raise UsageError(f"BilevelClassifier: y: expected at least two classes with weight, got {present} class")
+        if self.warm_start and hasattr(self, "policy_") and not np.array_equal(classes, self.classes_):
+            raise UsageError(
+                f"BilevelClassifier: y: expected the classes of the last fit with warm_start, {self.classes_}, "
+                f"got {classes}"
+            )
+        self.classes_ = classes
+        X, labels, weight = _distinct(X, labels[:, None], weight)
+        self._scaler = StandardScaler().fit(X, sample_weight=weight)
+        strata = labels[:, 0].astype(np.int64)
+        self._fit(
+            _Rows(torch.from_numpy(self._scaler.transform(X)), torch.from_numpy(strata), torch.from_numpy(weight)),
+            len(classes), strata,
+        )  # fmt: skip
+        with torch.no_grad():
+            self.reward_ = self._reward.table().numpy()
+            if isinstance(self._reward, OneHotMahalanobisReward):
+                self.precision_ = self._reward.precision().numpy()
+        return self
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Log-probabilities of the classes, (N, C), in nats."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        with torch.no_grad():
+            logits = self.policy_(torch.from_numpy(self._scaler.transform(X)))[0]
+            return torch.log_softmax(logits, dim=-1).numpy()
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities of the classes, (N, C), in the order of `classes_`."""
+        return np.exp(self.predict_log_proba(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable class of each row, (N,)."""
+        answer = self.predict_log_proba(X).argmax(axis=1)
+        return self.classes_[answer]
+
+    def _policy(self, members: int, features: int, outputs: int, seed: int) -> CategoricalPolicy:
+        return CategoricalPolicy(_Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
+
+    def _first_loss(self) -> RowLoss:
+        return _likelihood
+
+    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, folds: Tensor) -> tuple[nn.Module, _Rows]:
+        classes = len(self.classes_)
+        if self.reward == "table":
+            return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes)), rows
+        return OneHotMahalanobisReward(classes, cast(PrecisionKind, self.reward), START).double(), rows
+
+
+class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
+    """Gaussian regression N(mean(x), Σ), trained by policy gradient under the reward -(ŷ-y)ᵀU(ŷ-y), U learned too.
+
+    U sets the spread, Σ = U⁻¹/2, and how much a residual counts beside the penalty. See the module for how it is
+    fitted.
+
+    Args:
+        reward: form of U: "isotropic" (one number in units of each output's standard deviation), "diagonal", or "full",
+            which comes with a full Σ.
+        hidden_layer_sizes, folds, outer_steps, outer_learning_rate, max_iter, tol, warm_start, random_state: as in
+            `BilevelClassifier`.
+        verbose: 1 for a progress bar.
+        l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, of standardised inputs and outputs: a
+            Gaussian prior of variance 1/l2. Intercepts are free.
+
+    Attributes:
+        precision_: U, (D,) or, for "full", (D, D), in units of 1/y²; y (N,) is D = 1.
+        outer_losses_: cross-validated NLL before each update of the reward, nats a row.
+        policy_: the trained policy, on standardised inputs and outputs.
+        n_iter_, n_features_in_, feature_names_in_: as in `BilevelClassifier`.
+    """
+
+    _rewards = get_args(PrecisionKind)
+    _output_scaler: StandardScaler
+
+    def __init__(
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
+        outer_steps: int = 10, outer_learning_rate: float = 0.1, max_iter: int = 500, tol: float = 1e-4,
+        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+    ) -> None:  # fmt: skip
+        self.reward = reward
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.l2 = l2
+        self.folds = folds
+        self.outer_steps = outer_steps
+        self.outer_learning_rate = outer_learning_rate
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BilevelRegressor":
+        """Learns the reward and the policy.
+
+        Args:
+            X: (N, F), an array or a DataFrame of finite numbers.
+            y: (N,) or (N, D) finite numbers.
+            sample_weight: (N,), at least 0; a row of weight 2 is that row twice.
+
+        Raises:
+            ValueError: data or a parameter that cannot be used.
+            NonFiniteError: training diverged.
+        """
+        self._check_parameters()
+        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        self._one_output = y.ndim == 1
+        X, y, weight = _distinct(X, y.reshape(len(y), -1).astype(np.float64), weight)
+        if len(X) < 2:
+            raise UsageError(f"BilevelRegressor: X, y: expected at least two distinct samples, got {len(X)}")
+        if self.warm_start and hasattr(self, "policy_") and y.shape[1] != self._output_scaler.n_features_in_:
+            raise UsageError(
+                "BilevelRegressor: y: expected as many outputs as in the last fit with warm_start, "
+                f"{self._output_scaler.n_features_in_}, got {y.shape[1]}"
+            )
+        self._scaler = StandardScaler().fit(X, sample_weight=weight)
+        self._output_scaler = StandardScaler().fit(y, sample_weight=weight)
+        rows = _Rows(
+            torch.from_numpy(self._scaler.transform(X)), torch.from_numpy(self._output_scaler.transform(y)),
+            torch.from_numpy(weight),
+        )  # fmt: skip
+        self._fit(rows, y.shape[1], np.zeros(len(X), dtype=np.int64))
+        scale = self._output_scale()
+        if self.outer_steps > 0:
+            self.outer_losses_ = [loss + float(np.log(scale).sum()) for loss in self.outer_losses_]
+        with torch.no_grad():
+            u = self._reward.precision().numpy()
+        self.precision_ = u / np.outer(scale, scale) if u.ndim == 2 else u / scale**2
+        return self
+
+    def predict(self, X: Any, return_std: bool = False) -> Any:
+        """The mean of y, (N,) or (N, D); with return_std also the standard deviations, of the same shape."""
+        mean, factor = self._distribution(X)
+        if not return_std:
+            return self._shaped(mean)
+        return self._shaped(mean), self._shaped(np.sqrt(np.square(factor).sum(axis=-1)))
+
+    def sample(self, X: Any, n_samples: int = 1, random_state: Any = None) -> np.ndarray:
+        """Draws from the predictive distribution, (n_samples, N) or (n_samples, N, D).
+
+        Args:
+            X: (N, F).
+            n_samples: draws for each row.
+            random_state: of the draws.
+        """
+        mean, factor = self._distribution(X)
+        noise = check_random_state(random_state).standard_normal((n_samples, *mean.shape))
+        return self._shaped(mean + np.einsum("nij,snj->sni", factor, noise))
+
+    def _distribution(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (N, D) and a factor L of the covariance L Lᵀ (N, D, D), in units of y."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        with torch.no_grad():
+            mean, spread = self.policy_(torch.from_numpy(self._scaler.transform(X)))
+            factor = spread[0] if spread.ndim == 4 else torch.diag_embed(spread[0].exp())
+        scale = self._output_scale()
+        return self._output_scaler.mean_ + scale * mean[0].numpy(), scale[:, None] * factor.numpy()
+
+    def _output_scale(self) -> np.ndarray:
+        """(D,): what one unit of the policy's is in units of y."""
+        return self._output_scaler.scale_ * _network(self.policy_).unit.numpy()
+
+    def _shaped(self, values: np.ndarray) -> np.ndarray:
+        return values[..., 0] if self._one_output else values
+
+    def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
+        network = _Stack(members, [features, *self.hidden_layer_sizes, outputs], seed)
+        if self.reward == "full":
+            return _FullStack(network, members, outputs)
+        return GaussianPolicy(network, _LogStd(members, outputs), outputs)
+
+    def _first_loss(self) -> RowLoss:
+        return _policy_gradient(MahalanobisReward(1, "isotropic").double())
+
+    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, folds: Tensor) -> tuple[nn.Module, _Rows]:
+        with torch.no_grad():
+            # Each row's mean is of the fold that did not train on it.
+            mean = together(rows.inputs)[0][folds, torch.arange(len(folds))]
+        share = (rows.weight / rows.weight.mean()).sqrt()[:, None]
+        covariance = residual_covariance(share * (rows.target - mean))
+        kind = cast(PrecisionKind, self.reward)
+        variance = covariance.diagonal() + RIDGE
+        # With residuals of one, the mean's weights and log σ have the same curvature, however good the fit.
+        unit = (variance.mean().expand(len(variance)) if kind == "isotropic" else variance).sqrt()
+        for each in (policy, together):
+            _network(each).measure_in(unit)
+        guess = optimal_precision(covariance / torch.outer(unit, unit), 1.0, kind, ridge=RIDGE)
+        reward = MahalanobisReward(len(unit), kind, guess)
+        return reward, rows._replace(target=_in_units(rows.target, unit))
+
+
+def _network(policy: Policy) -> _Stack:
+    return cast(_Stack, policy.network if isinstance(policy, CategoricalPolicy) else policy.mean_network)
+
+
+def _likelihood(policy: Policy, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each row, (M, N)."""
+    return -policy.log_prob(*batch)
+
+
+def _policy_gradient(reward: nn.Module) -> RowLoss:
+    """The policy-gradient loss of each row under the reward, (M, N), with λ = 1."""
+    return lambda policy, batch: policy.policy_loss(*batch, reward, entropy_coef=1.0, reduction="none", seed=0)
+
+
+def _repeated(rows: _Rows, members: int) -> Batch:
+    """The rows once for each member: targets (M, N) or (M, N, D)."""
+    return Batch(rows.inputs, rows.target.expand(members, *rows.target.shape))
+
+
+def _in_units(target: Tensor, unit: Tensor) -> Tensor:
+    """Values (N, D) in units of unit (D,); labels have none."""
+    return target / unit if target.is_floating_point() else target
+
+
+def _spread(policy: Policy, together: Policy) -> None:
+    """Each member of `together` becomes a copy of the single member of `policy`."""
+    with torch.no_grad():
+        for source, parameter in zip(policy.parameters(), together.parameters(), strict=True):
+            parameter.copy_(source.expand_as(parameter))
+        _network(together).unit.copy_(_network(policy).unit)
+
+
+def _distinct(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct rows of positive weight, sorted, and the sums of their weights: (N', F), (N', D), (N',)."""
+    # Adding zero makes -0 and 0 the same row.
+    rows = np.column_stack([X, y])[weight > 0] + 0.0
+    rows, index = np.unique(rows, axis=0, return_inverse=True)
+    return rows[:, : X.shape[1]], rows[:, X.shape[1] :], np.bincount(index.reshape(-1), weight[weight > 0])
+
+
+def _deal(strata: np.ndarray, folds: int, random: np.random.RandomState) -> np.ndarray:
+    """A fold for each row, (N,) int64: rows of a stratum are shuffled, and dealt out in turn."""
+    order = random.permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]
+    dealt = np.empty(len(strata), dtype=np.int64)
+    dealt[order] = np.arange(len(strata)) % folds
+    return dealt

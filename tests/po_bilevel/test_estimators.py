@@ -1,0 +1,208 @@
+"""The scikit-learn estimators: scikit-learn's own checks, the tools they have to work with, and closed forms."""
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import po_bilevel
+import pytest
+from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError
+from sklearn.base import clone
+from sklearn.datasets import load_iris, make_blobs, make_regression
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+
+# Fewer outer steps and folds than by default, for the checks fit hundreds of times.
+@parametrize_with_checks([BilevelClassifier(outer_steps=2, folds=2), BilevelRegressor(outer_steps=2, folds=2)])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def iris():
+    inputs, target = load_iris(return_X_y=True, as_frame=True)
+    return inputs, target.map({0: "setosa", 1: "versicolor", 2: "virginica"})
+
+
+@pytest.fixture(scope="module")
+def fitted(iris):
+    return BilevelClassifier(outer_steps=5, folds=3, random_state=0).fit(*iris)
+
+
+def test_classifier_on_a_frame_with_string_labels(iris, fitted):
+    inputs, target = iris
+    assert fitted.score(inputs, target) > 0.95
+    assert list(fitted.feature_names_in_) == list(inputs.columns)
+    assert list(fitted.classes_) == ["setosa", "versicolor", "virginica"]
+    assert fitted.reward_.shape == (3, 3)
+    np.testing.assert_array_equal(np.diag(fitted.reward_), np.zeros(3))
+    # R[i, j] = -(U_ii + U_jj).
+    assert fitted.reward_[0, 2] == pytest.approx(-(fitted.precision_[0] + fitted.precision_[2]))
+    assert fitted.outer_losses_[-1] < fitted.outer_losses_[0]
+    np.testing.assert_allclose(fitted.predict_proba(inputs).sum(axis=1), 1.0)
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(inputs)), fitted.predict_proba(inputs))
+    with pytest.raises(ValueError, match="feature names"):
+        fitted.predict(inputs.rename(columns=str.upper))
+
+
+@pytest.mark.parametrize("reward", ["isotropic", "full", "table"])
+def test_forms_of_the_classifier_reward(iris, reward):
+    model = BilevelClassifier(reward, outer_steps=3, folds=3, random_state=0).fit(*iris)
+    assert model.score(*iris) > 0.9
+    assert hasattr(model, "precision_") == (reward != "table")
+    if reward != "table":
+        assert model.precision_.shape == {"isotropic": (), "full": (3, 3)}[reward]
+
+
+def test_without_outer_steps_the_reward_stays(iris):
+    model = BilevelClassifier(outer_steps=0).fit(*iris)
+    np.testing.assert_allclose(model.precision_, 2.0)
+
+
+def test_networks(iris):
+    model = BilevelClassifier(hidden_layer_sizes=(8,), outer_steps=2, folds=2, tol=1e-3, random_state=0)
+    assert model.fit(*iris).score(*iris) > 0.95
+    again = clone(model).fit(*iris)
+    np.testing.assert_array_equal(again.predict_proba(iris[0]), model.predict_proba(iris[0]))
+
+
+def test_likelihood_of_the_classifier_beside_logistic_regression():
+    """Where the labels are noisy the reward's confidence is what matters: held-out NLL no worse than likelihood's."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(400, 5))
+    target = (rng.random(400) < 1 / (1 + np.exp(-1.5 * inputs[:, 0]))).astype(int)
+    model = BilevelClassifier(outer_steps=10, random_state=0).fit(inputs[:200], target[:200])
+    other = LogisticRegression().fit(inputs[:200], target[:200])
+    ours, theirs = (
+        -np.log(each.predict_proba(inputs[200:])[np.arange(200), target[200:]]).mean() for each in (model, other)
+    )
+    assert ours < theirs + 0.02
+
+
+@pytest.mark.parametrize("family", [BilevelClassifier, BilevelRegressor])
+def test_a_weight_is_as_many_copies_to_the_bit(family):
+    inputs, target = make_blobs(40, centers=2, random_state=0)
+    weight = np.random.default_rng(0).integers(0, 4, 40)
+    order = np.random.default_rng(1).permutation(int(weight.sum()))
+    model = family(outer_steps=2, folds=2, random_state=3)
+    copies = clone(model).fit(np.repeat(inputs, weight, axis=0)[order], np.repeat(target, weight)[order])
+    model.fit(inputs, target, sample_weight=weight)
+    np.testing.assert_array_equal(copies.predict(inputs), model.predict(inputs))
+    np.testing.assert_array_equal(copies.precision_, model.precision_)
+
+
+def test_pickle_pipeline_and_search(iris, fitted):
+    inputs, target = iris
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(fitted)).predict_proba(inputs), fitted.predict_proba(inputs)
+    )
+    search = GridSearchCV(
+        make_pipeline(MinMaxScaler(), BilevelClassifier(outer_steps=1, folds=2, random_state=0)),
+        {"bilevelclassifier__reward": ["isotropic", "table"], "bilevelclassifier__l2": [1.0]},
+        scoring="neg_log_loss",
+        cv=2,
+    ).fit(inputs, target)
+    assert search.best_score_ > -0.4
+    assert (
+        cross_val_score(BilevelRegressor(outer_steps=1, folds=2), *make_regression(80, 4, random_state=0)).min() > 0.9
+    )
+
+
+def test_warm_start(iris):
+    model = BilevelClassifier(outer_steps=3, folds=2, warm_start=True, random_state=0).fit(*iris)
+    first = model.outer_losses_
+    model.fit(*iris)
+    assert model.outer_losses_[0] < first[0]
+    assert model.outer_losses_[-1] < first[-1]
+    with pytest.raises(UsageError, match="classes of the last fit"):
+        model.fit(iris[0], iris[1].str.upper())
+
+
+def test_regressor_finds_the_noise():
+    rng = np.random.default_rng(0)
+    inputs = pd.DataFrame(rng.normal(size=(2000, 3)), columns=["a", "b", "c"])
+    mixing = np.array([[1.0, 0.0], [0.6, 0.8]])
+    noise = rng.normal(size=(2000, 2)) @ np.diag([0.5, 5.0]) @ mixing
+    target = np.stack([inputs.a - inputs.b, 10 * inputs.c], axis=1) + noise
+    covariance = mixing.T @ np.diag([0.25, 25.0]) @ mixing
+    model = BilevelRegressor("full", random_state=0).fit(inputs, target)
+    # U* = Σ⁻¹/2. Each entry of a covariance of 2000 rows is right to some 1/√1000, three of which are 10%.
+    np.testing.assert_allclose(
+        model.precision_, np.linalg.inv(covariance) / 2, atol=0.1 * np.abs(np.linalg.inv(covariance) / 2).max()
+    )
+    mean, std = model.predict(inputs, return_std=True)
+    assert mean.shape == std.shape == (2000, 2)
+    np.testing.assert_allclose(std, np.sqrt(np.diag(covariance)) * np.ones((2000, 1)), rtol=0.1)
+    samples = model.sample(inputs[:3], 4000, random_state=0)
+    assert samples.shape == (4000, 3, 2)
+    np.testing.assert_allclose(np.cov(samples[:, 0].T), covariance, rtol=0.15)
+    diagonal = BilevelRegressor("isotropic", random_state=0).fit(inputs, target)
+    assert diagonal.precision_.shape == (2,)
+    # One number in standardised units: the outputs' share of noise is averaged, the ratio of their scales is not.
+    assert diagonal.precision_[0] * target[:, 0].var() == pytest.approx(diagonal.precision_[1] * target[:, 1].var())
+
+
+def test_regressor_of_one_output():
+    inputs, target = make_regression(200, 5, noise=20.0, random_state=0)
+    model = BilevelRegressor(random_state=0).fit(inputs, target)
+    mean, std = model.predict(inputs, return_std=True)
+    assert mean.shape == std.shape == (200,)
+    assert model.sample(inputs, 3, random_state=1).shape == (3, 200)
+    assert model.score(inputs, target) == pytest.approx(Ridge().fit(inputs, target).score(inputs, target), abs=0.01)
+    # Σ = U⁻¹/2, and the noise of 20 to some 1/√200, four of which are 20%.
+    assert std[0] == pytest.approx(np.sqrt(0.5 / model.precision_[0]), rel=1e-3)
+    assert std[0] == pytest.approx(20.0, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "parts"),
+    [
+        (BilevelClassifier("round"), ["BilevelClassifier: reward", "'table'", "'round'"]),
+        (BilevelRegressor("table"), ["BilevelRegressor: reward", "'table'"]),
+        (BilevelClassifier(folds=1), ["folds", "at least 2", "got 1"]),
+        (BilevelClassifier(l2=-1.0), ["l2", "at least 0", "-1.0"]),
+        (BilevelClassifier(hidden_layer_sizes=(0,)), ["hidden_layer_sizes", "at least 1"]),
+        (BilevelRegressor(max_iter=2.5), ["max_iter", "integer", "2.5"]),
+    ],
+)
+def test_bad_parameters(estimator, parts):
+    with pytest.raises(UsageError) as caught:
+        estimator.fit(np.eye(4), [0, 1, 0, 1])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_what_cannot_be_fitted(iris):
+    with pytest.raises(UsageError, match="two classes"):
+        BilevelClassifier().fit([[1.0], [2.0], [3.0]], ["a", "a", "b"], sample_weight=[1, 1, 0])
+    with pytest.raises(UsageError, match="two distinct samples"):
+        BilevelRegressor().fit([[1.0], [1.0]], [2.0, 2.0])
+    with pytest.raises(NotFittedError):
+        BilevelRegressor().predict([[1.0]])
+    with pytest.warns(ConvergenceWarning, match="max_iter=1"):
+        BilevelClassifier(max_iter=1, outer_steps=0).fit(*iris)
+
+
+def test_a_missing_scikit_learn_is_named():
+    code = """
+import sys
+sys.modules["sklearn"] = None
+import po_bilevel
+from po_bilevel import *
+try:
+    po_bilevel.BilevelClassifier
+except po_bilevel.MissingDependencyError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'po-kernels[sklearn]'" in done.stdout
+    with pytest.raises(AttributeError, match="no attribute 'BilevelRanker'"):
+        _ = po_bilevel.BilevelRanker
