@@ -64,9 +64,11 @@ def classify(config: ClassifyConfig) -> None:
     classification.check(config)
     _prepare(config.out, config.plot)
     outcome = classification.run(config)
+    paired = results.paired(outcome.rows, "nll")
     _write(
-        "classification", config, outcome.rows, {"curves": outcome.curves, "reward_paths": outcome.paths},
-        outcome.warnings, lambda path: plots.figure_of_classification(outcome, path),
+        "classification", config, outcome.rows,
+        {"curves": outcome.curves, "reward_paths": outcome.paths, "paired": paired}, outcome.warnings,
+        lambda path: plots.figure_of_classification(outcome, path), results.table(paired) if paired else "",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tabular data for classification: scikit-learn's built-in sets and CSV files, split and standardised."""
+"""Tabular data for classification: built-in sets, sets of openml.org and files, split and standardised."""
 
 import math
 import warnings
@@ -14,6 +14,9 @@ from .losses import Batch
 from .optional import require
 
 BUILT_IN = ("wine", "iris", "breast_cancer", "digits")
+# Numbers of data sets at openml.org, which are versions too: spambase, default-of-credit-card-clients, poker-hand.
+OPENML = {"spambase": 44, "credit_default": 42477, "poker": 1567}
+READERS = {".csv": "CSV", ".parquet": "Parquet"}
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,49 @@ class Splits:
 
 
 def load(dataset: str, target: str | None = None) -> Table:
-    """A data set by the name of a built-in one, or from a CSV file.
+    """A data set by its name, or from a file.
 
     Args:
-        dataset: one of BUILT_IN, or the path of a CSV file whose columns but the target's are numbers.
-        target: the column that holds the classes of a CSV file.
+        dataset: one of BUILT_IN; one of OPENML, from scikit-learn's cache or else the network; or the path of a CSV or
+            Parquet file whose columns but the target's are numbers.
+        target: the column that holds the classes of a file.
 
     Raises:
         UsageError: no such data set, file or column; or a file whose contents cannot be classified.
         MissingDependencyError: scikit-learn or pandas is not installed.
     """
-    if dataset in BUILT_IN:
+    if dataset in BUILT_IN or dataset in OPENML:
         if target is not None:
-            raise UsageError(f"--target: expected none with the built-in data set {dataset!r}, got {target!r}")
-        return _built_in(dataset)
+            raise UsageError(f"--target: expected none with the data set {dataset!r}, got {target!r}")
+        return _built_in(dataset) if dataset in BUILT_IN else _openml(dataset)
     path = Path(dataset)
-    if path.suffix.lower() != ".csv" and not path.is_file():
-        raise UsageError(f"--dataset: expected one of {', '.join(BUILT_IN)} or the path of a CSV file, got {dataset!r}")
-    return _csv(path, target)
+    if path.suffix.lower() not in READERS and not path.is_file():
+        raise UsageError(
+            f"--dataset: expected one of {', '.join((*BUILT_IN, *OPENML))} or the path of a CSV or Parquet file, "
+            f"got {dataset!r}"
+        )
+    pandas = require("pandas", "sklearn")
+    frame = _parquet(pandas, path) if path.suffix.lower() == ".parquet" else _csv(pandas, path)
+    return _from_frame(pandas, path.stem, str(path), frame, target)
+
+
+def subset(table: Table, max_rows: int | None) -> Table:
+    """A stratified random choice of max_rows rows, the same each time; the table itself if it has no more.
+
+    Raises:
+        UsageError: fewer rows than there are classes.
+        MissingDependencyError: scikit-learn is not installed.
+    """
+    if max_rows is None or len(table.labels) <= max_rows:
+        return table
+    if max_rows < len(table.classes):
+        raise UsageError(f"--max-rows: expected at least the {len(table.classes)} classes, got {max_rows}")
+    selection = require("sklearn.model_selection", "sklearn")
+    kept, _ = selection.train_test_split(
+        np.arange(len(table.labels)), train_size=max_rows, stratify=table.labels, random_state=0
+    )
+    kept.sort()
+    return Table(table.name, table.inputs[kept], table.labels[kept], table.classes)
 
 
 def split(table: Table, *, test_fraction: float, held_out_fraction: float, seed: int) -> Splits:
@@ -112,8 +140,42 @@ def _built_in(name: str) -> Table:
     )
 
 
-def _csv(path: Path, target: str | None) -> Table:
+def _openml(name: str) -> Table:
+    datasets = require("sklearn.datasets", "sklearn")
     pandas = require("pandas", "sklearn")
+    try:
+        with warnings.catch_warnings():
+            # It warns of each attempt; the error below says how it ended.
+            warnings.simplefilter("ignore")
+            # The cache is looked at first, and has to do where there is no network.
+            # The faster parser, pandas, fails on categories that are numbers (scikit-learn 1.9 with pandas 3).
+            bunch = datasets.fetch_openml(
+                data_id=OPENML[name], as_frame=True, parser="liac-arff", n_retries=1, delay=0.1
+            )
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--dataset: expected {name!r} in the cache {datasets.get_data_home()!r} or from openml.org, got neither: "
+            f"{error}; give the path of a CSV or Parquet file with these rows, and its --target"
+        ) from None
+    features = bunch.data.copy()
+    for column in features.columns[features.dtypes == "category"]:
+        # Categories that are numbers keep their order; credit_default and poker have no others.
+        features[column] = pandas.to_numeric(features[column], errors="coerce")
+    frame = features.assign(**{bunch.target.name: bunch.target})
+    return _from_frame(pandas, name, name, frame, bunch.target.name)
+
+
+def _parquet(pandas: Any, path: Path) -> Any:
+    require("pyarrow", "sklearn")
+    try:
+        return pandas.read_parquet(path)
+    except FileNotFoundError:
+        raise UsageError(f"--dataset: expected a Parquet file, and there is none at {str(path)!r}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--dataset: expected a Parquet file, and {str(path)!r} is none: {error}") from None
+
+
+def _csv(pandas: Any, path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             # By default a first row with one field too many makes the first column an index, without a word.
@@ -132,29 +194,32 @@ def _csv(path: Path, target: str | None) -> Table:
     header = pandas.read_csv(path, header=None, nrows=1, index_col=False, dtype=str).iloc[0]
     if repeated := sorted(set(header[header.duplicated()].dropna())):
         raise UsageError(f"--dataset: expected each column's name once, got {', '.join(map(repr, repeated))} again")
+    return frame
+
+
+def _from_frame(pandas: Any, name: str, source: str, frame: Any, target: str | None) -> Table:
+    """A table of a frame's columns, all of them numbers but the target's."""
     columns = ", ".join(map(repr, frame.columns))
     if target is None:
-        raise UsageError(f"--target: expected the column of {str(path)!r} that holds the classes, one of {columns}")
+        raise UsageError(f"--target: expected the column of {source!r} that holds the classes, one of {columns}")
     if target not in frame.columns:
-        raise UsageError(f"--target: expected a column of {str(path)!r}, one of {columns}, got {target!r}")
+        raise UsageError(f"--target: expected a column of {source!r}, one of {columns}, got {target!r}")
     features = frame.drop(columns=target)
     if features.shape[1] < 1:
-        raise UsageError(f"--dataset: expected feature columns besides {target!r} in {str(path)!r}, got none")
+        raise UsageError(f"--dataset: expected feature columns besides {target!r} in {source!r}, got none")
     if frame[target].isna().any():
         raise UsageError(f"--target: expected a class in every row, got {_missing(frame[target])} in column {target!r}")
-    for name in features.columns:
-        _numeric(pandas, path, features[name])
+    for column in features.columns:
+        _numeric(pandas, source, features[column])
     names, labels = np.unique(frame[target].astype(str).to_numpy(dtype=str), return_inverse=True)
-    return Table(
-        path.stem, features.to_numpy(dtype=np.float64), labels.astype(np.int64), tuple(str(name) for name in names)
-    )
+    return Table(name, features.to_numpy(dtype=np.float64), labels.astype(np.int64), tuple(str(name) for name in names))
 
 
-def _numeric(pandas: Any, path: Path, column: Any) -> None:
+def _numeric(pandas: Any, source: str, column: Any) -> None:
     """Refuses a feature column with anything but finite numbers (truth values count as 0 and 1)."""
     if column.isna().any():
         raise UsageError(
-            f"--dataset: expected numbers in every row of {str(path)!r}, got {_missing(column)} in column "
+            f"--dataset: expected numbers in every row of {source!r}, got {_missing(column)} in column "
             f"{column.name!r}; fill in or drop these rows"
         )
     numbers = pandas.to_numeric(column, errors="coerce")
@@ -162,7 +227,7 @@ def _numeric(pandas: Any, path: Path, column: Any) -> None:
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         raise UsageError(
-            f"--dataset: expected finite numbers in column {column.name!r} of {str(path)!r}, got "
+            f"--dataset: expected finite numbers in column {column.name!r} of {source!r}, got "
             f"{str(column.iloc[first])!r} in data row {first + 1}; encode it as numbers or drop the column"
         )
 

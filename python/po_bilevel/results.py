@@ -57,6 +57,27 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return summary
 
 
+def paired(rows: Sequence[Row], baseline: str) -> list[dict[str, Any]]:
+    """Differences of each method to `baseline` on the same data set and seed, which take out what a split is worth.
+
+    Returns:
+        as `summarise`, of "method - baseline"; empty if no row is of the baseline.
+    """
+    base = {(row["dataset"], row["seed"]): row for row in rows if row["method"] == baseline}
+    differences = []
+    for row in rows:
+        other = base.get((row["dataset"], row["seed"]))
+        if other is None or row["method"] == baseline:
+            continue
+        difference: Row = {key: row[key] for key in KEYS} | {"method": f"{row['method']} - {baseline}"}
+        for metric, value in row.items():
+            if metric not in (*KEYS, "seconds"):
+                both = value is not None and other.get(metric) is not None
+                difference[metric] = value - other[metric] if both else None
+        differences.append(difference)
+    return summarise(differences)
+
+
 def interval(values: Sequence[float]) -> dict[str, float | None]:
     """{"mean", "half_width"} of the two-sided 95% Student t interval of the mean; None for a single value."""
     mean = float(np.mean(values))

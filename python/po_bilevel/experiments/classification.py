@@ -3,7 +3,9 @@
 All methods train the same policy from the same initial weights on the same rows, with the same optimiser, the same
 number of steps and the same L2 penalty; they differ in the loss. What a method needs beyond that, it takes from the
 training rows: `pg_heuristic` its covariance, `pg_heuristic_residual` and `pg_learned` a reward found with part of
-the training rows held out of the inner problem. No choice reads a test row.
+the training rows held out of the inner problem. `pg_learned_isotropic`, `..._diagonal`, `..._full` and `..._table` are
+`pg_learned` with a reward of that form whatever `reward` says; `pg_learned_cv` is `BilevelClassifier`, which holds out
+each fifth of the training rows in turn. No choice reads a test row.
 
 The categorical policy under reward table R and entropy weight λ has the inner objective λ KL(p ‖ softmax(R[·, y]/λ)):
 R sets how sure of the label the policy is asked to be, and the outer loss learns that from held-out likelihood.
@@ -13,7 +15,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,11 +31,14 @@ from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import SOLVED, lbfgs
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..results import Row
-from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
+from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
 from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
 from .runs import check_counts, check_reals, first_step_of_torch, threads
 
-Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]
+Method = Literal[
+    "nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned", "pg_learned_isotropic",
+    "pg_learned_diagonal", "pg_learned_full", "pg_learned_table", "pg_learned_cv",
+]  # fmt: skip
 
 DEFAULT_STEPS = {"lbfgs": 300, "adam": 400}
 DEFAULT_DAMPING = {"exact": 1e-4, "dice": 3e-2}
@@ -45,9 +50,12 @@ class ClassifyConfig:
     """Compare likelihood with policy gradient under fixed and learned rewards on tabular data."""
 
     dataset: tuple[str, ...] = ("wine",)
-    """wine, iris, breast_cancer, digits, or the path of a CSV file; several run one after the other."""
+    """wine, iris, breast_cancer, digits; spambase, credit_default, poker of openml.org, from its cache if it is there;
+    or the path of a CSV or Parquet file. Several run one after the other."""
     target: str | None = None
-    """Column of the CSV file that holds the classes."""
+    """Column of the file that holds the classes."""
+    max_rows: int | None = None
+    """A stratified random choice of so many rows, the same for all seeds, where a data set has more."""
     seeds: int = 10
     """How many random splits and initial weights, numbered from 0."""
     out: Path = Path("results")
@@ -109,7 +117,8 @@ class Outcome(NamedTuple):
         curves: for each data set and method a list over seeds of {"step", "nll", "accuracy"}, lists over optimiser
             steps of the final training, on the test rows.
         paths: for each data set a list over seeds of {"outer_loss", "precision"}, lists over outer steps; the
-            precision is the diagonal of U (of length C, or 1 if isotropic).
+            precision is the diagonal of U (of length C, or 1 if isotropic), or of the table. Those of other methods
+            than pg_learned are under "data set, method".
         warnings: for people, what happened that makes a result less than it should be.
     """
 
@@ -130,12 +139,14 @@ def check(config: ClassifyConfig) -> None:
             raise UsageError(f"--{option}: expected at least one, got none")
         if len(set(value)) < len(value):
             raise UsageError(f"--{option}: expected each once, got {' '.join(value)}")
-    check_counts(config, "seeds", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads")
+    check_counts(
+        config, "seeds", "max_rows", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads"
+    )
     if any(width < 1 for width in config.hidden):
         raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
     check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance")
     check_reals(config, "l2", "damping", zero=True)
-    if config.l2 == 0 and config.damping == 0 and "pg_learned" in config.methods:
+    if config.l2 == 0 and config.damping == 0 and any(method.startswith("pg_learned") for method in config.methods):
         raise UsageError(
             "--damping: expected a positive number with --l2 0, got 0: adding the same number to all logits changes "
             "nothing, so the inner Hessian is singular"
@@ -163,7 +174,7 @@ def run(config: ClassifyConfig) -> Outcome:
         NonFiniteError: training diverged.
     """
     check(config)
-    tables = [data.load(name, config.target) for name in config.dataset]
+    tables = [data.subset(data.load(name, config.target), config.max_rows) for name in config.dataset]
     names = [table.name for table in tables]
     if len(set(names)) < len(names):
         raise UsageError(f"--dataset: expected files of different names, got {' '.join(names)}")
@@ -214,7 +225,10 @@ class _Run:
         curve: dict[str, list[float]] = {"step": [], "nll": [], "accuracy": []}
         policy = self._policy()
         started = time.perf_counter()
-        precision = self._precision()
+        if self.method == "pg_learned_cv":
+            self._estimator()
+            return
+        table, u = self._reward()
         spent = time.perf_counter() - started
 
         def watch(step: int, _: float = 0.0) -> None:
@@ -228,46 +242,83 @@ class _Run:
             started = time.perf_counter()
 
         started = time.perf_counter()
-        self._train(policy, precision, self.splits.train, watch)
+        self._train(policy, table, self.splits.train, watch)
         spent += time.perf_counter() - started
-        u = None if precision is None else float(_diagonal(precision).mean())
+        self._record(self._evaluate(policy), u, spent, curve)
+
+    def _record(self, found: dict[str, float], u: float | None, seconds: float, curve: dict[str, list[float]]) -> None:
         row = {"dataset": self.name, "method": self.method, "seed": self.seed}
-        self.outcome.rows.append(row | self._evaluate(policy) | {"u": u, "seconds": spent})
+        self.outcome.rows.append(row | found | {"u": u, "seconds": seconds})
         self.outcome.curves[self.name][self.method].append(curve)
 
+    def _estimator(self) -> None:
+        """`BilevelClassifier` on the training rows; its curve is the one point that it ends at."""
+        # scikit-learn is optional, and so is not imported with this module.
+        from ..estimators import BilevelClassifier
+
+        train, test = self.splits.train, self.splits.test
+        started = time.perf_counter()
+        model = BilevelClassifier(
+            self.config.reward, hidden_layer_sizes=self.config.hidden if self.config.policy == "mlp" else (),
+            l2=self.config.l2, outer_steps=self.config.outer_steps, random_state=self.seed,
+        ).fit(train.inputs.numpy(), train.target.numpy())  # fmt: skip
+        seconds = time.perf_counter() - started
+        found = metrics.classification(torch.from_numpy(model.predict_log_proba(test.inputs.numpy())), test.target)
+        u = float(_diagonal(torch.from_numpy(model.precision_)).mean())
+        curve = {"step": [float(model.n_iter_)], "nll": [found["nll"]], "accuracy": [found["accuracy"]]}
+        self._record(found, u, seconds, curve)
+
     def _train(
-        self, policy: CategoricalPolicy, precision: Tensor | None, rows: Batch,
+        self, policy: CategoricalPolicy, table: Tensor | None, rows: Batch,
         callback: Callable[[int, float], None] | None = None,
     ) -> None:  # fmt: skip
-        """Policy gradient under the one-hot Mahalanobis reward of that precision; likelihood for None."""
+        """Policy gradient under the table of rewards; likelihood for None."""
         options: dict[str, Any] = {
             "batch_size": self.config.batch_size, "tolerance": self.tolerance, "seed": self.seed, "callback": callback,
         }  # fmt: skip
         optimizer = self._optimizer(list(policy.parameters()))
-        if precision is None:
+        if table is None:
             loss = NegativeLogLikelihood(self._l2(rows))
             train_nll(policy, rows, optimizer, self.steps, loss=loss, **options)
         else:
-            reward = TableReward(one_hot_table(precision, self.num_classes))
+            reward = TableReward(table)
             train_policy_gradient(policy, reward, rows, optimizer, self.steps, loss=self._inner_loss(rows), **options)
 
-    def _precision(self) -> Tensor | None:
-        """U of the method, detached; None for likelihood."""
-        config = self.config
+    def _reward(self) -> tuple[Tensor | None, float | None]:
+        """The method's table of rewards, detached, and the mean of U's diagonal; None and None for likelihood."""
         if self.method == "nll":
-            return None
+            return None, None
+        if self.method.startswith("pg_learned"):
+            reward = self._learned()
+            table = reward.table().detach()
+            if isinstance(reward, OneHotMahalanobisReward):
+                return table, float(_diagonal(reward.precision().detach()).mean())
+            # A right and a wrong answer of a table u I differ by 2u.
+            gap = table.diagonal().mean() - table[~torch.eye(self.num_classes, dtype=torch.bool)].mean()
+            return table, 0.5 * float(gap)
+        precision = self._fixed_precision()
+        return one_hot_table(precision, self.num_classes), float(_diagonal(precision).mean())
+
+    def _fixed_precision(self) -> Tensor:
         if self.method == "pg_identity":
             return torch.ones((), dtype=torch.float64)
         if self.method == "pg_heuristic":
             return self._optimal(marginal_covariance(self._one_hot(self.splits.train)))
-        if self.method == "pg_heuristic_residual":
-            # Residuals of rows that the policy was trained on would be too small.
-            policy = self._policy()
-            self._train(policy, None, self.splits.fit)
-            with torch.no_grad():
-                predicted = torch.softmax(policy(self.splits.held_out.inputs), dim=-1)
-            return self._optimal(residual_covariance(self._one_hot(self.splits.held_out) - predicted))
-        reward = OneHotMahalanobisReward(self.num_classes, config.reward).double()
+        # Residuals of rows that the policy was trained on would be too small.
+        policy = self._policy()
+        self._train(policy, None, self.splits.fit)
+        with torch.no_grad():
+            predicted = torch.softmax(policy(self.splits.held_out.inputs), dim=-1)
+        return self._optimal(residual_covariance(self._one_hot(self.splits.held_out) - predicted))
+
+    def _learned(self) -> TabularReward:
+        config = self.config
+        form = config.reward if self.method == "pg_learned" else self.method.removeprefix("pg_learned_")
+        reward: TabularReward
+        if form == "table":
+            reward = TableReward(one_hot_table(torch.ones((), dtype=torch.float64), self.num_classes))
+        else:
+            reward = OneHotMahalanobisReward(self.num_classes, cast(PrecisionKind, form)).double()
         trainer = BilevelTrainer(
             self._policy(),
             reward,
@@ -287,7 +338,7 @@ class _Run:
             description=f"{self.name}, seed {self.seed}: reward",
         )
         self._record_path(trainer.fit(config.outer_steps))
-        return reward.precision().detach()
+        return reward
 
     def _record_path(self, history: list[OuterStep]) -> None:
         path: dict[str, list[Any]] = {"outer_loss": [], "precision": []}
@@ -295,7 +346,8 @@ class _Run:
             assert step.reward is not None
             path["outer_loss"].append(step.outer_loss)
             path["precision"].append(_diagonal(step.reward).tolist())
-        self.outcome.paths.setdefault(self.name, []).append(path)
+        key = self.name if self.method == "pg_learned" else f"{self.name}, {self.method}"
+        self.outcome.paths.setdefault(key, []).append(path)
         flawed = [step for step in history if step.problems]
         if flawed:
             self.outcome.warnings.append(

@@ -1,0 +1,111 @@
+"""Data sets from files and from openml.org's cache."""
+
+import gzip
+import hashlib
+import json
+from urllib.error import URLError
+
+import numpy as np
+import pandas as pd
+import pytest
+from po_bilevel import UsageError, cli, data
+
+FRAME = pd.DataFrame({
+    "length": np.arange(40) % 7, "width": np.linspace(0, 1, 40), "kind": ["rose", "tulip"] * 20,
+})  # fmt: skip
+
+
+def cache(folder, attributes, rows):
+    """What scikit-learn keeps of spambase, with these contents."""
+    arff = "\n".join(["@RELATION spam", *(f"@ATTRIBUTE {a}" for a in attributes), "@DATA", *rows]) + "\n"
+    description = {
+        "id": "44", "name": "spambase", "version": "1", "format": "ARFF", "description": "mail", "file_id": "44", "status": "active",
+        "default_target_attribute": "class", "url": "https://api.openml.org/data/v1/download/44/spambase.arff",
+        "md5_checksum": hashlib.md5(arff.encode()).hexdigest(),
+    }  # fmt: skip
+    features = [
+        {
+            "index": str(i), "name": a.split()[0], "data_type": "nominal" if "{" in a else "numeric",
+            "is_target": str("class" in a).lower(), "is_ignore": "false", "is_row_identifier": "false",
+            "number_of_missing_values": "0",
+        }
+        for i, a in enumerate(attributes)
+    ]  # fmt: skip
+    api = folder / "openml" / "openml.org"
+    for path, content in (
+        ("api/v1/json/data/44.gz", {"data_set_description": description}),
+        ("api/v1/json/data/features/44.gz", {"data_features": {"feature": features}}),
+        (
+            "api/v1/json/data/qualities/44.gz",
+            {"data_qualities": {"quality": [{"name": "NumberOfInstances", "value": str(len(rows))}]}},
+        ),
+        ("data/v1/download/44/spambase.arff.gz", arff),
+    ):
+        target = api / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(gzip.compress((content if isinstance(content, str) else json.dumps(content)).encode()))
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("sklearn.datasets._openml.urlopen", refuse)
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "cache"))
+
+
+def test_openml_from_the_cache(tmp_path):
+    rows = [f"{i * 0.5},{i % 3},{i % 2}" for i in range(30)]
+    cache(tmp_path / "cache", ["freq NUMERIC", "level {0,1,2}", "class {0,1}"], rows)
+    table = data.load("spambase")
+    assert table.classes == ("0", "1")
+    np.testing.assert_array_equal(table.inputs[:4], [[0.0, 0], [0.5, 1], [1.0, 2], [1.5, 0]])
+    np.testing.assert_array_equal(table.labels, np.arange(30) % 2)
+
+
+def test_openml_without_a_network_says_what_to_do(tmp_path):
+    with pytest.raises(UsageError, match=r"'poker'.*cache.*no network.*path of a CSV or Parquet file"):
+        data.load("poker")
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "flowers.parquet"
+    FRAME.to_parquet(path)
+    table = data.load(str(path), "kind")
+    assert (table.name, table.classes, table.inputs.shape) == ("flowers", ("rose", "tulip"), (40, 2))
+    for content in (None, "not parquet"):
+        other = tmp_path / "other.parquet"
+        if content:
+            other.write_text(content)
+        with pytest.raises(UsageError, match=r"--dataset: expected a Parquet file.*other\.parquet"):
+            data.load(str(other), "kind")
+
+
+def test_subset():
+    table = data.load("digits")
+    part = data.subset(table, 300)
+    assert len(part.labels) == 300
+    np.testing.assert_array_equal(part.inputs, data.subset(table, 300).inputs)
+    assert np.bincount(part.labels).min() >= 28
+    assert data.subset(table, 10_000) is table
+    with pytest.raises(UsageError, match="--max-rows"):
+        data.subset(table, 9)
+
+
+def test_every_method_and_paired_differences(tmp_path, capsys):
+    methods = ["nll", "pg_learned_isotropic", "pg_learned_full", "pg_learned_table", "pg_learned_cv"]
+    code = cli.main([
+        "classify", "--dataset", "iris", "--seeds", "2", "--outer-steps", "2", "--max-rows", "90", "--no-plot",
+        "--steps", "30", "--inner-steps", "20", "--out", str(tmp_path), "--methods", *methods,
+    ])  # fmt: skip
+    assert code == 0
+    assert "pg_learned_cv - nll" in capsys.readouterr().out
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [row["method"] for row in found] == methods * 2
+    assert all(row["u"] > 0.5 for row in found if row["method"] != "nll")
+    paired = json.loads((tmp_path / "curves.json").read_text())["paired"]
+    assert [entry["method"] for entry in paired] == [f"{method} - nll" for method in methods[1:]]
+    by_seed = {(row["seed"], row["method"]): row["nll"] for row in found}
+    differences = [by_seed[seed, "pg_learned_table"] - by_seed[seed, "nll"] for seed in range(2)]
+    assert paired[2]["nll"]["mean"] == pytest.approx(np.mean(differences))
