@@ -131,6 +131,11 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
     const Verdict verdict = load_precision<V>(call.precision, call.precision_kind, dim, u.get());
     if (verdict.code != kAccepted) return verdict;
     const Precision<V> precision{call.precision_kind, u.get()};
+    // With derivatives in the policy alone, as in an inner loop's Hessian products, the rewards are plain numbers.
+    const bool plain_rewards = is_dual<V> && s.estimator != kReparam && !call.target.tangent && !call.precision.tangent;
+    std::unique_ptr<T[]> plain(new T[size_t(precision_size(call.precision_kind, dim))]);
+    for (int64_t i = 0; i < precision_size(call.precision_kind, dim); ++i) plain[i] = as<T>(u[i]);
+    const Precision<P> plain_precision{call.precision_kind, plain.get()};
 
     const SharedSums sums{precision_terms(call.precision_kind, dim), call.grad_precision != nullptr, true};
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + gaussian_work(dim) + 4 * samples) +
@@ -161,7 +166,12 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
             loss = output(gaussian_closed_form(scale, mean, target, precision, s.entropy_coef, out, work));
           } else {
             load_noise(call, tile, 0, samples, dim, noise);
-            loss = output(gaussian_sampled(scale, mean, target, precision, s, noise, out, work, group));
+            if (plain_rewards) {
+              loss = output(
+                  gaussian_sampled<P>(scale, mean, target, precision, plain_precision, s, noise, out, work, group));
+            } else {
+              loss = output(gaussian_sampled<V>(scale, mean, target, precision, precision, s, noise, out, work, group));
+            }
           }
           if constexpr (!is_dual<V>) {
             if (call.stats) {

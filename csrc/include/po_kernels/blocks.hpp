@@ -36,8 +36,8 @@ PK_FN void in_blocks(int64_t count, Body body) {
 }
 
 // A tile of the sum below: rows i..i+4, columns j..j+4, on the diagonal (i = j) its lower triangle.
-template <int S, bool diagonal, class V, class Rows>
-PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, const V* right, Rows row) {
+template <int S, bool diagonal, class V, class R, class Rows>
+PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, const R* right, Rows row) {
   using P = Primal<V>;
   P tile[4][4];
   unrolled<4>([&](auto r) PK_LAMBDA {
@@ -47,7 +47,7 @@ PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, cons
   });
   unrolled<S>([&](auto s) PK_LAMBDA {
     const V* l = left + decltype(s)::value * dim + i;
-    const V* r = right + decltype(s)::value * dim + j;
+    const R* r = right + decltype(s)::value * dim + j;
     unrolled<4>([&](auto a) PK_LAMBDA {
       unrolled<diagonal ? decltype(a)::value + 1 : 4>([&](auto c) PK_LAMBDA {
         constexpr int at = decltype(a)::value, to = decltype(c)::value;
@@ -63,8 +63,8 @@ PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, cons
 }
 
 // row(i)[j] += Σ_s left[s][i] right[s][j] for first <= j <= i < dim; left and right are (S, dim).
-template <int S, class V, class Rows>
-PK_FN void add_outer(int64_t dim, int64_t first, const V* left, const V* right, Rows row) {
+template <int S, class V, class R, class Rows>
+PK_FN void add_outer(int64_t dim, int64_t first, const V* left, const R* right, Rows row) {
   int64_t i = first;
   if constexpr (S > 1) {  // a sum of one term has nothing to keep in registers
     for (; i + 4 <= dim; i += 4) {

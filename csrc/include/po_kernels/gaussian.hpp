@@ -36,10 +36,10 @@ struct DiagonalScale {
     return sum;
   }
 
-  template <int S>
-  PK_FN void stretch(const V* base, const P* eps, V* y) const {
+  template <int S, class R>
+  PK_FN void stretch(const R* base, const P* eps, R* y) const {
     for (int64_t j = 0; j < dim; ++j) {
-      const V from = base[j], scale = std[j];
+      const R from = base[j], scale = as<R>(std[j]);
       unrolled<S>([&](auto s) PK_LAMBDA {
         constexpr int at = decltype(s)::value;
         y[at * dim + j] = from + scale * eps[at * dim + j];

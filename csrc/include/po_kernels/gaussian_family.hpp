@@ -123,25 +123,28 @@ PK_FN int64_t gaussian_work(int64_t dim) {
   return (2 + 2 * kBlock) * dim;
 }
 
-// The sampled loss from (G, dim) standard normals. Scratch: 4 G + gaussian_work.
-template <class V, template <class> class Scale>
+// The sampled loss from (G, dim) standard normals. R is V or, where the rewards of score-function samples have no
+// derivative, because neither y nor U has one, the primal of V; `rewarding` is U as an R. Scratch: 4 G + gaussian_work.
+template <class R, class V, template <class> class Scale>
 PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
-                         const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out, V* scratch,
-                         Group<V>& group) {
+                         Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
+                         V* scratch, Group<V>& group) {
   using T = Element<V>;
   const int64_t dim = scale.dim, count = s.samples;
   const bool pathwise = s.estimator == kReparam;
   group = group_in(scratch, count);
-  V* base = scratch + 4 * count;
-  V* sum = base + dim;
-  V* residual = sum + dim;
-  V* other = residual + kBlock * dim;
+  V* sum = scratch + 4 * count;
+  R* base = reinterpret_cast<R*>(sum + dim);
+  R* residual = reinterpret_cast<R*>(sum + 2 * dim);
+  V* other = sum + (2 + kBlock) * dim;
   // ŷ - y. Score-function samples are constants, so that only y carries a derivative.
-  for (int64_t j = 0; j < dim; ++j) base[j] = (pathwise ? mean[j] : constant<V>(stop(mean[j]))) - target[j];
+  for (int64_t j = 0; j < dim; ++j) {
+    base[j] = (pathwise ? as<R>(mean[j]) : constant<R>(stop(mean[j]))) - as<R>(target[j]);
+  }
   const auto residuals = [&](int64_t g, auto block) PK_LAMBDA {
     constexpr int S = decltype(block)::value;
-    scale.template stretch<S>(base, noise + g * dim, residual);
-    if constexpr (is_dual<V>) {
+    scale.template stretch<S>(static_cast<const R*>(base), noise + g * dim, residual);
+    if constexpr (is_dual<R>) {
       for (int64_t j = 0; !pathwise && j < dim; ++j) {
         const Primal<V> tangent = base[j].t;
         unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = tangent; });
@@ -158,12 +161,17 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   };
   in_blocks(count, [&](int64_t g, auto block) PK_LAMBDA {
     constexpr int S = decltype(block)::value;
-    V squares[S];
+    R squares[S];
     residuals(g, block);
-    quadratic<S>(precision, dim, residual, squares);
+    quadratic<S>(rewarding, dim, static_cast<const R*>(residual), squares);
     unrolled<S>([&](auto k) PK_LAMBDA {
       constexpr int at = decltype(k)::value;
-      group.reward[g + at] = transformed_reward(s, -squares[at]);
+      const R reward = transformed_reward(s, -squares[at]);
+      if constexpr (std::is_same<R, V>::value) {
+        group.reward[g + at] = reward;
+      } else {
+        group.reward[g + at] = constant<V>(reward);
+      }
     });
   });
   gaussian_excess(scale, s, group, z_of);
@@ -193,10 +201,12 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
         sum[j] = total;
       }
       if (out.precision) accumulate_outer<S>(precision.kind, dim, other, residual, out.precision);
-      if (need_path) {
-        apply<S>(precision, dim, other, residual);
-        for (int64_t j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
-        scale.template add_path<S>(residual, noise + g * dim, out.scale);
+      if constexpr (std::is_same<R, V>::value) {
+        if (need_path) {
+          apply<S>(precision, dim, other, residual);
+          for (int64_t j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
+          scale.template add_path<S>(residual, noise + g * dim, out.scale);
+        }
       }
     });
   }

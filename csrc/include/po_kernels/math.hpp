@@ -356,6 +356,16 @@ PK_FN V stop(Dual<V> a) {
   return a.v;
 }
 
+// The value as an R: with its derivative, or as the constant that it is.
+template <class R, class V>
+PK_FN R as(V a) {
+  if constexpr (std::is_same<R, V>::value) {
+    return a;
+  } else {
+    return stop(a);
+  }
+}
+
 // A constant, as a V.
 template <class V>
 PK_FN V constant(Primal<V> a) {

@@ -37,13 +37,13 @@ struct TriangularScale {
     return sum;
   }
 
-  template <int S>
-  PK_FN void stretch(const V* base, const P* eps, V* y) const {
+  template <int S, class R>
+  PK_FN void stretch(const R* base, const P* eps, R* y) const {
     for (int64_t i = 0; i < dim; ++i) {
-      V sum[S];
+      R sum[S];
       unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = base[i]; });
       for (int64_t j = 0; j <= i; ++j) {
-        const V l = row(i)[j];
+        const R l = as<R>(row(i)[j]);
         unrolled<S>([&](auto s) PK_LAMBDA {
           sum[decltype(s)::value] = sum[decltype(s)::value] + l * eps[decltype(s)::value * dim + j];
         });

@@ -119,8 +119,8 @@ PK_FN void quadratic(Precision<V> p, int64_t dim, const V* x, V (&total)[S]) {
 
 // acc += Σ_s weighted_s x_sᵀ, as the gradient in U, for weighted_s a multiple of x_s, both (S, dim) and zero before
 // `first`.
-template <int S, class V>
-PK_FN void accumulate_outer(int kind, int64_t dim, const V* weighted, const V* x, Primal<V>* acc, int64_t first = 0) {
+template <int S, class V, class R>
+PK_FN void accumulate_outer(int kind, int64_t dim, const V* weighted, const R* x, Primal<V>* acc, int64_t first = 0) {
   if (kind == kFull) {
     add_outer<S>(dim, first, weighted, x, [&](int64_t i) PK_LAMBDA { return acc + i * (i + 1) / 2; });
     return;
