@@ -100,7 +100,7 @@ _decisions: dict[tuple[str, str, torch.dtype], Decision] = {}
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
     refused: dict[str, str] = {}
     for name in BACKENDS:
-        reason = _refusal(name, op, device_type, dtype)
+        reason = _refusal(name, op, device_type, dtype) or module(name).must_be_asked(device_type)
         if reason is None:
             decision = Decision(name, refused)
             _decisions[op, device_type, dtype] = decision

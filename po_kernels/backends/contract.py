@@ -4,6 +4,7 @@ A backend is a package `po_kernels.backends.<name>` with
 
 - `unavailable() -> str | None`: why it cannot be used on this machine at all;
 - `refuses(op, device_type, dtype) -> str | None`: why it cannot serve such a call;
+- `must_be_asked(device_type) -> str | None`: why it serves such tensors only when asked for by name;
 - `KERNELS`: for each op that it has, a dictionary of functions.
 
 A differentiable op has two, on rows flattened to one axis:

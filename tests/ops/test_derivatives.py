@@ -275,6 +275,28 @@ def test_a_second_derivative_of_reinforce_raises_in_the_rewards_too(op, backend)
 
 
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_graph_that_is_kept_gives_the_same_gradients_again(op, backend, reduction):
+    """Also after the caller has changed those it got, which may be what the forward pass computed."""
+    case = draw(op, 5, **SMALL, estimator="dice", reduction=reduction)
+    inputs = [x.requires_grad_() for x in case.inputs]
+    loss = case(*inputs, backend=backend)
+    cotangent = torch.rand_like(loss) + 0.5
+    expected = grad(case(*inputs, backend="reference"), inputs, cotangent)
+    for _ in range(3):
+        found = grad(loss, inputs, cotangent, retain_graph=True)
+        # float64, sums of some tens of terms of size 1 or so
+        assert distance(found, expected) < 1e-12 * max(1.0, largest(expected))
+        for x in found:
+            x.mul_(7)
+    unit = torch.ones_like(loss)
+    expected = grad(case(*inputs, backend="reference"), inputs, unit)
+    for _ in range(2):
+        found = grad(loss, inputs, unit, create_graph=True)
+        assert distance(found, expected) < 1e-12 * max(1.0, largest(expected))
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
 def test_a_third_derivative_raises(op, backend):
     case = scored(op, 0, "dice", reduction="mean")
     others = list(case.tensors.values())[1:]

@@ -92,7 +92,7 @@ def test_gaussian_samples(backend, dtype):
             for dim in (1, 2, 5, 8):
                 zeros = torch.zeros(3, dim, dtype=dtype)
                 found = pk.gaussian_sample(zeros, zeros, 4, seed=seed, row_offset=row_offset, backend=backend)
-                expected = torch.from_numpy(numpy_normals(seed, 4, 3, dim, row_offset))
+                expected = torch.as_tensor(numpy_normals(seed, 4, 3, dim, row_offset))
                 # The angle's rounding, at most 2π eps, times a radius of at most 6, and one rounding more.
                 eps = torch.finfo(torch.float64).eps
                 assert (found - expected).abs().max() <= 64 * eps + torch.finfo(dtype).eps * 6
@@ -109,7 +109,7 @@ def test_samples_of_a_policy_loss(backend):
                 zeros, zeros, target, 1.0, estimator="dice", num_samples=4, seed=seed, row_offset=row_offset,
                 reduction="none", return_stats=True, backend=backend,
             )  # fmt: skip
-            z = torch.from_numpy(numpy_normals(seed, 4, 3, 5, row_offset))
+            z = torch.as_tensor(numpy_normals(seed, 4, 3, 5, row_offset))
             expected = -(z - target).square().sum(-1).mean(0)
             assert torch.allclose(stats.reward_mean, expected, rtol=1e-13, atol=0)
 
@@ -119,7 +119,7 @@ def test_mvn_samples(backend):
     root = torch.tril(torch.randn(3, 5, 5, dtype=torch.float64), -1) + torch.eye(5, dtype=torch.float64)
     mean = torch.randn(3, 5, dtype=torch.float64)
     found = pk.mvn_sample(mean, root, 4, seed=9, row_offset=2**33, backend=backend)
-    z = torch.from_numpy(numpy_normals(9, 4, 3, 5, 2**33))
+    z = torch.as_tensor(numpy_normals(9, 4, 3, 5, 2**33))
     assert torch.allclose(found, mean + torch.einsum("bij,gbj->gbi", root, z), rtol=1e-13, atol=1e-13)
 
 
@@ -127,13 +127,13 @@ def test_mvn_samples(backend):
 def test_labels(backend):
     """By inversion: the first class whose cumulated probability exceeds the first uniform of block 0."""
     logits = torch.randn(5, 7, dtype=torch.float64)
-    probabilities = torch.softmax(logits, -1).numpy()
+    probabilities = torch.softmax(logits, -1).cpu().numpy()
     for seed in SEEDS:
         for row_offset in ROW_OFFSETS:
             u = numpy_uniforms(seed, 200, 5, 1, row_offset)[..., 0]
             expected = (np.cumsum(probabilities, -1)[None] < u[..., None]).sum(-1)
             found = pk.categorical_sample(logits, 200, seed=seed, row_offset=row_offset, backend=backend)
-            assert np.array_equal(found.numpy(), expected)
+            assert np.array_equal(found.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("backend", fused("categorical_sample"))

@@ -23,4 +23,8 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None if op in KERNELS else f"it has no kernel for {op}"
 
 
+def must_be_asked(device_type: str) -> str | None:
+    return None
+
+
 KERNELS: dict[str, dict[str, Any]] = {}

@@ -20,4 +20,8 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def must_be_asked(device_type: str) -> str | None:
+    return None
+
+
 __all__ = ["KERNELS", "refuses", "unavailable"]

@@ -21,6 +21,10 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def must_be_asked(device_type: str) -> str | None:
+    return None
+
+
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
         return importlib.import_module(f"{__name__}.kernels").KERNELS

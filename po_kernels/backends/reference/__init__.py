@@ -24,6 +24,10 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
+def must_be_asked(device_type: str) -> str | None:
+    return None
+
+
 def _policy_loss(op: str, function: Callable[..., RowLoss], check: Callable[..., None]) -> dict[str, Any]:
     def plain(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> RowLoss:
         labels, seed = (constants[:-1], constants[-1]) if config.num_samples else (constants, None)

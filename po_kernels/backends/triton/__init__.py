@@ -30,6 +30,10 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return f"it serves CUDA tensors, not {device_type}"
 
 
+def must_be_asked(device_type: str) -> str | None:
+    return "the interpreter is slow" if device_type == "cpu" else None
+
+
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
         return importlib.import_module(f"{__name__}.kernels").KERNELS
