@@ -29,4 +29,4 @@ assert po_kernels.extension.module.__file__.startswith(site), po_kernels.extensi
 import pytest
 
 sys.exit(pytest.main(arguments))
-' "$site" "$root/tests/ops" --rootdir "$root" -p no:cacheprovider -k "not numba" "${@:2}"
+' "$site" "$root/tests/ops" --rootdir "$root" -p no:cacheprovider -k "not numba and not triton" "${@:2}"

@@ -12,7 +12,6 @@ from .. import dispatch
 from ..backends.contract import OpConfig
 from . import _autograd, _check
 
-
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -99,13 +98,8 @@ def _options(
 _remembered = functools.lru_cache(maxsize=256, typed=True)(_options)
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half-precision inputs are read as such and computed with in float32."""
-    return torch.float32 if dtype in HALF else dtype
-
-
 def computed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Floating tensors in the dtype they are computed with."""
+    """Floating tensors in the dtype they are computed with: half-precision inputs are read as such, then float32."""
     return tuple([x.float() if x.dtype in HALF else x for x in tensors])
 
 
