@@ -1,7 +1,6 @@
 """How tensors and options reach the compiled rows: chunks of rows on threads, sums in a fixed order.
 
-A loss or value is computed in float64 from inputs of either precision. Derivatives of the second order pass
-the inputs as complex numbers, see `lanes`.
+First order runs in the inputs' precision. Second order runs in float64, on duals, see `lanes`.
 """
 
 import math
@@ -18,52 +17,120 @@ from torch import Tensor
 
 from .. import checks
 from ..contract import OpConfig
-from . import advantage, categorical, gaussian
-from .lanes import H
+from . import advantage, categorical, gaussian_family
+from . import gaussian as _gaussian  # noqa: F401, declares its scale
+from . import mvn as _mvn  # noqa: F401
+from .group import Surrogate
+from .lanes import RowInput, width
+from .precision import FULL, Precision
+from .scale import DiagonalKind, TriangularKind, scale_size, scale_work
 
 Array = NDArray[Any]
 
-_ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3}
+_ESTIMATORS = {"": 2, "analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3}
 _ADVANTAGES = {"none": 0, "min": 1, "mean": 2, "loo": 3, "standardized": 4}
-_NO_ROWS = 64  # most chunks, so that sums over chunks have one order whatever the number of threads
+
+_MOST_CHUNKS = 64  # so that sums over chunks have one order whatever the number of threads
+_MOST_SUMS = 2**21  # numbers summed by chunk, all chunks together
+_OPERATIONS_PER_THREAD = 65536  # roughly what waking a thread costs
+_CHUNKS_PER_THREAD = 4  # parts that a thread takes one after another, for all threads to end together
+
+_POISON = "PO_KERNELS_POISON" in os.environ
+_EMPTY = {dtype: np.empty(0, dtype) for dtype in (np.float32, np.float64)}
 
 
 class _Run:
-    """The arrays of one call: inputs with their tangents, outputs, and the loop over chunks of rows."""
+    """The arrays of one call: inputs with their tangents, outputs, and the loop over chunks of rows.
 
-    def __init__(self, op: str, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None] | None) -> None:
-        self.op = op
-        self.dual = tangents is not None
-        self.dtype = np.complex128 if self.dual else np.float64
-        self.inputs = [self.array(x, t) for x, t in zip(inputs, tangents or (None,) * len(inputs), strict=True)]
+    Attributes:
+        check: makes the refusals that the rows leave to it.
 
-    def array(self, value: Tensor, tangent: Tensor | None = None) -> Array:
-        """A tensor as an array, on a dual call complex with the tangent in its imaginary part."""
-        array = value.detach().numpy()
-        if not self.dual:
-            return array
-        result = array.astype(np.complex128)
-        if tangent is not None:
-            result.imag = tangent.detach().numpy().astype(np.float64) * H
-        return result
+    Args:
+        rows: B.
+        operations: elementary ones a row, roughly.
+        sums: numbers that are summed over rows by chunk.
+    """
 
-    def like(self, shape: Sequence[int], value: Tensor | None, tangent: Tensor | None, default: float) -> Array:
-        """The cotangent broadcast to `shape`."""
-        if value is None:
-            return np.full(shape, default, dtype=self.dtype)
-        return np.ascontiguousarray(np.broadcast_to(self.array(value, tangent), shape)).astype(self.dtype)
+    check: Callable[[], None]
 
-    def over_rows(self, rows: int, body: Callable[[int, int, int], None]) -> int:
-        """Calls body(chunk, begin, end) for all rows, on as many threads as torch uses; the number of chunks."""
-        size = max(16, -(-rows // _NO_ROWS))
-        ranges = [(i, begin, min(begin + size, rows)) for i, begin in enumerate(range(0, rows, size))]
-        threads = min(torch.get_num_threads(), len(ranges))
-        if threads <= 1:
-            for each in ranges:
-                body(*each)
+    def __init__(self, inputs: Sequence[Tensor], dual: bool, rows: int, operations: int, sums: int = 0) -> None:
+        self.dual = dual
+        self.dtype: Any = np.float64 if dual or inputs[0].dtype == torch.float64 else np.float32
+        self.torch_dtype = torch.float64 if self.dtype == np.float64 else torch.float32
+        self.rows, self.operations = rows, operations
+        chunks = max(1, min(_MOST_CHUNKS, _MOST_SUMS // max(sums, 1)))
+        self.size = -(-max(32, -(-rows // chunks)) // 16) * 16
+        self.chunks = -(-rows // self.size)
+
+    def input(self, value: Tensor, tangent: Tensor | None = None) -> RowInput:
+        """Rows (B, ...), which may be strided or expanded."""
+        columns = math.prod(value.shape[1:])
+        value = value.detach()
+        if not value.is_contiguous() and not value[:1].is_contiguous():
+            value = value.contiguous()
+        value = value.to(self.torch_dtype)
+        rows, stride = value.shape[0], value.stride(0)
+        if value.is_contiguous():
+            flat, stride = value.view(-1), columns
         else:
-            list(_pool(os.getpid(), threads).map(lambda each: body(*each), ranges))
-        return len(ranges)
+            flat = value.as_strided(((rows - 1) * stride + columns,), (1,))
+        return RowInput(flat.numpy(), self.tangent(value.numel(), tangent), stride)
+
+    def whole(self, value: Tensor, tangent: Tensor | None, columns: int) -> RowInput:
+        """Rows without gaps, whatever the axes before them."""
+        flat = value.detach().contiguous().view(-1).to(self.torch_dtype).numpy()
+        return RowInput(flat, self.tangent(flat.size, tangent), columns)
+
+    def tangent(self, size: int, tangent: Tensor | None) -> Array:
+        if not self.dual:
+            return _EMPTY[self.dtype]
+        if tangent is None:
+            return np.zeros(size)
+        return tangent.detach().to(torch.float64).contiguous().view(-1).numpy()
+
+    def cotangent(
+        self, shape: Sequence[int], value: Tensor | None, tangent: Tensor | None, default: float, scale: float = 1.0
+    ) -> RowInput:
+        """A number a row, `default` if there is none, and its tangent, times `scale`."""
+
+        def broadcast(x: Tensor | None, otherwise: float) -> Array:
+            if x is None:
+                return np.full(math.prod(shape), otherwise * scale, self.dtype)
+            array = x.detach().to(self.torch_dtype).numpy()
+            return np.multiply(np.broadcast_to(array, shape), self.dtype(scale), order="C").reshape(-1)
+
+        tangents = broadcast(tangent, 0.0) if self.dual else _EMPTY[self.dtype]
+        return RowInput(broadcast(value, default), tangents, 1)
+
+    def gradient(self, x: Tensor, needed: bool) -> Array:
+        return np.empty(x.numel() if needed else 0, self.dtype)
+
+    def over_rows(self, items: int, primals: int, body: Callable[[Any, Array], bool | None]) -> None:
+        """Calls body((first, last, size), work) for all chunks, on as many threads as torch uses.
+
+        Where a body says that it has seen a value that may have to be refused, the check is made in full.
+
+        Args:
+            items, primals: scratch in items of the kind that rows are computed in, and in lanes without derivatives.
+        """
+        lanes = width(self.dtype)
+        numbers = (items + primals) * lanes + 64
+        dtype = np.complex128 if self.dual else self.dtype
+
+        def part(chunks: tuple[int, int]) -> bool | None:
+            work = np.full(numbers, np.nan, dtype) if _POISON else np.empty(numbers, dtype)
+            return body((*chunks, self.size), work)
+
+        wanted = 1 + self.rows * self.operations // _OPERATIONS_PER_THREAD
+        threads = min(torch.get_num_threads(), self.chunks, wanted)
+        if threads <= 1:
+            suspicious = [part((0, self.chunks))]
+        else:
+            step = -(-self.chunks // (threads * _CHUNKS_PER_THREAD))
+            parts = [(i, min(i + step, self.chunks)) for i in range(0, self.chunks, step)]
+            suspicious = list(_pool(os.getpid(), threads).map(part, parts))
+        if any(suspicious):
+            self.check()
 
 
 @cache
@@ -72,22 +139,19 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="po_kernels")
 
 
-def _outputs(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[list[Tensor], list[Array]]:
-    """Gradients, and as arrays those whose first axis is kept even when they are not wanted: (B, 0, ...)."""
-    gradients = [
-        torch.zeros(x.shape, dtype=x.dtype) if needed else x.new_empty(0)
-        for x, needed in zip(inputs, needs, strict=True)
+def _gradients(inputs: Sequence[Tensor], needs: Sequence[bool], arrays: Sequence[Array]) -> list[Tensor]:
+    return [
+        torch.from_numpy(array).to(x.dtype).view(x.shape) if needed else x.new_empty(0)
+        for x, needed, array in zip(inputs, needs, arrays, strict=True)
     ]
-    return gradients, [g.numpy() for g in gradients]
 
 
-def _rows_of(array: Array, rows: int) -> Array:
-    """(B, columns), with no columns where a gradient is not wanted."""
-    return array.reshape(rows, array.size // rows) if array.size else np.empty((rows, 0), array.dtype)
-
-
-def _or_empty(array: Array, ndim: int) -> Array:
-    return array if array.ndim == ndim else np.empty((0,) * ndim, array.dtype)
+def _surrogate(config: OpConfig, samples: int | None = None) -> Surrogate:
+    return Surrogate(
+        _ESTIMATORS[config.estimator], _ADVANTAGES[config.advantage],
+        config.num_samples if samples is None else samples, float(config.entropy_coef),
+        config.rbf_gamma is not None, float(config.rbf_gamma or 0.0),
+    )  # fmt: skip
 
 
 def _seed(constants: Sequence[Tensor], config: OpConfig) -> tuple[Any, Any]:
@@ -95,19 +159,24 @@ def _seed(constants: Sequence[Tensor], config: OpConfig) -> tuple[Any, Any]:
     return np.uint64(seed & (2**64 - 1)), np.uint64(config.row_offset)
 
 
-def _rbf(config: OpConfig) -> tuple[bool, float]:
-    return config.rbf_gamma is not None, config.rbf_gamma or 0.0
-
-
 class _Loss:
-    """`first` and `second` of a loss from a function that runs its rows.
+    """`first` and `second` of a loss.
 
     Args:
-        run: (run, constants, config, weight, losses, stats, gradients) fills all outputs.
+        check: (op, *inputs, *constants) refuses values before the rows run, `check_rows` those that rows suspect.
+        start: (inputs, dual, config) makes the run.
+        run: (run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats) returns the gradients.
     """
 
-    def __init__(self, op: str, check: Callable[..., None], run: Callable[..., None]) -> None:
-        self.op, self.check, self.run = op, check, run
+    def __init__(
+        self,
+        op: str,
+        check: Callable[..., None],
+        check_rows: Callable[..., None],
+        start: Callable[..., _Run],
+        run: Callable[..., Any],
+    ) -> None:
+        self.op, self.check, self.check_rows, self.start, self.run = op, check, check_rows, start, run
 
     def first(self, inputs, constants, cotangent, needs, want_stats, config):
         return self._evaluate(inputs, constants, None, cotangent, None, needs, want_stats, config)
@@ -120,41 +189,56 @@ class _Loss:
 
     def _evaluate(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config):
         self.check(self.op, *inputs, *constants)
-        run = _Run(self.op, inputs, tangents)
-        rows = inputs[0].shape[0]
-        count = max(rows, 1)
-        weight = run.like((rows,), cotangent, cotangent_tangent, 1.0)
-        if config.reduction == "mean":
-            weight /= count
-        losses = np.zeros(rows)
-        stats = np.zeros((5, rows if want_stats else 0))
-        gradients, arrays = _outputs(inputs, needs)
-        self.run(run, constants, config, weight, want_stats, losses, stats, arrays)
-        if config.reduction != "none":
-            losses = losses.sum() / (count if config.reduction == "mean" else 1)
-            stats = stats.sum(axis=1) / count
+        run = self.start(inputs, tangents is not None, config)
+        run.check = lambda: self.check_rows(self.op, *inputs, *constants)
+        rows, count = run.rows, max(run.rows, 1)
+        scale = 1.0 / count if config.reduction == "mean" else 1.0
+        weight = run.cotangent((rows,), cotangent, cotangent_tangent, 1.0, scale)
+        losses = np.empty(rows, run.dtype)
+        stats = np.empty(5 * rows if want_stats else 0, run.dtype)
+        arrays = self.run(
+            run, inputs, tangents or (None,) * len(inputs), constants, config, needs, weight, want_stats, losses, stats
+        )
         dtype = inputs[0].dtype
-        value = torch.as_tensor(losses, dtype=dtype)
-        reported = torch.as_tensor(stats, dtype=dtype) if want_stats else value.new_empty(0)
-        return [value, reported, *gradients]
+        if config.reduction == "none":
+            value = torch.from_numpy(losses).to(dtype)
+            reported = torch.from_numpy(stats.reshape(5, rows)) if want_stats else value.new_empty(0)
+        else:
+            total = losses.sum(dtype=np.float64) / (count if config.reduction == "mean" else 1)
+            value = torch.tensor(total, dtype=dtype)
+            reported = value.new_empty(0)
+            if want_stats:
+                reported = torch.from_numpy(stats.reshape(5, rows).sum(axis=1, dtype=np.float64) / count).to(dtype)
+        return [value, reported, *_gradients(inputs, needs, arrays)]
 
 
 class _Value:
     """`first` and `second` of an op whose value is not a loss.
 
     Args:
+        check, check_rows: as of a loss.
+        start: (inputs, dual, config) makes the run.
         shape: of the value, from (inputs, constants, config).
-        run: (run, constants, config, cotangent, value, gradients) fills all outputs.
+        run: (run, inputs, tangents, constants, config, needs, cotangent, value) returns the gradients.
     """
 
     def __init__(
         self,
         op: str,
         check: Callable[..., None],
+        check_rows: Callable[..., None],
+        start: Callable[..., _Run],
         shape: Callable[[Sequence[Tensor], Sequence[Tensor], OpConfig], Sequence[int]],
-        run: Callable[..., None],
+        run: Callable[..., Any],
     ) -> None:
-        self.op, self.check, self.shape, self.run = op, check, shape, run
+        self.op, self.check, self.check_rows, self.start, self.shape, self.run = (
+            op,
+            check,
+            check_rows,
+            start,
+            shape,
+            run,
+        )
 
     def first(self, inputs, constants, cotangent, needs, want_stats, config):
         return self._evaluate(inputs, constants, None, cotangent, None, needs, config)
@@ -165,194 +249,227 @@ class _Value:
 
     def _evaluate(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, config):
         self.check(self.op, *inputs, *constants)
-        run = _Run(self.op, inputs, tangents)
+        run = self.start(inputs, tangents is not None, config)
+        run.check = lambda: self.check_rows(self.op, *inputs, *constants)
         shape = self.shape(inputs, constants, config)
-        weight = run.like(shape, cotangent, cotangent_tangent, 0.0)
-        value = inputs[0].new_empty(shape)
-        gradients, arrays = _outputs(inputs, needs)
-        self.run(run, constants, config, weight, value.numpy(), arrays)
-        return [value, inputs[0].new_empty(0), *gradients]
+        asked = any(needs)
+        weight = run.cotangent(
+            shape if asked else (0,), cotangent if asked else None, cotangent_tangent if asked else None, 0.0
+        )
+        value = np.empty(math.prod(shape), run.dtype)
+        arrays = self.run(run, inputs, tangents or (None,) * len(inputs), constants, config, needs, weight, value)
+        dtype = inputs[0].dtype
+        value = torch.from_numpy(value).to(dtype).view(tuple(shape))
+        return [value, value.new_empty(0), *_gradients(inputs, needs, arrays)]
 
 
-def _run_policy_loss(triangular: bool) -> Callable[..., None]:
-    def run(run, constants, config, weight, want_stats, losses, stats, gradients):
-        mean, scale, target, precision = run.inputs
-        rows, dim = mean.shape
-        kind = precision.ndim
-        u = np.ascontiguousarray(0.5 * (precision + precision.T) if kind == 2 else precision).reshape(-1)
-        u = u.astype(run.dtype)
-        wanted = gradients[3].shape == precision.shape and gradients[3].size > 0
-        partial = np.zeros((_NO_ROWS, u.size if wanted else 0))
+class _Gaussian:
+    """The ops of the Gaussian whose scale is of this kind."""
+
+    def __init__(self, kind: type[DiagonalKind] | type[TriangularKind]) -> None:
+        self.kind = kind
+
+    def operations(self, dim: int) -> int:
+        """Of a sample."""
+        return dim * (8 + dim + (2 * dim if self.kind is TriangularKind else 0))
+
+    def start_policy(self, inputs, dual, config):
+        rows, dim = inputs[0].shape
+        return _Run(inputs, dual, rows, (config.num_samples + 1) * self.operations(dim), inputs[3].numel())
+
+    def start(self, inputs, dual, config):
+        rows, dim = inputs[0].shape
+        return _Run(inputs, dual, rows, (config.num_samples + 1) * self.operations(dim))
+
+    def start_log_prob(self, inputs, dual, config):
+        rows, dim = inputs[0].shape
+        return _Run(inputs, dual, rows, (inputs[2].shape[0] + 1) * self.operations(dim))
+
+    def policy_loss(self, run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+        kind = self.kind(inputs[0].shape[1])
+        dim, count, size = kind.dim, config.num_samples, scale_size(kind)
+        mean, scale, target = (run.input(x, t) for x, t in zip(inputs[:3], tangents[:3], strict=True))
+        u = self.precision(run, inputs[3], tangents[3])
+        terms = dim * (dim + 1) // 2 if u.kind == FULL else u.value.size
+        partial = np.empty(run.chunks * terms if needs[3] else 0)
+        gradients = [run.gradient(x, needed) for x, needed in zip(inputs[:3], needs[:3], strict=True)]
+        surrogate, (seed, row_offset) = _surrogate(config), _seed(constants, config)
+
+        def body(chunks, work):
+            return gaussian_family.policy_loss(
+                kind, size, chunks, run.rows, mean, scale, target, u, surrogate, seed, row_offset, weight, want_stats,
+                work, losses, stats, *gradients, partial, terms,
+            )  # fmt: skip
+
+        run.over_rows(6 * dim + size + scale_work(kind) + dim + 4 * count + 1, (count + 2) * dim + size + terms, body)
+        return [*gradients, self.precision_gradient(run, inputs[3], partial.reshape(-1, terms)) if needs[3] else None]
+
+    def precision(self, run: _Run, u: Tensor, tangent: Tensor | None) -> Precision:
+        def flat(x: Tensor) -> Array:
+            x = x.detach().to(run.torch_dtype)
+            return (0.5 * (x + x.mT) if x.ndim == 2 else x).contiguous().view(-1).numpy()
+
+        value = flat(u)
+        if not run.dual:
+            return Precision(u.ndim, value, value)
+        return Precision(u.ndim, value, np.zeros_like(value) if tangent is None else flat(tangent))
+
+    def precision_gradient(self, run: _Run, u: Tensor, partial: Array) -> Array:
+        total = partial.sum(axis=0)
+        if u.ndim < 2:
+            return total
+        matrix = np.empty(u.shape)
+        lower = np.tril_indices(u.shape[0])
+        matrix[lower] = total
+        matrix.T[lower] = total
+        return matrix
+
+    def surrogate_loss(self, run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+        kind = self.kind(inputs[0].shape[1])
+        dim, count, size = kind.dim, config.num_samples, scale_size(kind)
+        mean, scale = (run.input(x, t) for x, t in zip(inputs[:2], tangents[:2], strict=True))
+        rewards = run.whole(inputs[2], tangents[2], 1)
+        given = constants[0].detach().to(run.torch_dtype).contiguous().view(-1).numpy()
+        gradients = [run.gradient(x, needed) for x, needed in zip(inputs, needs, strict=True)]
+        surrogate = _surrogate(config)
+
+        def body(chunks, work):
+            return gaussian_family.surrogate_loss(
+                kind, size, chunks, run.rows, mean, scale, rewards, given, surrogate, weight, want_stats,
+                work, losses, stats, *gradients,
+            )  # fmt: skip
+
+        run.over_rows(6 * dim + size + 4 * count + 1, (count + 1) * dim + size, body)
+        return gradients
+
+    def log_prob(self, run, inputs, tangents, constants, config, needs, cotangent, value):
+        kind = self.kind(inputs[0].shape[1])
+        dim, size, many = kind.dim, scale_size(kind), inputs[2].shape[0]
+        mean, scale = (run.input(x, t) for x, t in zip(inputs[:2], tangents[:2], strict=True))
+        at = run.whole(inputs[2], tangents[2], dim)
+        gradients = [run.gradient(x, needed) for x, needed in zip(inputs, needs, strict=True)]
+
+        def body(chunks, work):
+            return gaussian_family.log_prob(
+                kind, size, chunks, run.rows, many, mean, scale, at, cotangent, work, value, *gradients
+            )
+
+        run.over_rows(6 * dim + size + 1, 2 * dim + size, body)
+        return gradients
+
+    def sample(self, run, inputs, tangents, constants, config, needs, cotangent, value):
+        kind = self.kind(inputs[0].shape[1])
+        dim, size, count = kind.dim, scale_size(kind), config.num_samples
+        mean, scale = (run.input(x, t) for x, t in zip(inputs, tangents, strict=True))
+        cotangent = cotangent._replace(stride=dim)
+        gradients = [run.gradient(x, needed) for x, needed in zip(inputs, needs, strict=True)]
         seed, row_offset = _seed(constants, config)
-        has_rbf, gamma = _rbf(config)
-        to_mean, to_scale, to_target = (_rows_of(g, rows) for g in gradients[:3])
-        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
 
-        def body(chunk, begin, end):
-            work = np.empty(4 * config.num_samples + 4 * dim, run.dtype)
-            noise = np.empty((config.num_samples, dim))
-            gaussian.policy_loss(
-                begin, end, triangular, dim, config.num_samples, mean, scale, target, kind, u,
-                _ESTIMATORS[config.estimator], _ADVANTAGES[config.advantage], has_rbf, gamma, config.entropy_coef,
-                seed, row_offset, weight, run.dual, want_stats, work, noise,
-                losses, stats, to_mean, to_scale, to_target, partial[chunk],
-            )  # fmt: skip
+        def body(chunks, work):
+            return gaussian_family.sample(
+                kind, size, chunks, run.rows, count, mean, scale, seed, row_offset, cotangent, work, value, *gradients
+            )
 
-        run.over_rows(rows, body)
-        if wanted:
-            total = partial.sum(axis=0).reshape(precision.shape)
-            gradients[3][...] = np.tril(total) + np.tril(total, -1).T if kind == 2 else total
-
-    return run
+        run.over_rows(6 * dim + size, 3 * dim + size, body)
+        return gradients
 
 
-def _run_surrogate_loss(triangular: bool) -> Callable[..., None]:
-    def run(run, constants, config, weight, want_stats, losses, stats, gradients):
-        mean, scale, rewards = run.inputs
-        rows, dim = mean.shape
-        count = config.num_samples
-        samples = constants[0].numpy()
-        has_rbf, gamma = _rbf(config)
-        to_mean, to_scale = (_rows_of(g, rows) for g in gradients[:2])
-        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
-        to_rewards = _or_empty(gradients[2], 2)
-
-        def body(chunk, begin, end):
-            work = np.empty(4 * count + 4 * dim, run.dtype)
-            gaussian.surrogate_loss(
-                begin, end, triangular, dim, count, mean, scale, rewards, samples,
-                _ESTIMATORS[config.estimator], _ADVANTAGES[config.advantage], has_rbf, gamma, config.entropy_coef,
-                weight, run.dual, want_stats, work, losses, stats, to_mean, to_scale, to_rewards,
-            )  # fmt: skip
-
-        run.over_rows(rows, body)
-
-    return run
+def _labels(x: Tensor) -> Array:
+    return x.detach().contiguous().view(-1).numpy()
 
 
-def _run_log_prob(triangular: bool) -> Callable[..., None]:
-    def run(run, constants, config, cotangent, value, gradients):
-        mean, scale, at = run.inputs
-        rows, dim = mean.shape
-        to_mean, to_scale = (_rows_of(g, rows) for g in gradients[:2])
-        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
-        to_value = _or_empty(gradients[2], 3)
-
-        def body(chunk, begin, end):
-            gaussian.log_prob(
-                begin, end, triangular, dim, mean, scale, at, cotangent, run.dual, np.empty(3 * dim, run.dtype),
-                value, to_mean, to_scale, to_value,
-            )  # fmt: skip
-
-        run.over_rows(rows, body)
-
-    return run
+def _start_categorical(inputs, dual, config):
+    rows, classes = inputs[0].shape
+    sums = inputs[1].numel() if len(inputs) > 1 and config.estimator and inputs[1].shape == (classes, classes) else 0
+    return _Run(inputs, dual, rows, 8 * classes + config.num_samples * (16 + classes), sums)
 
 
-def _run_sample(triangular: bool) -> Callable[..., None]:
-    def run(run, constants, config, cotangent, value, gradients):
-        mean, scale = run.inputs
-        rows, dim = mean.shape
-        seed, row_offset = _seed(constants, config)
-        to_mean, to_scale = (_rows_of(g, rows) for g in gradients)
-        scale = scale.reshape(rows, math.prod(scale.shape[1:]))
+def _categorical_policy_loss(run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+    classes, count = inputs[0].shape[1], config.num_samples
+    logits = run.input(inputs[0], tangents[0])
+    columns = run.input(inputs[1].mT.contiguous(), None if tangents[1] is None else tangents[1].mT)
+    target = _labels(constants[0])
+    to_logits = run.gradient(inputs[0], needs[0])
+    partial = np.empty(run.chunks * classes**2 if needs[1] else 0, run.dtype)
+    surrogate, (seed, row_offset) = _surrogate(config), _seed(constants[1:], config)
 
-        def body(chunk, begin, end):
-            gaussian.sample(
-                begin, end, triangular, dim, mean, scale, seed, row_offset, cotangent, run.dual,
-                np.empty(dim, run.dtype), np.empty(dim), value, to_mean, to_scale,
-            )  # fmt: skip
-
-        run.over_rows(rows, body)
-
-    return run
-
-
-def _run_categorical_policy_loss(run, constants, config, weight, want_stats, losses, stats, gradients):
-    logits, table = run.inputs
-    rows, classes = logits.shape
-    target = constants[0].numpy()
-    count = config.num_samples
-    wanted = gradients[1].ndim == 2
-    chunks = max(1, min(_NO_ROWS, rows))
-    partial = np.zeros((chunks, *(table.shape if wanted else (0, 0))))
-    seed, row_offset = _seed(constants, config)
-    has_rbf, gamma = _rbf(config)
-    to_logits = _rows_of(gradients[0], rows)
-
-    def body(chunk, begin, end):
-        categorical.policy_loss(
-            begin, end, count, logits, table, target,
-            _ESTIMATORS[config.estimator], _ADVANTAGES[config.advantage], has_rbf, gamma, config.entropy_coef,
-            seed, row_offset, weight, run.dual, want_stats, np.empty(4 * count + 3 * classes, run.dtype),
-            np.empty(count, np.int64), np.empty(classes), losses, stats, to_logits, partial[chunk],
+    def body(chunks, work):
+        return categorical.policy_loss(
+            chunks, run.rows, classes, logits, columns, target, surrogate, seed, row_offset, weight, want_stats, work,
+            losses, stats, to_logits, partial,
         )  # fmt: skip
 
-    run.over_rows(rows, body)
-    if wanted:
-        gradients[1][...] = partial.sum(axis=0)
+    # Labels and thresholds are words, and thresholds are made of float64, twice as large as float32.
+    run.over_rows(5 * classes + 4 * count + 1, 5 * classes + count, body)
+    if not needs[1]:
+        return [to_logits, None]
+    total = partial.reshape(-1, classes, classes).sum(axis=0, dtype=np.float64)
+    return [to_logits, np.ascontiguousarray(total.T)]
 
 
-def _run_categorical_surrogate_loss(run, constants, config, weight, want_stats, losses, stats, gradients):
-    logits, rewards = run.inputs
-    rows, classes = logits.shape
-    given = constants[0].numpy()
-    count = config.num_samples
-    has_rbf, gamma = _rbf(config)
-    to_logits, to_rewards = _rows_of(gradients[0], rows), _or_empty(gradients[1], 2)
+def _categorical_surrogate_loss(run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+    classes, count = inputs[0].shape[1], config.num_samples
+    logits = run.input(inputs[0], tangents[0])
+    rewards = run.whole(inputs[1], tangents[1], 1)
+    given = _labels(constants[0])
+    gradients = [run.gradient(x, needed) for x, needed in zip(inputs, needs, strict=True)]
+    surrogate = _surrogate(config)
 
-    def body(chunk, begin, end):
-        categorical.surrogate_loss(
-            begin, end, logits, rewards, given,
-            _ESTIMATORS[config.estimator], _ADVANTAGES[config.advantage], has_rbf, gamma, config.entropy_coef,
-            weight, run.dual, want_stats, np.empty(4 * count + 3 * classes, run.dtype), np.empty(count, np.int64),
-            losses, stats, to_logits, to_rewards,
+    def body(chunks, work):
+        return categorical.surrogate_loss(
+            chunks, run.rows, classes, logits, rewards, given, surrogate, weight, want_stats, work,
+            losses, stats, *gradients,
         )  # fmt: skip
 
-    run.over_rows(rows, body)
+    run.over_rows(4 * classes + 4 * count + 1, classes + count, body)
+    return gradients
 
 
-def _run_categorical_log_prob(run, constants, config, cotangent, value, gradients):
-    (logits,) = run.inputs
-    rows, classes = logits.shape
-    to_logits = _rows_of(gradients[0], rows)
+def _categorical_log_prob(run, inputs, tangents, constants, config, needs, cotangent, value):
+    classes = inputs[0].shape[1]
+    logits = run.input(inputs[0], tangents[0])
+    labels = _labels(constants[0])
+    to_logits = run.gradient(inputs[0], needs[0])
 
-    def body(chunk, begin, end):
-        categorical.log_prob(
-            begin, end, logits, constants[0].numpy(), cotangent, run.dual, np.empty(3 * classes, run.dtype),
-            value, to_logits,
-        )  # fmt: skip
+    def body(chunks, work):
+        return categorical.log_prob(
+            chunks, run.rows, constants[0].shape[0], classes, logits, labels, cotangent, work, value, to_logits
+        )
 
-    run.over_rows(rows, body)
+    run.over_rows(4 * classes + 1, classes, body)
+    return [to_logits]
 
 
-def _run_group_advantage(run, constants, config, cotangent, value, gradients):
-    (rewards,) = run.inputs
-    has_rbf, gamma = _rbf(config)
-    to_rewards = _or_empty(gradients[0], 2)
+def _start_advantage(inputs, dual, config):
+    count, rows = inputs[0].shape
+    return _Run(inputs, dual, rows, 8 * count)
 
-    def body(chunk, begin, end):
-        advantage.group_advantage(
-            begin, end, _ADVANTAGES[config.advantage], has_rbf, gamma, rewards, cotangent, run.dual,
-            np.empty(3 * rewards.shape[0], run.dtype), value, to_rewards,
-        )  # fmt: skip
 
-    run.over_rows(rewards.shape[1], body)
+def _group_advantage(run, inputs, tangents, constants, config, needs, cotangent, value):
+    rewards = run.whole(inputs[0], tangents[0], 1)
+    to_rewards = run.gradient(inputs[0], needs[0])
+    surrogate = _surrogate(config, inputs[0].shape[0])
+
+    def body(chunks, work):
+        advantage.group_advantage(chunks, run.rows, surrogate, rewards, cotangent, work, value, to_rewards)
+
+    run.over_rows(3 * inputs[0].shape[0], 0, body)
+    return [to_rewards]
 
 
 def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
-    checks.logits("categorical_sample", logits, sampled=True)
-    run = _Run("categorical_sample", (logits,), None)
-    labels = torch.empty((num_samples, logits.shape[0]), dtype=torch.int64)
+    rows, classes = logits.shape
+    run = _Run((logits,), False, rows, 8 * classes + num_samples * (16 + classes))
+    run.check = lambda: checks.logits("categorical_sample", logits, sampled=True)
+    labels = np.empty(num_samples * rows, np.int64)
     key = np.uint64(int(seed) & (2**64 - 1))
+    source = run.input(logits)
 
-    def body(chunk, begin, end):
-        categorical.sample(
-            begin, end, run.inputs[0], key, np.uint64(row_offset), np.empty(logits.shape[1]), labels.numpy()
-        )
+    def body(chunks, work):
+        return categorical.sample(chunks, rows, num_samples, classes, source, key, np.uint64(row_offset), work, labels)
 
-    run.over_rows(logits.shape[0], body)
-    return labels
+    run.over_rows(classes, 3 * classes, body)
+    return torch.from_numpy(labels).view(num_samples, rows)
 
 
 def _value_argument_shape(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> Sequence[int]:
@@ -363,27 +480,63 @@ def _sample_shape(inputs: Sequence[Tensor], constants: Sequence[Tensor], config:
     return (config.num_samples, *inputs[0].shape)
 
 
+def _check_labels(name: str) -> Callable[..., None]:
+    """They have to be known to be in range before they are looked up."""
+
+    def check(op: str, logits: Tensor, *rest: Tensor) -> None:
+        checks.labels(op, name, rest[-1] if name != "target" else rest[1], logits.shape[-1])
+
+    return check
+
+
+def _check_precision(op: str, mean: Tensor, scale: Tensor, target: Tensor, u: Tensor, *seed: Tensor) -> None:
+    checks.precision(op, u)
+
+
+def _gaussian_kernels(family: str, kind: Any, check_rows: Callable[..., None]) -> list[_Loss | _Value]:
+    ops, nothing = _Gaussian(kind), checks.nothing
+    return [
+        _Loss(f"{family}_policy_loss", _check_precision, check_rows, ops.start_policy, ops.policy_loss),
+        _Loss(f"{family}_surrogate_loss", nothing, check_rows, ops.start, ops.surrogate_loss),
+        _Value(f"{family}_log_prob", nothing, check_rows, ops.start_log_prob, _value_argument_shape, ops.log_prob),
+        _Value(f"{family}_sample", nothing, check_rows, ops.start, _sample_shape, ops.sample),
+    ]
+
+
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     kernel.op: {"first": kernel.first, "second": kernel.second}
     for kernel in (
-        _Loss("gaussian_policy_loss", checks.gaussian_policy_loss, _run_policy_loss(False)),
-        _Loss("gaussian_surrogate_loss", checks.nothing, _run_surrogate_loss(False)),
-        _Value("gaussian_log_prob", checks.nothing, _value_argument_shape, _run_log_prob(False)),
-        _Value("gaussian_sample", checks.nothing, _sample_shape, _run_sample(False)),
-        _Loss("mvn_policy_loss", checks.mvn_policy_loss, _run_policy_loss(True)),
-        _Loss("mvn_surrogate_loss", checks.mvn, _run_surrogate_loss(True)),
-        _Value("mvn_log_prob", checks.mvn, _value_argument_shape, _run_log_prob(True)),
-        _Value("mvn_sample", checks.mvn, _sample_shape, _run_sample(True)),
-        _Loss("categorical_policy_loss", checks.categorical_policy_loss, _run_categorical_policy_loss),
-        _Loss("categorical_surrogate_loss", checks.categorical_surrogate_loss, _run_categorical_surrogate_loss),
-        _Value(
-            "categorical_log_prob",
-            checks.categorical_log_prob,
-            lambda inputs, constants, config: constants[0].shape,
-            _run_categorical_log_prob,
+        *_gaussian_kernels("gaussian", DiagonalKind, checks.nothing),
+        *_gaussian_kernels("mvn", TriangularKind, checks.mvn),
+        _Loss(
+            "categorical_policy_loss",
+            _check_labels("target"),
+            checks.categorical_policy_loss,
+            _start_categorical,
+            _categorical_policy_loss,
+        ),
+        _Loss(
+            "categorical_surrogate_loss",
+            _check_labels("samples"),
+            checks.categorical_surrogate_loss,
+            _start_categorical,
+            _categorical_surrogate_loss,
         ),
         _Value(
-            "group_advantage", checks.nothing, lambda inputs, constants, config: inputs[0].shape, _run_group_advantage
+            "categorical_log_prob",
+            _check_labels("value"),
+            checks.categorical_log_prob,
+            _start_categorical,
+            lambda inputs, constants, config: constants[0].shape,
+            _categorical_log_prob,
+        ),
+        _Value(
+            "group_advantage",
+            checks.nothing,
+            checks.nothing,
+            _start_advantage,
+            lambda inputs, constants, config: inputs[0].shape,
+            _group_advantage,
         ),
     )
 }
