@@ -1,4 +1,4 @@
-"""The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`, `po-bilevel gaussian --figure 3`.
+"""The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`, `po-bilevel sweep FILE`, ...
 
 Exit codes: 0 done; 1 training diverged; 2 something about the command, a file or the installation is wrong;
 130 interrupted.
@@ -20,24 +20,34 @@ from .errors import MissingDependencyError, NonFiniteError, UsageError
 from .experiments import classification, gaussian
 from .experiments.classification import ClassifyConfig
 from .experiments.gaussian import GaussianConfig
+from .experiments.registry import EXPERIMENTS
 from .optional import require
+from .report import ReportConfig, report
+from .reproduce import ReproduceConfig, plan
+from .sweep import SweepConfig, sweep
+from .sweep import check as check_sweep
 
 PROGRAM = "po-bilevel"
+# What the files of an experiment are called after.
+NAMES = {"dynamics": "dynamics", "generalise": "generalisation", "forgetting": "forgetting"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; `arguments` are those of the process if None."""
     try:
+        commands: dict[str, Callable[..., Any]] = {name: each.config for name, each in EXPERIMENTS.items()}
+        commands |= {"sweep": SweepConfig, "report": ReportConfig, "reproduce": ReproduceConfig}
         config = tyro.extras.subcommand_cli_from_dict(
-            {"classify": ClassifyConfig, "gaussian": GaussianConfig},
-            prog=PROGRAM,
-            description="Learn rewards from data.",
-            args=arguments,
+            commands, prog=PROGRAM, description="Learn rewards from data.", args=arguments
         )
-        if isinstance(config, GaussianConfig):
-            run_gaussian(config)
+        if isinstance(config, SweepConfig):
+            return run_sweep(config)
+        if isinstance(config, ReportConfig):
+            write_report(config)
+        elif isinstance(config, ReproduceConfig):
+            reproduce(config)
         else:
-            classify(config)
+            run_experiment(config)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
@@ -86,6 +96,70 @@ def run_gaussian(config: GaussianConfig) -> None:
         name, config, outcome.rows, outcome.curves, outcome.warnings,
         lambda path: plots.figure_of_gaussian(outcome, config.figure, path), gaussian.summary_of_paths(outcome),
     )  # fmt: skip
+
+
+def run_experiment(config: Any) -> None:
+    """Runs the experiment of a configuration, prints its table, and writes its files.
+
+    Raises:
+        UsageError, MissingDependencyError, NonFiniteError: as its `run`, or --out cannot be written to.
+    """
+    if isinstance(config, GaussianConfig):
+        run_gaussian(config)
+    elif isinstance(config, ClassifyConfig):
+        classify(config)
+    else:
+        name, experiment = next((n, e) for n, e in EXPERIMENTS.items() if type(config) is e.config)
+        experiment.check(config)
+        _prepare(config.out, config.plot)
+        outcome = experiment.run(config)
+        paired = results.paired(outcome.rows, "nll")
+        _write(
+            NAMES[name], config, outcome.rows, {**outcome.curves, "paired": paired}, outcome.warnings,
+            lambda path: plots.figure_of_summary(results.summarise(outcome.rows), path),
+            results.table(paired) if paired else "",
+        )  # fmt: skip
+
+
+def run_sweep(config: SweepConfig) -> int:
+    """Runs a sweep; returns 1 if a run failed.
+
+    Raises:
+        UsageError, MissingDependencyError: as `sweep.sweep`, or --out cannot be written to.
+    """
+    check_sweep(config)
+    _make_folder(config.out)
+    failures = sweep(config)
+    for failure in failures:
+        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
+    if failures:
+        return 1
+    print(f"wrote {config.out / 'results.parquet'}", flush=True)
+    return 0
+
+
+def write_report(config: ReportConfig) -> None:
+    """Writes the report of a folder.
+
+    Raises:
+        UsageError, MissingDependencyError: as `report.report`.
+    """
+    if config.plot:
+        require("matplotlib", "plots")
+    _make_folder(config.folder)
+    print(f"wrote {report(config)}", flush=True)
+
+
+def reproduce(config: ReproduceConfig) -> None:
+    """Runs every experiment of docs/experiments.md into a folder of its own, then reports on all.
+
+    Raises:
+        UsageError, MissingDependencyError, NonFiniteError: as the experiments.
+    """
+    for step in plan(config):
+        print(f"{step.out.name}:", flush=True)
+        run_experiment(step)
+    write_report(ReportConfig(config.out, plot=config.plot))
 
 
 def _prepare(out: Path, plot: bool) -> None:

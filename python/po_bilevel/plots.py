@@ -45,6 +45,34 @@ def figure_of_gaussian(outcome: "gaussian.Outcome", number: int, path: Path) -> 
     _save(figure, path)
 
 
+def figure_of_summary(summary: list[dict[str, Any]], path: Path) -> None:
+    """Means with their 95% intervals: one row of panels a data set, one panel a metric, one mark a method.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+        OSError: the folder cannot be written to.
+    """
+    names = list(dict.fromkeys(entry["dataset"] for entry in summary))
+    known = ("dataset", "method", "seeds", "seconds", "u")
+    metrics = list(dict.fromkeys(key for entry in summary for key in entry if key not in known))
+    methods = list(dict.fromkeys(entry["method"] for entry in summary))
+    figure = _figure(2.0 + 2.2 * len(metrics), len(names) * (0.8 + 0.25 * len(methods)))
+    panels = figure.subplots(len(names), len(metrics), squeeze=False, sharey=True)
+    places = {method: len(methods) - index for index, method in enumerate(methods)}
+    for line, name in zip(panels, names, strict=True):
+        for panel, metric in zip(line, metrics, strict=True):
+            there = [entry for entry in summary if entry["dataset"] == name and metric in entry]
+            panel.errorbar(
+                [entry[metric]["mean"] for entry in there], [places[entry["method"]] for entry in there],
+                xerr=[entry[metric]["half_width"] or 0.0 for entry in there], fmt="o", markersize=4, capsize=3,
+            )  # fmt: skip
+            panel.set_yticks(list(places.values()), list(places), fontsize="small")
+            panel.set_title(metric, fontsize="small")
+            panel.grid(axis="x", alpha=0.3)
+        line[0].set_ylabel(name, fontsize="small")
+    _save(figure, path)
+
+
 def _moments(outcome: "gaussian.Outcome") -> Any:
     """Boxes over targets of the errors of the moments and of the likelihood."""
     figure = _figure(12, 3.8)

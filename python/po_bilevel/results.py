@@ -107,7 +107,7 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on, None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("po-kernels", "torch", "numpy", "scikit-learn", "pandas"):
+    for package in ("po-kernels", "torch", "numpy", "scikit-learn", "pandas", "gymnasium", "mujoco", "minari", "ray"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -127,13 +127,19 @@ def write_json(path: Path, content: Any) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """The summary as lines of a table: mean ± half-width of the 95% interval."""
+def cells(summary: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The summary as text: a head, and a line for each entry with mean ± half-width of the 95% interval."""
     metrics = list(dict.fromkeys(key for entry in summary for key in entry if key not in (*KEYS, "seeds")))
     lines = [["dataset", "method", "seeds", *metrics]]
     for entry in summary:
-        cells = [_cell(entry.get(metric)) for metric in metrics]
-        lines.append([entry["dataset"], entry["method"], str(entry["seeds"]), *cells])
+        values = [_cell(entry.get(metric)) for metric in metrics]
+        lines.append([entry["dataset"], entry["method"], str(entry["seeds"]), *values])
+    return lines
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as lines of a table, see `cells`."""
+    lines = cells(summary)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])

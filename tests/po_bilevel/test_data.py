@@ -19,8 +19,9 @@ def cache(folder, attributes, rows):
     """What scikit-learn keeps of spambase, with these contents."""
     arff = "\n".join(["@RELATION spam", *(f"@ATTRIBUTE {a}" for a in attributes), "@DATA", *rows]) + "\n"
     description = {
-        "id": "44", "name": "spambase", "version": "1", "format": "ARFF", "description": "mail", "file_id": "44", "status": "active",
-        "default_target_attribute": "class", "url": "https://api.openml.org/data/v1/download/44/spambase.arff",
+        "id": "44", "name": "spambase", "version": "1", "format": "ARFF", "description": "mail", "file_id": "44",
+        "status": "active", "default_target_attribute": "class",
+        "url": "https://api.openml.org/data/v1/download/44/spambase.arff",
         "md5_checksum": hashlib.md5(arff.encode()).hexdigest(),
     }  # fmt: skip
     features = [

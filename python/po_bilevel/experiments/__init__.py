@@ -1,1 +1,1 @@
-"""Experiments: each a typed configuration and a function that runs it."""
+"""Experiments: each a typed configuration, a function that checks it and one that runs it."""

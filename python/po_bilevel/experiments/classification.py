@@ -57,7 +57,9 @@ class ClassifyConfig:
     max_rows: int | None = None
     """A stratified random choice of so many rows, the same for all seeds, where a data set has more."""
     seeds: int = 10
-    """How many random splits and initial weights, numbered from 0."""
+    """How many random splits and initial weights, numbered from --first-seed."""
+    first_seed: int = 0
+    """The number of the first, where they are run in parts."""
     out: Path = Path("results")
     """Folder for results.json, curves.json and classification.png; made if it is not there."""
     methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned")
@@ -186,30 +188,43 @@ def run(config: ClassifyConfig) -> Outcome:
     ):
         first_step_of_torch()
         for table in tables:
-            for seed in range(config.seeds):
+            for seed in range(config.first_seed, config.first_seed + config.seeds):
                 splits = data.split(
                     table, test_fraction=config.test_fraction, held_out_fraction=config.held_out_fraction, seed=seed
                 )
                 for method in config.methods:
                     bar.set_postfix_str(f"{table.name}, seed {seed}, {method}")
-                    try:
-                        _Run(config, table, splits, seed, method, outcome).run()
-                    except NonFiniteError as error:
-                        raise NonFiniteError(f"{table.name}, seed {seed}, {method}: {error}") from error
+                    run_method(config, table.name, len(table.classes), splits, seed, method, outcome)
                     bar.update()
     return outcome
+
+
+def run_method(
+    config: ClassifyConfig, name: str, num_classes: int, splits: data.Splits, seed: int, method: Method,
+    outcome: Outcome,
+) -> None:  # fmt: skip
+    """Runs one method on one split, and adds what it found to the outcome under that name.
+
+    Raises:
+        NonFiniteError: training diverged.
+    """
+    outcome.curves.setdefault(name, {}).setdefault(method, [])
+    try:
+        _Run(config, name, num_classes, splits, seed, method, outcome).run()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}, seed {seed}, {method}: {error}") from error
 
 
 class _Run:
     """One method on one data set and seed."""
 
     def __init__(
-        self, config: ClassifyConfig, table: data.Table, splits: data.Splits, seed: int, method: Method,
+        self, config: ClassifyConfig, name: str, num_classes: int, splits: data.Splits, seed: int, method: Method,
         outcome: Outcome,
     ) -> None:  # fmt: skip
         self.config = config
-        self.name = table.name
-        self.num_classes = len(table.classes)
+        self.name = name
+        self.num_classes = num_classes
         self.splits = splits
         self.seed = seed
         self.method = method

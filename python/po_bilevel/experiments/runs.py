@@ -2,12 +2,14 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from ..errors import UsageError
+from ..results import Row
 
 
 def flag(option: str) -> str:
@@ -58,3 +60,28 @@ def first_step_of_torch() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.Adam([parameter]).step()
+
+
+class Outcome(NamedTuple):
+    """What a run found.
+
+    Attributes:
+        rows: one for each data set, method and seed.
+        curves: what else the figure draws, by name.
+        warnings: for people, what happened that makes a result less than it should be.
+    """
+
+    rows: list[Row]
+    curves: dict[str, Any]
+    warnings: list[str]
+
+
+def each_run(config: Any, methods: Sequence[str]) -> Iterator[tuple[int, Any]]:
+    """Every seed of a configuration with every method, behind a progress bar if standard error is a terminal."""
+    total = config.seeds * len(methods)
+    with tqdm(total=total, desc="runs", disable=None if config.progress else True, leave=False) as bar:
+        for seed in range(config.first_seed, config.first_seed + config.seeds):
+            for method in methods:
+                bar.set_postfix_str(f"seed {seed}, {method}")
+                yield seed, method
+                bar.update()

@@ -1,0 +1,453 @@
+"""Models of dynamics (arXiv 2510.07624, section 6.2): regression, likelihood, and policy gradient under a reward.
+
+A model predicts s' - s from s and a as a Gaussian. Inputs and outputs are standardised by the rows that it is trained
+on, and dimensions that do not change are dropped, which is said. All methods train the same network from the same
+weights with the same optimiser for as many steps; `pg_*` start with the spread that U asks for. U is known before that:
+from the covariance of s' - s ("marginal"), from that of the residuals of a regression on rows that it has not seen
+("residual"), or learned on those rows. Learning starts from that regression, for a hypergradient is one at a minimum,
+and from U of its residuals.
+
+The split is by episodes, so that no row has its neighbour on the other side.
+"""
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LinearLR
+
+from .. import planner, transitions
+from ..errors import NonFiniteError, UsageError
+from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
+from ..hypergradients import ImplicitCG
+from ..losses import Batch, PolicyGradient
+from ..policies import FullGaussianPolicy, GaussianPolicy, MLPFullGaussian, MLPGaussian, Policy
+from ..rewards import MahalanobisReward, PrecisionKind
+from ..trainer import BatchStream, BilevelTrainer, InnerLoss, train, train_policy_gradient
+from ..transitions import Behaviour, Transitions
+from .runs import Outcome, check_counts, check_reals, each_run, threads
+
+Method = Literal[
+    "mse", "nll", "nll_state", "beta_nll", "pg_identity", "pg_isotropic_marginal", "pg_isotropic_residual",
+    "pg_diagonal_marginal", "pg_diagonal_residual", "pg_full_marginal", "pg_full_residual", "pg_learned_isotropic",
+    "pg_learned_diagonal", "pg_learned_full",
+]  # fmt: skip
+METHODS: tuple[Method, ...] = get_args(Method)
+
+# Steps ahead of the open-loop error, and the most places to start from.
+HORIZONS = (1, 5, 20, 50)
+STARTS = 200
+# Of the likelihood that weighs rows by σ^2β (Seitzer et al. 2022, arXiv 2203.09168).
+BETA = 0.5
+# Central intervals whose share of targets is counted, and their half-width in standard deviations.
+INTERVALS = {"coverage_50": 0.6745, "coverage_90": 1.6449}
+# A dimension that varies less than this, relative to its size, is constant.
+CONSTANT = 1e-8
+# Added to the covariance, in units of the targets' variance.
+RIDGE = 1e-6
+# Added to the inner Hessian, which is indefinite in a network's weights. Along log σ, where U acts, it is 2.
+DAMPING = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicsConfig:
+    """Learn models of an environment's dynamics, and measure what they are good for."""
+
+    env: str = "HalfCheetah-v5"
+    """Environment of gymnasium with vectors of observations and actions."""
+    minari: str | None = None
+    """Name of a Minari data set to read instead, from this machine or its remote."""
+    behaviour: Behaviour = "random"
+    """Uniform random actions, or noise around a controller."""
+    controller: Path | None = None
+    """File of a linear controller, .npz with weight and bias; by default one is trained."""
+    noise: float = 0.3
+    """Standard deviation around the controller, in units of half the range of an action."""
+    transitions: int = 10000
+    """How many are collected, or read."""
+    horizon: int = 200
+    """Steps after which an episode is ended."""
+    seeds: int = 10
+    """How many collections, splits and initial weights, numbered from --first-seed."""
+    first_seed: int = 0
+    """The number of the first, where they are run in parts."""
+    out: Path = Path("results")
+    """Folder for results.json, curves.json and dynamics.png; made if it is not there."""
+    methods: tuple[Method, ...] = METHODS
+    """Methods to compare."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the tanh network's hidden layers."""
+    steps: int = 5000
+    """Steps of adam of every method's final training."""
+    learning_rate: float = 1e-2
+    """Of adam for the policy at first; falls linearly to a hundredth."""
+    weight_decay: float = 1e-4
+    """Of adam for the policy."""
+    batch_size: int = 256
+    """Rows of a training batch."""
+    outer_steps: int = 40
+    """Updates of a learned reward."""
+    inner_steps: int = 25
+    """Steps of adam between updates of a learned reward."""
+    outer_learning_rate: float = 0.2
+    """Of adam for the reward's parameters at first; falls linearly to a tenth."""
+    entropy_coef: float = 1.0
+    """λ, in units of reward a nat."""
+    test_fraction: float = 0.2
+    """Of all episodes."""
+    held_out_fraction: float = 0.1
+    """Of the other episodes: read for the residuals and by the outer loss, while the reward is found."""
+    plan_episodes: int = 0
+    """Episodes of model-predictive control with each model; for Pendulum-v1, InvertedPendulum-v5 and Reacher-v5."""
+    plan_steps: int = 200
+    """The most steps of such an episode."""
+    threads: int = 1
+    """Threads of torch."""
+    plot: bool = True
+    """Draw dynamics.png."""
+    progress: bool = True
+    """Show progress bars on a terminal."""
+
+
+def check(config: DynamicsConfig) -> None:
+    """Refuses options that no run can have.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+    """
+    if not config.methods or len(set(config.methods)) < len(config.methods):
+        raise UsageError(f"--methods: expected at least one and each once, got {' '.join(config.methods) or 'none'}")
+    check_counts(
+        config, "transitions", "horizon", "seeds", "steps", "batch_size", "outer_steps", "inner_steps", "plan_steps",
+        "threads",
+    )  # fmt: skip
+    check_reals(config, "learning_rate", "outer_learning_rate", "entropy_coef")
+    check_reals(config, "noise", "weight_decay", "plan_episodes", zero=True)
+    if any(width < 1 for width in config.hidden):
+        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
+    for option in ("test_fraction", "held_out_fraction"):
+        if not 0 < getattr(config, option) < 1:
+            name = option.replace("_", "-")
+            raise UsageError(f"--{name}: expected a number between 0 and 1, got {getattr(config, option)}")
+    if config.plan_episodes > 0 and (config.minari is not None or config.env not in planner.REWARDS):
+        raise UsageError(
+            f"--plan-episodes: expected 0, or --env one of {', '.join(planner.REWARDS)}, "
+            f"got {config.plan_episodes} with {config.minari or config.env}"
+        )
+
+
+def run(config: DynamicsConfig) -> Outcome:
+    """Runs every method on every seed.
+
+    Returns:
+        rows with "rmse" (of one step, in standard deviations of s' - s), "nll_per_dim", "coverage_50", "coverage_90",
+        "rmse_k" (k steps open loop, in standard deviations of s), "u", "seconds" and, if asked for, "return"; curves
+        with "per_dimension" {method: {"rmse", "nll"}}, means over seeds.
+
+    Raises:
+        UsageError: an option, an environment or a data set that cannot be used.
+        MissingDependencyError: gymnasium, MuJoCo or minari is not installed.
+        NonFiniteError: training diverged.
+    """
+    check(config)
+    outcome = Outcome([], {"per_dimension": {}}, [])
+    found: dict[str, list[dict[str, list[float]]]] = {}
+    recorded = None if config.minari is None else transitions.load_minari(config.minari, config.transitions)
+    controller = None if config.controller is None else transitions.load_controller(config.controller)
+    with threads(config.threads):
+        problem: _Problem | None = None
+        for seed, method in each_run(config, config.methods):
+            if problem is None or problem.seed != seed:
+                data = recorded or transitions.collect(
+                    config.env, config.transitions, horizon=config.horizon, behaviour=config.behaviour,
+                    noise=config.noise, seed=seed, controller=controller,
+                )  # fmt: skip
+                problem = _Problem(config, data, seed)
+                if seed == config.first_seed and problem.dropped:
+                    outcome.warnings.append(f"{data.name}: {problem.dropped}")
+            try:
+                row, per_dimension = problem.evaluate(method, outcome)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{data.name}, seed {seed}, {method}: {error}") from error
+            outcome.rows.append(row)
+            found.setdefault(method, []).append(per_dimension)
+    for method, seeds in found.items():
+        if len({len(each["rmse"]) for each in seeds}) == 1:
+            outcome.curves["per_dimension"][method] = {
+                metric: np.mean([each[metric] for each in seeds], axis=0).tolist() for metric in ("rmse", "nll")
+            }
+    return outcome
+
+
+class _Scale(NamedTuple):
+    """Which of the columns vary, and their mean and standard deviation; float32."""
+
+    kept: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def apply(self, values: Tensor) -> Tensor:
+        return (values[..., self.kept] - self.mean) / self.std
+
+
+class _Problem:
+    """The data of a seed, split and standardised, and the methods on it."""
+
+    def __init__(self, config: DynamicsConfig, data: Transitions, seed: int) -> None:
+        self.config, self.data, self.seed = config, data, seed
+        inputs = np.concatenate([data.observations, data.actions], axis=1)
+        change = data.following - data.observations
+        fit, held_out, test = _split(data.episodes, config.test_fraction, config.held_out_fraction, seed)
+        train = fit | held_out
+        self.input_scale, self.output_scale = _scale(inputs[train]), _scale(change[train])
+        self.observation_std = torch.from_numpy(data.observations[train].std(axis=0)).float()
+        self.dropped = _dropped(self.input_scale.kept, self.output_scale.kept, data.observations.shape[1])
+        self.constant_change = torch.from_numpy(change[train].mean(axis=0)).float()
+        x = self.input_scale.apply(torch.from_numpy(inputs).float())
+        y = self.output_scale.apply(torch.from_numpy(change).float())
+        self.train, self.fit, self.held_out, self.test = (
+            Batch(x[mask], y[mask]) for mask in map(torch.from_numpy, (train, fit, held_out, test))
+        )
+        self.test_rows = np.flatnonzero(test)
+        self.dim = y.shape[1]
+        self._regression = cast(GaussianPolicy, self._policy("mse"))
+        self._residuals: Tensor | None = None
+
+    def evaluate(self, method: Method, outcome: Outcome) -> tuple[dict, dict[str, list[float]]]:
+        """Trains a method; its row of the results, and RMSE and NLL of each dimension."""
+        started = time.perf_counter()
+        precision = self._precision(method, outcome)
+        policy = self._policy(method)
+        self._train(policy, method, self.train, precision)
+        seconds = time.perf_counter() - started
+        with torch.no_grad():
+            mean, variance = self._moments(policy, method, self.test.inputs)
+            error = self.test.target - mean
+            # Of the marginals, so that a full covariance is compared with a diagonal one on the same footing.
+            nll = 0.5 * (error.square() / variance + variance.log() + math.log(2 * math.pi)).mean(dim=0)
+            rmse = error.square().mean(dim=0).sqrt()
+            found: dict[str, float | None] = {
+                "rmse": float(error.square().mean().sqrt()),
+                "nll_per_dim": float(nll.mean()),
+            }
+            for name, width in INTERVALS.items():
+                found[name] = float((error.abs() <= width * variance.sqrt()).float().mean())
+            found |= self._open_loop(policy)
+        u = None if precision is None else precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
+        row = {"dataset": self.data.name, "method": method, "seed": self.seed} | found
+        row |= {"u": None if u is None else float(u.mean()), "seconds": seconds}
+        if self.config.plan_episodes:
+            returns = [
+                planner.control(lambda s, a: self._step(policy, s, a), self.config.env, seed=1000 * self.seed + episode,
+                                steps=self.config.plan_steps)
+                for episode in range(self.config.plan_episodes)
+            ]  # fmt: skip
+            row["return"] = float(np.mean(returns))
+        return row, {"rmse": rmse.tolist(), "nll": nll.tolist()}
+
+    def _precision(self, method: Method, outcome: Outcome) -> Tensor | None:
+        """U of the method, detached; None where there is none."""
+        if not method.startswith("pg_"):
+            return None
+        if method == "pg_identity":
+            return torch.ones(())
+        _, first, second = method.split("_")
+        if first == "learned":
+            return self._learned(cast(PrecisionKind, second), outcome)
+        if second == "marginal":
+            covariance = marginal_covariance(self.train.target)
+        else:
+            covariance = residual_covariance(self._held_out_residuals())
+        return optimal_precision(covariance, self.config.entropy_coef, cast(PrecisionKind, first), ridge=RIDGE)
+
+    def _held_out_residuals(self) -> Tensor:
+        """Residuals of a regression on the rows of `fit`, of the rows held out; trained once."""
+        if self._residuals is None:
+            self._train(self._regression, "mse", self.fit, None)
+            with torch.no_grad():
+                self._residuals = self.held_out.target - self._regression(self.held_out.inputs)[0]
+        return self._residuals
+
+    def _learned(self, kind: PrecisionKind, outcome: Outcome) -> Tensor:
+        config = self.config
+        covariance = residual_covariance(self._held_out_residuals())
+        start = optimal_precision(covariance, config.entropy_coef, kind, ridge=RIDGE)
+        reward = MahalanobisReward(self.dim, kind, start)
+        policy = self._policy("pg_full_residual" if kind == "full" else "pg_diagonal_residual")
+        policy.mean_network.load_state_dict(self._regression.mean_network.state_dict())  # type: ignore[union-attr]
+        _spread_under(policy, start, config.entropy_coef)
+        outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
+        trainer = BilevelTrainer(
+            policy,
+            reward,
+            inner_data=self.fit,
+            outer_data=self.held_out,
+            # The regression ended at a small rate; going on at a large one would undo it.
+            inner_optimizer=lambda parameters: self._optimizer(parameters, 0.1),
+            outer_optimizer=outer,
+            outer_scheduler=LinearLR(outer, 1.0, 0.1, config.outer_steps),
+            inner_steps=config.inner_steps,
+            inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)),
+            hypergradient=ImplicitCG(DAMPING, 1e-2, 10),
+            batch_size=config.batch_size,
+            seed=self.seed,
+            progress=False,
+        )
+        history = trainer.fit(config.outer_steps)
+        late = history[len(history) // 2 :]
+        flawed = [step for step in late if step.negative_curvature]
+        if flawed:
+            outcome.warnings.append(
+                f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: negative curvature in {len(flawed)} of the "
+                f"last {len(late)} hypergradients; the last: {flawed[-1].problems[0]}"
+            )
+        return reward.precision().detach()
+
+    def _train(self, policy: Policy, method: Method, rows: Batch, precision: Tensor | None) -> None:
+        config = self.config
+        optimizer = self._optimizer(list(policy.parameters()))
+        scheduler = LinearLR(optimizer, 1.0, 0.01, config.steps)
+        if precision is not None:
+            _spread_under(policy, precision, config.entropy_coef)
+            reward = MahalanobisReward(self.dim, _kind(precision), precision)
+            train_policy_gradient(
+                policy, reward, rows, optimizer, config.steps, loss=PolicyGradient(config.entropy_coef),
+                batch_size=config.batch_size, seed=self.seed, scheduler=scheduler,
+            )  # fmt: skip
+            return
+        losses = {"mse": _squared_error, "beta_nll": _beta_nll}
+        loss = losses.get(method, lambda policy, batch, _: -policy.log_prob(*batch).mean())
+        train(
+            policy, loss, BatchStream(rows, config.batch_size, self.seed), optimizer, config.steps, scheduler=scheduler
+        )
+
+    def _policy(self, method: Method) -> Policy:
+        """The initial policy: the same mean for every method of a seed."""
+        features = self.train.inputs.shape[1]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            if "full" in method:
+                return MLPFullGaussian(features, self.dim, hidden=self.config.hidden)
+            return MLPGaussian(features, self.dim, hidden=self.config.hidden,
+                               state_dependent_std=method in ("nll_state", "beta_nll"))  # fmt: skip
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter], factor: float = 1.0) -> Optimizer:
+        config = self.config
+        return torch.optim.Adam(
+            parameters, lr=factor * config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
+
+    def _moments(self, policy: Policy, method: Method, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and variances of standardised changes, (N, D)."""
+        if method == "mse":
+            # A regression has no spread of its own: it gets that of its residuals where it was trained.
+            residual = self.train.target - policy(self.train.inputs)[0]
+            return policy(inputs)[0], residual.square().mean(dim=0).expand(len(inputs), -1)
+        if isinstance(policy, FullGaussianPolicy):
+            mean, factor = policy(inputs)
+            return mean, factor.square().sum(dim=1).expand_as(mean)
+        mean, log_std = policy(inputs)
+        return mean, (2.0 * log_std).exp().expand_as(mean)
+
+    def _step(self, policy: Policy, observation: Tensor, action: Tensor) -> Tensor:
+        """s (N, O), a (N, A) -> the mean of s', (N, O)."""
+        inputs = self.input_scale.apply(torch.cat([observation, action], dim=1))
+        change = self.constant_change.repeat(len(observation), 1)
+        change[:, self.output_scale.kept] = policy(inputs)[0] * self.output_scale.std + self.output_scale.mean
+        return observation + change
+
+    def _open_loop(self, policy: Policy) -> dict[str, float | None]:
+        """RMSE after k steps along the recorded actions, in standard deviations of s, for each k of HORIZONS."""
+        rows, episodes = self.test_rows, self.data.episodes
+        found: dict[str, float | None] = {}
+        varying = self.observation_std > CONSTANT
+        for horizon in HORIZONS:
+            starts = rows[(rows + horizon <= len(episodes)) & np.isin(rows + horizon - 1, rows)]
+            starts = starts[episodes[starts] == episodes[starts + horizon - 1]]
+            if len(starts) == 0:
+                found[f"rmse_{horizon}"] = None
+                continue
+            starts = starts[np.linspace(0, len(starts) - 1, min(STARTS, len(starts))).astype(int)]
+            state = torch.from_numpy(self.data.observations[starts]).float()
+            for ahead in range(horizon):
+                state = self._step(policy, state, torch.from_numpy(self.data.actions[starts + ahead]).float())
+            truth = torch.from_numpy(self.data.following[starts + horizon - 1]).float()
+            error = ((state - truth) / self.observation_std)[:, varying]
+            # What is further off than a hundred standard deviations is lost, by whatever factor.
+            error = error.nan_to_num(nan=100.0).clamp(-100.0, 100.0)
+            found[f"rmse_{horizon}"] = float(error.square().mean().sqrt())
+        return found
+
+
+def _squared_error(policy: Policy, batch: Batch, seed: int) -> Tensor:
+    return (cast(GaussianPolicy, policy)(batch.inputs)[0] - batch.target).square().sum(dim=1).mean()
+
+
+def _beta_nll(policy: Policy, batch: Batch, seed: int) -> Tensor:
+    """Σ_j stop(σ_j^2β) (-log p_j), the mean over rows."""
+    mean, log_std = cast(GaussianPolicy, policy)(batch.inputs)
+    nll = 0.5 * ((batch.target - mean) / log_std.exp()).square() + log_std
+    return ((2.0 * BETA * log_std).exp().detach() * nll).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def _spread_under(policy: Policy, precision: Tensor, entropy_coef: float) -> None:
+    """Gives the policy the spread that is optimal under U, Σ = (λ/2) U⁻¹.
+
+    Known before training, and far for adam: the gradient by log σ is of order U σ² at first, and its average with it.
+    """
+    if isinstance(policy, FullGaussianPolicy):
+        dim = policy.log_diagonal.shape[0]
+        matrix = precision if precision.ndim == 2 else torch.diag(precision.expand(dim))
+        factor = torch.linalg.cholesky(0.5 * entropy_coef * torch.linalg.inv(matrix))
+        policy.log_diagonal.copy_(factor.diagonal().log())
+        policy.below_diagonal.copy_(factor.tril(-1))
+    else:
+        log_std = cast(GaussianPolicy, policy).log_std
+        log_std.copy_(0.5 * (0.5 * entropy_coef / precision).log().expand_as(log_std))
+
+
+def _kind(precision: Tensor) -> PrecisionKind:
+    return ("isotropic", "diagonal", "full")[precision.ndim]
+
+
+def _scale(values: np.ndarray) -> _Scale:
+    std = values.std(axis=0)
+    kept = std > CONSTANT * (1.0 + np.abs(values.mean(axis=0)))
+    if not kept.any():
+        raise UsageError("--env: expected transitions in which something changes, got none")
+    return _Scale(
+        torch.from_numpy(np.flatnonzero(kept)), torch.from_numpy(values.mean(axis=0)[kept]).float(),
+        torch.from_numpy(std[kept]).float(),
+    )  # fmt: skip
+
+
+def _dropped(inputs: Tensor, outputs: Tensor, observations: int) -> str:
+    """What of the inputs and outputs is left out, in words; empty if nothing is."""
+    sizes = {"s' - s": (outputs, observations), "s": (inputs[inputs < observations], observations)}
+    parts = []
+    for name, (kept, size) in sizes.items():
+        constant = sorted(set(range(size)) - set(kept.tolist()))
+        if constant:
+            parts.append(f"dimensions {', '.join(map(str, constant))} of {name} do not change and were dropped")
+    return "; ".join(parts)
+
+
+def _split(
+    episodes: np.ndarray, test_fraction: float, held_out_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows are of the fitted, the held-out and the test episodes, (N,) bool each."""
+    names = np.random.default_rng(seed).permutation(np.unique(episodes))
+    if len(names) < 3:
+        raise UsageError(f"--transitions: expected at least three episodes, one for each part, got {len(names)}")
+    tested = min(max(1, round(test_fraction * len(names))), len(names) - 2)
+    held = min(max(1, round(held_out_fraction * (len(names) - tested))), len(names) - tested - 1)
+    parts = names[tested + held :], names[tested : tested + held], names[:tested]
+    fit, held_out, test = (np.isin(episodes, part) for part in parts)
+    return fit, held_out, test

@@ -1,0 +1,93 @@
+"""Tables and figures of what is in a folder: of runs with results.json, and of sweeps."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from . import plots, results
+from .errors import UsageError
+from .files import atomic
+from .optional import require
+from .results import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """Make report.md and figures of the runs and sweeps in a folder and below it."""
+
+    folder: tyro.conf.Positional[Path]
+    """Where results.json, or manifest.json and runs/ of a sweep, are; also below."""
+    baseline: str = "nll"
+    """Method that the others are compared with, on the same data set and seed."""
+    plot: bool = True
+    """Draw the figures."""
+
+
+def report(config: ReportConfig) -> Path:
+    """Writes report.md, and a PNG for each run and sweep.
+
+    Returns:
+        the path of report.md.
+
+    Raises:
+        UsageError: nothing to report on, or a file that cannot be read.
+        MissingDependencyError: matplotlib, or for a sweep pandas or pyarrow, is not installed.
+    """
+    found = {path.parent: _rows(path) for path in sorted(config.folder.rglob("results.json"))}
+    found |= {path.parent: _sweep_rows(path) for path in sorted(config.folder.rglob("manifest.json"))}
+    if not any(found.values()):
+        raise UsageError(f"folder: expected results.json or a sweep in {str(config.folder)!r}, found neither")
+    lines = ["# Results", ""]
+    for folder, rows in sorted(found.items()):
+        if not rows:
+            continue
+        name = str(folder.relative_to(config.folder)) if folder != config.folder else config.folder.resolve().name
+        lines += [f"## {name}", "", "Mean ± 95% interval over seeds.", "", *markdown(results.summarise(rows)), ""]
+        if paired := results.paired(rows, config.baseline):
+            lines += [f"Differences to {config.baseline} on the same seed:", "", *markdown(paired), ""]
+        if config.plot:
+            image = f"{name.replace('/', '-')}.png"
+            plots.figure_of_summary(results.summarise(rows), config.folder / image)
+            lines += [f"![{name}]({image})", ""]
+    path = config.folder / "report.md"
+    with atomic(path) as temporary:
+        temporary.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def markdown(summary: list[dict[str, Any]]) -> list[str]:
+    """The lines of a summary's table in Markdown."""
+    head, *rest = results.cells(summary)
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest)]
+
+
+def _rows(path: Path) -> list[Row]:
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"folder: expected a results.json of a run, got {str(path)!r}: {error!r}") from None
+
+
+def _sweep_rows(manifest: Path) -> list[Row]:
+    """Rows of the finished runs of a sweep, in the order of its manifest."""
+    pandas = require("pandas", "sklearn")
+    require("pyarrow", "sklearn")
+    try:
+        listed = json.loads(manifest.read_text())["runs"]
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"folder: expected a manifest of a sweep, got {str(manifest)!r}: {error!r}") from None
+    rows: list[Row] = []
+    for run in listed:
+        path = manifest.parent / "runs" / f"{run['id']}.parquet"
+        if path.exists():
+            for row in pandas.read_parquet(path).drop(columns="run").to_dict("records"):
+                rows.append({key: None if _absent(value) else value for key, value in row.items()})
+    return rows
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,275 @@
+"""Sweeps: an experiment over a grid of options, in processes or on Ray, resumable whenever it is stopped.
+
+A sweep's file is JSON:
+
+    {"experiment": "classify", "seeds": 10, "options": {"l2": 1.0},
+     "grid": {"dataset": ["wine", "iris"], "reward": ["isotropic", "full"]}}
+
+A run is one point of the grid and one seed. The folder has manifest.json, which lists the runs; runs/ID.parquet for
+each that is finished, written as a whole by the one process that starts them; and results.parquet of all at the end.
+A run is finished if its file is there, so that a sweep that was killed goes on by being started again.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from . import results
+from .errors import UsageError
+from .experiments.registry import EXPERIMENTS
+from .experiments.runs import check_counts, check_reals
+from .files import atomic
+from .optional import require
+from .results import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """Run an experiment over a grid of options and seeds; start it again to go on after a stop."""
+
+    config: tyro.conf.Positional[Path]
+    """JSON file: {"experiment": NAME, "seeds": N, "options": {...}, "grid": {OPTION: [VALUE, ...], ...}}."""
+    out: Path = Path("sweep")
+    """Folder for manifest.json, runs/ and results.parquet; made if it is not there."""
+    engine: Literal["processes", "ray"] = "processes"
+    """Processes of this machine, or a Ray cluster."""
+    workers: int | None = None
+    """Runs at a time; by default one for each processor. With Ray, processors of a cluster that is started here."""
+    address: str | None = None
+    """Of a Ray cluster to join; by default one is started on this machine."""
+    gpus: float = 0.0
+    """GPUs of a run, also a fraction; with Ray."""
+    progress: bool = True
+    """Show a progress bar on a terminal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One point of the grid and one seed.
+
+    Attributes:
+        id: of its options, the same in every sweep.
+        experiment: its name.
+        options: all that are not defaults.
+        label: what of the grid tells it from others besides data set and methods.
+    """
+
+    id: str
+    experiment: str
+    options: dict[str, Any]
+    label: str
+
+
+def check(config: SweepConfig) -> list[Run]:
+    """The runs of a sweep, or what is wrong with it.
+
+    Raises:
+        UsageError: naming the option or the key, what was expected and what came.
+    """
+    check_counts(config, "workers")
+    check_reals(config, "gpus", zero=True)
+    if config.engine == "processes" and (config.gpus > 0 or config.address is not None):
+        raise UsageError("--engine: expected ray with --gpus or --address, got processes")
+    return runs_of(read(config.config))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The contents of a sweep's file.
+
+    Raises:
+        UsageError: there is none, it is no JSON, or a key is missing or unknown.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"config: expected a JSON file, got {str(path)!r}: {error}") from None
+    known = {"experiment": str, "seeds": int, "options": dict, "grid": dict}
+    if not isinstance(content, dict) or "experiment" not in content or set(content) - set(known):
+        raise UsageError(f"config: expected an object with {', '.join(known)} in {str(path)!r}")
+    content = dict[str, Any](seeds=1, options={}, grid={}) | content
+    for key, kind in known.items():
+        if not isinstance(content[key], kind):
+            raise UsageError(f"config: {key}: expected a JSON {kind.__name__}, got {content[key]!r}")
+    if content["experiment"] not in EXPERIMENTS:
+        raise UsageError(f"config: experiment: expected one of {', '.join(EXPERIMENTS)}, got {content['experiment']!r}")
+    if content["seeds"] < 1:
+        raise UsageError(f"config: seeds: expected at least 1, got {content['seeds']}")
+    for option, values in content["grid"].items():
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"config: grid: expected a list of values for {option!r}, got {values!r}")
+    return content
+
+
+def runs_of(content: dict[str, Any]) -> list[Run]:
+    """The runs of a sweep's file, each checked.
+
+    Raises:
+        UsageError: an option that the experiment does not have, or a value that it cannot have.
+    """
+    experiment = EXPERIMENTS[content["experiment"]]
+    names = {field.name for field in dataclasses.fields(experiment.config)}
+    own = {"seeds", "first_seed", "out", "plot", "progress"}
+    for option in (*content["options"], *content["grid"]):
+        if option not in names - own:
+            raise UsageError(f"config: expected options of {content['experiment']}, got {option!r}")
+    # An experiment without a first seed runs all its seeds at once.
+    apart = "first_seed" in names
+    seeds = (
+        [{"first_seed": seed, "seeds": 1} for seed in range(content["seeds"])]
+        if apart
+        else [{"seeds": content["seeds"]}]
+    )
+    found: dict[str, Run] = {}
+    for point in itertools.product(*content["grid"].values()):
+        chosen = dict(zip(content["grid"], point, strict=True))
+        label = ", ".join(
+            f"{name}={_text(value)}" for name, value in chosen.items() if name not in ("dataset", "methods")
+        )
+        for seed in seeds:
+            options = content["options"] | chosen | seed
+            key = json.dumps([content["experiment"], options], sort_keys=True)
+            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], content["experiment"], options, label)
+            experiment.check(_configuration(run))
+            found[run.id] = run
+    return list(found.values())
+
+
+def sweep(config: SweepConfig) -> list[str]:
+    """Runs what is not finished, then writes results.parquet.
+
+    Returns:
+        for people, one sentence for each run that failed; those are tried again next time.
+
+    Raises:
+        UsageError: an option that cannot be used, or a folder of another sweep.
+        MissingDependencyError: pandas, pyarrow or ray is not installed.
+    """
+    runs = check(config)
+    pandas = require("pandas", "sklearn")
+    require("pyarrow", "sklearn")
+    folder = config.out / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    _manifest(config.out / "manifest.json", read(config.config), runs)
+    for left in folder.glob(".*"):
+        # Of a write that was killed.
+        left.unlink()
+    waiting = [run for run in runs if not (folder / f"{run.id}.parquet").exists()]
+    failures = []
+    engine = _on_ray if config.engine == "ray" else _in_processes
+    with tqdm(
+        total=len(runs), initial=len(runs) - len(waiting), desc="runs", disable=None if config.progress else True
+    ) as bar:
+        for run, rows, error in engine(waiting, config):
+            if error is None:
+                with atomic(folder / f"{run.id}.parquet") as temporary:
+                    pandas.DataFrame(rows).to_parquet(temporary)
+            else:
+                failures.append(f"{run.options}: {error}")
+            bar.update()
+    if not failures:
+        parts = [pandas.read_parquet(folder / f"{run.id}.parquet") for run in runs]
+        with atomic(config.out / "results.parquet") as temporary:
+            pandas.concat(parts, ignore_index=True).to_parquet(temporary)
+    return failures
+
+
+def execute(run: Run) -> list[Row]:
+    """What a run finds, its id with each row."""
+    outcome = EXPERIMENTS[run.experiment].run(_configuration(run))
+    rows = []
+    for row in outcome.rows:
+        name = f"{row['dataset']}, {run.label}" if run.label else row["dataset"]
+        rows.append({"run": run.id} | row | {"dataset": name})
+    return rows
+
+
+def _configuration(run: Run) -> Any:
+    """The run's options through the command line's parser, which knows their types."""
+    arguments = ["--no-progress", "--no-plot"]
+    for name, value in run.options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        return tyro.cli(EXPERIMENTS[run.experiment].config, args=arguments, console_outputs=False)
+    except SystemExit:
+        raise UsageError(
+            f"config: expected options that `po-bilevel {run.experiment}` takes, got {arguments}"
+        ) from None
+
+
+def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
+    listed = [{"id": run.id, "options": run.options} for run in runs]
+    if path.exists():
+        try:
+            before = json.loads(path.read_text())["runs"]
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"--out: expected a sweep's manifest or none, got {str(path)!r}: {error}") from None
+        if before != json.loads(json.dumps(listed)):
+            raise UsageError(
+                f"--out: expected a folder of this sweep or a new one, got {str(path.parent)!r} of another"
+            )
+        return
+    results.write_json(path, {"sweep": content, "versions": results.versions(), "runs": listed})
+
+
+def _in_processes(runs: list[Run], config: SweepConfig) -> Iterator[tuple[Run, list[Row], str | None]]:
+    # A fork of a process that has run torch's threads may hang.
+    with concurrent.futures.ProcessPoolExecutor(
+        config.workers or os.cpu_count(), multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
+    ) as pool:
+        tasks = {pool.submit(execute, run): run for run in runs}
+        try:
+            for done in concurrent.futures.as_completed(tasks):
+                error = done.exception()
+                yield tasks[done], [] if error else done.result(), repr(error) if error else None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a worker: ends it when the process that started it has gone, as a killed one cannot say goodbye."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[tuple[Run, list[Row], str | None]]:
+    ray = require("ray", "ray")
+    here = {} if config.address else {"num_cpus": config.workers, "include_dashboard": False}
+    ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **here)
+    try:
+        remote = ray.remote(num_cpus=1, num_gpus=config.gpus)(execute)
+        tasks = {remote.remote(run): run for run in runs}
+        while tasks:
+            (done, *_), _ = ray.wait(list(tasks))
+            run = tasks.pop(done)
+            try:
+                yield run, ray.get(done), None
+            except ray.exceptions.RayError as error:
+                yield run, [], str(error).strip().splitlines()[-1]
+    finally:
+        ray.shutdown()
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

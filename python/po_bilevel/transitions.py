@@ -1,0 +1,230 @@
+"""Transitions of an environment, collected from gymnasium or read from a Minari data set."""
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import UsageError
+from .optional import require
+
+Behaviour = Literal["random", "controller"]
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Transitions (s, a, s') in the order in which they were made.
+
+    Attributes:
+        name: of the environment or data set.
+        observations, following: s and s', (N, O) float64.
+        actions: (N, A) float64.
+        episodes: (N,) int64, equal for transitions that follow each other.
+    """
+
+    name: str
+    observations: np.ndarray
+    actions: np.ndarray
+    following: np.ndarray
+    episodes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Controller:
+    """a = clip(W s + b), in units of the action space's bounds.
+
+    Attributes:
+        weight: W, (A, O).
+        bias: b, (A,).
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, observation: np.ndarray) -> np.ndarray:
+        """s (O,) -> a (A,) from -1 to 1."""
+        return np.clip(self.weight @ observation + self.bias, -1.0, 1.0)
+
+
+@contextlib.contextmanager
+def environment(name: str) -> Iterator[Any]:
+    """A gymnasium environment with continuous observations (O,) and bounded actions (A,), closed at the end.
+
+    Raises:
+        UsageError: no environment of that name, or one of other spaces.
+        MissingDependencyError: gymnasium or MuJoCo is not installed.
+    """
+    gymnasium = require("gymnasium", "mbrl")
+    with warnings.catch_warnings(), _elsewhere():
+        # Of old versions of environments and of MuJoCo's deprecations: nothing that a user could do about.
+        warnings.simplefilter("ignore")
+        try:
+            made = gymnasium.make(name)
+        except gymnasium.error.DependencyNotInstalled:
+            require("mujoco", "mbrl")
+            raise
+        except gymnasium.error.Error as error:
+            raise UsageError(f"--env: expected an environment of gymnasium, got {name!r}: {error}") from None
+    box = gymnasium.spaces.Box
+    spaces = (made.observation_space, made.action_space)
+    with contextlib.closing(made):
+        if not all(isinstance(space, box) and len(space.shape) == 1 for space in spaces):
+            raise UsageError(f"--env: expected observations and actions that are vectors, got {name!r} with {spaces}")
+        yield made
+
+
+def collect(
+    name: str, count: int, *, horizon: int, behaviour: Behaviour, noise: float, seed: int,
+    controller: Controller | None = None,
+) -> Transitions:  # fmt: skip
+    """Steps through an environment.
+
+    Args:
+        name: such as "HalfCheetah-v5".
+        count: of transitions.
+        horizon: steps after which an episode is ended, if it has not ended itself.
+        behaviour: "random", uniform actions; "controller", Gaussian noise around a controller.
+        noise: its standard deviation, in units of half the action's range.
+        seed: of the environment and of the actions.
+        controller: None to train one, see `train_controller`.
+
+    Raises:
+        UsageError, MissingDependencyError: as `environment`; a controller of another shape.
+    """
+    random = np.random.default_rng(seed)
+    with environment(name) as env:
+        middle, half = _range(env)
+        if behaviour == "controller" and controller is None:
+            controller = train_controller(env, horizon=horizon, seed=seed)
+        shape = (len(half), env.observation_space.shape[0])
+        if controller is not None and controller.weight.shape != shape:
+            raise UsageError(f"--controller: expected a weight of shape {shape}, got {controller.weight.shape}")
+        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        episodes: list[int] = []
+        observation, _ = env.reset(seed=seed)
+        episode = steps = 0
+        while len(rows) < count:
+            if controller is None:
+                unit = random.uniform(-1.0, 1.0, len(half))
+            else:
+                unit = np.clip(controller(observation) + noise * random.standard_normal(len(half)), -1.0, 1.0)
+            action = middle + half * unit
+            following, _, terminated, truncated, _ = env.step(action.astype(env.action_space.dtype))
+            rows.append((observation, action, following))
+            episodes.append(episode)
+            observation, steps = following, steps + 1
+            if terminated or truncated or steps == horizon:
+                observation, _ = env.reset()
+                episode, steps = episode + 1, 0
+    before, actions, after = (np.array(part, dtype=np.float64) for part in zip(*rows, strict=True))
+    return Transitions(name, before, actions, after, np.array(episodes))
+
+
+def train_controller(
+    env: Any, *, horizon: int, seed: int, rounds: int = 8, candidates: int = 16, elites: int = 4
+) -> Controller:
+    """A linear controller by the cross-entropy method on an environment's return: not good, but not random.
+
+    Args:
+        env: as `environment` makes it.
+        horizon: steps of an episode.
+        seed: of the candidates and of the environment.
+        rounds, candidates, elites: how often, out of how many, how many go on.
+    """
+    random = np.random.default_rng(seed)
+    middle, half = _range(env)
+    size = (len(half), env.observation_space.shape[0] + 1)
+    mean, std = np.zeros(size), np.full(size, 0.5)
+    for _ in range(rounds):
+        tried = mean + std * random.standard_normal((candidates, *size))
+        returns = []
+        for each in tried:
+            controller = Controller(each[:, :-1], each[:, -1])
+            observation, _ = env.reset(seed=seed)
+            total = 0.0
+            for _ in range(horizon):
+                action = middle + half * controller(observation)
+                observation, reward, terminated, truncated, _ = env.step(action.astype(env.action_space.dtype))
+                total += float(reward)
+                if terminated or truncated:
+                    break
+            returns.append(total)
+        best = tried[np.argsort(returns)[-elites:]]
+        mean, std = best.mean(axis=0), best.std(axis=0) + 0.05
+    return Controller(mean[:, :-1], mean[:, -1])
+
+
+def load_controller(path: Path) -> Controller:
+    """A controller from a NumPy archive with `weight` (A, O) and `bias` (A,).
+
+    Raises:
+        UsageError: there is none at the path.
+    """
+    try:
+        with np.load(path) as archive:
+            return Controller(np.asarray(archive["weight"], np.float64), np.asarray(archive["bias"], np.float64))
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"--controller: expected an .npz file with weight and bias, got {str(path)!r}: {error}"
+        ) from None
+
+
+def load_minari(name: str, count: int | None = None) -> Transitions:
+    """The first `count` transitions of a Minari data set, all for None; downloaded if it is not there.
+
+    Raises:
+        UsageError: no such data set, or one whose observations or actions are not vectors.
+        MissingDependencyError: minari is not installed.
+    """
+    minari = require("minari", "mbrl")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dataset = minari.load_dataset(name, download=True)
+    except Exception as error:
+        # It has no errors of its own: whatever its storage and its client of the network raise.
+        raise UsageError(
+            f"--minari: expected a data set that is here or can be downloaded, got {name!r}: {error}"
+        ) from error
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    episodes: list[np.ndarray] = []
+    total = 0
+    for episode in dataset.iterate_episodes():
+        if not isinstance(episode.observations, np.ndarray) or episode.observations.ndim != 2:
+            raise UsageError(f"--minari: expected observations that are vectors, got {name!r} without")
+        seen = episode.observations.astype(np.float64)
+        actions = np.asarray(episode.actions, dtype=np.float64).reshape(len(seen) - 1, -1)
+        parts.append((seen[:-1], actions, seen[1:]))
+        episodes.append(np.full(len(actions), len(episodes)))
+        total += len(actions)
+        if count is not None and total >= count:
+            break
+    if not parts:
+        raise UsageError(f"--minari: expected episodes in {name!r}, got none")
+    before, actions, after = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+    return Transitions(name, before, actions, after, np.concatenate(episodes)[:count])
+
+
+def _range(env: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Middle and half-width of the action space, (A,); of -1 to 1 where it has no bounds."""
+    space = env.action_space
+    low, high = (np.where(np.isfinite(b), b, s) for b, s in ((space.low, -1.0), (space.high, 1.0)))
+    return (0.5 * (low + high)).astype(np.float64), (0.5 * (high - low)).astype(np.float64)
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """In a folder that is thrown away: MuJoCo, on reading a model, may write a MUJOCO_LOG.TXT to where it is."""
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)

@@ -1,0 +1,140 @@
+"""Sweeps, through SIGKILL and on Ray; reports; the small versions of all experiments."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+from po_bilevel import UsageError, cli
+from po_bilevel.report import ReportConfig, report
+from po_bilevel.sweep import read, runs_of
+
+CONTENT = {
+    "experiment": "classify", "seeds": 4,
+    "options": {"methods": ["nll", "pg_identity"], "steps": 20}, "grid": {"dataset": ["iris"], "l2": [0.5, 1.0]},
+}  # fmt: skip
+
+
+def written(tmp_path, content=CONTENT):
+    path = tmp_path / "sweep.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def command(*arguments):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "po_bilevel", *arguments], env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finished(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("runs/*.parquet")}
+
+
+def values(folder):
+    return pd.read_parquet(folder / "results.parquet").drop(columns="seconds")
+
+
+def test_a_sweep_that_is_killed_twice_ends_as_one_that_is_not(tmp_path, capsys):
+    config = written(tmp_path)
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    before: dict[str, int] = {}
+    for _ in range(2):
+        process = command("sweep", config, "--out", str(broken), "--workers", "1")
+        while len(finished(broken)) <= len(before) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        now = finished(broken)
+        assert before.items() <= now.items()
+        before = now
+    assert not (broken / "results.parquet").exists()
+    # As a write leaves behind that was killed.
+    (broken / "runs" / ".half.parquet").write_bytes(b"PAR1")
+    assert cli.main(["sweep", config, "--out", str(broken), "--workers", "1"]) == 0
+    assert before.items() <= finished(broken).items()
+    assert cli.main(["sweep", config, "--out", str(whole), "--workers", "2"]) == 0
+    pd.testing.assert_frame_equal(values(broken), values(whole))
+    assert len(values(whole)) == 16
+    assert set(values(whole)["dataset"]) == {"iris, l2=0.5", "iris, l2=1.0"}
+    assert sorted(path.name for path in broken.iterdir()) == ["manifest.json", "results.parquet", "runs"]
+    assert not list((broken / "runs").glob(".*"))
+    # Nothing is left to do.
+    assert cli.main(["sweep", config, "--out", str(broken)]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", str(whole), "--no-plot"]) == 0
+    text = (whole / "report.md").read_text()
+    assert "| iris, l2=0.5 | pg_identity - nll | 4 |" in text
+
+
+def test_ray(tmp_path):
+    config = written(tmp_path, CONTENT | {"seeds": 2, "grid": {"dataset": ["iris"]}})
+    process = command("sweep", config, "--out", str(tmp_path / "out"), "--engine", "ray", "--workers", "2")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert len(values(tmp_path / "out")) == 4
+
+
+def test_a_run_that_fails_is_said_and_tried_again(tmp_path, capsys):
+    # Too small for five folds of each class: known only when the data are read.
+    config = written(tmp_path, CONTENT | {"seeds": 1, "grid": {"dataset": ["iris", str(tmp_path / "none.csv")]}})
+    for _ in range(2):
+        assert cli.main(["sweep", config, "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+        assert "none.csv" in capsys.readouterr().err
+    assert len(finished(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ({"experiment": "cook"}, "experiment: expected one of classify, gaussian"),
+        ({"grid": {}}, "expected an object with experiment"),
+        (CONTENT | {"grid": {"colour": ["red"]}}, "'colour'"),
+        (CONTENT | {"grid": {"seeds": [1]}}, "'seeds'"),
+        (CONTENT | {"grid": {"l2": 1.0}}, "list of values for 'l2'"),
+        (CONTENT | {"grid": {"l2": [-1.0]}}, "--l2"),
+        (CONTENT | {"grid": {"l2": ["much"]}}, "--l2"),
+        (CONTENT | {"seeds": 0}, "seeds: expected at least 1"),
+        (CONTENT | {"options": []}, "options: expected a JSON dict"),
+    ],
+)
+def test_bad_files(tmp_path, content, part):
+    with pytest.raises(UsageError) as caught:
+        runs_of(read(tmp_path.__class__(written(tmp_path, content))))
+    assert part in str(caught.value)
+
+
+def test_a_folder_of_another_sweep(tmp_path, capsys):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "out" / "manifest.json").write_text('{"runs": []}')
+    assert cli.main(["sweep", written(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "of another" in capsys.readouterr().err
+    assert cli.main(["sweep", written(tmp_path), "--gpus", "0.5"]) == 2
+    assert "--engine: expected ray" in capsys.readouterr().err
+
+
+def test_an_experiment_without_a_first_seed_is_one_run():
+    (run,) = runs_of({"experiment": "gaussian", "seeds": 3, "options": {"figure": 3}, "grid": {}})
+    assert run.options == {"figure": 3, "seeds": 3}
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(UsageError, match="found neither"):
+        report(ReportConfig(tmp_path))
+
+
+def test_all_experiments_in_small(tmp_path, capsys):
+    assert cli.main(["reproduce", "--quick", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    for name in ("gaussian1", "gaussian2", "gaussian3", "classification", "dynamics", "planning", "generalisation",
+                 "forgetting"):  # fmt: skip
+        assert f"## {name}" in text
+        assert f"![{name}]({name}.png)" in text
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / name / "results.json").exists()
