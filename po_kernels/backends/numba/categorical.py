@@ -170,11 +170,14 @@ def group_loss(classes, logits, labels, s, weight, need_logits, to_logits, group
 
 @kernel
 def policy_loss(
-    chunks, rows, classes, logits, columns, target, s, seed, row_offset, weight, want_stats, work,
+    chunks, rows, classes, logits, columns, target, s, seed, row_offset, weight, work,
     losses, stats, to_logits, to_columns,
 ):  # fmt: skip
     """The table and its gradient are passed transposed; the latter is summed by chunk: (chunks, C, C)."""
     first, last, size = chunks
+    refused, want_stats = False, False
+    if stats is not None:  # not on duals, for which this is not compiled
+        want_stats = stats.size > 0
     count = s.samples
     need_logits, need_table = to_logits.size > 0, to_columns.size > 0
     row_logits = lanes_in(work)
@@ -188,7 +191,6 @@ def policy_loss(
     weight_of_class = doubles_in(grad_column + classes)
     labels = words_in(weight_of_class + classes)
     limits = labels + count
-    refused = False
     for chunk in range(first, last):
         shared = chunk * classes * classes
         if need_table:
@@ -226,7 +228,7 @@ def policy_loss(
                     at = shared + target[begin + lane] * classes
                     for c in range(classes):
                         to_columns[at + c] += number_at(grad_column, c, lane)
-            if want_stats and not is_dual(row_logits):
+            if stats is not None and want_stats:
                 p, log_p = items, items + classes
                 entropy = softmax(classes, row_logits, p, log_p)
                 if s.estimator == CLOSED_FORM:
@@ -249,10 +251,13 @@ def policy_loss(
 
 @kernel
 def surrogate_loss(
-    chunks, rows, classes, logits, rewards, given, s, weight, want_stats, work, losses, stats, to_logits, to_rewards,
+    chunks, rows, classes, logits, rewards, given, s, weight, work, losses, stats, to_logits, to_rewards,
 ):  # fmt: skip
     """rewards and given (G, B)."""
     first, last, size = chunks
+    refused, want_stats = False, False
+    if stats is not None:  # not on duals, for which this is not compiled
+        want_stats = stats.size > 0
     count = s.samples
     need_logits, need_rewards = to_logits.size > 0, to_rewards.size > 0
     row_logits = lanes_in(work)
@@ -262,7 +267,6 @@ def surrogate_loss(
     weights = group + 4 * count
     grad_logits = primals_in(weights + 1)
     labels = words_in(grad_logits + classes)
-    refused = False
     for chunk in range(first, last):
         end = min(rows, (chunk + 1) * size)
         for begin in range(chunk * size, end, width):
@@ -283,7 +287,7 @@ def surrogate_loss(
                 unit = weights[0] * (-1.0 / count)
                 for g in range(count):
                     put(output(unit * group[3 * count + g]), to_rewards, g * rows + begin, lanes)
-            if want_stats and not is_dual(row_logits):
+            if stats is not None and want_stats:
                 p, log_p = items, items + classes
                 entropy = softmax(classes, row_logits, p, log_p)
                 group_stats(s, group, stats, rows, begin, lanes)

@@ -1,9 +1,9 @@
 """The diagonal scale S = diag(σ), given by log σ."""
 
 from . import scale as stubs
-from .lanes import full, is_dual, output, stop, tangent_of, with_tangent
+from .lanes import full, is_dual, output, shared, stop, tangent_of, with_tangent
 from .maths import exp
-from .precision import FULL, SCALAR, diagonal_entry, entry
+from .precision import FULL, SCALAR, diagonal_entry
 from .scale import DiagonalKind, DiagonalScale, implements
 
 
@@ -100,6 +100,6 @@ def reward_variance(scale, u, x):
         total = total + weighted * weighted * 2.0 + x[i] * x[i] * variance * 4.0
         if u.kind == FULL:
             for j in range(i):
-                off = entry(scale.std, u, i * dim + j)
+                off = shared(scale.std, u.value, u.tangent, i * dim + j)
                 total = total + variance * (scale.std[j] * scale.std[j]) * (off * off) * 4.0
     return total

@@ -208,11 +208,14 @@ def policy_stats(scale, mean, target, u, s, group, work, stats, rows, begin, lan
 
 @kernel
 def policy_loss(
-    kind, size_of_scale, chunks, rows, mean, scale, target, u, s, seed, row_offset, weight, want_stats, work,
+    kind, size_of_scale, chunks, rows, mean, scale, target, u, s, seed, row_offset, weight, work,
     losses, stats, to_mean, to_scale, to_target, to_precision, terms,
 ):  # fmt: skip
     """The gradient in the precision is summed by chunk: (chunks, terms)."""
     first, last, size = chunks
+    refused, want_stats = False, False
+    if stats is not None:  # not on duals, for which this is not compiled
+        want_stats = stats.size > 0
     dim, count = kind.dim, s.samples
     needs = to_mean.size > 0, to_scale.size > 0, to_target.size > 0, to_precision.size > 0
     means = lanes_in(work)
@@ -229,7 +232,6 @@ def policy_loss(
     grad_scale = grad_target + dim
     grad_precision = grad_scale + size_of_scale
     whitens = s.estimator != CLOSED_FORM or want_stats
-    refused = False
     for chunk in range(first, last):
         if needs[3]:
             clear(terms, grad_precision)
@@ -260,7 +262,7 @@ def policy_loss(
                     grad_mean, grad_scale, grad_target, grad_precision, group, items,
                 )  # fmt: skip
             put(output(loss), losses, begin, lanes)
-            if want_stats and not is_dual(means):
+            if stats is not None and want_stats:
                 policy_stats(spread, means, targets, u, s, group, items, stats, rows, begin, lanes)
             if needs[0]:
                 store(grad_mean, dim, to_mean, begin * dim, lanes)
@@ -276,11 +278,14 @@ def policy_loss(
 
 @kernel
 def surrogate_loss(
-    kind, size_of_scale, chunks, rows, mean, scale, rewards, given, s, weight, want_stats, work,
+    kind, size_of_scale, chunks, rows, mean, scale, rewards, given, s, weight, work,
     losses, stats, to_mean, to_scale, to_rewards,
 ):  # fmt: skip
     """rewards (G, B), given (G, B, dim)."""
     first, last, size = chunks
+    refused, want_stats = False, False
+    if stats is not None:  # not on duals, for which this is not compiled
+        want_stats = stats.size > 0
     dim, count = kind.dim, s.samples
     need_mean, need_scale, need_rewards = to_mean.size > 0, to_scale.size > 0, to_rewards.size > 0
     means = lanes_in(work)
@@ -294,7 +299,6 @@ def surrogate_loss(
     sample = primals_in(weights + 1)
     grad_mean = sample + count * dim
     grad_scale = grad_mean + dim
-    refused = False
     for chunk in range(first, last):
         end = min(rows, (chunk + 1) * size)
         for begin in range(chunk * size, end, width):
@@ -338,7 +342,7 @@ def surrogate_loss(
             if need_rewards:
                 for g in range(count):
                     put(output(unit * group[3 * count + g]), to_rewards, g * rows + begin, lanes)
-            if want_stats and not is_dual(means):
+            if stats is not None and want_stats:
                 group_stats(s, group, stats, rows, begin, lanes)
                 put(entropy_of(spread), stats, 2 * rows + begin, lanes)
                 put(mean_log_prob * (1.0 / count), stats, 3 * rows + begin, lanes)

@@ -23,7 +23,7 @@ from . import mvn as _mvn  # noqa: F401
 from .group import Surrogate
 from .lanes import RowInput, width
 from .precision import FULL, Precision
-from .scale import DiagonalKind, TriangularKind, scale_size, scale_work
+from .scale import DiagonalKind, TriangularKind, scale_size
 
 Array = NDArray[Any]
 
@@ -165,7 +165,7 @@ class _Loss:
     Args:
         check: (op, *inputs, *constants) refuses values before the rows run, `check_rows` those that rows suspect.
         start: (inputs, dual, config) makes the run.
-        run: (run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats) returns the gradients.
+        run: (run, inputs, tangents, constants, config, needs, weight, losses, stats) returns the gradients.
     """
 
     def __init__(
@@ -195,9 +195,9 @@ class _Loss:
         scale = 1.0 / count if config.reduction == "mean" else 1.0
         weight = run.cotangent((rows,), cotangent, cotangent_tangent, 1.0, scale)
         losses = np.empty(rows, run.dtype)
-        stats = np.empty(5 * rows if want_stats else 0, run.dtype)
+        stats = None if run.dual else np.empty(5 * rows if want_stats else 0, run.dtype)
         arrays = self.run(
-            run, inputs, tangents or (None,) * len(inputs), constants, config, needs, weight, want_stats, losses, stats
+            run, inputs, tangents or (None,) * len(inputs), constants, config, needs, weight, losses, stats
         )
         dtype = inputs[0].dtype
         if config.reduction == "none":
@@ -285,7 +285,7 @@ class _Gaussian:
         rows, dim = inputs[0].shape
         return _Run(inputs, dual, rows, (inputs[2].shape[0] + 1) * self.operations(dim))
 
-    def policy_loss(self, run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+    def policy_loss(self, run, inputs, tangents, constants, config, needs, weight, losses, stats):
         kind = self.kind(inputs[0].shape[1])
         dim, count, size = kind.dim, config.num_samples, scale_size(kind)
         mean, scale, target = (run.input(x, t) for x, t in zip(inputs[:3], tangents[:3], strict=True))
@@ -297,11 +297,11 @@ class _Gaussian:
 
         def body(chunks, work):
             return gaussian_family.policy_loss(
-                kind, size, chunks, run.rows, mean, scale, target, u, surrogate, seed, row_offset, weight, want_stats,
+                kind, size, chunks, run.rows, mean, scale, target, u, surrogate, seed, row_offset, weight,
                 work, losses, stats, *gradients, partial, terms,
             )  # fmt: skip
 
-        run.over_rows(6 * dim + size + scale_work(kind) + dim + 4 * count + 1, (count + 2) * dim + size + terms, body)
+        run.over_rows(9 * dim + size + 4 * count + 1, (count + 2) * dim + size + terms, body)
         return [*gradients, self.precision_gradient(run, inputs[3], partial.reshape(-1, terms)) if needs[3] else None]
 
     def precision(self, run: _Run, u: Tensor, tangent: Tensor | None) -> Precision:
@@ -324,7 +324,7 @@ class _Gaussian:
         matrix.T[lower] = total
         return matrix
 
-    def surrogate_loss(self, run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+    def surrogate_loss(self, run, inputs, tangents, constants, config, needs, weight, losses, stats):
         kind = self.kind(inputs[0].shape[1])
         dim, count, size = kind.dim, config.num_samples, scale_size(kind)
         mean, scale = (run.input(x, t) for x, t in zip(inputs[:2], tangents[:2], strict=True))
@@ -335,7 +335,7 @@ class _Gaussian:
 
         def body(chunks, work):
             return gaussian_family.surrogate_loss(
-                kind, size, chunks, run.rows, mean, scale, rewards, given, surrogate, weight, want_stats,
+                kind, size, chunks, run.rows, mean, scale, rewards, given, surrogate, weight,
                 work, losses, stats, *gradients,
             )  # fmt: skip
 
@@ -384,7 +384,7 @@ def _start_categorical(inputs, dual, config):
     return _Run(inputs, dual, rows, 8 * classes + config.num_samples * (16 + classes), sums)
 
 
-def _categorical_policy_loss(run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+def _categorical_policy_loss(run, inputs, tangents, constants, config, needs, weight, losses, stats):
     classes, count = inputs[0].shape[1], config.num_samples
     logits = run.input(inputs[0], tangents[0])
     columns = run.input(inputs[1].mT.contiguous(), None if tangents[1] is None else tangents[1].mT)
@@ -395,7 +395,7 @@ def _categorical_policy_loss(run, inputs, tangents, constants, config, needs, we
 
     def body(chunks, work):
         return categorical.policy_loss(
-            chunks, run.rows, classes, logits, columns, target, surrogate, seed, row_offset, weight, want_stats, work,
+            chunks, run.rows, classes, logits, columns, target, surrogate, seed, row_offset, weight, work,
             losses, stats, to_logits, partial,
         )  # fmt: skip
 
@@ -407,7 +407,7 @@ def _categorical_policy_loss(run, inputs, tangents, constants, config, needs, we
     return [to_logits, np.ascontiguousarray(total.T)]
 
 
-def _categorical_surrogate_loss(run, inputs, tangents, constants, config, needs, weight, want_stats, losses, stats):
+def _categorical_surrogate_loss(run, inputs, tangents, constants, config, needs, weight, losses, stats):
     classes, count = inputs[0].shape[1], config.num_samples
     logits = run.input(inputs[0], tangents[0])
     rewards = run.whole(inputs[1], tangents[1], 1)
@@ -417,7 +417,7 @@ def _categorical_surrogate_loss(run, inputs, tangents, constants, config, needs,
 
     def body(chunks, work):
         return categorical.surrogate_loss(
-            chunks, run.rows, classes, logits, rewards, given, surrogate, weight, want_stats, work,
+            chunks, run.rows, classes, logits, rewards, given, surrogate, weight, work,
             losses, stats, *gradients,
         )  # fmt: skip
 

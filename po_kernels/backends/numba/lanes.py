@@ -436,15 +436,18 @@ def chain(typingctx, x, y, slope):
 
 
 @intrinsic
-def shared(typingctx, p, value, tangent):
-    """One number that all rows share."""
+def shared(typingctx, p, value, tangent, i):
+    """Number i of arrays that all rows share, as what `p` points at; only duals read its derivative."""
     lanes = _lanes_of(p.item)
 
     def generate(context, builder, sig, args):
-        v, t = (_splat(builder, context.cast(builder, x, value, lanes.element), lanes) for x in args[1:])
-        return _whole(context, builder, sig.return_type, v, t)
+        parts = []
+        for ty, array in ((value, args[1]), (tangent, args[2]))[: 2 if isinstance(p.item, Dual) else 1]:
+            number = builder.load(_row_address(context, builder, ty, array, args[3]))
+            parts.append(_splat(builder, number, lanes))
+        return _whole(context, builder, sig.return_type, *parts)
 
-    return p.item(p, value, tangent), generate
+    return p.item(p, value, tangent, i), generate
 
 
 def _part(index: int) -> Any:

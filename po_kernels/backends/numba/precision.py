@@ -15,81 +15,40 @@ class Precision(NamedTuple):
     tangent: Any
 
 
-@inlined
-def entry(p, u, i):
-    """Number i of u, as what the pointer `p` points at."""
-    return shared(p, u.value[i], u.tangent[i])
-
-
 @helper
 def diagonal_entry(p, u, dim, j):
-    return entry(p, u, 0 if u.kind == SCALAR else j if u.kind == DIAGONAL else j * dim + j)
+    """U_jj as what the pointer `p` points at."""
+    at = 0 if u.kind == SCALAR else j if u.kind == DIAGONAL else j * dim + j
+    return shared(p, u.value, u.tangent, at)
 
 
 @helper
 def apply(u, dim, x, y, first):
     """y = U x for an x that is zero before `first`, where y is not wanted either."""
-    if u.kind != FULL:
-        for i in range(first, dim):
-            y[i] = x[i] * entry(x, u, 0 if u.kind == SCALAR else i)
-        return
-    i = first
-    while i + 4 <= dim:  # as many sums at once as keep the processor busy
-        a, b, c, d = full(x, 0.0), full(x, 0.0), full(x, 0.0), full(x, 0.0)
-        at = i * dim
-        for j in range(first, dim):
-            v = x[j]
-            a = a + v * entry(x, u, at + j)
-            b = b + v * entry(x, u, at + dim + j)
-            c = c + v * entry(x, u, at + 2 * dim + j)
-            d = d + v * entry(x, u, at + 3 * dim + j)
-        y[i], y[i + 1], y[i + 2], y[i + 3] = a, b, c, d
-        i += 4
-    while i < dim:
-        a = full(x, 0.0)
-        for j in range(first, dim):
-            a = a + x[j] * entry(x, u, i * dim + j)
-        y[i] = a
-        i += 1
+    kind, value, tangent = u
+    for i in range(first, dim):
+        if kind != FULL:
+            y[i] = x[i] * shared(x, value, tangent, 0 if kind == SCALAR else i)
+        else:
+            total = full(x, 0.0)
+            for j in range(first, dim):
+                total = total + x[j] * shared(x, value, tangent, i * dim + j)
+            y[i] = total
 
 
 @inlined
 def quadratic(u, dim, x):
-    """xᵀ U x."""
+    """xᵀ U x: of a matrix twice what is below the diagonal, and the diagonal."""
+    kind, value, tangent = u
     total = full(x, 0.0)
-    if u.kind != FULL:
-        for i in range(dim):
-            v = x[i]
-            total = total + v * v * entry(x, u, 0 if u.kind == SCALAR else i)
-        return total
-    # Twice what is below the diagonal, and the diagonal.
-    i = 0
-    while i + 4 <= dim:
-        a, b, c, d = full(x, 0.0), full(x, 0.0), full(x, 0.0), full(x, 0.0)
-        at = i * dim
-        for j in range(i):
-            v = x[j]
-            a = a + v * entry(x, u, at + j)
-            b = b + v * entry(x, u, at + dim + j)
-            c = c + v * entry(x, u, at + 2 * dim + j)
-            d = d + v * entry(x, u, at + 3 * dim + j)
-        at += i
-        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        b = b + x0 * entry(x, u, at + dim)
-        c = c + x0 * entry(x, u, at + 2 * dim) + x1 * entry(x, u, at + 2 * dim + 1)
-        d = d + x0 * entry(x, u, at + 3 * dim) + x1 * entry(x, u, at + 3 * dim + 1)
-        d = d + x2 * entry(x, u, at + 3 * dim + 2)
-        total = total + x0 * (a * 2.0 + x0 * entry(x, u, at))
-        total = total + x1 * (b * 2.0 + x1 * entry(x, u, at + dim + 1))
-        total = total + x2 * (c * 2.0 + x2 * entry(x, u, at + 2 * dim + 2))
-        total = total + x3 * (d * 2.0 + x3 * entry(x, u, at + 3 * dim + 3))
-        i += 4
-    while i < dim:
-        a, v = full(x, 0.0), x[i]
-        for j in range(i):
-            a = a + x[j] * entry(x, u, i * dim + j)
-        total = total + v * (a * 2.0 + v * entry(x, u, i * dim + i))
-        i += 1
+    for i in range(dim):
+        v, at = x[i], 0 if kind == SCALAR else i
+        below = full(x, 0.0)
+        if kind == FULL:
+            at = i * dim + i
+            for j in range(i):
+                below = below + x[j] * shared(x, value, tangent, i * dim + j)
+        total = total + v * (below * 2.0 + v * shared(x, value, tangent, at))
     return total
 
 

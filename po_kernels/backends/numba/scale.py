@@ -56,11 +56,6 @@ def scale_size(kind: DiagonalKind | TriangularKind) -> int:
     return kind.dim if isinstance(kind, DiagonalKind) else kind.dim**2
 
 
-def scale_work(kind: DiagonalKind | TriangularKind) -> int:
-    """Items of scratch for `prepared`."""
-    return 2 * kind.dim if isinstance(kind, DiagonalKind) else 3 * kind.dim
-
-
 _BODIES: dict[Any, dict[type, Callable[..., Any]]] = {}
 
 
