@@ -159,6 +159,8 @@ def sweep(config: SweepConfig) -> list[str]:
     runs = check(config)
     pandas = require("pandas", "sklearn")
     require("pyarrow", "sklearn")
+    if config.engine == "ray":
+        require("ray", "ray")
     folder = config.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     _manifest(config.out / "manifest.json", read(config.config), runs)

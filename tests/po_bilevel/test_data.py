@@ -95,7 +95,14 @@ def test_subset():
 
 
 def test_every_method_and_paired_differences(tmp_path, capsys):
-    methods = ["nll", "pg_learned_isotropic", "pg_learned_full", "pg_learned_table", "pg_learned_cv"]
+    methods = [
+        "nll",
+        "pg_learned_isotropic",
+        "pg_learned_full",
+        "pg_learned_table",
+        "pg_learned_cv",
+        "logistic_regression",
+    ]
     code = cli.main([
         "classify", "--dataset", "iris", "--seeds", "2", "--outer-steps", "2", "--max-rows", "90", "--no-plot",
         "--steps", "30", "--inner-steps", "20", "--out", str(tmp_path), "--methods", *methods,
@@ -104,7 +111,7 @@ def test_every_method_and_paired_differences(tmp_path, capsys):
     assert "pg_learned_cv - nll" in capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["method"] for row in found] == methods * 2
-    assert all(row["u"] > 0.5 for row in found if row["method"] != "nll")
+    assert all(row["u"] > 0.5 for row in found if row["method"].startswith("pg_"))
     paired = json.loads((tmp_path / "curves.json").read_text())["paired"]
     assert [entry["method"] for entry in paired] == [f"{method} - nll" for method in methods[1:]]
     by_seed = {(row["seed"], row["method"]): row["nll"] for row in found}

@@ -34,7 +34,8 @@ def command(*arguments):
 
 
 def finished(folder):
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("runs/*.parquet")}
+    """When each run's file was written; not those that are being written, whose names begin with a dot."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("runs/[!.]*.parquet")}
 
 
 def values(folder):
@@ -81,8 +82,25 @@ def test_ray(tmp_path):
     assert len(values(tmp_path / "out")) == 4
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("ray", "ray", ["sweep", "FILE", "--engine", "ray"]),
+        ("pyarrow", "sklearn", ["sweep", "FILE"]),
+        ("gymnasium", "mbrl", ["dynamics", "--no-plot"]),
+        ("minari", "mbrl", ["dynamics", "--no-plot", "--minari", "any/set-v0"]),
+    ],
+)
+def test_a_missing_dependency_is_named(tmp_path, capsys, monkeypatch, package, extra, arguments):
+    monkeypatch.setitem(sys.modules, package, None)
+    file = written(tmp_path)
+    code = cli.main([file if each == "FILE" else each for each in arguments] + ["--out", str(tmp_path / "out")])
+    assert code == 2
+    assert f"pip install 'po-kernels[{extra}]'" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_said_and_tried_again(tmp_path, capsys):
-    # Too small for five folds of each class: known only when the data are read.
+    # Known only when the data are read.
     config = written(tmp_path, CONTENT | {"seeds": 1, "grid": {"dataset": ["iris", str(tmp_path / "none.csv")]}})
     for _ in range(2):
         assert cli.main(["sweep", config, "--out", str(tmp_path / "out"), "--workers", "1"]) == 1

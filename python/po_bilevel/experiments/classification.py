@@ -5,18 +5,21 @@ number of steps and the same L2 penalty; they differ in the loss. What a method 
 training rows: `pg_heuristic` its covariance, `pg_heuristic_residual` and `pg_learned` a reward found with part of
 the training rows held out of the inner problem. `pg_learned_isotropic`, `..._diagonal`, `..._full` and `..._table` are
 `pg_learned` with a reward of that form whatever `reward` says; `pg_learned_cv` is `BilevelClassifier`, which holds out
-each fifth of the training rows in turn. No choice reads a test row.
+each fifth of the training rows in turn, and `logistic_regression` is scikit-learn's, to compare that with. No choice
+reads a test row.
 
 The categorical policy under reward table R and entropy weight λ has the inner objective λ KL(p ‖ softmax(R[·, y]/λ)):
 R sets how sure of the label the policy is asked to be, and the outer loss learns that from held-out likelihood.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +32,7 @@ from ..heuristics import marginal_covariance, optimal_precision, residual_covari
 from ..hypergradients import ImplicitCG
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import SOLVED, lbfgs
+from ..optional import require
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..results import Row
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
@@ -37,8 +41,10 @@ from .runs import check_counts, check_reals, first_step_of_torch, threads
 
 Method = Literal[
     "nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned", "pg_learned_isotropic",
-    "pg_learned_diagonal", "pg_learned_full", "pg_learned_table", "pg_learned_cv",
+    "pg_learned_diagonal", "pg_learned_full", "pg_learned_table", "pg_learned_cv", "logistic_regression",
 ]  # fmt: skip
+# Methods that are estimators, with an optimiser of their own.
+ESTIMATORS = ("pg_learned_cv", "logistic_regression")
 
 DEFAULT_STEPS = {"lbfgs": 300, "adam": 400}
 DEFAULT_DAMPING = {"exact": 1e-4, "dice": 3e-2}
@@ -240,7 +246,7 @@ class _Run:
         curve: dict[str, list[float]] = {"step": [], "nll": [], "accuracy": []}
         policy = self._policy()
         started = time.perf_counter()
-        if self.method == "pg_learned_cv":
+        if self.method in ESTIMATORS:
             self._estimator()
             return
         table, u = self._reward()
@@ -267,20 +273,28 @@ class _Run:
         self.outcome.curves[self.name][self.method].append(curve)
 
     def _estimator(self) -> None:
-        """`BilevelClassifier` on the training rows; its curve is the one point that it ends at."""
-        # scikit-learn is optional, and so is not imported with this module.
-        from ..estimators import BilevelClassifier
-
+        """Fits an estimator to the training rows; its curve is the one point that it ends at."""
+        config = self.config
         train, test = self.splits.train, self.splits.test
         started = time.perf_counter()
-        model = BilevelClassifier(
-            self.config.reward, hidden_layer_sizes=self.config.hidden if self.config.policy == "mlp" else (),
-            l2=self.config.l2, outer_steps=self.config.outer_steps, random_state=self.seed,
-        ).fit(train.inputs.numpy(), train.target.numpy())  # fmt: skip
+        model: Any
+        if self.method == "logistic_regression":
+            model = require("sklearn.linear_model", "sklearn").LogisticRegression(
+                C=1.0 / config.l2 if config.l2 > 0 else math.inf, max_iter=1000
+            )
+        else:
+            # scikit-learn is optional, and so is not imported with this module.
+            from ..estimators import BilevelClassifier
+
+            model = BilevelClassifier(
+                config.reward, hidden_layer_sizes=config.hidden if config.policy == "mlp" else (), l2=config.l2,
+                outer_steps=config.outer_steps, random_state=self.seed,
+            )  # fmt: skip
+        model.fit(train.inputs.numpy(), train.target.numpy())
         seconds = time.perf_counter() - started
         found = metrics.classification(torch.from_numpy(model.predict_log_proba(test.inputs.numpy())), test.target)
-        u = float(_diagonal(torch.from_numpy(model.precision_)).mean())
-        curve = {"step": [float(model.n_iter_)], "nll": [found["nll"]], "accuracy": [found["accuracy"]]}
+        u = float(_diagonal(torch.from_numpy(model.precision_)).mean()) if hasattr(model, "precision_") else None
+        curve = {"step": [float(np.max(model.n_iter_))], "nll": [found["nll"]], "accuracy": [found["accuracy"]]}
         self._record(found, u, seconds, curve)
 
     def _train(
