@@ -181,6 +181,19 @@ def bench_numba(benchmark, case):
     benchmark.pedantic(ours, rounds=3)
 
 
+def bench_memory(benchmark):
+    """Four million rows times samples times 17: what is needed at once besides inputs and outputs."""
+    case = gaussian(65536, 17, 64)
+    inputs = case.inputs()
+    ours, eager = partial(gradients, case.fused, inputs), partial(gradients, case.eager, inputs)
+    ours()
+    benchmark.extra_info.update(
+        versions(), shape=case.name, peak_extra_mb=_megabytes(peak_extra_bytes(ours)),
+        eager_peak_extra_mb=_megabytes(peak_extra_bytes(eager)),
+    )  # fmt: skip
+    benchmark.pedantic(ours, rounds=3)
+
+
 def _prepared(case: Case, backend: str) -> tuple[Callable[..., Any], list[Tensor]]:
     """What is run, and on what; the answer has been checked against the reference."""
     run = products if case.second else gradients

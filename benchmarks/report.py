@@ -134,6 +134,13 @@ def page(first: dict[str, Any], second: dict[str, Any]) -> str:
         case, peer = name.rsplit(": ", 1)
         again = ratios(second).get(name)
         lines.append(f"| {case.removeprefix('bench_')} | {NAMES.get(peer, peer)} | {value} | {again or '-'} |")
+    memory = [run["bench_memory"] for run in info if "bench_memory" in run]
+    for one in memory[:1]:
+        lines += [
+            "",
+            f"Memory at once besides inputs and outputs, {one['shape']}: {one['peak_extra_mb']:.1f} MB, "
+            f"eager torch {one['eager_peak_extra_mb']:.0f} MB.",
+        ]
     microseconds = [run["bench_call"]["microseconds"] for run in info if "bench_call" in run]
     if microseconds:
         lines += ["", f"A call at one row, forward and backward: {', '.join(f'{x:.0f} µs' for x in microseconds)}."]
