@@ -30,14 +30,14 @@ PK_FN auto each_of(F f) {
   return y;
 }
 
-#define PK_SEVERAL_OPERATOR(op)                                                                              \
-  template <class A, class B, int M>                                                                         \
-  PK_FN auto operator op(const Several<A, M>& a, const Several<B, M>& b) {                                   \
-    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[decltype(i)::value] op b.v[decltype(i)::value]; }); \
-  }                                                                                                          \
-  template <class A, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0>                \
-  PK_FN auto operator op(const Several<A, M>& a, T b) {                                                      \
-    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[decltype(i)::value] op b; });                       \
+#define PK_SEVERAL_OPERATOR(op)                                                                                 \
+  template <class V, int M>                                                                                     \
+  PK_FN Several<V, M> operator op(const Several<V, M>& a, const Several<V, M>& b) {                             \
+    return each_of<M>([&](auto i) PK_LAMBDA { return V(a.v[decltype(i)::value] op b.v[decltype(i)::value]); }); \
+  }                                                                                                             \
+  template <class V, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0>                   \
+  PK_FN Several<V, M> operator op(const Several<V, M>& a, T b) {                                                \
+    return each_of<M>([&](auto i) PK_LAMBDA { return V(a.v[decltype(i)::value] op b); });                       \
   }
 PK_SEVERAL_OPERATOR(+)
 PK_SEVERAL_OPERATOR(-)
@@ -48,10 +48,17 @@ PK_SEVERAL_OPERATOR(|)
 PK_SEVERAL_OPERATOR(^)
 PK_SEVERAL_OPERATOR(<<)
 PK_SEVERAL_OPERATOR(>>)
-PK_SEVERAL_OPERATOR(<)
-PK_SEVERAL_OPERATOR(>)
-PK_SEVERAL_OPERATOR(!=)
 #undef PK_SEVERAL_OPERATOR
+
+#define PK_SEVERAL_COMPARISON(op)                                                             \
+  template <class V, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0> \
+  PK_FN auto operator op(const Several<V, M>& a, T b) {                                       \
+    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[decltype(i)::value] op b; });        \
+  }
+PK_SEVERAL_COMPARISON(<)
+PK_SEVERAL_COMPARISON(>)
+PK_SEVERAL_COMPARISON(!=)
+#undef PK_SEVERAL_COMPARISON
 
 template <class V, int M>
 PK_FN Several<V, M> operator-(const Several<V, M>& a) {
