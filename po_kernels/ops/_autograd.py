@@ -47,7 +47,7 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> 
         outputs = _CompiledValue.apply(call, needs, *inputs, *constants)
     elif not _is_plain(inputs, constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
-    elif True in needs or forward_ad._current_level >= 0:
+    elif True in needs or _in_forward_mode():
         outputs = _PlainValue.apply(call, needs, *inputs, *constants)
     else:
         outputs = _kernel(call, "first")(inputs, constants, None, needs, call.want_stats, call.config)
@@ -65,6 +65,15 @@ def _is_plain(inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> bool:
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _is_differentiated() -> bool:
+    """The result of a backward pass may be differentiated: a graph of it is asked for, or forward mode is on."""
+    return torch.is_grad_enabled() or _in_forward_mode()
 
 
 def _kernel(call: Call, which: str) -> Any:
@@ -166,8 +175,7 @@ class _Value(_CompiledValue):
 
     @staticmethod
     def backward(ctx, cotangent, *_):
-        # Where no further derivative can be asked for, there is no need for a graph.
-        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if torch.is_grad_enabled() else _gradient)
+        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if _is_differentiated() else _gradient)
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
@@ -204,7 +212,7 @@ class _PlainValue(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(*tensors)
-        if forward_ad._current_level >= 0:
+        if _in_forward_mode():
             ctx.save_for_forward(*tensors)
         return value, stats
 
@@ -217,7 +225,7 @@ class _PlainValue(torch.autograd.Function):
         if cotangent is None:
             return (None, None, *(None,) * count, *others)
         known = ctx.known
-        if torch.is_grad_enabled():
+        if _is_differentiated():
             known = known or [cotangent.new_empty(0)] * count
             found = _Gradient.apply(call, needs, cotangent, *ctx.saved_tensors, *known)
         elif known is not None and not cotangent.ndim and call.config.reduction != "none":

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 
 import po_kernels as pk
 
@@ -294,6 +294,30 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(op, backend, reduct
     for _ in range(2):
         found = grad(loss, inputs, unit, create_graph=True)
         assert distance(found, expected) < 1e-12 * max(1.0, largest(expected))
+
+
+@pytest.mark.parametrize("estimator", ["dice", "reinforce"])
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
+def test_forward_mode_through_a_backward_pass_without_a_graph(op, backend, estimator):
+    """Gradients of dual tensors are dual tensors, whether or not a graph of them is asked for."""
+    case = draw(op, 6, **SMALL, estimator="dice", reduction="mean")
+    tangents = directions(case, 7)
+
+    def products(backend, **changes):
+        with forward_ad.dual_level():
+            inputs = [
+                forward_ad.make_dual(x.clone().requires_grad_(), v) for x, v in zip(case.inputs, tangents, strict=True)
+            ]
+            found = grad(case(*inputs, backend=backend, **changes), inputs)
+            return [forward_ad.unpack_dual(g).tangent for g in found]
+
+    if estimator == "reinforce":
+        with pytest.raises(RuntimeError, match="dice"):
+            products(backend, estimator="reinforce")
+        return
+    expected = products("reference")
+    # float64, sums of some tens of terms of size 1 or so
+    assert distance(products(backend), expected) < 1e-11 * max(1.0, largest(expected))
 
 
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
