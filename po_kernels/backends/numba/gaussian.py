@@ -1,18 +1,18 @@
 """The diagonal scale S = diag(σ), given by log σ."""
 
-from . import scale as stubs
+from . import scale as declared
 from .lanes import full, is_dual, output, shared, stop, tangent_of, with_tangent
 from .maths import exp
 from .precision import FULL, SCALAR, diagonal_entry
 from .scale import DiagonalKind, DiagonalScale, implements
 
 
-@implements(stubs.suspicious, DiagonalKind)
+@implements(declared.suspicious, DiagonalKind)
 def suspicious(kind, parameter):
     return False
 
 
-@implements(stubs.prepared, DiagonalKind)
+@implements(declared.prepared, DiagonalKind)
 def prepared(kind, parameter, scratch, whitens):
     dim = kind.dim
     std, inverse_std = scratch, scratch + dim
@@ -23,7 +23,7 @@ def prepared(kind, parameter, scratch, whitens):
     return DiagonalScale(dim, parameter, std, inverse_std)
 
 
-@implements(stubs.log_determinant, DiagonalScale)
+@implements(declared.log_determinant, DiagonalScale)
 def log_determinant(scale):
     total = full(scale.std, 0.0)
     for j in range(scale.dim):
@@ -31,19 +31,19 @@ def log_determinant(scale):
     return total
 
 
-@implements(stubs.stretch, DiagonalScale)
+@implements(declared.stretch, DiagonalScale)
 def stretch(scale, base, eps, y):
     for j in range(scale.dim):
         y[j] = base[j] + scale.std[j] * eps[j]
 
 
-@implements(stubs.whiten, DiagonalScale)
+@implements(declared.whiten, DiagonalScale)
 def whiten(scale, residual, z):
     for j in range(scale.dim):
         z[j] = residual[j] * scale.inverse_std[j]
 
 
-@implements(stubs.whiten_noise, DiagonalScale)
+@implements(declared.whiten_noise, DiagonalScale)
 def whiten_noise(scale, mean, eps, z):
     for j in range(scale.dim):
         e = eps[j]
@@ -54,7 +54,7 @@ def whiten_noise(scale, mean, eps, z):
             z[j] = e
 
 
-@implements(stubs.add_score, DiagonalScale)
+@implements(declared.add_score, DiagonalScale)
 def add_score(scale, f, z, need_mean, mean, need_scale, to_scale):
     for j in range(scale.dim):
         factor = f * z[j]
@@ -64,19 +64,19 @@ def add_score(scale, f, z, need_mean, mean, need_scale, to_scale):
             to_scale[j] = to_scale[j] + output(factor * z[j] - f)
 
 
-@implements(stubs.add_path, DiagonalScale)
+@implements(declared.add_path, DiagonalScale)
 def add_path(scale, slope, eps, to_scale):
     for j in range(scale.dim):
         to_scale[j] = to_scale[j] + output(slope[j] * scale.std[j] * eps[j])
 
 
-@implements(stubs.add_entropy, DiagonalScale)
+@implements(declared.add_entropy, DiagonalScale)
 def add_entropy(scale, f, to_scale):
     for j in range(scale.dim):
         to_scale[j] = to_scale[j] + output(f)
 
 
-@implements(stubs.trace, DiagonalScale)
+@implements(declared.trace, DiagonalScale)
 def trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision):
     total = full(scale.std, 0.0)
     for j in range(scale.dim):
@@ -91,7 +91,7 @@ def trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision):
     return total
 
 
-@implements(stubs.reward_variance, DiagonalScale)
+@implements(declared.reward_variance, DiagonalScale)
 def reward_variance(scale, u, x):
     dim, total = scale.dim, full(scale.std, 0.0)
     for i in range(dim):

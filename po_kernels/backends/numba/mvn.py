@@ -1,13 +1,13 @@
 """The triangular scale S = L, lower triangular with a positive diagonal; what stands above it is not read."""
 
-from . import scale as stubs
+from . import scale as declared
 from .lanes import all_lanes, full, is_dual, output, stop, tangent_of, with_tangent
 from .maths import log
 from .precision import accumulate_outer, apply
 from .scale import TriangularKind, TriangularScale, implements
 
 
-@implements(stubs.suspicious, TriangularKind)
+@implements(declared.suspicious, TriangularKind)
 def suspicious(kind, parameter):
     dim, right = kind.dim, stop(parameter[0]) > 0.0
     for i in range(dim):
@@ -18,7 +18,7 @@ def suspicious(kind, parameter):
     return not all_lanes(right)
 
 
-@implements(stubs.prepared, TriangularKind)
+@implements(declared.prepared, TriangularKind)
 def prepared(kind, parameter, scratch, whitens):
     dim = kind.dim
     for j in range(dim):
@@ -26,7 +26,7 @@ def prepared(kind, parameter, scratch, whitens):
     return TriangularScale(dim, parameter, scratch, scratch + dim)
 
 
-@implements(stubs.log_determinant, TriangularScale)
+@implements(declared.log_determinant, TriangularScale)
 def log_determinant(scale):
     total = full(scale.tril, 0.0)
     for j in range(scale.dim):
@@ -34,7 +34,7 @@ def log_determinant(scale):
     return total
 
 
-@implements(stubs.stretch, TriangularScale)
+@implements(declared.stretch, TriangularScale)
 def stretch(scale, base, eps, y):
     for i in range(scale.dim):
         total, row = base[i], scale.tril + i * scale.dim
@@ -43,7 +43,7 @@ def stretch(scale, base, eps, y):
         y[i] = total
 
 
-@implements(stubs.whiten, TriangularScale)
+@implements(declared.whiten, TriangularScale)
 def whiten(scale, residual, z):
     for i in range(scale.dim):
         total, row = residual[i], scale.tril + i * scale.dim
@@ -52,7 +52,7 @@ def whiten(scale, residual, z):
         z[i] = total * scale.inverse_diag[i]
 
 
-@implements(stubs.whiten_noise, TriangularScale)
+@implements(declared.whiten_noise, TriangularScale)
 def whiten_noise(scale, mean, eps, z):
     for i in range(scale.dim):
         e = eps[i]
@@ -66,7 +66,7 @@ def whiten_noise(scale, mean, eps, z):
             z[i] = e
 
 
-@implements(stubs.add_score, TriangularScale)
+@implements(declared.add_score, TriangularScale)
 def add_score(scale, f, z, need_mean, mean, need_scale, to_scale):
     """∂log p/∂μ = a, ∂log p/∂L_ij = a_i z_j - [i = j] / L_jj, with Lᵀ a = z."""
     dim, a = scale.dim, scale.work
@@ -86,7 +86,7 @@ def add_score(scale, f, z, need_mean, mean, need_scale, to_scale):
             row[i] = row[i] - output(f * scale.inverse_diag[i])
 
 
-@implements(stubs.add_path, TriangularScale)
+@implements(declared.add_path, TriangularScale)
 def add_path(scale, slope, eps, to_scale):
     for i in range(scale.dim):
         v, row = slope[i], to_scale + i * scale.dim
@@ -94,14 +94,14 @@ def add_path(scale, slope, eps, to_scale):
             row[j] = row[j] + output(v * eps[j])
 
 
-@implements(stubs.add_entropy, TriangularScale)
+@implements(declared.add_entropy, TriangularScale)
 def add_entropy(scale, f, to_scale):
     for j in range(scale.dim):
         at = j * scale.dim + j
         to_scale[at] = to_scale[at] + output(f * scale.inverse_diag[j])
 
 
-@implements(stubs.trace, TriangularScale)
+@implements(declared.trace, TriangularScale)
 def trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision):
     """Column by column of L: tr(U L Lᵀ) = Σ_j l_jᵀ U l_j."""
     dim, column, other = scale.dim, scale.work, scale.work + scale.dim
@@ -122,7 +122,7 @@ def trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision):
     return total
 
 
-@implements(stubs.reward_variance, TriangularScale)
+@implements(declared.reward_variance, TriangularScale)
 def reward_variance(scale, u, x):
     """2 ‖LᵀUL‖² + 4 ‖Lᵀx‖²."""
     dim, column, weighted = scale.dim, scale.work, scale.work + scale.dim
