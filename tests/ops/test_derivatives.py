@@ -296,6 +296,26 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again(op, backend, reduct
         assert distance(found, expected) < 1e-12 * max(1.0, largest(expected))
 
 
+@pytest.mark.parametrize("advantage", ADVANTAGES)
+@pytest.mark.parametrize("gamma", [None, 0.3])
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
+def test_second_derivatives_along_the_policy_alone(op, backend, gamma, advantage):
+    """As in an inner loop's Hessian and mixed products: the other inputs have no tangent at all."""
+    options = {**SMALL, "lead": (5,), "group": 6, "rbf_gamma": gamma}
+    case = draw(op, 8, **options, estimator="dice", advantage=advantage, reduction="mean")
+    inputs = [x.requires_grad_() for x in case.inputs]
+    policy = inputs[: 1 if op.startswith("categorical") else 2]
+    along = directions(case, 9)[: len(policy)]
+
+    def products(backend):
+        first = grad(case(*inputs, backend=backend), policy, create_graph=True)
+        return grad(first, inputs, along)
+
+    expected = products("reference")
+    # float64, sums of some hundreds of terms of size 1 or so
+    assert distance(products(backend), expected) < 1e-10 * max(1.0, largest(expected))
+
+
 @pytest.mark.parametrize("estimator", ["dice", "reinforce"])
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(LOSSES))
 def test_forward_mode_through_a_backward_pass_without_a_graph(op, backend, estimator):
