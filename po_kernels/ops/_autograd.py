@@ -45,7 +45,7 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> 
     needs = [track and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling():
         outputs = _CompiledValue.apply(call, needs, *inputs, *constants)
-    elif not _is_plain(inputs, constants):
+    elif not _is_plain(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
     elif True in needs or _in_forward_mode():
         outputs = _PlainValue.apply(call, needs, *inputs, *constants)
@@ -54,26 +54,38 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> 
     return outputs[0], outputs[1]
 
 
-def _is_plain(inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> bool:
+def _is_plain(*tensors: Tensor | None) -> bool:
     """No transform, mode or subclass of tensor is looking: the kernel may be called without torch's dispatcher."""
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
-    for x in (*inputs, *constants):  # noqa: SIM110, a generator takes longer than all of it
+    for x in tensors:  # noqa: SIM110, a generator takes longer than all of it
         if type(x) not in _PLAIN:
             return False
     return True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
 def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _is_differentiated() -> bool:
-    """The result of a backward pass may be differentiated: a graph of it is asked for, or forward mode is on."""
-    return torch.is_grad_enabled() or _in_forward_mode()
+def _is_transformed() -> bool:
+    """A backward pass is differentiated, in whichever mode, or batched: it has to be made of Functions."""
+    return torch.is_grad_enabled() or _in_forward_mode() or torch._C._are_functorch_transforms_active()
+
+
+_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _no_legacy_batch(call: Call, *tensors: Tensor | None) -> None:
+    """Refuses what `is_grads_batched=True` and `vectorize=True` make, which no Function can have a rule for."""
+    if any(x is not None and _is_legacy_batch(x) for x in tensors):
+        raise RuntimeError(
+            f"{call.op}: batches of cotangents are not available through is_grads_batched=True or vectorize=True; "
+            "use torch.func.vmap, or torch.func.jacrev and torch.func.hessian"
+        )
 
 
 def _kernel(call: Call, which: str) -> Any:
@@ -86,6 +98,10 @@ def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple
 
 
 def _first(call: Call, inputs: Any, constants: Any, cotangent: Tensor | None, needs: Any, want_stats: bool) -> Any:
+    if not torch.compiler.is_compiling():
+        _no_legacy_batch(call, cotangent)
+        if _is_plain(*inputs, *constants, cotangent):
+            return _kernel(call, "first")(inputs, constants, cotangent, needs, want_stats, call.config)
     return _library.FIRST[call.op](
         list(inputs), list(constants), cotangent, list(needs), want_stats, call.backend, *call.config
     )
@@ -94,6 +110,12 @@ def _first(call: Call, inputs: Any, constants: Any, cotangent: Tensor | None, ne
 def _second(
     call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Tensor, cotangent_tangent: Any, needs: Any
 ) -> Any:
+    if not torch.compiler.is_compiling():
+        _no_legacy_batch(call, *tangents, cotangent)
+        if _is_plain(*inputs, *constants, *tangents, cotangent, cotangent_tangent):
+            return _kernel(call, "second")(
+                inputs, constants, tangents, cotangent, cotangent_tangent, needs, call.config
+            )
     return _library.SECOND[call.op](
         list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), False,
         call.backend, *call.config,
@@ -175,7 +197,7 @@ class _Value(_CompiledValue):
 
     @staticmethod
     def backward(ctx, cotangent, *_):
-        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if _is_differentiated() else _gradient)
+        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if _is_transformed() else _gradient)
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
@@ -225,10 +247,15 @@ class _PlainValue(torch.autograd.Function):
         if cotangent is None:
             return (None, None, *(None,) * count, *others)
         known = ctx.known
-        if _is_differentiated():
+        if _is_transformed():
             known = known or [cotangent.new_empty(0)] * count
             found = _Gradient.apply(call, needs, cotangent, *ctx.saved_tensors, *known)
-        elif known is not None and not cotangent.ndim and call.config.reduction != "none":
+        elif (
+            known is not None
+            and not cotangent.ndim
+            and call.config.reduction != "none"
+            and not _is_legacy_batch(cotangent)
+        ):
             ctx.known = None
             found = [k if needed else None for k, needed in zip(known, needs, strict=True)]
             if cotangent.device.type != "cpu" or cotangent.item() != 1.0:
@@ -295,7 +322,8 @@ class _Gradient(torch.autograd.Function):
         inputs, constants = _split(call, tuple(tensors))
         tangents = [v if needed else None for v, needed in zip(cotangents, ctx.needs, strict=True)]
         needs = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        derivative, *products = _Product.apply(call, needs, cotangent, None, *tangents, *inputs, *constants)
+        product = _Product.apply if _is_transformed() else _product
+        derivative, *products = product(call, needs, cotangent, None, *tangents, *inputs, *constants)
         products = [p if needed else None for p, needed in zip(products, needs, strict=True)]
         return (None, None, derivative, *products, *(None,) * (ctx.count - 1 - len(products)))
 
@@ -371,14 +399,21 @@ class _Derivative(torch.autograd.Function):
         return _loop(_Derivative, info, in_dims, *args)
 
 
-class _Product(torch.autograd.Function):
+def _product(
+    call: Call, needs: Any, cotangent: Tensor, cotangent_tangent: Tensor | None, *tensors: Any
+) -> tuple[Tensor, ...]:
     """(∂f(x)·v, g ∇²f(x) v + ġ ∇f(x)), from (g, ġ, *v, *x, *constants); ġ and any of v may be None, for zero."""
+    tangents, rest = _split(call, tensors)
+    inputs, constants = _split(call, rest)
+    return tuple(_second(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs))
+
+
+class _Product(torch.autograd.Function):
+    """`_product`, of which there is no derivative."""
 
     @staticmethod
     def forward(call, needs, cotangent, cotangent_tangent, *tensors):
-        tangents, rest = _split(call, tensors)
-        inputs, constants = _split(call, rest)
-        return tuple(_second(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs))
+        return _product(call, needs, cotangent, cotangent_tangent, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

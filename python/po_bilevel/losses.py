@@ -53,7 +53,7 @@ class NegativeLogLikelihood:
     l2: float = 0.0
 
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
-        return -policy.log_prob(batch.inputs, batch.target).mean() + penalty(policy, self.l2)
+        return penalized(-policy.log_prob(batch.inputs, batch.target).mean(), policy, self.l2)
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ class PolicyGradient:
             options["estimator"] = self.estimator
         if self.num_samples is not None:
             options["num_samples"] = self.num_samples
-        return policy.policy_loss(batch.inputs, batch.target, reward, **options) + penalty(policy, self.l2)
+        return penalized(policy.policy_loss(batch.inputs, batch.target, reward, **options), policy, self.l2)
 
 
-def penalty(policy: nn.Module, l2: float) -> Tensor | float:
-    """(l2/2) ‖θ‖², over all parameters of the policy."""
+def penalized(loss: Tensor, policy: nn.Module, l2: float) -> Tensor:
+    """loss + (l2/2) ‖θ‖², over all parameters of the policy."""
     if l2 == 0:
-        return 0.0
+        return loss
     # One vector: many small parameters would cost more in calls than in arithmetic.
     vector = torch.cat([p.reshape(-1) for p in policy.parameters()])
-    return 0.5 * l2 * (vector @ vector)
+    return loss + 0.5 * l2 * (vector @ vector)
