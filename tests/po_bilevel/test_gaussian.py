@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -91,14 +92,15 @@ def test_figure_3_gets_to_the_optimum(estimator):
     assert len(path) == 61
 
 
-@pytest.mark.parametrize("hypergradient", ["neumann", "identity", "finite-difference", "recompute"])
+@pytest.mark.parametrize("hypergradient", get_args(gaussian.Hypergradients))
 def test_hypergradients_by_option(hypergradient):
     config = GaussianConfig(
-        seeds=1, outer_steps=3, inner_steps=40, hidden=(8,), learning_rate=0.05, hypergradient=hypergradient, **QUIET
+        seeds=1, outer_steps=8, inner_steps=40, hidden=(8,), learning_rate=0.05, hypergradient=hypergradient, **QUIET
     )
     outcome = gaussian.run(config)
     path = [u[0] for u in outcome.curves["paths"][0]["u"]]
-    assert np.isfinite(path).all()
+    # From 1 on the way to 0.32.
+    assert 0.1 < path[-1] < 0.95
     assert outcome.rows[0]["method"].endswith(hypergradient)
 
 

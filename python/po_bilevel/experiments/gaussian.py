@@ -34,8 +34,9 @@ from .runs import check_counts, check_reals, first_step_of_torch, threads
 Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]
 METHODS: tuple[Method, ...] = get_args(Method)
 Hypergradients = Literal[
-    "cg", "normal-cg", "neumann", "fixed-point", "identity", "finite-difference", "unrolled", "recompute", "truncated"
-]
+    "cg", "normal-cg", "neumann", "fixed-point", "dense", "identity", "single-loop", "unrolled", "recompute",
+    "truncated", "finite-difference", "penalty", "bome", "evolution-strategies",
+]  # fmt: skip
 
 # Gaussian noise in y of figure 3, and what is added to x.
 NOISE_STD, OFFSET = 1.25, 6.0
@@ -314,7 +315,8 @@ def trainer(config: GaussianConfig, seed: int) -> BilevelTrainer:
         inner_scheduler=lambda inner: torch.optim.lr_scheduler.LinearLR(inner, 1.0, 0.1, config.inner_steps),
         outer_optimizer=outer,
         outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, config.outer_steps),
-        inner_steps=config.inner_steps,
+        # The steps of the method itself, where it moves the policy.
+        inner_steps=0 if config.hypergradient == "bome" else config.inner_steps,
         inner_loss=_loss(config),
         outer_loss=NegativeLogLikelihood(),
         # That of u = 1 and a trained policy; while the policy is not yet there it is a hundred times that.
@@ -376,18 +378,26 @@ def summary_of_paths(outcome: Outcome) -> str:
 
 def _method(config: GaussianConfig) -> h.HypergradientMethod:
     damping = DECAY + DAMPING
-    # Along log σ the curvature is 2λ: half of one over it is a step that converges.
+    # Along log σ the curvature is 2λ: half of one over it is a step that converges. Along the weights of the network,
+    # untrained, it is a hundred times that.
     step = 0.25 / config.entropy_coef
+    small = 0.02 / config.entropy_coef
+    form = {"isotropic": 1, "diagonal": config.dim, "full": config.dim**2}[config.reward]
     methods: dict[str, h.HypergradientMethod] = {
         "cg": h.ImplicitCG(damping, 1e-2, 20),
         "normal-cg": h.NormalCG(damping, 1e-2, 10),
         "neumann": h.Neumann(20, None, damping, 0.5),
         "fixed-point": h.FixedPoint(None, damping, 1e-1, 30),
+        "dense": h.Dense(damping, max_size=10_000),
         "identity": h.Identity(2 * step),
-        "finite-difference": h.FiniteDifference(2 * step),
+        "single-loop": h.SingleLoop(small, damping),
         "unrolled": h.Unrolled(10, 0.1 * step),
         "recompute": h.Recompute(10, 0.1 * step),
         "truncated": h.Truncated(10, 5, 0.1 * step),
+        "finite-difference": h.FiniteDifference(2 * step),
+        "penalty": h.Penalty(20.0, 20, small),
+        "bome": h.BOME(config.inner_steps, small, 2.5 * small),
+        "evolution-strategies": h.EvolutionStrategies(form, 0.1, 20, 0.5 * small, seed=0),
     }
     return methods[config.hypergradient]
 
