@@ -4,8 +4,7 @@ A model predicts s' - s from s and a as a Gaussian. Inputs and outputs are stand
 on, and dimensions that do not change are dropped, which is said. All methods train the same network from the same
 weights with the same optimiser for as many steps; `pg_*` start with the spread that U asks for. U is known before that:
 from the covariance of s' - s ("marginal"), from that of the residuals of a regression on rows that it has not seen
-("residual"), or learned on those rows. Learning starts from that regression, for a hypergradient is one at a minimum,
-and from U of its residuals.
+("residual"), or learned on those rows around the regression's mean.
 
 The split is by episodes, so that no row has its neighbour on the other side.
 """
@@ -13,6 +12,7 @@ The split is by episodes, so that no row has its neighbour on the other side.
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -27,6 +27,7 @@ from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
 from ..losses import Batch, PolicyGradient
+from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, GaussianPolicy, MLPFullGaussian, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, PrecisionKind
 from ..trainer import BatchStream, BilevelTrainer, InnerLoss, train, train_policy_gradient
@@ -51,8 +52,8 @@ INTERVALS = {"coverage_50": 0.6745, "coverage_90": 1.6449}
 CONSTANT = 1e-8
 # Added to the covariance, in units of the targets' variance.
 RIDGE = 1e-6
-# Added to the inner Hessian, which is indefinite in a network's weights. Along log σ, where U acts, it is 2.
-DAMPING = 0.1
+# Where the spread counts as trained while U is learned: the Euclidean norm of the gradient.
+SOLVED = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,37 +276,46 @@ class _Problem:
         return self._residuals
 
     def _learned(self, kind: PrecisionKind, outcome: Outcome) -> Tensor:
+        """U that makes the held-out rows likeliest around the regression's mean, from U of its residuals in training.
+
+        The mean is held: at a minimum it does not depend on U. A network that is stopped before one would fit better
+        under any larger U, which the implicit function theorem takes for a reason to raise it without end.
+        """
         config = self.config
-        covariance = residual_covariance(self._held_out_residuals())
-        start = optimal_precision(covariance, config.entropy_coef, kind, ridge=RIDGE)
+        self._held_out_residuals()
+        with torch.no_grad():
+            fit, held_out = (Batch(self._regression(rows.inputs)[0], rows.target) for rows in (self.fit, self.held_out))
+        start = optimal_precision(residual_covariance(fit.target - fit.inputs), config.entropy_coef, kind, ridge=RIDGE)
         reward = MahalanobisReward(self.dim, kind, start)
-        policy = self._policy("pg_full_residual" if kind == "full" else "pg_diagonal_residual")
-        policy.mean_network.load_state_dict(self._regression.mean_network.state_dict())  # type: ignore[union-attr]
+        # Their inputs are the regression's means already.
+        family = FullGaussianPolicy if kind == "full" else partial(GaussianPolicy, log_std_network=None)
+        policy = family(mean_network=torch.nn.Identity(), dim=self.dim)
         _spread_under(policy, start, config.entropy_coef)
-        outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
+        # Adam's steps are as long as its rate, whatever the size of the parameters: about U, or of a factor of it.
+        unit = float((start.diagonal().sqrt() if kind == "full" else start).min())
+        outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate * unit, betas=(0.5, 0.9))
         trainer = BilevelTrainer(
             policy,
             reward,
-            inner_data=self.fit,
-            outer_data=self.held_out,
-            # The regression ended at a small rate; going on at a large one would undo it.
-            inner_optimizer=lambda parameters: self._optimizer(parameters, 0.1),
+            inner_data=fit,
+            outer_data=held_out,
+            inner_optimizer=lambda parameters: lbfgs(parameters, SOLVED),
             outer_optimizer=outer,
             outer_scheduler=LinearLR(outer, 1.0, 0.1, config.outer_steps),
             inner_steps=config.inner_steps,
             inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)),
-            hypergradient=ImplicitCG(DAMPING, 1e-2, 10),
-            batch_size=config.batch_size,
+            inner_tolerance=SOLVED,
+            keep_inner_state=False,
+            hypergradient=ImplicitCG(0.0, 1e-3, 50),
             seed=self.seed,
             progress=False,
         )
         history = trainer.fit(config.outer_steps)
-        late = history[len(history) // 2 :]
-        flawed = [step for step in late if step.negative_curvature]
+        flawed = [step for step in history if step.problems]
         if flawed:
             outcome.warnings.append(
-                f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: negative curvature in {len(flawed)} of the "
-                f"last {len(late)} hypergradients; the last: {flawed[-1].problems[0]}"
+                f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: {len(flawed)} of {len(history)} "
+                f"hypergradients were imperfect; the last: {flawed[-1].problems[0]}"
             )
         return reward.precision().detach()
 
