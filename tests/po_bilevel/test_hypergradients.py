@@ -575,7 +575,9 @@ def every_method():
 def test_every_method_on_bad_input(method):
     inner, outer, theta, phi = categorical_problem("exact")
     with pytest.raises(ValueError, match=r"phi\[0\].*does not reach"):
-        method(lambda theta, phi: inner(theta, (phi[0].detach(),)), outer, theta, phi)
+        method(lambda theta, _: inner(theta, (phi[0].detach(),)), outer, theta, phi)
+    with pytest.raises(TypeError, match=r"inner_loss: expected a loss that is a tensor, got float"):
+        method(lambda theta, phi: 1.0, outer, theta, phi)
     with pytest.raises(ValueError, match=r"theta\[0\].*requires grad"):
         method(inner, outer, (theta[0].detach(),), phi)
     with pytest.raises(ValueError, match=r"phi\[0\].*requires grad"):
@@ -619,11 +621,93 @@ def test_reinforce_serves_first_order_methods_only(method):
         (lambda: Penalty(0.0, 1, 0.1), "multiplier"),
         (lambda: BOME(1, 0.1, 0.0), "step"),
         (lambda: EvolutionStrategies(0, 0.1, 1, 0.1), "pairs"),
+        (lambda: EvolutionStrategies(1, 0.1, 2.5, 0.1), "steps"),
+        (lambda: Identity(None), "scale"),
+        (lambda: ImplicitCG(damping=float("inf")), "damping"),
     ],
 )
 def test_options_of_other_methods_out_of_range(make, option):
     with pytest.raises(ValueError, match=rf"{option}: expected"):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", [Neumann(20, 0.5), Neumann(100), FixedPoint(), ImplicitCG(), NormalCG()], ids=name)
+def test_a_system_that_is_solved_to_rounding(method, dtype):
+    """One parameter, and a step of exactly one over its curvature: what is left is zero, or too small to square."""
+    theta = (torch.tensor([0.3], dtype=dtype, requires_grad=True),)
+    phi = (torch.tensor([0.3], dtype=dtype, requires_grad=True),)
+    result = method(
+        lambda theta, phi: (theta[0] - phi[0]).square().sum(), lambda theta, phi: theta[0].exp().sum(), theta, phi
+    )
+    assert result.converged
+    assert result.min_curvature == pytest.approx(2.0, rel=1e-5)
+    torch.testing.assert_close(result.gradient[0], theta[0].detach().exp(), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_systems_on_the_normal_equations(dtype):
+    """θ is determined along k of five directions; what of ∂F/∂θ lies along the others is said, and left out."""
+    for seed in range(60):
+        k = 1 + seed % 4
+        matrix, target = double(k, 5, seed=seed).to(dtype), double(5, seed=seed + 100).to(dtype)
+        theta = (torch.zeros(5, dtype=dtype, requires_grad=True),)
+        phi = (torch.ones(k, dtype=dtype, requires_grad=True),)
+        problem = (
+            lambda theta, phi, matrix=matrix: 0.5 * (matrix @ theta[0] - phi[0]).square().sum(),
+            lambda theta, phi, target=target: (theta[0] - target).square().sum(),
+        )  # fmt: skip
+        result = NormalCG()(*problem, theta, phi)
+        assert not result.converged
+        assert "singular" in result.problems[0] or "after" in result.problems[0]
+        # The right answer goes with the pseudo-inverse. κ(BᵀB) = κ(B)², squared by the normal equations; a hundred roundings.
+        expected = Dense()(*problem, theta, phi).gradient[0]
+        condition = float(torch.linalg.cond(matrix.double())) ** 4
+        torch.testing.assert_close(result.gradient[0], expected, rtol=0.0, atol=float(expected.norm()) * min(
+            1.0, 100.0 * torch.finfo(dtype).eps * condition))  # fmt: skip
+
+
+@pytest.mark.parametrize("method", [*SOLVERS, Identity(), SingleLoop(0.1)], ids=name)
+def test_a_hessian_that_is_not_finite(method):
+    theta, phi = (torch.zeros(2, dtype=torch.float64, requires_grad=True),), (torch.ones((), requires_grad=True),)
+
+    def inner(theta, phi):
+        # The second derivative of |θ|^1.5 at zero is infinite.
+        return (theta[0].abs() ** 1.5).sum() * phi[0] + (theta[0] * phi[0]).sum()
+
+    with pytest.raises(NonFiniteError, match="Hessian of the inner loss"):
+        method(inner, lambda theta, phi: (theta[0] - 1.0).square().sum(), theta, phi)
+
+
+@pytest.mark.parametrize("method", every_method(), ids=name)
+def test_how_theta_was_come_by_is_no_part_of_it(method):
+    """θ computed from φ gives what θ of its value does."""
+    inner, outer, theta, phi = categorical_problem("exact")
+    moved = tuple(t + 0.0 * phi[0].sum() for t in theta)
+    torch.manual_seed(0)
+    expected = method(inner, outer, theta, phi).gradient
+    torch.manual_seed(0)
+    for got, want in zip(method(inner, outer, moved, phi).gradient, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    "method", [FiniteDifference(), Penalty(10.0, 2, 0.1, tolerance=10.0), BOME(2, 0.1, 0.1)], ids=name
+)
+def test_a_reward_that_does_not_move_the_minimum_is_reported(method):
+    inner, outer, theta, phi = categorical_problem("exact")
+    constant = (phi[0].detach(),)
+    result = method(lambda theta, phi: inner(theta, constant) + phi[0].square().sum(), outer, theta, phi)
+    assert "phi[0]" in result.problems[-1]
+
+
+def test_single_loop_says_that_it_diverges():
+    problem = Quadratic(positive(10, seed=3))
+    start = None
+    for _ in range(6):
+        result = SingleLoop(5.0)(problem.inner, problem.outer, problem.solution(), problem.phi, start=start)
+        start = result.solution
+    assert "lower the learning rate" in result.problems[0]
 
 
 def gaussian_problem(estimator: str, num_samples: int | None, seed: int | None):

@@ -1,17 +1,28 @@
 """Options of the methods, checked."""
 
-
-def at_least_zero(method: object, name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{type(method).__name__}: {name}: expected a number of at least 0, got {value}")
-
-
-def positive(method: object, name: str, value: float | None) -> None:
-    """None passes: where it is allowed it has a meaning of its own."""
-    if value is not None and not value > 0:
-        raise ValueError(f"{type(method).__name__}: {name}: expected a positive number, got {value}")
+import math
+from numbers import Integral, Real
+from typing import Any, NoReturn
 
 
-def count(method: object, name: str, value: int, least: int = 1) -> None:
-    if not value >= least:
-        raise ValueError(f"{type(method).__name__}: {name}: expected at least {least}, got {value}")
+def at_least_zero(method: object, name: str, value: Any) -> None:
+    if not _is_finite(value) or value < 0:
+        _refuse(method, name, "a finite number of at least 0", value)
+
+
+def positive(method: object, name: str, value: Any) -> None:
+    if not _is_finite(value) or not value > 0:
+        _refuse(method, name, "a finite positive number", value)
+
+
+def count(method: object, name: str, value: Any, least: int = 1) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        _refuse(method, name, f"an integer of at least {least}", value)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _refuse(method: object, name: str, expected: str, value: Any) -> NoReturn:
+    raise ValueError(f"{type(method).__name__}: {name}: expected {expected}, got {value!r}")

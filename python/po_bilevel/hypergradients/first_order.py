@@ -1,5 +1,6 @@
 """Methods that take no second derivative: any inner loss will do, estimator="reinforce" too."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,18 @@ from torch import Tensor
 
 from . import checks
 from .interface import Hypergradient, Loss, Tensors
-from .problem import all_finite, all_reached, flat, inner_gradient, outer_gradients, parameters, scalar, started, unflat
+from .problem import (
+    all_finite,
+    all_reached,
+    flat,
+    inner_gradient,
+    inner_parameters,
+    outer_gradients,
+    parameters,
+    scalar,
+    started,
+    unflat,
+)
 from .unrolled import descend
 
 
@@ -37,7 +49,7 @@ class FiniteDifference:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is not used."""
-        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        theta, phi = inner_parameters(theta), parameters("phi", phi)
         outer, by_theta, direct = outer_gradients(outer_loss, theta, phi)
         norm = float(flat(by_theta, theta).norm())
         gradient = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True)]
@@ -53,7 +65,8 @@ class FiniteDifference:
         if norm > 0:
             for index, (plus, minus) in enumerate(zip(*ends, strict=True)):
                 gradient[index] = gradient[index] - self.scale * (plus - minus) / (2.0 * shift)
-        return _first_order(gradient, 0.5 * sum(values), outer)
+        result = _first_order(gradient, 0.5 * sum(values), outer)
+        return dataclasses.replace(result, problems=_unmoved(*ends)) if norm > 0 else result
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Penalty:
         dF/dφ ≈ ∂F/∂φ(y) + μ [∂L/∂φ(y) - ∂L/∂φ(θ)],    y = argmin L + F/μ
 
     Right to O(1/μ); what y and θ lack in accuracy is multiplied by μ. y takes gradient steps from where it ended the
-    last time, θ is the minimum of L that it is called with. steps + 2 gradients.
+    last time, θ is the minimum of L that it is called with. steps + 3 gradients of L.
 
     Attributes:
         multiplier: μ.
@@ -88,7 +101,7 @@ class Penalty:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is y."""
-        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        theta, phi = inner_parameters(theta), parameters("phi", phi)
         y = tuple(t.detach().requires_grad_() for t in (theta if start is None else started(start, theta)))
 
         def penalised(theta: Tensors, phi: Tensors) -> Tensor:
@@ -113,16 +126,10 @@ class Penalty:
                 f"the penalised problem stopped at a relative gradient of {residual:.1e} after {self.steps} steps, "
                 f"tolerance {self.tolerance:.1e}; take more steps"
             )
-        result = _first_order(gradient, inner, outer)
-        return Hypergradient(
-            **{
-                **vars(result),
-                "residual_norm": residual,
-                "converged": not problems,
-                "problems": tuple(problems),
-                "solution": tuple(t.detach() for t in y),
-            }
-        )
+        return dataclasses.replace(
+            _first_order(gradient, inner, outer), residual_norm=residual, converged=not problems,
+            problems=(*problems, *_unmoved(at_y, at_theta)), solution=tuple(t.detach() for t in y),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class BOME:
 
     θ^(T) is θ after T steps of gradient descent, a constant in ∇q. The direction's φ part is handed out as the
     gradient, its θ part moves `theta`: the method is an inner loop of its own, so train with no other inner steps. At
-    a θ that already is a minimum of L, q and so the pull of L on φ vanish. T + 2 gradients.
+    a θ that already is a minimum of L, q and so the pull of L on φ vanish. T + 3 gradients of L.
 
     Attributes:
         steps: T.
@@ -158,7 +165,7 @@ class BOME:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is not used."""
-        theta, phi = parameters("theta", theta), parameters("phi", phi)
+        theta, phi = inner_parameters(theta), parameters("phi", phi)
         outer, f_theta, direct = outer_gradients(outer_loss, theta, phi)
         f_phi = tuple(torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True))
         inner, q_theta = inner_gradient(inner_loss, theta, phi)
@@ -171,8 +178,8 @@ class BOME:
         weight = max(0.0, self.control - float(f @ q) / squared) if squared > 0 else 0.0
         direction = unflat(f + weight * q, phi + theta)
         moved = tuple(t.detach() - self.step * d for t, d in zip(theta, direction[len(phi) :], strict=True))
-        result = _first_order(list(direction[: len(phi)]), float(inner.detach()), outer)
-        return Hypergradient(**{**vars(result), "theta": moved})
+        result = _first_order(direction[: len(phi)], float(inner.detach()), outer)
+        return dataclasses.replace(result, theta=moved, problems=_unmoved(here, there))
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,8 @@ class EvolutionStrategies:
         radius: σ, in units of φ.
         steps: T.
         learning_rate: of the T steps.
-        seed: of the directions; None draws one from torch's default generator.
+        seed: of the directions, the same at each call, so that with fewer pairs than P φ moves among them only; None
+            draws one from torch's default generator at each call.
     """
 
     pairs: int
@@ -210,10 +218,9 @@ class EvolutionStrategies:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is not used."""
-        theta, phi = parameters("theta", theta), parameters("phi", phi)
-        # Finite differences would make nothing of a φ that does not matter; said here as in every other method.
-        inner, _ = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
+        theta, phi = inner_parameters(theta), parameters("phi", phi)
         outer, _, _ = outer_gradients(outer_loss, theta, phi)
+        inner = self._checked(inner_loss, theta, phi)
         centre = flat(tuple(p.detach() for p in phi), phi)
         total = torch.zeros_like(centre)
         for direction in self._directions(centre):
@@ -224,7 +231,22 @@ class EvolutionStrategies:
                 with torch.no_grad():
                     ends.append(float(outer_loss(reached, moved)))
             total += direction * (ends[0] - ends[1])
-        return _first_order(list(unflat(total / (2.0 * self.radius * self.pairs), phi)), inner, outer)
+        return _first_order(unflat(total / (2.0 * self.radius * self.pairs), phi), inner, outer)
+
+    def _checked(self, inner_loss: Loss, theta: Tensors, phi: Tensors) -> float:
+        """L, where all of φ makes a difference to it; differences of F would make nothing of one that does not."""
+        with torch.enable_grad():
+            loss = inner_loss(theta, phi)
+        scalar("inner_loss", loss)
+        reached = list(torch.autograd.grad(loss, phi, allow_unused=True))
+        for index, part in enumerate(reached):
+            if part is None:
+                moved = tuple(p + self.radius if i == index else p for i, p in enumerate(phi))
+                with torch.no_grad():
+                    if not torch.equal(inner_loss(theta, moved), loss):
+                        reached[index] = torch.zeros_like(phi[index])
+        all_reached(reached)
+        return float(loss.detach())
 
     def _directions(self, like: Tensor) -> Tensor:
         """(N, P)."""
@@ -242,10 +264,19 @@ def _by_phi(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[float, Tens
     """L and ∂L/∂φ at a constant θ."""
     with torch.enable_grad():
         loss = inner_loss(theta, phi)
-        if not loss.requires_grad:
+        if isinstance(loss, Tensor) and not loss.requires_grad:
             all_reached([None] * len(phi))
         scalar("inner_loss", loss)
         return float(loss.detach()), all_reached(torch.autograd.grad(loss, phi, allow_unused=True))
+
+
+def _unmoved(first: Tensors, second: Tensors) -> tuple[str, ...]:
+    """What it means where ∂L/∂φ is the same, to the bit, at two θ."""
+    return tuple(
+        f"phi[{index}]: ∂L/∂φ does not change with θ, so that φ may not reach the minimum of the inner loss"
+        for index, (a, b) in enumerate(zip(first, second, strict=True))
+        if torch.equal(a, b)
+    )
 
 
 def _first_order(gradient: Sequence[Tensor], inner: float, outer: Tensor) -> Hypergradient:

@@ -3,12 +3,14 @@
 They differ in how v is come by. θ has to be near a minimum of the inner loss; how it got there does not matter.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from . import checks
 from .interface import Hypergradient, Loss, Tensors
 from .problem import ImplicitProblem
@@ -47,7 +49,6 @@ class ImplicitCG:
         solution, residual = _begin(problem, problem.start(start), self.damping)
         goal = self.tolerance * problem.scale
         problems: list[str] = []
-        least = 0.0
         direction = residual.clone()
         squared = float(residual @ residual)
         for _ in range(self.max_iterations):
@@ -56,12 +57,10 @@ class ImplicitCG:
             image = problem.product(direction)
             length = float(direction @ direction)
             curvature = problem.curvature.observe(direction, image, length)
-            least = min(least, curvature)
             if curvature + self.damping <= 0:
                 problems.append(
-                    f"the inner Hessian has curvature {curvature:.3g} along a search direction, damping "
-                    f"{self.damping:.3g}: the linear solve stopped after {problem.num_products} products; train the "
-                    "inner problem further or raise the damping"
+                    f"the linear solve stopped after {problem.num_products} products, at curvature {curvature:.3g} "
+                    f"with damping {self.damping:.3g}; train the inner problem further or raise the damping"
                 )
                 break
             step = squared / ((curvature + self.damping) * length)
@@ -72,11 +71,6 @@ class ImplicitCG:
         else:
             if squared**0.5 > goal:
                 problems.append(_ran_out(squared**0.5 / problem.scale, self.max_iterations, self.tolerance))
-        if least < 0 and not problems:
-            problems.append(
-                f"the inner Hessian has curvature {least:.3g} along a search direction; the damping "
-                f"{self.damping:.3g} made the system positive"
-            )
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
 
@@ -120,22 +114,31 @@ class NormalCG:
             # system itself, and so does not square the rounding too.
             gradient = product(residual)
             direction = gradient.clone()
-            squared = float(gradient @ gradient)
+            squared = _squared(gradient)
             for _ in range(self.max_iterations):
-                # Zero for a residual outside the Hessian's range: there is nothing left to descend along.
-                if norm <= goal or squared == 0.0:
+                # Else the residual is outside the Hessian's range, but for rounding: nothing is left to descend along.
+                rounding = 4.0 * torch.finfo(residual.dtype).eps * (problem.curvature.most + self.damping) * norm
+                if squared**0.5 > rounding:
+                    image = product(direction)
+                    curved = _squared(image)
+                else:
+                    curved = 0.0
+                if curved == 0.0:
+                    problems.append(
+                        f"the inner Hessian is singular along {norm / problem.scale:.1e} of ∂F/∂θ; regularise the "
+                        "inner loss or give a damping"
+                    )
                     break
-                image = product(direction)
-                step = squared / float(image @ image)
+                step = squared / curved
                 solution += step * direction
                 residual -= step * image
                 norm = float(residual.norm())
                 if norm <= goal:
                     break
                 gradient = product(residual)
-                previous, squared = squared, float(gradient @ gradient)
+                previous, squared = squared, _squared(gradient)
                 direction = gradient + (squared / previous) * direction
-            if norm > goal:
+            else:
                 problems.append(_ran_out(norm / problem.scale, self.max_iterations, self.tolerance))
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
@@ -145,7 +148,7 @@ class Neumann:
     """A truncated Neumann series, v = α Σ_{k<K} (I - α(H + δI))ᵏ ∂F/∂θ (Lorraine et al. 2020, algorithm 3).
 
     What backpropagation through the last K steps of gradient descent of size α gives, without storing them. K
-    products, no warm start. Converges if 0 < α λ < 2 for all eigenvalues λ, which for an indefinite H no α does.
+    products, or fewer if rounding is reached; no warm start. Converges if 0 < α λ < 2 for all eigenvalues λ, which for an indefinite H no α does.
 
     Attributes:
         terms: K.
@@ -163,7 +166,8 @@ class Neumann:
     def __post_init__(self) -> None:
         _check_solver(self, self.damping, self.tolerance, None)
         checks.count(self, "terms", self.terms)
-        checks.positive(self, "learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            checks.positive(self, "learning_rate", self.learning_rate)
 
     def __call__(
         self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
@@ -194,7 +198,8 @@ class FixedPoint:
 
     def __post_init__(self) -> None:
         _check_solver(self, self.damping, self.tolerance, self.max_iterations)
-        checks.positive(self, "learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            checks.positive(self, "learning_rate", self.learning_rate)
 
     def __call__(
         self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
@@ -245,6 +250,8 @@ class Dense:
         problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
         basis = torch.eye(size, dtype=problem.right.dtype, device=problem.right.device)
         hessian = torch.stack([problem.product(unit) for unit in basis])
+        if not hessian.isfinite().all():
+            raise NonFiniteError("the Hessian of the inner loss is not finite")
         eigenvalues, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
         # A product's rounding is of the order of the largest eigenvalue's, in each of P directions.
         rounding = size * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().amax()
@@ -320,9 +327,14 @@ class SingleLoop:
         """See `HypergradientMethod.__call__`; start is v."""
         problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
         vector = problem.start(start)
-        return problem.result(
+        result = problem.result(
             torch.zeros_like(problem.right) if vector is None else vector, tolerance=None, next_step=self.learning_rate
         )
+        # Zero, where v starts, has a residual of one.
+        if result.residual_norm is None or result.residual_norm <= 10.0:
+            return result
+        diverging = f"v diverges, at a relative residual of {result.residual_norm:.1e}; lower the learning rate"
+        return dataclasses.replace(result, problems=(*result.problems, diverging))
 
 
 # Enough for a largest curvature that is right within the tenth that the step leaves.
@@ -346,11 +358,14 @@ def _richardson(
     solution, residual = _begin(problem, start, damping)
     step = _step(problem, damping) if learning_rate is None else learning_rate
     first = norm = float(residual.norm())
-    goal = tolerance * problem.scale
-    for _ in range(iterations - 1):
+    # Below rounding there is nothing to be had, and squares of what is left would underflow.
+    goal = max(tolerance, torch.finfo(residual.dtype).eps) * problem.scale
+    for remaining in reversed(range(iterations)):
         if norm <= goal:
-            return solution, []
+            break
         solution += step * residual
+        if remaining == 0:
+            break
         image = problem.product(residual)
         curvature = problem.curvature.observe(residual, image)
         residual = residual - step * (image + damping * residual)
@@ -362,9 +377,7 @@ def _richardson(
                 "learning_rate · curvature between 0 and 2, so lower the learning rate, or raise the damping if the "
                 "curvature is negative"
             ]
-    if norm > goal > 0:
-        return solution, [_ran_out(norm / problem.scale, iterations, tolerance)]
-    return solution + step * residual, []
+    return solution, []
 
 
 def _step(problem: ImplicitProblem, damping: float) -> float:
@@ -378,6 +391,11 @@ def _step(problem: ImplicitProblem, damping: float) -> float:
         vector = problem.product(vector / norm)
         largest = float(vector.norm())
     return 1.0 / (1.1 * largest + damping) if largest + damping > 0 else 1.0
+
+
+def _squared(vector: Tensor) -> float:
+    """‖v‖², of an image of an image: in float64, for float32 would underflow."""
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
 
 
 def _ran_out(residual: float, iterations: int, tolerance: float) -> str:

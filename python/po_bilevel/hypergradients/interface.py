@@ -16,12 +16,14 @@ class Hypergradient:
 
     Attributes:
         gradient: dF/dφ, one tensor for each of φ, of its shape.
-        inner_loss, outer_loss: L and F at the point, which is `theta` for a method that moves θ.
+        inner_loss, outer_loss: L and F where the gradient was taken: at `theta` for a method that unrolls, else at the θ
+            of the call.
         residual_norm: how far the method's own equation is from being solved, measured, not estimated: ‖b - (H + δI) v‖
             / ‖b‖ of a linear system, 0 for b = 0. None for a method that solves no equation.
         num_products: how many products with the Hessian H of the inner loss were computed; a backward pass through a
             step of gradient descent is one.
-        converged: the residual is within the tolerance asked for; True for a method that is asked for none.
+        converged: the residual is within the tolerance asked for, or what rounding leaves of it; True for a method that
+            is asked for none.
         min_curvature: the least vᵀHv/vᵀv met, without damping; None if none was looked at. Below zero the inner
             loss is not at a minimum, and the implicit function theorem promises nothing.
         problems: for people, one sentence for each thing that makes the gradient less than it should be.

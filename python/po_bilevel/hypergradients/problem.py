@@ -1,5 +1,6 @@
 """A bilevel problem at a point: losses, gradients and products, each checked once and for all methods."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,8 +19,17 @@ class Curvature:
         self._lowest: tuple[Tensor, Tensor] | None = None
 
     def observe(self, vector: Tensor, image: Tensor, squared: float | None = None) -> float:
-        """vᵀHv/vᵀv of a vector (P,) that is not zero, its image Hv (P,), and vᵀv if it is known."""
-        value = float(vector @ image) / (float(vector @ vector) if squared is None else squared)
+        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of a vector too short to square.
+
+        Raises:
+            NonFiniteError: it is infinite or not a number.
+        """
+        squared = float(vector @ vector) if squared is None else squared
+        if squared < torch.finfo(vector.dtype).tiny:
+            return 0.0
+        value = float(vector @ image) / squared
+        if not math.isfinite(value):
+            raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
         self._most = max(self._most, abs(value))
         if abs(value) <= 10.0 * torch.finfo(vector.dtype).eps * self._most:
             value = 0.0
@@ -54,6 +64,11 @@ class Curvature:
     def least(self) -> float | None:
         return self._least
 
+    @property
+    def most(self) -> float:
+        """The largest |vᵀHv/vᵀv| seen."""
+        return self._most
+
 
 class ImplicitProblem:
     """(H + δI) v = ∂F/∂θ and dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v at one point, matrix-free.
@@ -71,7 +86,7 @@ class ImplicitProblem:
     def __init__(
         self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor], damping: float
     ) -> None:
-        self._theta, self._phi = parameters("theta", theta), parameters("phi", phi)
+        self._theta, self._phi = inner_parameters(theta), parameters("phi", phi)
         self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
         self._inner, self._gradient = _differentiable_gradient(inner_loss, self._theta, self._phi)
         self._damping = damping
@@ -79,11 +94,6 @@ class ImplicitProblem:
         self.scale = float(self.right.norm())
         self.num_products = 0
         self.curvature = Curvature()
-
-    @property
-    def size(self) -> int:
-        """P, the number of inner parameters."""
-        return self.right.numel()
 
     def start(self, start: Tensors | None) -> Tensor | None:
         """A warm start, flat.
@@ -98,6 +108,13 @@ class ImplicitProblem:
         self.num_products += 1
         return flat(_contract(self._gradient, self._theta, unflat(vector, self._theta)), self._theta)
 
+    def _rounding(self, solution: Tensor) -> float:
+        """The relative residual that the rounding of one product leaves, with a few roundings for each entry."""
+        if self.scale == 0:
+            return 0.0
+        size = (self.curvature.most + self._damping) * float(solution.norm())
+        return 8.0 * torch.finfo(solution.dtype).eps * size / self.scale
+
     def result(
         self, solution: Tensor, *, tolerance: float | None, problems: Sequence[str] = (), next_step: float | None = None
     ) -> Hypergradient:
@@ -105,7 +122,7 @@ class ImplicitProblem:
 
         Args:
             solution: v, (P,).
-            tolerance: of the relative residual; None if none was asked for.
+            tolerance: of the relative residual; None if none was asked for. What rounding leaves of it is forgiven.
             problems: what went wrong in the solve.
             next_step: ρ, to hand on v + ρ (b - (H + δI) v) instead of v as the next start.
         """
@@ -114,19 +131,23 @@ class ImplicitProblem:
         self.num_products += 1
         image = flat(both[: len(self._theta)], self._theta)
         mixed = all_reached(both[len(self._theta) :])
-        if float(solution.norm()) > 0:
-            self.curvature.observe(solution, image)
+        self.curvature.observe(solution, image)
         residual = self.right - image - self._damping * solution
         residual_norm = float(residual.norm()) / self.scale if self.scale > 0 else 0.0
-        converged = tolerance is None or residual_norm <= tolerance
+        if not math.isfinite(residual_norm):
+            raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
+        converged = tolerance is None or residual_norm <= max(tolerance, self._rounding(solution))
         found = list(problems)
         if not converged and not found:
             found.append(
                 f"the linear solve ended at a relative residual of {residual_norm:.1e}, tolerance {tolerance:.1e}"
             )
         least = self.curvature.least
-        if least is not None and least < 0 and not any("curvature" in problem for problem in found):
-            found.append(f"the inner Hessian has curvature {least:.3g} along a direction: θ is not at a minimum")
+        if least is not None and least < 0:
+            found.append(
+                f"the inner Hessian has curvature {least:.3g} along a direction, without the damping "
+                f"{self._damping:.3g}: θ is not at a minimum"
+            )
         if next_step is not None:
             solution = solution + next_step * residual
         gradient = tuple(
@@ -144,6 +165,11 @@ class ImplicitProblem:
             problems=tuple(found),
             solution=unflat(solution, self._theta),
         )
+
+
+def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
+    """θ as leaves: how it was come by, maybe from φ, is no part of the losses. Raises as `parameters`."""
+    return tuple(t if t.is_leaf else t.detach().requires_grad_() for t in parameters("theta", theta))
 
 
 def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
@@ -205,7 +231,9 @@ def inner_gradient(
 
 
 def scalar(name: str, loss: Tensor) -> None:
-    """Refuses a loss that is no scalar, is detached or is not finite."""
+    """Refuses a loss that is no scalar tensor, is detached or is not finite."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{name}: expected a loss that is a tensor, got {type(loss).__name__}")
     if loss.ndim != 0:
         raise ValueError(f"{name}: expected a loss of shape (), got {tuple(loss.shape)}")
     if not loss.requires_grad:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import checks
 from .interface import Hypergradient, Loss, Tensors
-from .problem import all_finite, all_reached, inner_gradient, outer_gradients, parameters
+from .problem import all_finite, all_reached, inner_gradient, inner_parameters, outer_gradients, parameters
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Unrolled:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is not used."""
-        begin, phi = parameters("theta", theta), parameters("phi", phi)
+        begin, phi = inner_parameters(theta), parameters("phi", phi)
         return _backward(inner_loss, outer_loss, [begin], [self.steps], phi, self.learning_rate)
 
 
@@ -73,7 +73,7 @@ class Truncated:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is not used."""
-        begin, phi = parameters("theta", theta), parameters("phi", phi)
+        begin, phi = inner_parameters(theta), parameters("phi", phi)
         begin = descend(inner_loss, begin, phi, self.steps - self.backward_steps, self.learning_rate)
         return _backward(inner_loss, outer_loss, [begin], [self.backward_steps], phi, self.learning_rate)
 
@@ -101,7 +101,7 @@ class Recompute:
         *, start: Tensors | None = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`; start is not used."""
-        begin, phi = parameters("theta", theta), parameters("phi", phi)
+        begin, phi = inner_parameters(theta), parameters("phi", phi)
         length = math.isqrt(self.steps - 1) + 1
         lengths = [length] * (self.steps // length)
         if self.steps % length:
