@@ -116,23 +116,21 @@ class NormalCG:
             direction = gradient.clone()
             squared = _squared(gradient)
             for _ in range(self.max_iterations):
-                # Else the residual is outside the Hessian's range, but for rounding: nothing is left to descend along.
-                rounding = 4.0 * torch.finfo(residual.dtype).eps * (problem.curvature.most + self.damping) * norm
-                if squared**0.5 > rounding:
-                    image = product(direction)
-                    curved = _squared(image)
-                else:
-                    curved = 0.0
-                if curved == 0.0:
+                image = product(direction)
+                curved = _squared(image)
+                step = squared / curved if curved > 0 else 0.0
+                left = residual - step * image
+                before, norm = norm, float(left.norm())
+                # The residual falls at each step until what is left of it is outside the Hessian's range, when the
+                # gradient is rounding and so is the direction.
+                rounding = 4.0 * torch.finfo(residual.dtype).eps * (problem.curvature.most + self.damping) * before
+                if not norm < before or squared**0.5 <= rounding:
                     problems.append(
-                        f"the inner Hessian is singular along {norm / problem.scale:.1e} of ∂F/∂θ; regularise the "
+                        f"the inner Hessian is singular along {before / problem.scale:.1e} of ∂F/∂θ; regularise the "
                         "inner loss or give a damping"
                     )
                     break
-                step = squared / curved
-                solution += step * direction
-                residual -= step * image
-                norm = float(residual.norm())
+                solution, residual = solution + step * direction, left
                 if norm <= goal:
                     break
                 gradient = product(residual)
@@ -148,7 +146,8 @@ class Neumann:
     """A truncated Neumann series, v = α Σ_{k<K} (I - α(H + δI))ᵏ ∂F/∂θ (Lorraine et al. 2020, algorithm 3).
 
     What backpropagation through the last K steps of gradient descent of size α gives, without storing them. K
-    products, or fewer if rounding is reached; no warm start. Converges if 0 < α λ < 2 for all eigenvalues λ, which for an indefinite H no α does.
+    products, or fewer if rounding is reached; no warm start. Converges if 0 < α λ < 2 for all eigenvalues λ, which for
+    an indefinite H no α does.
 
     Attributes:
         terms: K.

@@ -16,8 +16,8 @@ class Hypergradient:
 
     Attributes:
         gradient: dF/dφ, one tensor for each of φ, of its shape.
-        inner_loss, outer_loss: L and F where the gradient was taken: at `theta` for a method that unrolls, else at the θ
-            of the call.
+        inner_loss, outer_loss: L and F where the gradient was taken: at `theta` for a method that unrolls, else at θ as
+            it came.
         residual_norm: how far the method's own equation is from being solved, measured, not estimated: ‖b - (H + δI) v‖
             / ‖b‖ of a linear system, 0 for b = 0. None for a method that solves no equation.
         num_products: how many products with the Hessian H of the inner loss were computed; a backward pass through a

@@ -43,6 +43,8 @@ class Curvature:
         do. Rayleigh-Ritz in two dimensions at each step (Knyazev 2001) finds it without storing them.
         """
         unit = vector.norm()
+        if float(unit) == 0.0:
+            return
         vector, image = vector / unit, image / unit
         if self._lowest is not None:
             lowest, lowest_image = self._lowest
