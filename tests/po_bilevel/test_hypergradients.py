@@ -660,9 +660,9 @@ def test_singular_systems_on_the_normal_equations(dtype):
         result = NormalCG()(*problem, theta, phi)
         assert not result.converged
         assert "singular" in result.problems[0] or "after" in result.problems[0]
-        # The right answer goes with the pseudo-inverse. κ(BᵀB) = κ(B)², and the normal equations square it.
+        # The right answer goes with the pseudo-inverse. κ(BᵀB) = κ(B)², and the normal equations square it; a thousand roundings.
         expected = Dense()(*problem, theta, phi).gradient[0]
-        error = 100.0 * torch.finfo(dtype).eps * float(torch.linalg.cond(matrix.double())) ** 4
+        error = 1000.0 * torch.finfo(dtype).eps * float(torch.linalg.cond(matrix.double())) ** 4
         scale = float(torch.linalg.pinv(matrix).norm() * target.norm())
         torch.testing.assert_close(result.gradient[0], expected, rtol=0.0, atol=min(1.0, error) * scale)
 
