@@ -1,8 +1,10 @@
 """Checkpoints of a training run: whole or absent, and only for the run that wrote them."""
 
 import dataclasses
+import functools
 import hashlib
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .errors import UsageError
 from .files import atomic
 from .losses import Batch
 
 # Changed when the contents change, so that an old file is refused and not misread.
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, state: Mapping[str, Any], configuration: Mapping[str, str]) -> None:
@@ -71,14 +74,22 @@ def describe(name: str, value: Any) -> dict[str, str]:
             f"{name}.{key}": f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
             for key, tensor in value.state_dict().items()
         }
-        return {name: type(value).__name__, **shapes}
+        return {name: " ".join(repr(value).split()), **shapes}
     if isinstance(value, Batch):
         digest = hashlib.sha256()
         for tensor in value:
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return {name: f"{tuple(value.inputs.shape)} and {tuple(value.target.shape)}, {digest.hexdigest()[:12]}"}
     if isinstance(value, Optimizer):
-        return {name: f"{type(value).__name__}({value.defaults})"}
+        groups = [{key: group[key] for key in group if key != "params"} for group in value.param_groups]
+        return {name: f"{type(value).__name__}({groups})"}
+    if isinstance(value, LRScheduler):
+        # Functions and other objects in it have an address, which says nothing.
+        return {name: f"{type(value).__name__}({re.sub(' at 0x[0-9a-f]+', '', repr(value.state_dict()))})"}
+    if isinstance(value, functools.partial):
+        parts = [describe("", part)[""] for part in (value.func, *value.args)]
+        parts += [f"{key}={describe('', part)['']}" for key, part in value.keywords.items()]
+        return {name: f"partial({', '.join(parts)})"}
     if dataclasses.is_dataclass(value) or value is None or isinstance(value, (int, float, str, tuple)):
         return {name: repr(value)}
     if not hasattr(value, "__qualname__"):

@@ -5,6 +5,7 @@ With the policy centred on E[y|x] and λ the entropy weight, the outer loss is l
 `residual_covariance` takes y minus a fitted mean, on rows that the fit has not seen unless it cannot overfit.
 """
 
+import math
 from collections.abc import Callable
 from typing import get_args
 
@@ -56,25 +57,32 @@ def optimal_precision(
         pseudo-inverse it is only semidefinite.
 
     Raises:
-        ValueError: a bad shape, λ, kind or ridge; or Σ (with its ridge) is singular where it has to be inverted.
+        TypeError: Σ is not floating.
+        ValueError: a bad shape, λ, kind or ridge; Σ is not finite, symmetric and semidefinite; or, with its ridge, is
+            singular where it has to be inverted.
     """
     op = "optimal_precision"
-    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise ValueError(f"{op}: covariance: expected shape (D, D), got {tuple(covariance.shape)}")
-    if not entropy_coef > 0:
-        raise ValueError(f"{op}: entropy_coef: expected a positive number, got {entropy_coef}")
+    dim = _check_covariance(op, covariance)
+    if not 0 < entropy_coef < math.inf:
+        raise ValueError(f"{op}: entropy_coef: expected a finite positive number, got {entropy_coef}")
     if kind not in get_args(PrecisionKind):
         raise ValueError(f"{op}: kind: expected one of {', '.join(map(repr, get_args(PrecisionKind)))}, got {kind!r}")
     if ridge is None:
         if kind != "full":
             raise ValueError(f"{op}: ridge: expected a number with kind={kind!r}, which inverts no matrix, got None")
-        # Summing N rows leaves a null direction's eigenvalue at some multiple of eps, which torch's own cut-off of
+        eigenvalues, vectors = torch.linalg.eigh(covariance)
+        # Summing many rows leaves a null direction's eigenvalue at some multiple of eps, which torch's own cut-off of
         # D eps may let pass and invert.
-        cutoff = torch.finfo(covariance.dtype).eps ** 0.5
-        return 0.5 * entropy_coef * torch.linalg.pinv(covariance, rtol=cutoff, hermitian=True)
-    if not ridge >= 0:
-        raise ValueError(f"{op}: ridge: expected a number of at least 0 or None, got {ridge}")
-    dim = covariance.shape[0]
+        cutoff = 100.0 * dim * torch.finfo(covariance.dtype).eps * eigenvalues[-1]
+        if not eigenvalues[-1] > 0 or eigenvalues[0] < -cutoff:
+            raise ValueError(
+                f"{op}: covariance: expected a positive semidefinite matrix that is not zero, got eigenvalues "
+                f"{eigenvalues.tolist()}"
+            )
+        inverse = torch.where(eigenvalues > cutoff, 1.0 / eigenvalues, 0.0)
+        return 0.5 * entropy_coef * (vectors * inverse) @ vectors.mT
+    if not 0 <= ridge < math.inf:
+        raise ValueError(f"{op}: ridge: expected a finite number of at least 0 or None, got {ridge}")
     variance = covariance.diagonal() + ridge
     if kind == "isotropic":
         _positive(op, variance.sum())
@@ -85,7 +93,7 @@ def optimal_precision(
     regular = covariance + ridge * torch.eye(dim, dtype=covariance.dtype, device=covariance.device)
     factor, failed = torch.linalg.cholesky_ex(0.5 * (regular + regular.mT))
     # A pivot lost to rounding leaves a factor, but not one whose inverse means anything.
-    floor = torch.finfo(covariance.dtype).eps * dim * variance.amax()
+    floor = torch.finfo(covariance.dtype).eps * dim * variance
     if failed or not (factor.diagonal().square() > floor).all():
         raise ValueError(
             f"{op}: covariance: expected a positive definite matrix for kind='full', got a singular one; "
@@ -133,6 +141,20 @@ def iterated_precision(
 def _rows(op: str, values: Tensor) -> None:
     if values.ndim != 2 or values.shape[0] < 1:
         raise ValueError(f"{op}: expected shape (N, D) with N of at least 1, got {tuple(values.shape)}")
+
+
+def _check_covariance(op: str, covariance: Tensor) -> int:
+    """Refuses what is no covariance, but for its definiteness; returns D."""
+    if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1] or covariance.shape[0] < 1:
+        raise ValueError(f"{op}: covariance: expected shape (D, D), got {tuple(covariance.shape)}")
+    if not covariance.is_floating_point():
+        raise TypeError(f"{op}: covariance: expected a floating tensor, got {covariance.dtype}")
+    if not covariance.isfinite().all():
+        raise ValueError(f"{op}: covariance: expected finite values, got others")
+    largest = covariance.abs().amax()
+    if not ((covariance - covariance.mT).abs() <= 1e-4 * largest).all():
+        raise ValueError(f"{op}: covariance: expected a symmetric matrix, got one that is not")
+    return covariance.shape[0]
 
 
 def _positive(op: str, variance: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The inner and the outer loss of reward learning (arXiv 2510.07624, eq. 2), for any policy of this package."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,15 +13,35 @@ from .policies import Policy
 class Batch(NamedTuple):
     """Rows of data: inputs x (N, in_features) and targets y, (N,) labels or (N, D) values.
 
-    Values may have R observations of each row, (R, N, D).
+    There may be R observations of each row: integer labels (R, N), values (R, N, D).
     """
 
     inputs: Tensor
     target: Tensor
 
+    @property
+    def row_axis(self) -> int:
+        """The axis of the target that counts rows."""
+        return int(self.target.ndim == (3 if self.target.is_floating_point() else 2))
+
+    def check(self, name: str) -> "Batch":
+        """Itself, if it has rows and a target for each.
+
+        Raises:
+            ValueError: it has not; names the argument `name`.
+        """
+        if self.inputs.ndim < 1 or len(self.inputs) < 1:
+            raise ValueError(f"{name}: expected at least one row, got inputs of shape {tuple(self.inputs.shape)}")
+        if self.target.ndim < 1 or self.target.shape[self.row_axis] != len(self.inputs):
+            raise ValueError(
+                f"{name}: expected a target for each of {len(self.inputs)} rows of inputs, got targets of shape "
+                f"{tuple(self.target.shape)}"
+            )
+        return self
+
     def rows(self, index: Tensor) -> "Batch":
         """The rows at the integer positions index (M,)."""
-        return Batch(self.inputs[index], self.target[:, index] if self.target.ndim == 3 else self.target[index])
+        return Batch(self.inputs[index], self.target.index_select(self.row_axis, index))
 
     def split(self, fraction: float, seed: int) -> tuple["Batch", "Batch"]:
         """The rows in two disjoint parts, such as those of the inner and of the outer loss.
@@ -52,6 +73,9 @@ class NegativeLogLikelihood:
 
     l2: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_l2(self, self.l2)
+
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
         return penalized(-policy.log_prob(batch.inputs, batch.target).mean(), policy, self.l2)
 
@@ -75,6 +99,9 @@ class PolicyGradient:
     advantage: str = "loo"
     l2: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check_l2(self, self.l2)
+
     def __call__(self, policy: Policy, reward: nn.Module, batch: Batch, seed: int) -> Tensor:
         options: dict[str, Any] = {"entropy_coef": self.entropy_coef, "advantage": self.advantage, "seed": seed}
         if self.estimator is not None:
@@ -82,6 +109,11 @@ class PolicyGradient:
         if self.num_samples is not None:
             options["num_samples"] = self.num_samples
         return penalized(policy.policy_loss(batch.inputs, batch.target, reward, **options), policy, self.l2)
+
+
+def _check_l2(loss: object, l2: float) -> None:
+    if not 0 <= l2 < math.inf:
+        raise ValueError(f"{type(loss).__name__}: l2: expected a finite number of at least 0, got {l2}")
 
 
 def penalized(loss: Tensor, policy: nn.Module, l2: float) -> Tensor:

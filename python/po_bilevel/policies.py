@@ -4,6 +4,7 @@ Each family also knows its log-likelihood, `log_prob`, and its policy-gradient l
 training code is the same for all of them.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
@@ -19,6 +20,8 @@ from .rewards import MatrixReward, SampledReward, TabularReward
 
 # Where log σ starts: σ = 1 before any data are seen.
 INITIAL_LOG_STD = 0.0
+# Of a bounded log σ, for standardised values.
+LOG_STD_BOUNDS = (-5.0, 2.0)
 
 Std = Literal["learned", "fixed", "bounded"]
 
@@ -61,30 +64,36 @@ class GaussianPolicy(Policy):
             log σ = low + (high - low) sigmoid(s). Clamping would stop the gradient at a bound, and two softpluses, one
             for each bound, let the one through that is applied first; this can pass neither.
         initial_log_std: where log σ is, or starts, for all x.
-        log_std_bounds: (low, high), of "bounded".
+        log_std_bounds: (low, high), of "bounded" only; (-5, 2) by default.
 
     Raises:
-        ValueError: an unknown std; fixed and state-dependent; bounds that leave initial_log_std outside.
+        ValueError: an unknown std; fixed and state-dependent; bounds without "bounded", or bounds that leave
+            initial_log_std outside.
     """
 
     def __init__(
         self, mean_network: nn.Module, log_std_network: nn.Module | None, dim: int, *, std: Std = "learned",
-        initial_log_std: float = INITIAL_LOG_STD, log_std_bounds: tuple[float, float] = (-5.0, 2.0),
+        initial_log_std: float = INITIAL_LOG_STD, log_std_bounds: tuple[float, float] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if std not in get_args(Std):
             raise ValueError(f"std: expected one of {', '.join(map(repr, get_args(Std)))}, got {std!r}")
         if std == "fixed" and log_std_network is not None:
             raise ValueError("std: expected 'learned' or 'bounded' for a state-dependent std, got 'fixed'")
-        low, high = log_std_bounds
-        if std == "bounded" and not low < initial_log_std < high:
+        if std != "bounded" and log_std_bounds is not None:
+            raise ValueError(f"log_std_bounds: expected None with std={std!r}, got {log_std_bounds}")
+        if not math.isfinite(initial_log_std):
+            raise ValueError(f"initial_log_std: expected a finite number, got {initial_log_std}")
+        low, high = log_std_bounds or LOG_STD_BOUNDS
+        if std == "bounded" and not -math.inf < low < initial_log_std < high < math.inf:
             raise ValueError(
-                f"log_std_bounds: expected bounds on both sides of initial_log_std = {initial_log_std}, "
-                f"got {log_std_bounds}"
+                f"log_std_bounds: expected finite bounds on both sides of initial_log_std = {initial_log_std}, "
+                f"got {(low, high)}"
             )
         self.mean_network = mean_network
         self.log_std_network = log_std_network
-        self.log_std_bounds = log_std_bounds if std == "bounded" else None
+        self.std = std
+        self.log_std_bounds = (low, high) if std == "bounded" else None
         start = initial_log_std
         if std == "bounded":
             start = float(torch.logit(torch.tensor((initial_log_std - low) / (high - low), dtype=torch.float64)))
@@ -93,6 +102,9 @@ class GaussianPolicy(Policy):
             self.register_buffer("log_std", torch.full((dim,), start))
         elif log_std_network is None:
             self.log_std = nn.Parameter(torch.full((dim,), start))
+
+    def extra_repr(self) -> str:
+        return f"std={self.std!r}" + (f", log_std_bounds={self.log_std_bounds}" if self.log_std_bounds else "")
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """x (*, in_features) -> mean (*, D), and log_std (*, D) if state-dependent, else (D,)."""
@@ -111,7 +123,7 @@ class GaussianPolicy(Policy):
         """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
         _accepted(self, reward, MatrixReward, "a MahalanobisReward")
         mean, log_std = self(inputs)
-        if target.shape != mean.shape:
+        if _repeated(self, target, mean.shape):
             mean = mean.expand(target.shape)
             log_std = log_std if log_std.ndim == 1 else log_std.expand(target.shape)
         if isinstance(reward, MatrixReward):
@@ -191,7 +203,7 @@ class FullGaussianPolicy(Policy):
         """See `GaussianPolicy.policy_loss`."""
         _accepted(self, reward, MatrixReward, "a MahalanobisReward")
         mean, scale_tril = self(inputs)
-        if target.shape != mean.shape:
+        if _repeated(self, target, mean.shape):
             mean = mean.expand(target.shape)
         if isinstance(reward, MatrixReward):
             return cast(Tensor, pk.mvn_policy_loss(mean, scale_tril, target, reward.precision(), **options))
@@ -241,7 +253,7 @@ class CategoricalPolicy(Policy):
         _accepted(self, reward, TabularReward, "a OneHotMahalanobisReward")
         logits = self(inputs)
         classes = logits.shape[-1]
-        if target.ndim >= logits.ndim:
+        if _repeated(self, target, logits.shape[:-1]):
             logits = logits.expand(*target.shape, classes)
         table = None
         if isinstance(reward, TabularReward):
@@ -251,7 +263,14 @@ class CategoricalPolicy(Policy):
             table = reward(one_hot[:, None], one_hot, inputs.new_empty(1, 1, 0))
         if table is not None:
             return cast(Tensor, pk.categorical_policy_loss(logits, target, table, **options))
-        labels = functional.one_hot(target, classes).to(logits.dtype)
+        if target.is_floating_point() or target.dtype == torch.bool:
+            raise TypeError(f"{type(self).__name__}.policy_loss: target: expected integer labels, got {target.dtype}")
+        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < classes:
+            raise ValueError(
+                f"{type(self).__name__}.policy_loss: target: expected labels from 0 to {classes - 1}, got labels from "
+                f"{int(target.min())} to {int(target.max())}"
+            )
+        labels = functional.one_hot(target.long(), classes).to(logits.dtype)
         samples, rewards, options = _scored(self, pk.categorical_sample, (logits,), inputs, labels, reward, options)
         return cast(Tensor, pk.categorical_surrogate_loss(logits, samples, rewards, **options))
 
@@ -268,6 +287,16 @@ class MLPCategorical(CategoricalPolicy):
 
     def __init__(self, in_features: int, num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__(mlp(in_features, hidden, num_classes))
+
+
+def _repeated(policy: Policy, target: Tensor, shape: torch.Size) -> bool:
+    """Whether a target has several observations of each row, R in front of the shape of one."""
+    if target.ndim - len(shape) not in (0, 1) or target.shape[target.ndim - len(shape) :] != shape:
+        raise ValueError(
+            f"{type(policy).__name__}.policy_loss: target: expected shape {tuple(shape)} or (R, *{tuple(shape)}) for "
+            f"these inputs, got {tuple(target.shape)}"
+        )
+    return target.ndim > len(shape)
 
 
 def _accepted(policy: Policy, reward: nn.Module, closed: type[nn.Module], such_as: str) -> None:

@@ -25,7 +25,7 @@ class PositivePrecision(nn.Module):
     """A learned symmetric positive definite matrix U, positive whatever the values of its parameters.
 
     isotropic: softplus(raw) + ε, one number; diagonal: the same for D numbers; full: L Lᵀ + ε I with L lower
-    triangular.
+    triangular, ε growing with the trace so that rounding leaves it positive.
 
     Args:
         dim: D.
@@ -52,30 +52,39 @@ class PositivePrecision(nn.Module):
             "diagonal": [(), (dim,)],
             "full": [(), (dim,), (dim, dim)],
         }
+        if not u.isfinite().all():
+            raise ValueError(f"precision: expected finite values, got {u.tolist()}")
         if tuple(u.shape) not in shapes[kind]:
             expected = " or ".join(map(str, shapes[kind]))
             raise ValueError(f"precision: expected shape {expected} for kind={kind!r}, got {tuple(u.shape)}")
         self.raw = nn.Parameter(self._invert(u))
 
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, kind={self.kind!r}"
+
     def forward(self) -> Tensor:
         """U as the fused losses take it: () isotropic, (D,) diagonal, (D, D) full."""
         if self.kind == "full":
             factor = torch.tril(self.raw)
-            return factor @ factor.mT + MIN_PRECISION * torch.eye(self.dim, dtype=factor.dtype, device=factor.device)
+            share = MIN_PRECISION + _relative(factor.dtype) * factor.square().sum()
+            return factor @ factor.mT + share * torch.eye(self.dim, dtype=factor.dtype, device=factor.device)
         return functional.softplus(self.raw) + MIN_PRECISION
 
     def _invert(self, u: Tensor) -> Tensor:
         """The raw parameters that give u."""
         if self.kind != "full":
             excess = (u if self.kind == "isotropic" else u.expand(self.dim)) - MIN_PRECISION
-            if not (excess > 0).all() or not excess.isfinite().all():
+            if not (excess > 0).all():
                 raise ValueError(f"precision: expected finite values above {MIN_PRECISION}, got {u.tolist()}")
             return excess + torch.log(-torch.expm1(-excess))
         matrix = u if u.ndim == 2 else torch.diag(u.expand(self.dim))
         scale = matrix.abs().amax()
         if not torch.allclose(matrix, matrix.mT, rtol=0.0, atol=1e-6 * float(scale)):
             raise ValueError("precision: expected a symmetric matrix, got one that is not")
-        excess = 0.5 * (matrix + matrix.mT) - MIN_PRECISION * torch.eye(self.dim, dtype=u.dtype, device=u.device)
+        relative = _relative(u.dtype)
+        trace = (matrix.trace() - self.dim * MIN_PRECISION) / (1.0 + self.dim * relative)
+        share = MIN_PRECISION + relative * trace
+        excess = 0.5 * (matrix + matrix.mT) - share * torch.eye(self.dim, dtype=u.dtype, device=u.device)
         factor, failed = torch.linalg.cholesky_ex(excess)
         if failed or not factor.isfinite().all():
             raise ValueError(
@@ -83,6 +92,11 @@ class PositivePrecision(nn.Module):
                 f"got eigenvalues {torch.linalg.eigvalsh(matrix).tolist()}"
             )
         return factor
+
+
+def _relative(dtype: torch.dtype) -> float:
+    """What is added to the diagonal of L Lᵀ in units of its trace: a few roundings of the largest entry."""
+    return 8.0 * torch.finfo(dtype).eps
 
 
 class MatrixReward(nn.Module, ABC):
@@ -263,11 +277,13 @@ class TableReward(TabularReward):
         table: R to start from, (C, C).
 
     Raises:
-        ValueError: a table of another shape.
+        TypeError, ValueError: no floating tensor, or one of another shape.
     """
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
+        if not isinstance(table, Tensor) or not table.is_floating_point():
+            raise TypeError(f"table: expected a floating tensor, got {getattr(table, 'dtype', type(table).__name__)}")
         if table.ndim != 2 or table.shape[0] != table.shape[1]:
             raise ValueError(f"table: expected shape (C, C), got {tuple(table.shape)}")
         self.values = nn.Parameter(table.detach().clone())
@@ -296,7 +312,15 @@ def one_hot_table(precision: Tensor, num_classes: int) -> Tensor:
 
     Returns:
         R, (C, C).
+
+    Raises:
+        ValueError: a precision of another shape.
     """
+    if tuple(precision.shape) not in ((), (num_classes,), (num_classes, num_classes)):
+        raise ValueError(
+            f"one_hot_table: precision: expected shape (), ({num_classes},) or ({num_classes}, {num_classes}), "
+            f"got {tuple(precision.shape)}"
+        )
     matrix = precision if precision.ndim == 2 else torch.diag(precision.expand(num_classes))
     weight = matrix.diagonal()
     return matrix + matrix.mT - weight[:, None] - weight[None, :]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import checkpoints
 from .errors import NonFiniteError
-from .hypergradients import HypergradientMethod, ImplicitCG, Tensors
+from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
 
@@ -39,8 +39,7 @@ class BatchStream:
     """
 
     def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
-        if data.inputs.shape[0] < 1:
-            raise ValueError("data: expected at least one row, got none")
+        data.check("data")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
         self._data = data
@@ -89,7 +88,8 @@ def train(
         stream: where batches and seeds come from.
         optimizer: any torch optimiser over parameters of the policy.
         steps: the most steps to take.
-        tolerance: stop after a step if the Euclidean norm of the last gradient that it used is at most this.
+        tolerance: stop after a step if the Euclidean norm of the last gradient that it used, before it was scaled, is
+            at most this.
         patience: stop after so many steps in a row whose loss did not fall below the least before; None for never.
         min_delta: by how much a loss has to fall below it to count.
         max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
@@ -100,33 +100,43 @@ def train(
         the loss at the start of the last step, and the number of steps taken.
 
     Raises:
+        ValueError: an option out of range, or an optimiser of parameters that the loss does not depend on.
         NonFiniteError: the loss or a parameter is infinite or not a number.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    value, least, since = float("nan"), float("inf"), 0
+    _check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
+    parameters = _trained(optimizer)
+    if not parameters:
+        raise ValueError("optimizer: expected parameters that require grad, got none")
+    value, least, since, norm = float("nan"), float("inf"), 0, 0.0
     for step in range(steps):
         batch, seed = stream.next()
 
         def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
+            nonlocal norm
             # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
             for parameter in parameters:
                 parameter.grad = None
             result = loss(policy, batch, seed)
+            if result.ndim != 0:
+                raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
             result.backward(inputs=parameters)
+            # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
+            # that is not finite makes the next loss so, or the parameters below.
             if max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+            elif tolerance > 0:
+                norm = _norm([p.grad for p in parameters if p.grad is not None])
             return result.detach()
 
         value = float(optimizer.step(closure))  # type: ignore[arg-type]
         _finite(f"the loss at step {step}", value)
+        if step == 0 and all(p.grad is None for p in parameters):
+            raise ValueError("optimizer: expected parameters that the loss depends on, got others")
         if scheduler is not None:
-            scheduler.step(value) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
+            _step(scheduler, value)
         if callback is not None:
             callback(step, value)
-        # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
-        # that is not finite makes the next loss so, or the parameters below.
         if tolerance > 0:
-            norm = _norm([p.grad for p in parameters if p.grad is not None])
             _finite(f"the gradient's norm at step {step}", norm)
             if norm <= tolerance:
                 return value, step + 1
@@ -220,7 +230,7 @@ class BilevelTrainer:
         outer_data: rows of the outer loss. Rows that the inner loss does not see keep a policy that can memorise
             its data from passing for a sharp reward.
         inner_optimizer: makes the policy's optimiser from its parameters.
-        outer_optimizer: the reward's optimiser.
+        outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time, not LBFGS.
         inner_steps: the most optimiser steps on the policy for each outer step; 0 for a hypergradient method that
             moves θ itself, as `Unrolled` and `BOME` do.
         inner_loss: (policy, reward, batch, seed) -> ().
@@ -231,18 +241,21 @@ class BilevelTrainer:
             untrained policy can be so long that an adaptive optimiser's averages remember little else.
         inner_scheduler: makes the inner loop's scheduler from the policy's optimiser, anew at each outer step, which
             starts from the optimiser's first learning rates: each is a problem of its own.
-        outer_scheduler: of the outer optimiser's learning rates, stepped after each outer step.
+        outer_scheduler: of the outer optimiser's learning rates, stepped after each outer step; `ReduceLROnPlateau` is
+            given the outer loss.
         keep_inner_state: keep the policy's optimiser from one outer step to the next. Quasi-Newton methods should
             not: what they remember of the curvature belongs to the reward of before.
         batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
         seed: of batches and samples.
-        checkpoint: file that `fit` writes, for `resume`; None for none. Whole or as it was before, never in between.
+        checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
+            before, never in between.
         checkpoint_every: outer steps between two writes.
         progress: False for no progress bar. With True there is one if standard error is a terminal.
         description: the label of the progress bar.
 
     Raises:
-        ValueError: a reward without parameters to learn, or an argument out of range.
+        ValueError: a reward without parameters to learn, an outer optimiser of other parameters than those, parameters
+            that are the policy's and the reward's, or an argument out of range.
     """
 
     def __init__(
@@ -268,28 +281,24 @@ class BilevelTrainer:
         keep_inner_state: bool = True,
         batch_size: int | None = None,
         seed: int = 0,
-        checkpoint: Path | None = None,
+        checkpoint: Path | str | None = None,
         checkpoint_every: int = 1,
         progress: bool = True,
         description: str = "outer steps",
     ) -> None:
-        for name, least, count in (
-            ("inner_steps", 0, inner_steps), ("patience", 1, patience), ("checkpoint_every", 1, checkpoint_every),
-        ):  # fmt: skip
-            if count is not None and count < least:
-                raise ValueError(f"{name}: expected at least {least}, got {count}")
-        for name, norm in (("max_grad_norm", max_grad_norm), ("max_outer_grad_norm", max_outer_grad_norm)):
-            if norm is not None and not norm > 0:
-                raise ValueError(f"{name}: expected a positive number or None, got {norm}")
+        _check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
+        _check_norm("max_outer_grad_norm", max_outer_grad_norm)
+        _check_count("checkpoint_every", checkpoint_every, 1)
         self.policy = policy
         self.reward = reward
         self._phi = [name for name, p in reward.named_parameters() if p.requires_grad]
         if not self._phi:
             raise ValueError("reward: expected parameters that require grad, got none to learn")
         self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
+        _check_parameters(policy, reward, outer_optimizer)
         self._stream = BatchStream(inner_data, batch_size, seed)
         self._inner_data = inner_data
-        self._outer_data = outer_data
+        self._outer_data = outer_data.check("outer_data")
         self._inner_optimizer = inner_optimizer
         self._outer_optimizer = outer_optimizer
         self._inner_steps = inner_steps
@@ -303,7 +312,12 @@ class BilevelTrainer:
         self._inner_scheduler = inner_scheduler
         self._outer_scheduler = outer_scheduler
         self._sampling = {"batch_size": batch_size, "seed": seed}
-        self._checkpoint = checkpoint
+        # Before they take a step.
+        self._outer_start = checkpoints.describe("outer_optimizer", outer_optimizer)
+        self._outer_start |= checkpoints.describe("outer_scheduler", outer_scheduler)
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self._checkpoint is not None and not self._checkpoint.parent.is_dir():
+            raise ValueError(f"checkpoint: expected a file in a folder that exists, got {str(checkpoint)!r}")
         self._checkpoint_every = checkpoint_every
         self._good: str | None = None
         self._keep_inner_state = keep_inner_state
@@ -331,6 +345,7 @@ class BilevelTrainer:
             ValueError, RuntimeError: as the hypergradient method.
             OSError: the checkpoint cannot be written.
         """
+        _check_count("outer_steps", outer_steps, 0)
         callbacks = [callback] if callable(callback) else list(callback)
         # disable=None is tqdm's own test for a terminal.
         with tqdm(
@@ -398,16 +413,16 @@ class BilevelTrainer:
     @functools.cached_property
     def _configuration(self) -> dict[str, str]:
         """Read once, for it reads all data."""
+        inner = self._new_optimizer()
         parts: dict[str, Any] = {
-            "policy": self.policy, "reward": self.reward, "learned": tuple(self._phi), "inner_data": self._inner_data,
-            "outer_data": self._outer_data, "inner_optimizer": self._new_optimizer(),
-            "outer_optimizer": self._outer_optimizer, "inner_steps": self._inner_steps, "inner_loss": self._inner_loss,
-            "outer_loss": self._outer_loss, "hypergradient": self._hypergradient, **self._loop,
-            "max_outer_grad_norm": self._max_outer_grad_norm,
-            "inner_scheduler": self._inner_scheduler, "outer_scheduler": type(self._outer_scheduler).__name__,
+            "policy": self.policy, "trained": tuple(self._theta), "reward": self.reward, "learned": tuple(self._phi),
+            "inner_data": self._inner_data, "outer_data": self._outer_data, "inner_optimizer": inner,
+            "inner_steps": self._inner_steps, "inner_loss": self._inner_loss, "outer_loss": self._outer_loss,
+            "hypergradient": self._hypergradient, **self._loop, "max_outer_grad_norm": self._max_outer_grad_norm,
+            "inner_scheduler": None if self._inner_scheduler is None else self._inner_scheduler(inner),
             "keep_inner_state": self._keep_inner_state, **self._sampling,
         }  # fmt: skip
-        text: dict[str, str] = {}
+        text = dict(self._outer_start)
         for name, value in parts.items():
             text |= checkpoints.describe(name, value)
         return text
@@ -416,31 +431,11 @@ class BilevelTrainer:
         """One outer step; see `fit`."""
         number = len(self.history)
         try:
-            _, inner_steps = self._train_policy()
-            theta = _named(self.policy, self._theta)
-            phi = _named(self.reward, self._phi)
-            # One batch and one seed for everything the method evaluates.
-            batch, seed = self._stream.next()
-
-            def inner(theta: Tensors, phi: Tensors) -> Tensor:
-                return self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
-
-            def outer(theta: Tensors, phi: Tensors) -> Tensor:
-                return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
-
-            result = self._hypergradient(inner, outer, theta, phi, start=self._solution)
+            inner_steps = self._train_policy()
+            result = self._take_hypergradient()
         except NonFiniteError as error:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
-        if result.theta is not None:
-            with torch.no_grad():
-                for parameter, value in zip(theta, result.theta, strict=True):
-                    parameter.copy_(value)
-        elif self._inner_steps == 0:
-            raise ValueError(
-                f"inner_steps: expected at least 1 with {type(self._hypergradient).__name__}, which leaves the policy "
-                "where it is, got 0"
-            )
-        self._solution = result.solution
+        phi = _named(self.reward, self._phi)
         done = OuterStep(
             step=number,
             inner_loss=result.inner_loss,
@@ -455,13 +450,7 @@ class BilevelTrainer:
             negative_curvature=result.negative_curvature,
             problems=result.problems,
         )
-        for parameter, gradient in zip(phi, result.gradient, strict=True):
-            parameter.grad = gradient
-        if self._max_outer_grad_norm is not None:
-            nn.utils.clip_grad_norm_(phi, self._max_outer_grad_norm)
-        self._outer_optimizer.step()
-        if self._outer_scheduler is not None:
-            self._outer_scheduler.step()
+        self._update_reward(phi, result)
         _finite(
             f"outer step {number}: the norm of the reward's parameters", _norm([p.detach() for p in phi]),
             self._last_good(),
@@ -469,15 +458,50 @@ class BilevelTrainer:
         self.history.append(done)
         return done
 
+    def _take_hypergradient(self) -> Hypergradient:
+        """The hypergradient where the policy is, which moves if the method moves it."""
+        theta = _named(self.policy, self._theta)
+        # One batch and one seed for everything the method evaluates.
+        batch, seed = self._stream.next()
+
+        def inner(theta: Tensors, phi: Tensors) -> Tensor:
+            return self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
+
+        def outer(theta: Tensors, phi: Tensors) -> Tensor:
+            return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
+
+        result = self._hypergradient(inner, outer, theta, _named(self.reward, self._phi), start=self._solution)
+        if result.theta is not None:
+            with torch.no_grad():
+                for parameter, value in zip(theta, result.theta, strict=True):
+                    parameter.copy_(value)
+        elif self._inner_steps == 0:
+            raise ValueError(
+                f"inner_steps: expected at least 1 with {type(self._hypergradient).__name__}, which leaves the policy "
+                "where it is, got 0"
+            )
+        self._solution = result.solution
+        return result
+
+    def _update_reward(self, phi: Tensors, result: Hypergradient) -> None:
+        for parameter, gradient in zip(phi, result.gradient, strict=True):
+            parameter.grad = gradient
+        if self._max_outer_grad_norm is not None:
+            nn.utils.clip_grad_norm_(phi, self._max_outer_grad_norm)
+        self._outer_optimizer.step()
+        if self._outer_scheduler is not None:
+            _step(self._outer_scheduler, result.outer_loss)
+
     def _last_good(self) -> str:
         return "" if self._good is None else f"; the last good checkpoint is {self._good}"
 
     def _new_optimizer(self) -> Optimizer:
         return self._inner_optimizer(list(_named(self.policy, self._theta)))
 
-    def _train_policy(self) -> tuple[float, int]:
+    def _train_policy(self) -> int:
+        """Takes inner steps; returns how many."""
         if self._inner_steps == 0:
-            return float("nan"), 0
+            return 0
         if self._optimizer is None or not self._keep_inner_state:
             self._optimizer = self._new_optimizer()
         scheduler = None
@@ -488,10 +512,11 @@ class BilevelTrainer:
                 group["initial_lr"] = group["lr"]
             scheduler = self._inner_scheduler(self._optimizer)
         with _frozen(self.reward):
-            return train(
+            _, steps = train(
                 self.policy, lambda policy, batch, seed: self._inner_loss(policy, self.reward, batch, seed),
                 self._stream, self._optimizer, self._inner_steps, scheduler=scheduler, **self._loop,  # type: ignore[arg-type]
             )  # fmt: skip
+        return steps
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
         """The loss with θ and φ in place of the modules' own parameters."""
@@ -512,6 +537,60 @@ class _Together(nn.Module):
 
     def forward(self, *arguments: object) -> Tensor:
         return self._loss(*arguments)
+
+
+def _check_loop(
+    steps: int, tolerance: float, patience: int | None, min_delta: float, max_grad_norm: float | None, prefix: str = ""
+) -> None:  # fmt: skip
+    """Refuses options that no loop can have; prefix is that of two of their names."""
+    _check_count(f"{prefix}steps", steps, 0)
+    if patience is not None:
+        _check_count("patience", patience, 1)
+    for name, value in ((f"{prefix}tolerance", tolerance), ("min_delta", min_delta)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    _check_norm("max_grad_norm", max_grad_norm)
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if value < least or value != int(value):
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+
+
+def _check_norm(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name}: expected a positive number or None, got {value}")
+
+
+def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Optimizer) -> None:
+    """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
+    if isinstance(outer_optimizer, torch.optim.LBFGS):
+        raise ValueError("outer_optimizer: expected one that takes a gradient at a time, got LBFGS")
+    moved = {id(p) for p in _trained(outer_optimizer)}
+    phi = {id(p): name for name, p in reward.named_parameters() if p.requires_grad}
+    if moved != set(phi):
+        missing = [name for key, name in phi.items() if key not in moved]
+        raise ValueError(
+            "outer_optimizer: expected the reward's parameters that require grad, got one that "
+            + (f"lacks {', '.join(missing)}" if missing else f"has {len(moved - set(phi))} others too")
+        )
+    for name, parameter in policy.named_parameters():
+        if id(parameter) in phi:
+            raise ValueError(
+                f"reward: expected parameters of its own, got {phi[id(parameter)]}, which is the policy's {name} too"
+            )
+
+
+def _trained(optimizer: Optimizer) -> list[Tensor]:
+    """What of an optimiser's parameters requires grad."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _step(scheduler: LRScheduler, loss: float) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    else:
+        scheduler.step()
 
 
 def _named(module: nn.Module, names: Sequence[str]) -> tuple[nn.Parameter, ...]:

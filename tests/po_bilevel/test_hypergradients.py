@@ -660,7 +660,7 @@ def test_singular_systems_on_the_normal_equations(dtype):
         result = NormalCG()(*problem, theta, phi)
         assert not result.converged
         assert "singular" in result.problems[0] or "after" in result.problems[0]
-        # The right answer goes with the pseudo-inverse. κ(BᵀB) = κ(B)², and the normal equations square it; a thousand roundings.
+        # The right answer goes with the pseudo-inverse. κ(BᵀB) = κ(B)², squared by the normal equations.
         expected = Dense()(*problem, theta, phi).gradient[0]
         error = 1000.0 * torch.finfo(dtype).eps * float(torch.linalg.cond(matrix.double())) ** 4
         scale = float(torch.linalg.pinv(matrix).norm() * target.norm())

@@ -227,7 +227,10 @@ def test_fixed_standard_deviations_stay(values):
     [
         ({"std": "free"}, "std: expected one of 'learned', 'fixed', 'bounded'"),
         ({"std": "fixed", "state_dependent_std": True}, "std: expected 'learned' or 'bounded'"),
-        ({"std": "bounded", "log_std_bounds": (0.5, 2.0)}, "log_std_bounds: expected bounds on both sides"),
+        ({"std": "bounded", "log_std_bounds": (0.5, 2.0)}, "log_std_bounds: expected finite bounds on both sides"),
+        ({"std": "bounded", "log_std_bounds": (-5.0, math.inf)}, "log_std_bounds: expected finite bounds"),
+        ({"log_std_bounds": (-1.0, 0.5)}, "log_std_bounds: expected None with std='learned'"),
+        ({"initial_log_std": math.nan}, "initial_log_std: expected a finite number"),
     ],
 )
 def test_bad_standard_deviations(options, message):
@@ -301,3 +304,25 @@ def test_batches_split_and_select(values):
         values.split(1.0, seed=0)
     with pytest.raises(ValueError, match="two rows"):
         values.rows(torch.tensor([0])).split(0.5, seed=0)
+
+
+@pytest.mark.parametrize("target", [(7, 1), (6, 3), (3,), (2, 2, 7, 3), (7,)], ids=str)
+@pytest.mark.parametrize("make", [LinearGaussian, LinearFullGaussian])
+def test_targets_of_other_shapes(make, target):
+    policy = make(2, 3)
+    with pytest.raises(ValueError, match=rf"{make.__name__}.policy_loss: target: expected shape \(7, 3\)"):
+        policy.policy_loss(torch.zeros(7, 2), torch.zeros(target), MahalanobisReward(3))
+
+
+def test_labels_of_other_shapes_and_types():
+    policy, reward, inputs = LinearCategorical(2, 3), MLPReward(3), torch.zeros(7, 2)
+    sampled = {"estimator": "dice", "num_samples": 2, "seed": 0}
+    with pytest.raises(ValueError, match=r"target: expected shape \(7,\)"):
+        policy.policy_loss(inputs, torch.zeros(7, 1, dtype=torch.int64), reward, **sampled)
+    with pytest.raises(TypeError, match="target: expected integer labels"):
+        policy.policy_loss(inputs, torch.zeros(7), reward, **sampled)
+    with pytest.raises(ValueError, match="target: expected labels from 0 to 2, got labels from 0 to 3"):
+        policy.policy_loss(inputs, torch.tensor([0, 1, 2, 3, 0, 0, 0]), reward, **sampled)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    losses = [policy.policy_loss(inputs, labels.to(d), reward, **sampled) for d in (torch.int32, torch.int64)]
+    assert torch.equal(*losses)

@@ -1,10 +1,13 @@
 """Rewards are positive and mean what they say; closed-form rewards are the outer optimum."""
 
+import math
+
 import pytest
 import torch
 from po_bilevel import (
     MahalanobisReward,
     OneHotMahalanobisReward,
+    PolicyGradient,
     PositivePrecision,
     TableReward,
     iterated_precision,
@@ -171,3 +174,53 @@ def test_iterated_precision_is_a_fixed_point():
     assert rounds == 1
     with pytest.raises(ValueError, match="rounds"):
         iterated_precision(residuals, start, 1.0, rounds=0)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_variances_of_very_different_size_are_kept_in_float32(scale):
+    covariance = torch.diag(torch.tensor([scale, 1e-4 * scale]))
+    for ridge in (0.0, None):
+        torch.testing.assert_close(
+            optimal_precision(covariance, 1.0, ridge=ridge), torch.diag(0.5 / covariance.diagonal())
+        )
+    torch.testing.assert_close(
+        optimal_precision(torch.diag(torch.tensor([1e8, 1.0])), 1.0), torch.diag(torch.tensor([0.5e-8, 0.5]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        (torch.tensor([[math.nan]]), "finite values"),
+        (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), "symmetric"),
+        (torch.diag(torch.tensor([1.0, -1.0])), "semidefinite"),
+        (torch.zeros(2, 2), "semidefinite"),
+        (torch.zeros(0, 0), "shape"),
+    ],
+)
+def test_what_is_no_covariance(covariance, message):
+    with pytest.raises(ValueError, match=f"optimal_precision: covariance: expected .*{message}"):
+        optimal_precision(covariance, 1.0, ridge=None)
+    with pytest.raises(TypeError, match="optimal_precision: covariance: expected a floating tensor"):
+        optimal_precision(torch.ones(1, 1, dtype=torch.int64), 1.0)
+
+
+def test_full_precision_is_positive_in_float32_whatever_its_parameters():
+    reward = MahalanobisReward(2, "full")
+    for raw in ([[8.0, 0.0], [8.0, 0.0]], [[1e3, 0.0], [-1e3, 1e-3]], [[0.0, 0.0], [0.0, 0.0]]):
+        with torch.no_grad():
+            reward.matrix.raw.copy_(torch.tensor(raw))
+        torch.linalg.cholesky(reward.precision())
+    start = torch.tensor([[300.0, 20.0], [20.0, 5.0]])
+    torch.testing.assert_close(MahalanobisReward(2, "full", start).precision(), start)
+
+
+def test_bad_rewards():
+    with pytest.raises(ValueError, match="precision: expected finite values"):
+        MahalanobisReward(2, "full", math.nan)
+    with pytest.raises(ValueError, match=r"one_hot_table: precision: expected shape \(\), \(4,\) or \(4, 4\)"):
+        one_hot_table(torch.eye(2), 4)
+    with pytest.raises(TypeError, match="table: expected a floating tensor"):
+        TableReward(torch.zeros(3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="PolicyGradient: l2: expected a finite number of at least 0"):
+        PolicyGradient(l2=-1.0)

@@ -190,9 +190,9 @@ def test_learned_reward_reaches_the_closed_form(kind, regression):
     assert history[0].reward.shape == u.shape
 
 
-def bilevel(data: Batch, **options) -> BilevelTrainer:
+def bilevel(data: Batch, *, reward: nn.Module | None = None, **options) -> BilevelTrainer:
     policy = seeded(LinearCategorical, 2, 3)
-    reward = OneHotMahalanobisReward(3).double()
+    reward = OneHotMahalanobisReward(3).double() if reward is None else reward
     arguments = {
         "inner_data": Batch(data.inputs[:60], data.target[:60]),
         "outer_data": Batch(data.inputs[60:], data.target[60:]),
@@ -420,6 +420,11 @@ def test_resuming_goes_on_to_the_bit(method, classes, tmp_path):
         ({"inner_loss": PolicyGradient(l2=0.05)}, ["inner_loss was", "'dice'", "estimator=None"]),
         ({"inner_optimizer": lambda p: torch.optim.SGD(p, lr=0.05)}, ["inner_optimizer was Adam", "is SGD"]),
         ({"batch_size": None, "seed": 1}, ["batch_size was 25 and is None", "seed was 0 and is 1"]),
+        (
+            {"inner_scheduler": lambda inner: torch.optim.lr_scheduler.ExponentialLR(inner, 0.9)},
+            ["inner_scheduler was ReduceLROnPlateau", "is ExponentialLR"],
+        ),
+        ({"inner_loss": functools.partial(PolicyGradient(l2=0.05))}, ["is partial(PolicyGradient("]),
     ],
 )
 def test_resuming_another_configuration_says_what_differs(options, parts, classes, tmp_path):
@@ -431,6 +436,36 @@ def test_resuming_another_configuration_says_what_differs(options, parts, classe
     for part in parts:
         assert part in str(caught.value)
     assert trainer.history == []
+
+
+def test_resuming_another_policy_scheduler_or_group(regression, tmp_path):
+    """What the class and the shapes do not tell."""
+    path = tmp_path / "run.pt"
+
+    def made(*, length=10, rate=0.1, frozen=False, **std):
+        policy, reward = seeded(LinearGaussian, 3, 2, **std), MahalanobisReward(2).double()
+        policy.mean_network.bias.requires_grad_(not frozen)
+        outer = torch.optim.Adam([{"params": list(reward.parameters()), "lr": rate}])
+        return BilevelTrainer(
+            policy, reward, inner_data=regression, outer_data=regression, inner_optimizer=torch.optim.Adam,
+            outer_optimizer=outer, outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, length),
+            inner_steps=2, hypergradient=ImplicitCG(0.1), progress=False, checkpoint=path,
+        )  # fmt: skip
+
+    made().fit(2)
+    assert len(made().resume(path)) == 2
+    for options, part in (
+        ({"std": "bounded"}, "std='bounded'"),
+        ({"length": 100}, "outer_scheduler was LinearLR"),
+        ({"rate": 0.3}, "outer_optimizer was Adam"),
+        ({"frozen": True}, "trained was"),
+    ):
+        trainer = made(**options)
+        before = [p.detach().clone() for p in trainer.policy.parameters()]
+        with pytest.raises(UsageError, match="expected the configuration that wrote") as caught:
+            trainer.resume(path)
+        assert part in str(caught.value)
+        assert all(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True))
 
 
 def test_resuming_on_other_data(classes, tmp_path):
@@ -537,16 +572,82 @@ def test_plateaus_lower_the_learning_rate_within_an_outer_step_only(classes):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inner_steps": -1}, "inner_steps: expected at least 0"),
-        ({"patience": 0}, "patience: expected at least 1"),
-        ({"checkpoint_every": 0}, "checkpoint_every: expected at least 1"),
+        ({"inner_steps": -1}, "inner_steps: expected an integer of at least 0"),
+        ({"patience": 0}, "patience: expected an integer of at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every: expected an integer of at least 1"),
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number"),
         ({"max_outer_grad_norm": -1.0}, "max_outer_grad_norm: expected a positive number"),
+        ({"inner_tolerance": float("nan")}, "inner_tolerance: expected a finite number"),
+        ({"min_delta": -1.0}, "min_delta: expected a finite number"),
+        ({"checkpoint": "absent/run.pt"}, "checkpoint: expected a file in a folder that exists, got 'absent/run.pt'"),
     ],
 )
 def test_options_of_the_trainer_out_of_range(options, message, classes):
     with pytest.raises(ValueError, match=message):
         bilevel(classes, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_grad_norm": -1.0}, "max_grad_norm: expected a positive number"),
+        ({"patience": 0}, "patience: expected an integer of at least 1"),
+        ({"tolerance": float("nan")}, "tolerance: expected a finite number"),
+        ({"steps": -3}, "steps: expected an integer of at least 0"),
+    ],
+)
+def test_options_of_a_loop_out_of_range(options, message, classes):
+    policy = seeded(LinearCategorical, 2, 3)
+    with pytest.raises(ValueError, match=message):
+        train_nll(policy, classes, torch.optim.SGD(policy.parameters(), lr=0.1), **({"steps": 3} | options))
+
+
+def test_optimizers_of_other_parameters(classes):
+    policy, other = seeded(LinearCategorical, 2, 3), seeded(LinearCategorical, 2, 3)
+    tied = OneHotMahalanobisReward(3).double()
+    tied.matrix.raw = policy.network.bias
+    with pytest.raises(ValueError, match=r"reward: expected parameters of its own, got matrix.raw, .*network.bias"):
+        BilevelTrainer(
+            policy, tied, inner_data=classes, outer_data=classes, inner_optimizer=lbfgs, inner_steps=1,
+            outer_optimizer=torch.optim.Adam(tied.parameters()), progress=False,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="optimizer: expected parameters that the loss depends on, got others"):
+        train_nll(policy, classes, torch.optim.SGD(other.parameters(), lr=0.1), 3)
+    reward, another = OneHotMahalanobisReward(3).double(), OneHotMahalanobisReward(3).double()
+    for parameters, message in (
+        (list(another.parameters()), "outer_optimizer: expected the reward's .* lacks matrix.raw"),
+        ([*reward.parameters(), *policy.parameters()], "outer_optimizer: expected the reward's .* has 2 others too"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bilevel(classes, reward=reward, outer_optimizer=torch.optim.Adam(parameters))
+    with pytest.raises(ValueError, match="got LBFGS"):
+        bilevel(classes, reward=reward, outer_optimizer=torch.optim.LBFGS(reward.parameters()))
+
+
+def test_frozen_parameters_stay(classes):
+    policy = seeded(LinearCategorical, 2, 3)
+    policy.network.bias.requires_grad_(False)
+    before = policy.network.bias.detach().clone()
+    loss, _ = train_nll(policy, classes, torch.optim.Adam(policy.parameters(), lr=0.1), 20)
+    assert torch.equal(policy.network.bias, before)
+    assert loss < math.log(3)
+
+
+def test_a_plateau_of_the_outer_loss_lowers_its_rate(classes):
+    reward = OneHotMahalanobisReward(3).double()
+    outer = torch.optim.SGD(reward.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(outer, patience=0, threshold=1e3, threshold_mode="abs")
+    bilevel(classes, reward=reward, outer_optimizer=outer, outer_scheduler=scheduler).fit(3)
+    assert outer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_batches_have_a_target_for_each_row():
+    inputs = torch.zeros(6, 2)
+    for target in (torch.zeros(7, 3), torch.zeros(2, 7, 3), torch.zeros(6, 2, dtype=torch.int64), torch.zeros(())):
+        with pytest.raises(ValueError, match="data: expected a target for each of 6 rows"):
+            BatchStream(Batch(inputs, target), None, 0)
+    labels = Batch(inputs, torch.arange(12).reshape(2, 6))
+    assert labels.rows(torch.tensor([1, 4])).target.tolist() == [[1, 4], [7, 10]]
 
 
 def test_trackers_get_every_step(classes, tmp_path, monkeypatch):
