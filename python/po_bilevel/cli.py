@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import tyro
 
 from . import plots, results
 from .errors import MissingDependencyError, NonFiniteError, UsageError
-from .experiments import classification, gaussian
+from .experiments import gaussian
 from .experiments.classification import ClassifyConfig
 from .experiments.gaussian import GaussianConfig
 from .experiments.registry import EXPERIMENTS
+from .experiments.runs import Outcome
 from .optional import require
 from .report import ReportConfig, report
 from .reproduce import ReproduceConfig, plan
@@ -28,8 +30,11 @@ from .sweep import SweepConfig, sweep
 from .sweep import check as check_sweep
 
 PROGRAM = "po-bilevel"
-# What the files of an experiment are called after.
-NAMES = {"dynamics": "dynamics", "generalise": "generalisation", "forgetting": "forgetting"}
+# What the files of an experiment are called after, by its command.
+NAMES = {
+    "classify": "classification", "gaussian": "gaussian", "dynamics": "dynamics", "generalise": "generalisation",
+    "forgetting": "forgetting",
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,60 +70,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def classify(config: ClassifyConfig) -> None:
-    """Runs the classification experiment, prints its table, and writes its files.
-
-    Raises:
-        UsageError, MissingDependencyError, NonFiniteError: as `classification.run`, or --out cannot be written to.
-    """
-    classification.check(config)
-    _prepare(config.out, config.plot)
-    outcome = classification.run(config)
-    paired = results.paired(outcome.rows, "nll")
-    _write(
-        "classification", config, outcome.rows,
-        {"curves": outcome.curves, "reward_paths": outcome.paths, "paired": paired}, outcome.warnings,
-        lambda path: plots.figure_of_classification(outcome, path), results.table(paired) if paired else "",
-    )  # fmt: skip
-
-
-def run_gaussian(config: GaussianConfig) -> None:
-    """Runs a Gaussian experiment, prints its table and the path of u, and writes its files.
-
-    Raises:
-        UsageError, MissingDependencyError, NonFiniteError: as `gaussian.run`, or --out cannot be written to.
-    """
-    gaussian.check(config)
-    _prepare(config.out, config.plot)
-    outcome = gaussian.run(config)
-    name = f"gaussian_figure{config.figure}"
-    _write(
-        name, config, outcome.rows, outcome.curves, outcome.warnings,
-        lambda path: plots.figure_of_gaussian(outcome, config.figure, path), gaussian.summary_of_paths(outcome),
-    )  # fmt: skip
-
-
 def run_experiment(config: Any) -> None:
     """Runs the experiment of a configuration, prints its table, and writes its files.
 
     Raises:
         UsageError, MissingDependencyError, NonFiniteError: as its `run`, or --out cannot be written to.
     """
+    command, experiment = next((n, e) for n, e in EXPERIMENTS.items() if type(config) is e.config)
+    experiment.check(config)
+    if config.plot:
+        # Better said now than after the run.
+        require("matplotlib", "plots")
+    _make_folder(config.out)
+    outcome = experiment.run(config)
+    name, curves = NAMES[command], outcome.curves
     if isinstance(config, GaussianConfig):
-        run_gaussian(config)
-    elif isinstance(config, ClassifyConfig):
-        classify(config)
+        name += f"_figure{config.figure}"
+        draw: Callable[..., None] = partial(plots.figure_of_gaussian, outcome, config.figure)
+        more = gaussian.summary_of_paths(outcome)
     else:
-        name, experiment = next((n, e) for n, e in EXPERIMENTS.items() if type(config) is e.config)
-        experiment.check(config)
-        _prepare(config.out, config.plot)
-        outcome = experiment.run(config)
+        draw = partial(plots.figure_of_summary, results.summarise(outcome.rows))
+        if isinstance(config, ClassifyConfig):
+            draw = partial(plots.figure_of_classification, outcome)
         paired = results.paired(outcome.rows, "nll")
-        _write(
-            NAMES[name], config, outcome.rows, {**outcome.curves, "paired": paired}, outcome.warnings,
-            lambda path: plots.figure_of_summary(results.summarise(outcome.rows), path),
-            results.table(paired) if paired else "",
-        )  # fmt: skip
+        curves, more = {**curves, "paired": paired}, results.table(paired) if paired else ""
+    _write(name, config, outcome, curves, draw, more)
 
 
 def run_sweep(config: SweepConfig) -> int:
@@ -162,20 +138,12 @@ def reproduce(config: ReproduceConfig) -> None:
     write_report(ReportConfig(config.out, plot=config.plot))
 
 
-def _prepare(out: Path, plot: bool) -> None:
-    """What is better said now than after the run."""
-    if plot:
-        require("matplotlib", "plots")
-    _make_folder(out)
-
-
 def _write(
-    experiment: str, config: Any, rows: list[results.Row], curves: dict[str, Any], warnings: list[str],
-    draw: Callable[[Path], None], more: str = "",
+    experiment: str, config: Any, outcome: Outcome, curves: dict[str, Any], draw: Callable[[Path], None], more: str
 ) -> None:  # fmt: skip
-    """Writes curves.json, the figure and results.json, then prints the table."""
+    """Writes curves.json, the figure and results.json, then prints the table and what more there is to say."""
     options = dataclasses.asdict(config) | {"out": str(config.out)}
-    document = results.document(experiment, options, rows)
+    document = results.document(experiment, options, outcome.rows)
     written = [config.out / "curves.json", config.out / "results.json"]
     results.write_json(written[0], curves)
     if config.plot:
@@ -189,7 +157,7 @@ def _write(
     if more:
         print(more)
     print("wrote " + ", ".join(map(str, written)), flush=True)
-    for warning in warnings:
+    for warning in outcome.warnings:
         print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
 
 

@@ -9,8 +9,7 @@ from .files import atomic
 from .optional import require
 
 if TYPE_CHECKING:
-    from .experiments import gaussian
-    from .experiments.classification import Outcome
+    from .experiments.runs import Outcome
 
 
 def figure_of_classification(outcome: "Outcome", path: Path) -> None:
@@ -20,11 +19,11 @@ def figure_of_classification(outcome: "Outcome", path: Path) -> None:
         MissingDependencyError: matplotlib is not installed.
         OSError: the folder cannot be written to.
     """
-    names = list(outcome.curves)
+    names = list(outcome.curves["curves"])
     figure = _figure(13, 3.6 * len(names))
     panels = figure.subplots(len(names), 3, squeeze=False)
     for (left, middle, right), name in zip(panels, names, strict=True):
-        for method, seeds in outcome.curves[name].items():
+        for method, seeds in outcome.curves["curves"][name].items():
             _band(left, [seed["nll"] for seed in seeds], method)
             _band(middle, [seed["accuracy"] for seed in seeds], method)
         left.set(title=f"{name}: test NLL", xlabel="optimiser step", ylabel="nats a row", yscale="log")
@@ -34,7 +33,7 @@ def figure_of_classification(outcome: "Outcome", path: Path) -> None:
     _save(figure, path)
 
 
-def figure_of_gaussian(outcome: "gaussian.Outcome", number: int, path: Path) -> None:
+def figure_of_gaussian(outcome: "Outcome", number: int, path: Path) -> None:
     """Figure 1, 2 or 3 of the Gaussian experiments.
 
     Raises:
@@ -73,7 +72,7 @@ def figure_of_summary(summary: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _moments(outcome: "gaussian.Outcome") -> Any:
+def _moments(outcome: "Outcome") -> Any:
     """Boxes over targets of the errors of the moments and of the likelihood."""
     figure = _figure(12, 3.8)
     methods = list(dict.fromkeys(row["method"] for row in outcome.rows))
@@ -90,7 +89,7 @@ def _moments(outcome: "gaussian.Outcome") -> Any:
     return figure
 
 
-def _densities(outcome: "gaussian.Outcome") -> Any:
+def _densities(outcome: "Outcome") -> Any:
     """Samples of the target, and the ellipses of one and two standard deviations that each method learned."""
     densities = dict(outcome.curves["densities"])
     target = densities.pop("target")
@@ -111,7 +110,7 @@ def _densities(outcome: "gaussian.Outcome") -> Any:
     return figure
 
 
-def _learned_path(outcome: "gaussian.Outcome") -> Any:
+def _learned_path(outcome: "Outcome") -> Any:
     """u over outer steps for each seed, their mean, and the optimum; beside it the outer loss."""
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
@@ -157,7 +156,7 @@ def _band(panel: Any, seeds: list[list[float]], label: str) -> None:
 def _reward(panel: Any, outcome: "Outcome", name: str) -> None:
     """The learned diagonal of U over outer steps, mean over seeds, and the outer loss on a second axis."""
     panel.set(title=f"{name}: learned reward", xlabel="outer step", ylabel="U_jj, mean over seeds")
-    paths = outcome.paths.get(name)
+    paths = outcome.curves["reward_paths"].get(name)
     if not paths:
         panel.text(0.5, 0.5, "no reward was learned", ha="center", va="center", transform=panel.transAxes)
         return

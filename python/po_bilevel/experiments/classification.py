@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -34,10 +34,9 @@ from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import SOLVED, lbfgs
 from ..optional import require
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
-from ..results import Row
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
 from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
-from .runs import check_counts, check_reals, first_step_of_torch, threads
+from .runs import Outcome, check_counts, check_reals, first_step_of_torch, threads
 
 Method = Literal[
     "nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned", "pg_learned_isotropic",
@@ -117,25 +116,6 @@ class ClassifyConfig:
     """Show progress bars on a terminal."""
 
 
-class Outcome(NamedTuple):
-    """What a run found.
-
-    Attributes:
-        rows: one for each data set, method and seed.
-        curves: for each data set and method a list over seeds of {"step", "nll", "accuracy"}, lists over optimiser
-            steps of the final training, on the test rows.
-        paths: for each data set a list over seeds of {"outer_loss", "precision"}, lists over outer steps; the
-            precision is the diagonal of U (of length C, or 1 if isotropic), or of the table. Those of other methods
-            than pg_learned are under "data set, method".
-        warnings: for people, what happened that makes a result less than it should be.
-    """
-
-    rows: list[Row]
-    curves: dict[str, dict[str, list[dict[str, list[float]]]]]
-    paths: dict[str, list[dict[str, list[Any]]]]
-    warnings: list[str]
-
-
 def check(config: ClassifyConfig) -> None:
     """Refuses options that no run can have.
 
@@ -176,6 +156,12 @@ def check(config: ClassifyConfig) -> None:
 def run(config: ClassifyConfig) -> Outcome:
     """Runs every method on every data set and seed.
 
+    Returns:
+        rows; "curves", for each data set and method a list over seeds of {"step", "nll", "accuracy"}, lists over
+        optimiser steps of the final training, on the test rows; "reward_paths", for each data set a list over seeds of
+        {"outer_loss", "precision"}, lists over outer steps, where the precision is the diagonal of U (of length C, or 1
+        if isotropic), or of the table. Those of other methods than pg_learned are under "data set, method".
+
     Raises:
         UsageError: an option or a data set that cannot be used.
         MissingDependencyError: scikit-learn or pandas is not installed.
@@ -186,7 +172,8 @@ def run(config: ClassifyConfig) -> Outcome:
     names = [table.name for table in tables]
     if len(set(names)) < len(names):
         raise UsageError(f"--dataset: expected files of different names, got {' '.join(names)}")
-    outcome = Outcome([], {name: {method: [] for method in config.methods} for name in names}, {}, [])
+    curves: dict[str, Any] = {name: {method: [] for method in config.methods} for name in names}
+    outcome = Outcome([], {"curves": curves, "reward_paths": {}}, [])
     total = len(tables) * config.seeds * len(config.methods)
     with (
         threads(config.threads),
@@ -214,7 +201,7 @@ def run_method(
     Raises:
         NonFiniteError: training diverged.
     """
-    outcome.curves.setdefault(name, {}).setdefault(method, [])
+    outcome.curves["curves"].setdefault(name, {}).setdefault(method, [])
     try:
         _Run(config, name, num_classes, splits, seed, method, outcome).run()
     except NonFiniteError as error:
@@ -270,7 +257,7 @@ class _Run:
     def _record(self, found: dict[str, float], u: float | None, seconds: float, curve: dict[str, list[float]]) -> None:
         row = {"dataset": self.name, "method": self.method, "seed": self.seed}
         self.outcome.rows.append(row | found | {"u": u, "seconds": seconds})
-        self.outcome.curves[self.name][self.method].append(curve)
+        self.outcome.curves["curves"][self.name][self.method].append(curve)
 
     def _estimator(self) -> None:
         """Fits an estimator to the training rows; its curve is the one point that it ends at."""
@@ -376,7 +363,7 @@ class _Run:
             path["outer_loss"].append(step.outer_loss)
             path["precision"].append(_diagonal(step.reward).tolist())
         key = self.name if self.method == "pg_learned" else f"{self.name}, {self.method}"
-        self.outcome.paths.setdefault(key, []).append(path)
+        self.outcome.curves["reward_paths"].setdefault(key, []).append(path)
         flawed = [step for step in history if step.problems]
         if flawed:
             self.outcome.warnings.append(

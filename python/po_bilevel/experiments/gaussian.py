@@ -25,11 +25,12 @@ from .. import hypergradients as h
 from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
+from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, LinearFullGaussian, MLPFullGaussian, MLPGaussian
 from ..results import Row
 from ..rewards import MahalanobisReward, PrecisionKind
 from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
-from .runs import check_counts, check_reals, first_step_of_torch, threads
+from .runs import Outcome, check_counts, check_reals, first_step_of_torch, threads
 
 Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -99,20 +100,6 @@ class GaussianConfig:
     """Show progress bars on a terminal."""
 
 
-class Outcome(NamedTuple):
-    """What a run found.
-
-    Attributes:
-        rows: one for each data set, method and seed.
-        curves: what the figure draws, by name.
-        warnings: for people, what happened that makes a result less than it should be.
-    """
-
-    rows: list[Row]
-    curves: dict[str, Any]
-    warnings: list[str]
-
-
 def check(config: GaussianConfig) -> None:
     """Refuses options that no run can have.
 
@@ -138,6 +125,9 @@ def check(config: GaussianConfig) -> None:
 
 def run(config: GaussianConfig) -> Outcome:
     """Runs the experiment of one figure.
+
+    Returns:
+        the rows, and the curves that the figure draws.
 
     Raises:
         UsageError: an option that cannot be used.
@@ -193,10 +183,7 @@ def _fitted(config: GaussianConfig, target: Target, method: Method, seed: int) -
             parameter.zero_()
     noisy = config.estimator != "analytic"
     if method == "nll" or not noisy:
-        optimizer: Optimizer = torch.optim.LBFGS(
-            policy.parameters(), max_iter=1, max_eval=25, tolerance_grad=1e-9, tolerance_change=1e-14,
-            line_search_fn="strong_wolfe",
-        )  # fmt: skip
+        optimizer: Optimizer = lbfgs(policy.parameters(), SOLVED)
         options: dict[str, Any] = {"steps": 200, "tolerance": SOLVED}
     else:
         optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)

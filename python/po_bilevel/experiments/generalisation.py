@@ -88,7 +88,7 @@ def run(config: GeneraliseConfig) -> Outcome:
     check(config)
     table = data.subset(data.load(config.dataset, config.target), config.max_rows)
     base = ClassifyConfig(outer_steps=config.outer_steps, progress=False)
-    found = classification.Outcome([], {}, {}, [])
+    found = Outcome([], {"curves": {}, "reward_paths": {}}, [])
     with threads(config.threads):
         first_step_of_torch()
         for seed, setting in each_run(config, settings(config)):
