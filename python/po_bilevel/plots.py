@@ -28,7 +28,7 @@ def figure_of_classification(outcome: "Outcome", path: Path) -> None:
             _band(middle, [seed["accuracy"] for seed in seeds], method)
         left.set(title=f"{name}: test NLL", xlabel="optimiser step", ylabel="nats a row", yscale="log")
         middle.set(title=f"{name}: test accuracy", xlabel="optimiser step", ylabel="fraction")
-        left.legend(fontsize="small")
+        left.legend(fontsize="x-small", framealpha=0.6)
         _reward(right, outcome, name)
     _save(figure, path)
 
@@ -154,20 +154,30 @@ def _band(panel: Any, seeds: list[list[float]], label: str) -> None:
 
 
 def _reward(panel: Any, outcome: "Outcome", name: str) -> None:
-    """The learned diagonal of U over outer steps, mean over seeds, and the outer loss on a second axis."""
+    """The learned diagonal of U over outer steps, mean over seeds, and the outer loss on a second axis.
+
+    Where several forms of a reward were learned, the mean of each form's diagonal.
+    """
     panel.set(title=f"{name}: learned reward", xlabel="outer step", ylabel="U_jj, mean over seeds")
-    paths = outcome.curves["reward_paths"].get(name)
-    if not paths:
-        panel.text(0.5, 0.5, "no reward was learned", ha="center", va="center", transform=panel.transAxes)
+    paths = outcome.curves["reward_paths"]
+    forms = {key.removeprefix(f"{name}, "): paths[key] for key in paths if key.startswith(f"{name}, ")}
+    if name in paths:
+        precision = np.array([path["precision"] for path in paths[name]]).mean(axis=0)
+        for dimension in range(precision.shape[1]):
+            label = "isotropic" if precision.shape[1] == 1 else f"U, class {dimension}"
+            panel.plot(precision[:, dimension], label=label)
+        forms["pg_learned"] = paths[name]
+    else:
+        for method, seeds in forms.items():
+            panel.plot(np.array([path["precision"] for path in seeds]).mean(axis=(0, 2)), label=method)
+    if not forms:
+        panel.text(0.5, 0.5, "no path of a reward", ha="center", va="center", transform=panel.transAxes)
         return
-    precision = np.array([path["precision"] for path in paths]).mean(axis=0)
-    for dimension in range(precision.shape[1]):
-        label = "isotropic" if precision.shape[1] == 1 else f"U, class {dimension}"
-        panel.plot(precision[:, dimension], label=label)
     heuristic = [row["u"] for row in outcome.rows if row["dataset"] == name and row["method"] == "pg_heuristic"]
     if heuristic:
         panel.axhline(float(np.mean(heuristic)), color="grey", linestyle="--", label="pg_heuristic")
-    panel.legend(fontsize="small", ncols=2 if precision.shape[1] > 4 else 1, loc="lower right", framealpha=0.6)
+    panel.legend(fontsize="small", ncols=2 if len(panel.lines) > 5 else 1, framealpha=0.6)
     loss = panel.twinx()
-    loss.plot(np.array([path["outer_loss"] for path in paths]).mean(axis=0), color="black", linestyle=":")
+    for seeds in forms.values():
+        loss.plot(np.array([path["outer_loss"] for path in seeds]).mean(axis=0), color="black", linestyle=":")
     loss.set_ylabel("outer loss (dotted), nats a row")

@@ -38,6 +38,10 @@ def plan(config: ReproduceConfig) -> list[Any]:
         "gaussian2": GaussianConfig(figure=2),
         "gaussian3": GaussianConfig(figure=3),
         "classification": ClassifyConfig(dataset=("wine", "iris", "breast_cancer", "digits"), methods=CLASSIFY),
+        "estimators": ClassifyConfig(
+            dataset=("wine", "iris", "breast_cancer", "digits"), outer_steps=30,
+            methods=("nll", "logistic_regression", "pg_learned_cv"),
+        ),
         "dynamics": DynamicsConfig(),
         "planning": DynamicsConfig(
             env="Pendulum-v1", transitions=2000, steps=2000, seeds=3, plan_episodes=2,
@@ -51,6 +55,7 @@ def plan(config: ReproduceConfig) -> list[Any]:
         "gaussian2": {},
         "gaussian3": {"seeds": 1, "outer_steps": 3, "inner_steps": 10},
         "classification": {"dataset": ("iris",), "seeds": 2, "outer_steps": 2, "steps": 20, "inner_steps": 10},
+        "estimators": {"dataset": ("iris",), "seeds": 2, "outer_steps": 2, "steps": 20, "inner_steps": 10},
         "dynamics": {"seeds": 1, "transitions": 600, "horizon": 60, "steps": 50, "outer_steps": 2, "inner_steps": 5},
         "planning": {
             "seeds": 1, "transitions": 600, "steps": 50, "outer_steps": 2, "plan_episodes": 1, "plan_steps": 3,
