@@ -55,16 +55,20 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> 
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """No transform, mode or subclass of tensor is looking: the kernel may be called without torch's dispatcher."""
+    """The kernel may be called without torch's dispatcher.
+
+    No transform, mode or subclass of tensor is looking, and no tensor is one whose memory does not hold its values: a
+    zero without storage, as autograd hands out, or a view that is to be negated.
+    """
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return False
     for x in tensors:  # noqa: SIM110, a generator takes longer than all of it
-        if type(x) not in _PLAIN:
+        if x is not None and (type(x) not in _PLAIN or x._is_zerotensor() or x.is_neg()):
             return False
     return True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _in_forward_mode() -> bool:

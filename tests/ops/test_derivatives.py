@@ -393,3 +393,43 @@ def test_the_hessian_in_log_std_has_the_right_sign(backend):
     rewards = -u * (samples - target).square().squeeze(-1)
     plain = -((rewards * pk.gaussian_log_prob(mean, log_std, samples, backend="reference")).mean(0)).sum()
     estimates(second_derivative(plain), -2 * u * (3 * sigma**2 + s**2))
+
+
+@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+def test_views_that_are_to_be_negated(backend):
+    """The imaginary part of a conjugate shares memory with that of the number, and has its sign elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    lazy = torch.view_as_complex(torch.randn(6, 3, 2, dtype=torch.float64, generator=generator)).conj().imag
+    assert lazy.is_neg()
+    target, scale = torch.zeros(6, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    results = []
+    for mean in (lazy, lazy.resolve_neg()):
+        mean = mean.detach().requires_grad_()
+        loss = pk.gaussian_policy_loss(mean, scale, target, 1.5, entropy_coef=0.2, backend=backend)
+        (gradient,) = torch.autograd.grad(loss, mean, create_graph=True)
+        (product,) = torch.autograd.grad(gradient, mean, lazy)
+        plain = pk.gaussian_policy_loss(mean.detach(), scale, target, 1.5, entropy_coef=0.2, backend=backend)
+        results.append((loss, gradient, product, plain))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["native", "numba"])
+def test_cotangents_in_batches(backend):
+    """By torch.func.vmap of a backward pass; torch's older ways are refused where a kernel would have to run."""
+    generator = torch.Generator().manual_seed(3)
+    mean, target = (torch.randn(7, 3, dtype=torch.float64, generator=generator) for _ in range(2))
+    log_std, precision = torch.zeros(3, dtype=torch.float64, requires_grad=True), torch.ones(3, dtype=torch.float64)
+    loss = pk.gaussian_policy_loss(
+        mean, log_std, target, precision, estimator="dice", num_samples=4, seed=1, backend=backend
+    )
+    (gradient,) = torch.autograd.grad(loss, log_std, create_graph=True)
+    basis = torch.eye(log_std.numel(), dtype=torch.float64).reshape(-1, *log_std.shape)
+    expected = torch.stack([torch.autograd.grad(gradient, log_std, v, retain_graph=True)[0] for v in basis])
+    got = torch.func.vmap(lambda v: torch.autograd.grad(gradient, log_std, v, retain_graph=True)[0])(basis)
+    torch.testing.assert_close(got, expected)
+    weights = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    scaled = torch.func.vmap(lambda w: torch.autograd.grad(loss, log_std, w, retain_graph=True)[0])(weights)
+    torch.testing.assert_close(scaled, weights.reshape(-1, *[1] * gradient.ndim) * gradient.detach())
+    with pytest.raises(RuntimeError, match=r"gaussian_policy_loss: .*is_grads_batched.*torch\.func\.vmap"):
+        torch.autograd.grad(gradient, log_std, basis, is_grads_batched=True)
