@@ -122,7 +122,6 @@ def write_report(config: ReportConfig) -> None:
     """
     if config.plot:
         require("matplotlib", "plots")
-    _make_folder(config.folder)
     print(f"wrote {report(config)}", flush=True)
 
 

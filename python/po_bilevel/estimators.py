@@ -6,8 +6,9 @@ likelihood is read on rows that its policy was trained on, so memorising them do
 The policy: one more, trained on all rows under that reward.
 
 Rows that occur more than once are put together and their weights added, and the rest of the fit sees the rows in an
-order of their own. So an integer weight is that many copies to the last bit, no copy is on both sides of a fold, and
-the order of the rows does not matter.
+order of their own. So an integer weight is that many copies to the last bit, and the order of the rows does not matter.
+Folds share out the weight, a unit at a time: copies are observations of their own, and a fold that had all of them
+would take from the others what they know of that x.
 
 The entropy weight λ is 1: rewards and λ matter through their ratio only.
 """
@@ -162,10 +163,11 @@ class _Bilevel(BaseEstimator):
     verbose: int
     policy_: Policy
     _reward: Any
+    _model: dict[str, Any]
 
     def _check_parameters(self) -> None:
         name = type(self).__name__
-        if self.reward not in self._rewards:
+        if not isinstance(self.reward, str) or self.reward not in self._rewards:
             raise UsageError(
                 f"{name}: reward: expected one of {', '.join(map(repr, self._rewards))}, got {self.reward!r}"
             )
@@ -177,10 +179,34 @@ class _Bilevel(BaseEstimator):
             value = getattr(self, option)
             if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
                 raise UsageError(f"{name}: {option}: expected a finite number of at least 0, got {value!r}")
-        if any(not isinstance(width, Integral) or width < 1 for width in self.hidden_layer_sizes):
+        if not isinstance(self.hidden_layer_sizes, (tuple, list, np.ndarray)) or any(
+            not isinstance(width, Integral) or width < 1 for width in self.hidden_layer_sizes
+        ):
             raise UsageError(
-                f"{name}: hidden_layer_sizes: expected integers of at least 1, got {self.hidden_layer_sizes!r}"
+                f"{name}: hidden_layer_sizes: expected a sequence of integers of at least 1, got "
+                f"{self.hidden_layer_sizes!r}"
             )
+
+    def _begin(self, features: int, outputs: int) -> bool:
+        """Forgets the last fit, unless this one goes on from it, which is returned.
+
+        Raises:
+            UsageError: warm_start, and the last fit was of another model.
+        """
+        model = {
+            "reward": self.reward, "hidden_layer_sizes": tuple(self.hidden_layer_sizes), "features": features,
+            "outputs": outputs,
+        }  # fmt: skip
+        warm = self.warm_start and hasattr(self, "policy_")
+        if warm and model != self._model:
+            raise UsageError(
+                f"{type(self).__name__}: warm_start: expected the model of the last fit, {self._model}, got {model}"
+            )
+        self._model = model
+        for name in ("precision_", "outer_losses_"):
+            if hasattr(self, name):
+                delattr(self, name)
+        return warm
 
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
         """M policies that start the same."""
@@ -190,14 +216,14 @@ class _Bilevel(BaseEstimator):
         """The loss that the policies are trained under before there is a reward."""
         raise NotImplementedError
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, folds: Tensor) -> tuple[nn.Module, _Rows]:
+    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, inside: Tensor) -> tuple[nn.Module, _Rows]:
         """The reward to start from, and the rows in the units that it is for.
 
         Args:
             policy: trained on all rows under `_first_loss`.
             together: with a member for each fold, trained on the other folds.
             rows: standardised.
-            folds: (N,), the fold of each row.
+            inside: (M, N), what of each row's weight is in each fold.
         """
         raise NotImplementedError
 
@@ -209,14 +235,15 @@ class _Bilevel(BaseEstimator):
             outputs: of the network: classes, or dimensions of y.
             strata: (N,) int64, of which each fold gets its share.
         """
+        warm = self._begin(rows.inputs.shape[1], outputs)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        members, features = min(self.folds, len(rows.inputs)), rows.inputs.shape[1]
-        folds = torch.from_numpy(_deal(strata, members, random))
-        inside = rows.weight * (folds == torch.arange(members)[:, None])
-        outside = rows.weight - inside
+        features = rows.inputs.shape[1]
+        inside = torch.from_numpy(_deal(strata, rows.weight.numpy(), self.folds, random))
+        members = len(inside)
+        outside = (rows.weight - inside).clamp(min=0.0)
         together = self._policy(members, features, outputs, seed)
-        if self.warm_start and hasattr(self, "policy_"):
+        if warm:
             policy, reward = copy.deepcopy(self.policy_), copy.deepcopy(self._reward)
             _spread(policy, together)
             rows = rows._replace(target=_in_units(rows.target, _network(policy).unit))
@@ -224,7 +251,7 @@ class _Bilevel(BaseEstimator):
             policy = self._policy(1, features, outputs, seed)
             self._train(policy, rows, rows.weight[None], self._first_loss(), ROUGHLY * self.tol)
             self._train(together, rows, outside, self._first_loss(), ROUGHLY * self.tol)
-            reward, rows = self._first_reward(policy, together, rows, folds)
+            reward, rows = self._first_reward(policy, together, rows, inside)
         if self.outer_steps > 0:
             self._learn(reward, together, rows, inside, outside)
         loss = _policy_gradient(reward)
@@ -303,7 +330,9 @@ class BilevelClassifier(ClassifierMixin, _Bilevel):
     """Softmax classifier trained by policy gradient under a reward for each pair of answer and label, learned too.
 
     With its defaults a linear model with the prior of `LogisticRegression()`: it differs in the loss, which asks for
-    the confidence that cross-validated likelihood finds right. See the module for how it is fitted.
+    the confidence that cross-validated likelihood finds right. See the module for how it is fitted. Time goes with the
+    folds and the updates, a hundred trainings of a linear model or more; with many classes of a dozen rows each a
+    reward says less than likelihood does, and `LogisticRegression` is better.
 
     Args:
         reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
@@ -412,7 +441,7 @@ class BilevelClassifier(ClassifierMixin, _Bilevel):
     def _first_loss(self) -> RowLoss:
         return _likelihood
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, folds: Tensor) -> tuple[nn.Module, _Rows]:
+    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, inside: Tensor) -> tuple[nn.Module, _Rows]:
         classes = len(self.classes_)
         if self.reward == "table":
             return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes)), rows
@@ -480,11 +509,6 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
         X, y, weight = _distinct(X, y.reshape(len(y), -1).astype(np.float64), weight)
         if len(X) < 2:
             raise UsageError(f"BilevelRegressor: X, y: expected at least two distinct samples, got {len(X)}")
-        if self.warm_start and hasattr(self, "policy_") and y.shape[1] != self._output_scaler.n_features_in_:
-            raise UsageError(
-                "BilevelRegressor: y: expected as many outputs as in the last fit with warm_start, "
-                f"{self._output_scaler.n_features_in_}, got {y.shape[1]}"
-            )
         self._scaler = StandardScaler().fit(X, sample_weight=weight)
         self._output_scaler = StandardScaler().fit(y, sample_weight=weight)
         rows = _Rows(
@@ -514,7 +538,12 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
             X: (N, F).
             n_samples: draws for each row.
             random_state: of the draws.
+
+        Raises:
+            UsageError: n_samples is no integer of at least 1.
         """
+        if not isinstance(n_samples, Integral) or n_samples < 1:
+            raise UsageError(f"BilevelRegressor: n_samples: expected an integer of at least 1, got {n_samples!r}")
         mean, factor = self._distribution(X)
         noise = check_random_state(random_state).standard_normal((n_samples, *mean.shape))
         return self._shaped(mean + np.einsum("nij,snj->sni", factor, noise))
@@ -545,12 +574,11 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
     def _first_loss(self) -> RowLoss:
         return _policy_gradient(MahalanobisReward(1, "isotropic").double())
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, folds: Tensor) -> tuple[nn.Module, _Rows]:
+    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, inside: Tensor) -> tuple[nn.Module, _Rows]:
         with torch.no_grad():
-            # Each row's mean is of the fold that did not train on it.
-            mean = together(rows.inputs)[0][folds, torch.arange(len(folds))]
-        share = (rows.weight / rows.weight.mean()).sqrt()[:, None]
-        covariance = residual_covariance(share * (rows.target - mean))
+            # Each around the mean of the member that did not train on it.
+            residual = (inside.sqrt()[:, :, None] * (rows.target - together(rows.inputs)[0])).flatten(0, 1)
+        covariance = residual_covariance(residual) * (len(residual) / rows.weight.sum())
         kind = cast(PrecisionKind, self.reward)
         variance = covariance.diagonal() + RIDGE
         # With residuals of one, the mean's weights and log σ have the same curvature, however good the fit.
@@ -602,10 +630,20 @@ def _distinct(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndar
     return rows[:, : X.shape[1]], rows[:, X.shape[1] :], np.bincount(index.reshape(-1), weight[weight > 0])
 
 
-def _deal(strata: np.ndarray, folds: int, random: np.random.RandomState) -> np.ndarray:
-    """A fold for each row, (N,) int64: rows of a stratum are shuffled, and dealt out in turn."""
+def _deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.RandomState) -> np.ndarray:
+    """What of each row's weight is in each fold, (M, N), M at most `folds`.
+
+    Rows of a stratum are shuffled and laid end to end, each as long as its weight; units of that length go to the folds
+    in turn. A unit is an observation, of weight one, or of the mean weight if that is less.
+    """
     order = random.permutation(len(strata))
     order = order[np.argsort(strata[order], kind="stable")]
-    dealt = np.empty(len(strata), dtype=np.int64)
-    dealt[order] = np.arange(len(strata)) % folds
+    ends = np.cumsum(weight[order]) / min(1.0, weight.mean())
+    members = min(folds, max(2, math.floor(ends[-1])))
+    # Of what lies below a place a fold has its units of whole rounds, and what the last round has reached of the next.
+    edges = np.concatenate([[0.0], ends])
+    rounds = np.floor(edges / members)
+    below = rounds + np.clip(edges - members * rounds - np.arange(members)[:, None], 0.0, 1.0)
+    dealt = np.empty((members, len(strata)))
+    dealt[:, order] = np.diff(below, axis=1) * min(1.0, weight.mean())
     return dealt

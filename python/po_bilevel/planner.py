@@ -12,24 +12,24 @@ from .transitions import environment
 
 # s (N, O), a (N, A) -> s' (N, O).
 Step = Callable[[Tensor, Tensor], Tensor]
-# s (N, O), a (N, A) -> the reward, (N,).
-Reward = Callable[[Tensor, Tensor], Tensor]
+# s (N, O), a (N, A), s' (N, O) -> the reward, (N,).
+Reward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _pendulum(observation: Tensor, action: Tensor) -> Tensor:
+def _pendulum(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """Of Pendulum-v1: observation (cos θ, sin θ, dθ/dt)."""
     angle = torch.atan2(observation[:, 1], observation[:, 0])
     return -(angle.square() + 0.1 * observation[:, 2].square() + 1e-3 * action[:, 0].square())
 
 
-def _inverted_pendulum(observation: Tensor, action: Tensor) -> Tensor:
+def _inverted_pendulum(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """Of InvertedPendulum-v5, one while |θ| < 0.2, made smooth so that a plan can be better than another."""
-    return 1.0 - (observation[:, 1] / 0.2).square() - 0.01 * observation[:, 0].square()
+    return 1.0 - (following[:, 1] / 0.2).square() - 0.01 * following[:, 0].square()
 
 
-def _reacher(observation: Tensor, action: Tensor) -> Tensor:
+def _reacher(observation: Tensor, action: Tensor, following: Tensor) -> Tensor:
     """Of Reacher-v5: the last two of the observation are from the target to the fingertip."""
-    return -observation[:, -2:].norm(dim=1) - 0.1 * action.square().sum(dim=1)
+    return -following[:, -2:].norm(dim=1) - action.square().sum(dim=1)
 
 
 REWARDS: dict[str, Reward] = {
@@ -47,7 +47,7 @@ def plan(
 
     Args:
         step: the model.
-        reward: of s and a.
+        reward: of s, a and s'.
         observation: s, (O,).
         start: actions to search around, (T, A).
         bounds: least and largest action, (A,) each.
@@ -65,8 +65,9 @@ def plan(
         state = observation.expand(population, -1)
         total = torch.zeros(population, dtype=start.dtype)
         for time in range(len(start)):
-            total += reward(state, actions[:, time])
-            state = step(state, actions[:, time])
+            following = step(state, actions[:, time])
+            total += reward(state, actions[:, time], following)
+            state = following
         # A model that runs off into infinity is no reason to follow it.
         best = actions[torch.nan_to_num(total, nan=-torch.inf).topk(elites).indices]
         mean, std = best.mean(dim=0), best.std(dim=0)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .experiments.runs import Outcome
 
 
+# Rows of panels in a figure: more take minutes to draw, and no one looks at them.
+MOST_PANELS = 60
+
+
 def figure_of_classification(outcome: "Outcome", path: Path) -> None:
     """Learning curves on the test rows, and the reward's path: one row of panels a data set.
 

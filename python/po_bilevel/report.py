@@ -12,7 +12,7 @@ from . import plots, results
 from .errors import UsageError
 from .files import atomic
 from .optional import require
-from .results import Row
+from .results import KEYS, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,18 @@ def report(config: ReportConfig) -> Path:
         the path of report.md.
 
     Raises:
-        UsageError: nothing to report on, or a file that cannot be read.
+        UsageError: no such folder, nothing to report on, a file that cannot be read, or a baseline that is nowhere.
         MissingDependencyError: matplotlib, or for a sweep pandas or pyarrow, is not installed.
     """
+    if not config.folder.is_dir():
+        raise UsageError(f"folder: expected a folder, got {str(config.folder)!r}")
     found = {path.parent: _rows(path) for path in sorted(config.folder.rglob("results.json"))}
     found |= {path.parent: _sweep_rows(path) for path in sorted(config.folder.rglob("manifest.json"))}
     if not any(found.values()):
         raise UsageError(f"folder: expected results.json or a sweep in {str(config.folder)!r}, found neither")
+    methods = {row["method"] for rows in found.values() for row in rows}
+    if config.baseline not in methods and config.baseline != ReportConfig.baseline:
+        raise UsageError(f"--baseline: expected one of {', '.join(sorted(methods))}, got {config.baseline}")
     lines = ["# Results", ""]
     for folder, rows in sorted(found.items()):
         if not rows:
@@ -49,7 +54,9 @@ def report(config: ReportConfig) -> Path:
         lines += [f"## {name}", "", "Mean ± 95% interval over seeds.", "", *markdown(results.summarise(rows)), ""]
         if paired := results.paired(rows, config.baseline):
             lines += [f"Differences to {config.baseline} on the same seed:", "", *markdown(paired), ""]
-        if config.plot:
+        if config.plot and len({row["dataset"] for row in rows}) > plots.MOST_PANELS:
+            lines += [f"No figure: it would have more than {plots.MOST_PANELS} rows of panels.", ""]
+        elif config.plot:
             image = f"{name.replace('/', '-')}.png"
             plots.figure_of_summary(results.summarise(rows), config.folder / image)
             lines += [f"![{name}]({image})", ""]
@@ -67,9 +74,12 @@ def markdown(summary: list[dict[str, Any]]) -> list[str]:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        return json.loads(path.read_text())["rows"]
-    except (ValueError, KeyError) as error:
+        rows = json.loads(path.read_text())["rows"]
+        if not all(set(KEYS) <= set(row) for row in rows):
+            raise KeyError(*KEYS)
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"folder: expected a results.json of a run, got {str(path)!r}: {error!r}") from None
+    return rows
 
 
 def _sweep_rows(manifest: Path) -> list[Row]:
@@ -77,12 +87,12 @@ def _sweep_rows(manifest: Path) -> list[Row]:
     pandas = require("pandas", "sklearn")
     require("pyarrow", "sklearn")
     try:
-        listed = json.loads(manifest.read_text())["runs"]
-    except (ValueError, KeyError) as error:
+        names = [run["id"] for run in json.loads(manifest.read_text())["runs"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"folder: expected a manifest of a sweep, got {str(manifest)!r}: {error!r}") from None
     rows: list[Row] = []
-    for run in listed:
-        path = manifest.parent / "runs" / f"{run['id']}.parquet"
+    for name in names:
+        path = manifest.parent / "runs" / f"{name}.parquet"
         if path.exists():
             for row in pandas.read_parquet(path).drop(columns="run").to_dict("records"):
                 rows.append({key: None if _absent(value) else value for key, value in row.items()})

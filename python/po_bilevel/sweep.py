@@ -11,7 +11,9 @@ A run is finished if its file is there, so that a sweep that was killed goes on 
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -63,7 +65,8 @@ class Run:
         id: of its options, the same in every sweep.
         experiment: its name.
         options: all that are not defaults.
-        label: what of the grid tells it from others besides data set and methods.
+        label: what of the grid tells it from others besides the data set, and the methods if no two lists of them have
+            one in common.
     """
 
     id: str
@@ -131,12 +134,12 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
         if apart
         else [{"seeds": content["seeds"]}]
     )
+    lists = [value if isinstance(value, list) else [value] for value in content["grid"].get("methods", [])]
+    named = {"dataset"} if sum(map(len, lists)) > len(set(itertools.chain(*lists))) else {"dataset", "methods"}
     found: dict[str, Run] = {}
     for point in itertools.product(*content["grid"].values()):
         chosen = dict(zip(content["grid"], point, strict=True))
-        label = ", ".join(
-            f"{name}={_text(value)}" for name, value in chosen.items() if name not in ("dataset", "methods")
-        )
+        label = ", ".join(f"{name}={_text(value)}" for name, value in chosen.items() if name not in named)
         for seed in seeds:
             options = content["options"] | chosen | seed
             key = json.dumps([content["experiment"], options], sort_keys=True)
@@ -163,10 +166,30 @@ def sweep(config: SweepConfig) -> list[str]:
         require("ray", "ray")
     folder = config.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    _manifest(config.out / "manifest.json", read(config.config), runs)
-    for left in folder.glob(".*"):
-        # Of a write that was killed.
-        left.unlink()
+    with _alone(config.out / ".lock"):
+        _manifest(config.out / "manifest.json", read(config.config), runs)
+        for left in folder.glob(".*"):
+            # Of a write that was killed.
+            left.unlink()
+        return _finish(config, runs, pandas)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other sweep runs in the folder of the file, which is held until this process ends, however it does."""
+    with path.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(
+                f"--out: expected a folder that no sweep is running in, got {str(path.parent)!r}; wait for it to end"
+            ) from None
+        yield
+
+
+def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:
+    """Runs what has no file yet, and puts all together when none failed; returns the failures."""
+    folder = config.out / "runs"
     waiting = [run for run in runs if not (folder / f"{run.id}.parquet").exists()]
     failures = []
     engine = _on_ray if config.engine == "ray" else _in_processes
@@ -219,7 +242,7 @@ def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text())["runs"]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--out: expected a sweep's manifest or none, got {str(path)!r}: {error}") from None
         if before != json.loads(json.dumps(listed)):
             raise UsageError(

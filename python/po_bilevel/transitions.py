@@ -116,7 +116,8 @@ def collect(
                 unit = np.clip(controller(observation) + noise * random.standard_normal(len(half)), -1.0, 1.0)
             action = middle + half * unit
             following, _, terminated, truncated, _ = env.step(action.astype(env.action_space.dtype))
-            rows.append((observation, action, following))
+            # Copies, for an environment may hand out a buffer of its own.
+            rows.append((np.array(observation), action, np.array(following)))
             episodes.append(episode)
             observation, steps = following, steps + 1
             if terminated or truncated or steps == horizon:
@@ -196,10 +197,12 @@ def load_minari(name: str, count: int | None = None) -> Transitions:
     episodes: list[np.ndarray] = []
     total = 0
     for episode in dataset.iterate_episodes():
-        if not isinstance(episode.observations, np.ndarray) or episode.observations.ndim != 2:
-            raise UsageError(f"--minari: expected observations that are vectors, got {name!r} without")
+        for what, values in (("observations", episode.observations), ("actions", episode.actions)):
+            vectors = isinstance(values, np.ndarray) and values.ndim == 2 and np.issubdtype(values.dtype, np.floating)
+            if not vectors:
+                raise UsageError(f"--minari: expected {what} that are vectors of real numbers, got {name!r} without")
         seen = episode.observations.astype(np.float64)
-        actions = np.asarray(episode.actions, dtype=np.float64).reshape(len(seen) - 1, -1)
+        actions = episode.actions.astype(np.float64)
         parts.append((seen[:-1], actions, seen[1:]))
         episodes.append(np.full(len(actions), len(episodes)))
         total += len(actions)

@@ -133,7 +133,7 @@ def check(config: ClassifyConfig) -> None:
     if any(width < 1 for width in config.hidden):
         raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
     check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance")
-    check_reals(config, "l2", "damping", zero=True)
+    check_reals(config, "l2", "damping", "first_seed", zero=True)
     if config.l2 == 0 and config.damping == 0 and any(method.startswith("pg_learned") for method in config.methods):
         raise UsageError(
             "--damping: expected a positive number with --l2 0, got 0: adding the same number to all logits changes "

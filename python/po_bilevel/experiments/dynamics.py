@@ -54,6 +54,8 @@ CONSTANT = 1e-8
 RIDGE = 1e-6
 # Where the spread counts as trained while U is learned: the Euclidean norm of the gradient.
 SOLVED = 1e-4
+# Where a learned U counts as found: the norm of the hypergradient, in nats a row.
+LEARNED = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,7 @@ class DynamicsConfig:
     outer_steps: int = 40
     """Updates of a learned reward."""
     inner_steps: int = 25
-    """Steps of adam between updates of a learned reward."""
+    """The most iterations of L-BFGS, on the spread, between updates of a learned reward."""
     outer_learning_rate: float = 0.2
     """Of adam for the reward's parameters at first; falls linearly to a tenth."""
     entropy_coef: float = 1.0
@@ -129,7 +131,7 @@ def check(config: DynamicsConfig) -> None:
         "threads",
     )  # fmt: skip
     check_reals(config, "learning_rate", "outer_learning_rate", "entropy_coef")
-    check_reals(config, "noise", "weight_decay", "plan_episodes", zero=True)
+    check_reals(config, "noise", "weight_decay", "plan_episodes", "first_seed", zero=True)
     if any(width < 1 for width in config.hidden):
         raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
     for option in ("test_fraction", "held_out_fraction"):
@@ -285,15 +287,18 @@ class _Problem:
         self._held_out_residuals()
         with torch.no_grad():
             fit, held_out = (Batch(self._regression(rows.inputs)[0], rows.target) for rows in (self.fit, self.held_out))
-        start = optimal_precision(residual_covariance(fit.target - fit.inputs), config.entropy_coef, kind, ridge=RIDGE)
+        covariance = residual_covariance(fit.target - fit.inputs)
+        # In units of the residuals U starts at λ/2 in all dimensions, whose ends are as far for one rate of Adam's.
+        variance = covariance.diagonal() + RIDGE
+        unit = (variance.mean().expand(self.dim) if kind == "isotropic" else variance).sqrt()
+        fit, held_out = (Batch(rows.inputs / unit, rows.target / unit) for rows in (fit, held_out))
+        start = optimal_precision(covariance / torch.outer(unit, unit), config.entropy_coef, kind, ridge=RIDGE)
         reward = MahalanobisReward(self.dim, kind, start)
         # Their inputs are the regression's means already.
         family = FullGaussianPolicy if kind == "full" else partial(GaussianPolicy, log_std_network=None)
         policy = family(mean_network=torch.nn.Identity(), dim=self.dim)
         _spread_under(policy, start, config.entropy_coef)
-        # Adam's steps are as long as its rate, whatever the size of the parameters: about U, or of a factor of it.
-        unit = float((start.diagonal().sqrt() if kind == "full" else start).min())
-        outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate * unit, betas=(0.5, 0.9))
+        outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
         trainer = BilevelTrainer(
             policy,
             reward,
@@ -317,7 +322,13 @@ class _Problem:
                 f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: {len(flawed)} of {len(history)} "
                 f"hypergradients were imperfect; the last: {flawed[-1].problems[0]}"
             )
-        return reward.precision().detach()
+        if history[-1].gradient_norm > LEARNED:
+            outcome.warnings.append(
+                f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: the reward is not at its optimum, where its "
+                f"gradient has norm {history[-1].gradient_norm:.2g}; raise --outer-steps or --outer-learning-rate"
+            )
+        u = reward.precision().detach()
+        return u / (unit[0].square() if kind == "isotropic" else torch.outer(unit, unit) if kind == "full" else unit**2)
 
     def _train(self, policy: Policy, method: Method, rows: Batch, precision: Tensor | None) -> None:
         config = self.config
@@ -347,11 +358,9 @@ class _Problem:
             return MLPGaussian(features, self.dim, hidden=self.config.hidden,
                                state_dependent_std=method in ("nll_state", "beta_nll"))  # fmt: skip
 
-    def _optimizer(self, parameters: list[torch.nn.Parameter], factor: float = 1.0) -> Optimizer:
+    def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
         config = self.config
-        return torch.optim.Adam(
-            parameters, lr=factor * config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        return torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
     def _moments(self, policy: Policy, method: Method, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Means and variances of standardised changes, (N, D)."""

@@ -102,6 +102,7 @@ def check(config: ForgettingConfig) -> None:
             raise UsageError(f"--{option}: expected at least one and each once, got {' '.join(value) or 'none'}")
     check_counts(config, "seeds", "steps", "outer_steps", "inner_steps", "threads")
     check_reals(config, "learning_rate", "outer_learning_rate", "target_accuracy", "target_rmse")
+    check_reals(config, "first_seed", zero=True)
     if any(width < 1 for width in config.hidden):
         raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
 

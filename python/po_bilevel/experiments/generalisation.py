@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..losses import Batch
 from . import classification
 from .classification import ClassifyConfig, Method
-from .runs import Outcome, check_counts, each_run, first_step_of_torch, threads
+from .runs import Outcome, check_counts, check_reals, each_run, first_step_of_torch, threads
 
 # The least rows of a class that a training fraction keeps, in the fitted and in the held-out part.
 LEAST = {"fit": 2, "held_out": 1}
@@ -68,6 +68,11 @@ def check(config: GeneraliseConfig) -> None:
     for option, values, most in (("noise", config.noise, 1.0), ("fractions", config.fractions, 1.0)):
         if not all(0 <= value <= most for value in values) or (option == "fractions" and 0 in values):
             raise UsageError(f"--{option}: expected numbers from 0 to 1, got {' '.join(map(str, values))}")
+    for option in ("noise", "fractions", "shifts"):
+        values = getattr(config, option)
+        if len(set(values)) < len(values):
+            raise UsageError(f"--{option}: expected each once, got {' '.join(map(str, values))}")
+    check_reals(config, "first_seed", zero=True)
     if any(not 0 <= value < float("inf") for value in config.shifts):
         raise UsageError(f"--shifts: expected finite numbers of at least 0, got {' '.join(map(str, config.shifts))}")
     if not config.noise + config.fractions + config.shifts:
