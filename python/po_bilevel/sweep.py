@@ -166,7 +166,7 @@ def sweep(config: SweepConfig) -> list[str]:
         require("ray", "ray")
     folder = config.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(config.out / ".lock"):
+    with _alone(config.out):
         _manifest(config.out / "manifest.json", read(config.config), runs)
         for left in folder.glob(".*"):
             # Of a write that was killed.
@@ -175,16 +175,20 @@ def sweep(config: SweepConfig) -> list[str]:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """No other sweep runs in the folder of the file, which is held until this process ends, however it does."""
-    with path.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(
-                f"--out: expected a folder that no sweep is running in, got {str(path.parent)!r}; wait for it to end"
-            ) from None
+def _alone(folder: Path) -> Iterator[None]:
+    """No other sweep runs in the folder, which is held until this process ends, however it does."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(held)
+        raise UsageError(
+            f"--out: expected a folder that no sweep is running in, got {str(folder)!r}; wait for it to end"
+        ) from None
+    try:
         yield
+    finally:
+        os.close(held)
 
 
 def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:

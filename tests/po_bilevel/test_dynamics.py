@@ -11,6 +11,7 @@ import torch
 from po_bilevel import UsageError, cli, planner, transitions
 from po_bilevel.experiments import dynamics
 from po_bilevel.experiments.dynamics import DynamicsConfig
+from po_bilevel.experiments.runs import Outcome
 
 SMALL = {
     "transitions": 300, "horizon": 30, "seeds": 1, "steps": 40, "outer_steps": 2, "inner_steps": 5, "hidden": (16,),
@@ -154,13 +155,45 @@ def test_the_parts_have_no_episode_in_common():
         dynamics._split(np.zeros(5), 0.2, 0.25, 0)
 
 
+@pytest.mark.parametrize("name", ["Pendulum-v1", "Reacher-v5"])
+def test_rewards_of_the_planner_are_those_of_the_environment(name):
+    with transitions.environment(name) as env:
+        observation, _ = env.reset(seed=0)
+        env.action_space.seed(0)
+        for _ in range(30):
+            action = env.action_space.sample()
+            following, reward, *_ = env.step(action)
+            ours = planner.REWARDS[name](*(torch.tensor(x[None], dtype=torch.float64)
+                                           for x in (observation, action, following)))  # fmt: skip
+            # Pendulum's observations are float32.
+            assert float(ours) == pytest.approx(float(reward), rel=1e-4, abs=1e-5)
+            observation = following
+
+
+@pytest.mark.parametrize("kind", ["isotropic", "diagonal", "full"])
+def test_a_learned_reward_is_the_closed_form_of_the_held_out_residuals(kind):
+    """Also of outputs whose noise differs a hundredfold and that are fitted far better than they are predicted."""
+    random = np.random.default_rng(0)
+    observations = random.standard_normal((900, 3))
+    noise = random.standard_normal((900, 3)) * [1.0, 0.1, 0.01]
+    data = transitions.Transitions(
+        "toy", observations, random.standard_normal((900, 1)), observations + np.sin(3.0 * observations) + noise,
+        np.arange(900) // 30,
+    )  # fmt: skip
+    problem = dynamics._Problem(DynamicsConfig(steps=300, hidden=(32,), progress=False), data, 0)
+    outcome = Outcome([], {}, [])
+    learned = problem._precision(f"pg_learned_{kind}", outcome)
+    torch.testing.assert_close(learned, problem._precision(f"pg_{kind}_residual", outcome), rtol=0.05, atol=0.0)
+    assert outcome.warnings == []
+
+
 def test_planning_with_the_truth():
     """A point that an action moves: the plan goes to zero and stays."""
     bounds = (-torch.ones(1), torch.ones(1))
     generator = torch.Generator().manual_seed(0)
     actions = planner.plan(
-        lambda s, a: s + a, lambda s, a: -s.square().sum(dim=1), torch.tensor([1.5]), torch.zeros(4, 1), bounds,
-        generator, population=256, elites=16, rounds=8,
+        lambda s, a: s + a, lambda s, *_: -s.square().sum(dim=1), torch.tensor([1.5]), torch.zeros(4, 1), bounds, generator,
+        population=256, elites=16, rounds=8,
     )  # fmt: skip
     state = 1.5 + actions.cumsum(dim=0)[:, 0]
     assert float(state[1].abs()) < 0.2

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import po_bilevel
 import pytest
-from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError
+from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError, estimators
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_blobs, make_regression
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
@@ -99,6 +100,41 @@ def test_a_weight_is_as_many_copies_to_the_bit(family):
     np.testing.assert_array_equal(copies.precision_, model.precision_)
 
 
+@pytest.mark.parametrize("features", [1, 3])
+def test_rows_that_repeat_are_observations(features):
+    """Few cells and noisy labels: the confidence that is learned is that of the cells' frequencies."""
+    random = np.random.default_rng(0)
+    inputs = random.integers(0, 2, (2400, features)).astype(float)
+    chance = 1.0 / (1.0 + np.exp(-(inputs - 0.5) @ np.linspace(3.0, -3.0, features)))
+    target = (random.random(2400) < chance).astype(int)
+    losses = [
+        log_loss(target[400:], model.fit(inputs[:400], target[:400]).predict_proba(inputs[400:]))
+        for model in (BilevelClassifier(random_state=0), LogisticRegression())
+    ]
+    assert losses[0] < losses[1] + 0.01
+    assert losses[0] < log_loss(target[400:], chance[400:]) + 0.03
+    values = np.round(inputs @ np.arange(1.0, features + 1) + 0.7 * random.standard_normal(2400))
+    model = BilevelRegressor(random_state=0).fit(inputs, values)
+    mean, std = model.predict(inputs, return_std=True)
+    assert std[0] == pytest.approx((values - mean).std(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "weight", [np.ones(23), np.array([200.0, 3.0, 7.0]), np.linspace(0.1, 1.9, 40), np.full(9, 1e-3)]
+)
+def test_folds_share_out_the_weight(weight):
+    strata = np.arange(len(weight)) % 2
+    dealt = estimators._deal(strata, weight, 5, np.random.RandomState(0))
+    np.testing.assert_allclose(dealt.sum(axis=0), weight, rtol=1e-12)
+    assert (dealt >= 0).all()
+    shares = dealt.sum(axis=1) / min(1.0, weight.mean())
+    # In turn: no fold is a unit ahead of another.
+    assert shares.max() - shares.min() <= 1.0 + 1e-9
+    for each in (0, 1):
+        part = dealt[:, strata == each].sum(axis=1) / min(1.0, weight.mean())
+        assert part.max() - part.min() <= 2.0 + 1e-9
+
+
 def test_pickle_pipeline_and_search(iris, fitted):
     inputs, target = iris
     np.testing.assert_array_equal(
@@ -172,6 +208,8 @@ def test_regressor_of_one_output():
         (BilevelClassifier(folds=1), ["folds", "at least 2", "got 1"]),
         (BilevelClassifier(l2=-1.0), ["l2", "at least 0", "-1.0"]),
         (BilevelClassifier(hidden_layer_sizes=(0,)), ["hidden_layer_sizes", "at least 1"]),
+        (BilevelClassifier(hidden_layer_sizes=8), ["BilevelClassifier: hidden_layer_sizes: expected a sequence"]),
+        (BilevelClassifier(np.array(["full", "table"])), ["BilevelClassifier: reward"]),
         (BilevelRegressor(max_iter=2.5), ["max_iter", "integer", "2.5"]),
     ],
 )
@@ -180,6 +218,27 @@ def test_bad_parameters(estimator, parts):
         estimator.fit(np.eye(4), [0, 1, 0, 1])
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_another_fit_starts_from_nothing(iris):
+    model = BilevelClassifier(outer_steps=1, folds=2).fit(*iris)
+    model.set_params(reward="table", outer_steps=0).fit(*iris)
+    assert not hasattr(model, "precision_")
+    assert not hasattr(model, "outer_losses_")
+
+
+@pytest.mark.parametrize(
+    "change", [{"reward": "table"}, {"reward": "isotropic"}, {"hidden_layer_sizes": (4,)}], ids=str
+)
+def test_a_warm_start_is_of_the_same_model(iris, change):
+    model = BilevelClassifier(outer_steps=1, folds=2, warm_start=True).fit(*iris)
+    with pytest.raises(UsageError, match="BilevelClassifier: warm_start: expected the model of the last fit"):
+        model.set_params(**change).fit(*iris)
+    model = BilevelRegressor(outer_steps=1, folds=2, warm_start=True).fit(iris[0][:, :3], iris[0][:, 3])
+    with pytest.raises(UsageError, match=r"BilevelRegressor: warm_start: .*'features': 3.* got .*'features': 2"):
+        model.fit(iris[0][:, :2], iris[0][:, 3])
+    with pytest.raises(UsageError, match="n_samples: expected an integer of at least 1, got 0"):
+        model.sample(iris[0][:, :3], 0)
 
 
 def test_what_cannot_be_fitted(iris):

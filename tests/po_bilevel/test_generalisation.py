@@ -87,6 +87,8 @@ def test_forgetting_regression():
         (generalisation.run, GeneraliseConfig(fractions=(0.0,)), ["--fractions"]),
         (generalisation.run, GeneraliseConfig(noise=(), fractions=(), shifts=()), ["at least one"]),
         (generalisation.run, GeneraliseConfig(shifts=(-1.0,)), ["--shifts", "-1.0"]),
+        (generalisation.run, GeneraliseConfig(noise=(0.1, 0.1)), ["--noise", "each once", "0.1 0.1"]),
+        (generalisation.run, GeneraliseConfig(first_seed=-1), ["--first-seed", "at least 0", "-1"]),
         (generalisation.run, GeneraliseConfig(methods=()), ["--methods", "none"]),
         (forgetting.run, ForgettingConfig(tasks=("digits", "digits")), ["--tasks", "digits digits"]),
         (forgetting.run, ForgettingConfig(steps=0), ["--steps", "at least 1"]),

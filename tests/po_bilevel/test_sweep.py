@@ -9,7 +9,7 @@ import time
 
 import pandas as pd
 import pytest
-from po_bilevel import UsageError, cli
+from po_bilevel import UsageError, cli, sweep
 from po_bilevel.report import ReportConfig, report
 from po_bilevel.sweep import read, runs_of
 
@@ -140,6 +140,49 @@ def test_a_folder_of_another_sweep(tmp_path, capsys):
 def test_an_experiment_without_a_first_seed_is_one_run():
     (run,) = runs_of({"experiment": "gaussian", "seeds": 3, "options": {"figure": 3}, "grid": {}})
     assert run.options == {"figure": 3, "seeds": 3}
+
+
+def test_methods_in_two_lists_tell_runs_apart():
+    def labels(methods):
+        content = {"experiment": "classify", "seeds": 1, "options": {"dataset": "iris"}, "grid": {"methods": methods}}
+        return [run.label for run in runs_of(content)]
+
+    assert labels([["nll"], ["pg_identity"]]) == ["", ""]
+    assert labels([["nll"], ["nll", "pg_identity"]]) == ["methods=nll", "methods=nll pg_identity"]
+
+
+def test_one_sweep_at_a_time_in_a_folder(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with sweep._alone(out):
+        assert cli.main(["sweep", written(tmp_path), "--out", str(out)]) == 2
+    assert "no sweep is running in" in capsys.readouterr().err
+    with sweep._alone(out):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("results.json", "[1, 2]"), ("results.json", '{"rows": [{"a": 1}]}'), ("results.json", '{"rows": {"a": 1}}'),
+        ("manifest.json", "[]"), ("manifest.json", '{"runs": [{"x": 1}]}'),
+    ],
+)  # fmt: skip
+def test_reports_of_other_files(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=f"folder: expected a .*{name}"):
+        report(ReportConfig(tmp_path, plot=False))
+
+
+def test_a_report_of_a_folder_and_a_baseline_that_are_not_there(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "absent"), "--no-plot"]) == 2
+    assert not (tmp_path / "absent").exists()
+    assert "expected a folder" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text(
+        json.dumps({"rows": [{"dataset": "d", "method": "nll", "seed": 0, "accuracy": 1.0}]})
+    )
+    with pytest.raises(UsageError, match="--baseline: expected one of nll, got mle"):
+        report(ReportConfig(tmp_path, baseline="mle", plot=False))
 
 
 def test_nothing_to_report(tmp_path):
