@@ -192,8 +192,8 @@ def test_planning_with_the_truth():
     bounds = (-torch.ones(1), torch.ones(1))
     generator = torch.Generator().manual_seed(0)
     actions = planner.plan(
-        lambda s, a: s + a, lambda s, *_: -s.square().sum(dim=1), torch.tensor([1.5]), torch.zeros(4, 1), bounds, generator,
-        population=256, elites=16, rounds=8,
+        lambda s, a: s + a, lambda s, *_: -s.square().sum(dim=1), torch.tensor([1.5]), torch.zeros(4, 1), bounds,
+        generator, population=256, elites=16, rounds=8,
     )  # fmt: skip
     state = 1.5 + actions.cumsum(dim=0)[:, 0]
     assert float(state[1].abs()) < 0.2

@@ -234,11 +234,16 @@ def test_a_warm_start_is_of_the_same_model(iris, change):
     model = BilevelClassifier(outer_steps=1, folds=2, warm_start=True).fit(*iris)
     with pytest.raises(UsageError, match="BilevelClassifier: warm_start: expected the model of the last fit"):
         model.set_params(**change).fit(*iris)
-    model = BilevelRegressor(outer_steps=1, folds=2, warm_start=True).fit(iris[0][:, :3], iris[0][:, 3])
+    inputs = iris[0].to_numpy()
+    model = BilevelRegressor(outer_steps=1, folds=2, warm_start=True).fit(inputs[:, :3], inputs[:, 3])
     with pytest.raises(UsageError, match=r"BilevelRegressor: warm_start: .*'features': 3.* got .*'features': 2"):
-        model.fit(iris[0][:, :2], iris[0][:, 3])
+        model.fit(inputs[:, :2], inputs[:, 3])
+
+
+def test_a_number_of_samples_that_is_none():
+    model = BilevelRegressor(outer_steps=0, folds=2).fit(np.eye(4), np.arange(4.0))
     with pytest.raises(UsageError, match="n_samples: expected an integer of at least 1, got 0"):
-        model.sample(iris[0][:, :3], 0)
+        model.sample(np.eye(4), 0)
 
 
 def test_what_cannot_be_fitted(iris):
