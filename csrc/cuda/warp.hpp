@@ -1,0 +1,93 @@
+// The threads that share a row, a warp, and those that share a block's memory; and both on the host, which runs the
+// same kernels without a GPU.
+//
+// Kernels are written from the view of a whole warp: what lies outside the bodies of each, fold and sum is the same in
+// all its threads. Hence the host needs one pass through that code, and runs the bodies one after another, in either
+// order: a body that reads what another one of the same call writes then gives other results. Sums are added up in the
+// order of the device.
+#pragma once
+
+#include "po_kernels/team.hpp"
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+constexpr int kLanes = 32;
+
+// On the host, runs the bodies of each from the last to the first.
+enum class Order { forward, backward };
+
+template <class Body>
+inline void in_order(Order order, int64_t count, Body body) {
+  for (int64_t i = 0; i < count; ++i) body(order == Order::forward ? i : count - 1 - i);
+}
+
+#if defined(__CUDACC__)
+template <class V>
+__device__ __forceinline__ V shuffled(V x, int offset) {
+  return __shfl_xor_sync(0xffffffffu, x, offset);
+}
+template <class V>
+__device__ __forceinline__ Dual<V> shuffled(Dual<V> x, int offset) {
+  return {shuffled(x.v, offset), shuffled(x.t, offset)};
+}
+#endif
+
+struct Warp {
+  Order order;
+
+  template <class Body>
+  PK_FN void each(int64_t count, Body body) const {
+#if defined(__CUDA_ARCH__)
+    for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) body(i);
+    __syncwarp();
+#else
+    in_order(order, count, body);
+#endif
+  }
+
+  template <class V, class Term, class Combine>
+  PK_FN V fold(int64_t count, V start, Term term, Combine combine) const {
+#if defined(__CUDA_ARCH__)
+    V mine = start;
+    for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) mine = combine(mine, term(i));
+    __syncwarp();
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) mine = combine(mine, shuffled(mine, offset));
+    return mine;
+#else
+    V of_lane[kLanes], next[kLanes];
+    for (V& mine : of_lane) mine = start;
+    in_order(order, kLanes, [&](int64_t l) {
+      for (int64_t i = l; i < count; i += kLanes) of_lane[l] = combine(of_lane[l], term(i));
+    });
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      for (int l = 0; l < kLanes; ++l) next[l] = combine(of_lane[l], of_lane[l ^ offset]);
+      for (int l = 0; l < kLanes; ++l) of_lane[l] = next[l];
+    }
+    return of_lane[0];
+#endif
+  }
+
+  template <class V, class Term>
+  PK_FN V sum(int64_t count, Term term) const {
+    return fold<V>(count, V{}, term, [](V a, V b) PK_LAMBDA { return a + b; });
+  }
+};
+
+// All threads of a block.
+struct Block {
+  Order order;
+
+  template <class Body>
+  PK_FN void each(int64_t count, Body body) const {
+#if defined(__CUDA_ARCH__)
+    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) body(i);
+    __syncthreads();
+#else
+    in_order(order, count, body);
+#endif
+  }
+};
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels
