@@ -105,7 +105,7 @@ struct Policy {
   }
 };
 
-constexpr int64_t kTile = 4;  // entries of a matrix to a side that a thread sums at once
+constexpr int kTile = 4;  // entries of a matrix to a side that a thread sums at once
 
 // Vectors of samples, an odd number of elements apart, so that threads at different samples use different banks. A tile
 // at the edge reads up to kTile - 1 numbers past a vector, and keeps none of them.
@@ -126,34 +126,43 @@ struct Vectors {
 template <class V, class R, class Add>
 PK_FN void outer(Warp team, int64_t dim, int64_t count, Vectors<V> left, Vectors<R> right, const V* weight, Add add) {
   using P = Primal<V>;
+  using Tile = Several<P, kTile * kTile>;
   const int64_t side = (dim + kTile - 1) / kTile;
-  team.each(side * (side + 1) / 2, [&](int64_t tile) PK_LAMBDA {
-    int64_t down = 0;  // tiles of a triangle, row by row
+  const auto corner = [](int tile, int& i, int& j) PK_LAMBDA {
+    int down = 0;  // tiles of a triangle, row by row
     while ((down + 1) * (down + 2) / 2 <= tile) ++down;
-    const int64_t i = down * kTile, j = (tile - down * (down + 1) / 2) * kTile;
-    P sum[kTile][kTile] = {};
-    for (int64_t k = 0; k < count; ++k) {
-      V l[kTile];
-      R r[kTile];
-      unrolled<kTile>([&](auto a) PK_LAMBDA {
-        constexpr int at = decltype(a)::value;
-        l[at] = weight ? weight[k] * left[k][i + at] : left[k][i + at];
-        r[at] = right[k][j + at];
-      });
-      unrolled<kTile>([&](auto a) PK_LAMBDA {
-        unrolled<kTile>([&](auto b) PK_LAMBDA {
-          constexpr int at = decltype(a)::value, to = decltype(b)::value;
-          sum[at][to] = sum[at][to] + output(l[at] * r[to]);
+    i = down * kTile;
+    j = (tile - down * (down + 1) / 2) * kTile;
+  };
+  team.sums<Tile>(
+      side * (side + 1) / 2,
+      [&](int64_t tile, int part, int parts) PK_LAMBDA {
+        int i, j;
+        corner(int(tile), i, j);
+        Tile sum{};
+        for (int k = part; k < int(count); k += parts) {
+          V l[kTile];
+          R r[kTile];
+          unrolled<kTile>([&](auto a) PK_LAMBDA {
+            constexpr int at = decltype(a)::value;
+            l[at] = weight ? weight[k] * left[k][i + at] : left[k][i + at];
+            r[at] = right[k][j + at];
+          });
+          unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
+            constexpr int at = decltype(a)::value;
+            sum.v[at] = sum.v[at] + output(l[at / kTile] * r[at % kTile]);
+          });
+        }
+        return sum;
+      },
+      [&](int64_t tile, const Tile& sum) PK_LAMBDA {
+        int i, j;
+        corner(int(tile), i, j);
+        unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
+          constexpr int at = decltype(a)::value, down = at / kTile, right = at % kTile;
+          if (i + down < dim && j + right <= i + down) add(i + down, j + right, sum.v[at]);
         });
       });
-    }
-    unrolled<kTile>([&](auto a) PK_LAMBDA {
-      unrolled<kTile>([&](auto b) PK_LAMBDA {
-        constexpr int at = decltype(a)::value, to = decltype(b)::value;
-        if (i + at < dim && j + to <= i + at) add(i + at, j + to, sum[at][to]);
-      });
-    });
-  });
 }
 
 // Adds Σ_k f_k ∂log p/∂(μ, S) from whitened samples z, each sum if wanted; `pulled` is scratch, not z.
@@ -166,31 +175,41 @@ PK_FN void add_scores(Warp team, const Scale<V>& scale, int64_t count, const V* 
       scale.template whiten_transposed<1>(z[k], pulled[k]);
       for (int64_t i = 0; i < scale.dim; ++i) pulled[k][i] = f[k] * pulled[k][i];
     });
-    team.each(scale.dim, [&](int64_t i) PK_LAMBDA {
-      P sum{};
-      V all{};
-      for (int64_t k = 0; k < count; ++k) {
-        sum = sum + output(pulled[k][i]);
-        all = all + f[k];
-      }
-      if (mean) mean[i] = mean[i] + sum;
-      if (to_scale) {
-        P& diagonal = to_scale[i * scale.dim + i];
-        diagonal = diagonal - output(all * scale.inverse_diag[i]);
-      }
-    });
+    using Pair = Several<V, 2>;
+    team.sums<Pair>(
+        scale.dim,
+        [&](int64_t i, int part, int parts) PK_LAMBDA {
+          Pair sum{};
+          for (int k = part; k < int(count); k += parts) sum = sum + Pair{pulled[k][i], f[k]};
+          return sum;
+        },
+        [&](int64_t i, const Pair& sum) PK_LAMBDA {
+          if (mean) mean[i] = mean[i] + output(sum.v[0]);
+          if (to_scale) {
+            P& diagonal = to_scale[i * scale.dim + i];
+            diagonal = diagonal - output(sum.v[1] * scale.inverse_diag[i]);
+          }
+        });
     if (to_scale) {
       outer(team, scale.dim, count, pulled, z, static_cast<const V*>(nullptr),
             [&](int64_t i, int64_t j, P sum)
                 PK_LAMBDA { to_scale[i * scale.dim + j] = to_scale[i * scale.dim + j] + sum; });
     }
   } else {
-    team.each(scale.dim, [&](int64_t j) PK_LAMBDA {
-      V for_mean{}, for_scale{};
-      for (int64_t k = 0; k < count; ++k) Scale<V>::add_score_terms(f[k], z[k][j], for_mean, for_scale);
-      if (mean) mean[j] = mean[j] + output(for_mean * scale.inverse_std[j]);
-      if (to_scale) to_scale[j] = to_scale[j] + output(for_scale);
-    });
+    using Pair = Several<V, 2>;
+    team.sums<Pair>(
+        scale.dim,
+        [&](int64_t j, int part, int parts) PK_LAMBDA {
+          Pair sum{};
+          for (int k = part; k < int(count); k += parts) {
+            Scale<V>::add_score_terms(f[k], z[k][j], sum.v[0], sum.v[1]);
+          }
+          return sum;
+        },
+        [&](int64_t j, const Pair& sum) PK_LAMBDA {
+          if (mean) mean[j] = mean[j] + output(sum.v[0] * scale.inverse_std[j]);
+          if (to_scale) to_scale[j] = to_scale[j] + output(sum.v[1]);
+        });
   }
 }
 
@@ -204,11 +223,14 @@ PK_FN void add_paths(Warp team, const Scale<V>& scale, int64_t count, Vectors<V>
           [&](int64_t i, int64_t j, P sum)
               PK_LAMBDA { to_scale[i * scale.dim + j] = to_scale[i * scale.dim + j] + sum; });
   } else {
-    team.each(scale.dim, [&](int64_t j) PK_LAMBDA {
-      V sum{};
-      for (int64_t k = 0; k < count; ++k) sum = sum + slope[k][j] * noise[k][j];
-      to_scale[j] = to_scale[j] + output(sum * scale.std[j]);
-    });
+    team.sums<V>(
+        scale.dim,
+        [&](int64_t j, int part, int parts) PK_LAMBDA {
+          V sum{};
+          for (int k = part; k < int(count); k += parts) sum = sum + slope[k][j] * noise[k][j];
+          return sum;
+        },
+        [&](int64_t j, V sum) PK_LAMBDA { to_scale[j] = to_scale[j] + output(sum * scale.std[j]); });
   }
 }
 
@@ -369,11 +391,14 @@ struct PolicyLossRows {
       outer(team, dim, samples, x, x, weight,
             [&](int64_t i, int64_t j, P sum) PK_LAMBDA { total[i * (i + 1) / 2 + j] += double(sum); });
     } else {
-      team.each(dim, [&](int64_t j) PK_LAMBDA {
-        P sum{};
-        for (int64_t k = 0; k < samples; ++k) sum = sum + output(weight[k] * x[k][j] * x[k][j]);
-        total[j] += double(sum);
-      });
+      team.sums<P>(
+          dim,
+          [&](int64_t j, int part, int parts) PK_LAMBDA {
+            P sum{};
+            for (int k = part; k < int(samples); k += parts) sum = sum + output(weight[k] * x[k][j] * x[k][j]);
+            return sum;
+          },
+          [&](int64_t j, P sum) PK_LAMBDA { total[j] += double(sum); });
     }
   }
 
@@ -488,11 +513,14 @@ struct PolicyLossRows {
         }
         const V* pull = group.pull + first;
         if (need_sum) {
-          team.each(dim, [&](int64_t j) PK_LAMBDA {
-            V total = held.pulled_sum[j];
-            for (int64_t k = 0; k < samples; ++k) total = total + pull[k] * held.at[k][j];
-            held.pulled_sum[j] = total;
-          });
+          team.sums<V>(
+              dim,
+              [&](int64_t j, int part, int parts) PK_LAMBDA {
+                V sum{};
+                for (int k = part; k < int(samples); k += parts) sum = sum + pull[k] * held.at[k][j];
+                return sum;
+              },
+              [&](int64_t j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum; });
         }
         if (call.grad_precision) add_precision(team, held, samples, held.at, pull);
         if (pathwise && to_scale) {
@@ -777,11 +805,14 @@ struct SampleRows {
           const int64_t at = place(i, k, j);
           held.at[k][j] = value_at<V>(call.cotangent, at);
         });
-        team.each(dim, [&](int64_t j) PK_LAMBDA {
-          P sum = held.mean_sum[j];
-          for (int64_t k = 0; k < samples; ++k) sum = sum + output(held.at[k][j]);
-          held.mean_sum[j] = sum;
-        });
+        team.sums<P>(
+            dim,
+            [&](int64_t j, int part, int parts) PK_LAMBDA {
+              P sum{};
+              for (int k = part; k < int(samples); k += parts) sum = sum + output(held.at[k][j]);
+              return sum;
+            },
+            [&](int64_t j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
         if (to_scale) add_paths(team, scale, samples, held.at, held.noise, to_scale);
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });

@@ -7,12 +7,16 @@
 // order of the device.
 #pragma once
 
+#include "po_kernels/several.hpp"
 #include "po_kernels/team.hpp"
 
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
 constexpr int kLanes = 32;
+
+// Few passes: what shared memory holds, by 32.
+#define PK_ROLLED _Pragma("unroll 1")
 
 // On the host, runs the bodies of each from the last to the first.
 enum class Order { forward, backward };
@@ -31,6 +35,12 @@ template <class V>
 __device__ __forceinline__ Dual<V> shuffled(Dual<V> x, int offset) {
   return {shuffled(x.v, offset), shuffled(x.t, offset)};
 }
+template <class V, int M>
+__device__ __forceinline__ Several<V, M> shuffled(const Several<V, M>& x, int offset) {
+  Several<V, M> y;
+  unrolled<M>([&](auto i) { y.v[decltype(i)::value] = shuffled(x.v[decltype(i)::value], offset); });
+  return y;
+}
 #endif
 
 struct Warp {
@@ -39,7 +49,8 @@ struct Warp {
   template <class Body>
   PK_FN void each(int64_t count, Body body) const {
 #if defined(__CUDA_ARCH__)
-    for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) body(i);
+    PK_ROLLED
+    for (int i = int(threadIdx.x) % kLanes; i < int(count); i += kLanes) body(i);
     __syncwarp();
 #else
     in_order(order, count, body);
@@ -50,7 +61,8 @@ struct Warp {
   PK_FN V fold(int64_t count, V start, Term term, Combine combine) const {
 #if defined(__CUDA_ARCH__)
     V mine = start;
-    for (int64_t i = threadIdx.x % kLanes; i < count; i += kLanes) mine = combine(mine, term(i));
+    PK_ROLLED
+    for (int i = int(threadIdx.x) % kLanes; i < int(count); i += kLanes) mine = combine(mine, term(i));
     __syncwarp();
     for (int offset = kLanes / 2; offset > 0; offset /= 2) mine = combine(mine, shuffled(mine, offset));
     return mine;
@@ -72,6 +84,35 @@ struct Warp {
   PK_FN V sum(int64_t count, Term term) const {
     return fold<V>(count, V{}, term, [](V a, V b) PK_LAMBDA { return a + b; });
   }
+
+  // store(i, Σ_part term(i, part, parts)) for i < count, of which few are shared out as parts.
+  template <class V, class Term, class Store>
+  PK_FN void sums(int64_t count, Term term, Store store) const {
+    int parts = 1;
+    while (count * parts * 2 <= kLanes) parts *= 2;
+#if defined(__CUDA_ARCH__)
+    const int width = kLanes / parts, lane = int(threadIdx.x) % kLanes;
+    PK_ROLLED
+    for (int begin = 0; begin < int(count); begin += width) {
+      const int i = begin + lane % width;
+      V sum{};
+      if (i < int(count)) sum = term(i, lane / width, parts);
+      PK_ROLLED
+      for (int offset = width; offset < kLanes; offset *= 2) sum = sum + shuffled(sum, offset);
+      if (i < int(count) && lane < width) store(i, sum);
+    }
+    __syncwarp();
+#else
+    in_order(order, count, [&](int64_t i) {
+      V of_part[kLanes];
+      for (int part = 0; part < parts; ++part) of_part[part] = term(i, part, parts);
+      for (int offset = 1; offset < parts; offset *= 2) {
+        for (int part = 0; part < parts; part += 2 * offset) of_part[part] = of_part[part] + of_part[part + offset];
+      }
+      store(i, of_part[0]);
+    });
+#endif
+  }
 };
 
 // All threads of a block.
@@ -81,7 +122,8 @@ struct Block {
   template <class Body>
   PK_FN void each(int64_t count, Body body) const {
 #if defined(__CUDA_ARCH__)
-    for (int64_t i = threadIdx.x; i < count; i += blockDim.x) body(i);
+    PK_ROLLED
+    for (int i = int(threadIdx.x); i < int(count); i += int(blockDim.x)) body(i);
     __syncthreads();
 #else
     in_order(order, count, body);
