@@ -8,8 +8,12 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
+// Blocks of the most threads that registers are shared out to: two, where nothing is spilled for it.
 template <class Rows>
-__global__ void __launch_bounds__(kLanes* kMostWarps, 1)
+constexpr int kResident = sizeof(typename Rows::Value) == sizeof(float) && !Rows::triangular ? 2 : 1;
+
+template <class Rows>
+__global__ void __launch_bounds__(kLanes* kMostWarps, kResident<Rows>)
     gaussian_rows(const __grid_constant__ Work<typename Rows::Call> work) {
   extern __shared__ __align__(16) char memory[];
   Memory shared{memory};

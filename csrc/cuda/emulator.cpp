@@ -52,10 +52,13 @@ class OnHost {
   CudaOutcome emulated_##name(const type& call, const CudaLaunch& launch) { \
     return run_gaussian<Rows, Scale>(call, launch, OnHost(launch));         \
   }
-#define PK_EMULATED_FAMILY(family, Scale)                                               \
-  PK_EMULATED(family##_policy_loss, GaussianPolicyLoss, PolicyLossRows, Scale)          \
-  PK_EMULATED(family##_surrogate_loss, GaussianSurrogateLoss, SurrogateLossRows, Scale) \
-  PK_EMULATED(family##_log_prob, GaussianLogProb, LogProbRows, Scale)                   \
+#define PK_EMULATED_FAMILY(family, Scale)                                                                    \
+  CudaOutcome emulated_##family##_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {    \
+    return call.estimator == kClosedForm ? run_gaussian<ClosedFormRows, Scale>(call, launch, OnHost(launch)) \
+                                         : run_gaussian<SampledRows, Scale>(call, launch, OnHost(launch));   \
+  }                                                                                                          \
+  PK_EMULATED(family##_surrogate_loss, GaussianSurrogateLoss, SurrogateLossRows, Scale)                      \
+  PK_EMULATED(family##_log_prob, GaussianLogProb, LogProbRows, Scale)                                        \
   PK_EMULATED(family##_sample, GaussianSample, SampleRows, Scale)
 PK_EMULATED_FAMILY(gaussian, DiagonalScale)
 PK_EMULATED_FAMILY(mvn, TriangularScale)

@@ -6,7 +6,8 @@
 namespace po_kernels {
 
 CudaOutcome cuda_gaussian_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {
-  return on_device<PolicyLossRows, DiagonalScale>(call, launch);
+  return call.estimator == kClosedForm ? on_device<ClosedFormRows, DiagonalScale>(call, launch)
+                                       : on_device<SampledRows, DiagonalScale>(call, launch);
 }
 
 CudaOutcome cuda_gaussian_surrogate_loss(const GaussianSurrogateLoss& call, const CudaLaunch& launch) {

@@ -29,7 +29,7 @@ struct Work {
   double* partials = nullptr;     // (blocks, kHead + terms), of a loss
   int64_t blocks = 0;
   int warps = 1;          // of a block
-  int64_t held = 0;       // samples
+  int held = 0;           // samples
   size_t warp_bytes = 0;  // of shared memory, after what the block shares
 };
 
@@ -111,23 +111,73 @@ constexpr int kTile = 4;  // entries of a matrix to a side that a thread sums at
 // at the edge reads up to kTile - 1 numbers past a vector, and keeps none of them.
 template <class U>
 struct Vectors {
-  int64_t stride;
+  int stride;
   U* first;
 
-  PK_FN Vectors(Memory& memory, int64_t dim, int64_t count) : stride(dim | 1) {
-    first = count == 0 ? nullptr : memory.take<U>(stride * count + kTile);
+  PK_FN Vectors(Memory& memory, int64_t dim, int64_t count) : stride(int(dim) | 1) {
+    first = count == 0 ? nullptr : memory.take<U>(int64_t(stride) * count + kTile);
   }
-  PK_FN U* operator[](int64_t k) const { return first + k * stride; }
+  PK_FN U* operator[](int64_t k) const { return first + int(k) * stride; }
 };
+
+// ---- Quadratic forms ----
+
+// As much of a row of a matrix as is read at once.
+template <class T>
+struct alignas(16) Chunk {
+  static constexpr int size = 16 / sizeof(T);
+  T v[size];
+};
+
+PK_FN int whole_tiles(int64_t dim) {
+  return (int(dim) + kTile - 1) / kTile * kTile;
+}
+
+// xᵀ U x by tiles: U is symmetric, zero from dim on, with rows of whole tiles. What x has beyond dim is not used.
+template <class T>
+PK_FN T quadratic_by_tiles(const T* u, int dim, const T* x) {
+  const int stride = whole_tiles(dim);
+  const auto load = [&](int row, int column, T(&to)[kTile]) PK_LAMBDA {
+    const Chunk<T>* from = reinterpret_cast<const Chunk<T>*>(u + row * stride + column);
+    unrolled<kTile>([&](auto c) PK_LAMBDA {
+      constexpr int at = decltype(c)::value;
+      to[at] = from[at / Chunk<T>::size].v[at % Chunk<T>::size];
+    });
+  };
+  T total{};
+  PK_ROLLED
+  for (int i = 0; i < stride; i += kTile) {
+    T below[kTile] = {}, here[kTile], entries[kTile];
+    PK_ROLLED
+    for (int j = 0; j < i; j += kTile) {
+      unrolled<kTile>([&](auto r) PK_LAMBDA {
+        load(i + decltype(r)::value, j, entries);
+        unrolled<kTile>([&](auto c) PK_LAMBDA {
+          below[decltype(r)::value] =
+              below[decltype(r)::value] + entries[decltype(c)::value] * x[j + decltype(c)::value];
+        });
+      });
+    }
+    unrolled<kTile>([&](auto r) PK_LAMBDA {
+      constexpr int at = decltype(r)::value;
+      here[at] = i + at < dim ? x[i + at] : T(0);
+      load(i + at, i, entries);
+      unrolled<at>([&](auto c)
+                       PK_LAMBDA { below[at] = below[at] + entries[decltype(c)::value] * here[decltype(c)::value]; });
+      total = total + here[at] * (below[at] * T(2) + entries[at] * here[at]);
+    });
+  }
+  return total;
+}
 
 // ---- Sums over samples ----
 
 // add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim; no weights are ones.
 template <class V, class R, class Add>
-PK_FN void outer(Warp team, int64_t dim, int64_t count, Vectors<V> left, Vectors<R> right, const V* weight, Add add) {
+PK_FN void outer(Warp team, int dim, int count, Vectors<V> left, Vectors<R> right, const V* weight, Add add) {
   using P = Primal<V>;
   using Tile = Several<P, kTile * kTile>;
-  const int64_t side = (dim + kTile - 1) / kTile;
+  const int side = whole_tiles(dim) / kTile;
   const auto corner = [](int tile, int& i, int& j) PK_LAMBDA {
     int down = 0;  // tiles of a triangle, row by row
     while ((down + 1) * (down + 2) / 2 <= tile) ++down;
@@ -140,7 +190,7 @@ PK_FN void outer(Warp team, int64_t dim, int64_t count, Vectors<V> left, Vectors
         int i, j;
         corner(int(tile), i, j);
         Tile sum{};
-        for (int k = part; k < int(count); k += parts) {
+        for (int k = part; k < count; k += parts) {
           V l[kTile];
           R r[kTile];
           unrolled<kTile>([&](auto a) PK_LAMBDA {
@@ -167,7 +217,7 @@ PK_FN void outer(Warp team, int64_t dim, int64_t count, Vectors<V> left, Vectors
 
 // Adds Σ_k f_k ∂log p/∂(μ, S) from whitened samples z, each sum if wanted; `pulled` is scratch, not z.
 template <class V, template <class> class Scale>
-PK_FN void add_scores(Warp team, const Scale<V>& scale, int64_t count, const V* f, Vectors<V> z, Vectors<V> pulled,
+PK_FN void add_scores(Warp team, const Scale<V>& scale, int count, const V* f, Vectors<V> z, Vectors<V> pulled,
                       Primal<V>* mean, Primal<V>* to_scale) {
   using P = Primal<V>;
   if constexpr (Scale<V>::triangular) {
@@ -180,7 +230,7 @@ PK_FN void add_scores(Warp team, const Scale<V>& scale, int64_t count, const V* 
         scale.dim,
         [&](int64_t i, int part, int parts) PK_LAMBDA {
           Pair sum{};
-          for (int k = part; k < int(count); k += parts) sum = sum + Pair{pulled[k][i], f[k]};
+          for (int k = part; k < count; k += parts) sum = sum + Pair{pulled[k][i], f[k]};
           return sum;
         },
         [&](int64_t i, const Pair& sum) PK_LAMBDA {
@@ -201,7 +251,7 @@ PK_FN void add_scores(Warp team, const Scale<V>& scale, int64_t count, const V* 
         scale.dim,
         [&](int64_t j, int part, int parts) PK_LAMBDA {
           Pair sum{};
-          for (int k = part; k < int(count); k += parts) {
+          for (int k = part; k < count; k += parts) {
             Scale<V>::add_score_terms(f[k], z[k][j], sum.v[0], sum.v[1]);
           }
           return sum;
@@ -215,7 +265,7 @@ PK_FN void add_scores(Warp team, const Scale<V>& scale, int64_t count, const V* 
 
 // Adds the gradient of Σ_k slope_kᵀ S noise_k.
 template <class V, template <class> class Scale>
-PK_FN void add_paths(Warp team, const Scale<V>& scale, int64_t count, Vectors<V> slope, Vectors<Primal<V>> noise,
+PK_FN void add_paths(Warp team, const Scale<V>& scale, int count, Vectors<V> slope, Vectors<Primal<V>> noise,
                      Primal<V>* to_scale) {
   using P = Primal<V>;
   if constexpr (Scale<V>::triangular) {
@@ -227,7 +277,7 @@ PK_FN void add_paths(Warp team, const Scale<V>& scale, int64_t count, Vectors<V>
         scale.dim,
         [&](int64_t j, int part, int parts) PK_LAMBDA {
           V sum{};
-          for (int k = part; k < int(count); k += parts) sum = sum + slope[k][j] * noise[k][j];
+          for (int k = part; k < count; k += parts) sum = sum + slope[k][j] * noise[k][j];
           return sum;
         },
         [&](int64_t j, V sum) PK_LAMBDA { to_scale[j] = to_scale[j] + output(sum * scale.std[j]); });
@@ -290,31 +340,36 @@ struct Sums {
 
 // ---- Kernels: what a block and each of its warps hold, and the rows of a warp ----
 
-template <class V, template <class> class Scale>
+template <class V, template <class> class Scale, bool closed>
 struct PolicyLossRows {
   using Call = GaussianPolicyLoss;
+  using Value = V;
   using T = Element<V>;
   using P = Primal<V>;
+  static constexpr bool triangular = Scale<V>::triangular;
   static constexpr bool is_loss = true;
 
   // What a row has so many of: samples, or the columns of S in the closed form.
-  PK_FN static int64_t samples(const Call& call) { return call.estimator == kClosedForm ? call.dim : call.samples; }
+  PK_FN static int64_t samples(const Call& call) { return closed ? call.dim : call.samples; }
   PK_FN static int64_t summed(const Call& call) {
     return call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
   }
 
   const Work<Call>& work;
-  const int64_t dim, count;
-  const bool closed, pathwise;
+  const int dim, count;
+  const bool pathwise;
   Shared<V>* u;
+  T* tiled;  // U in rows of whole tiles, where it is read by tiles; or null
 
   PK_FN PolicyLossRows(const Work<Call>& work, Memory& memory)
-      : work(work),
-        dim(work.call.dim),
-        count(samples(work.call)),
-        closed(work.call.estimator == kClosedForm),
-        pathwise(work.call.estimator == kReparam) {
+      : work(work), dim(int(work.call.dim)), count(int(samples(work.call))), pathwise(work.call.estimator == kReparam) {
     u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim));
+    tiled = nullptr;
+    if constexpr (!is_dual<V> && !closed) {
+      if (work.call.precision_kind != kFull) return;
+      const int stride = whole_tiles(dim);
+      tiled = stride == dim ? u : memory.take<T>(stride * stride);
+    }
   }
 
   struct Warps {
@@ -333,9 +388,9 @@ struct PolicyLossRows {
           pulled_sum(memory.take<V>(k.dim)),
           group(memory.take<V>(4 * k.count)),
           mean_sum(memory.take<P>(k.dim)),
-          noise(memory, k.dim, k.closed ? 0 : k.work.held),
+          noise(memory, k.dim, closed ? 0 : k.work.held),
           at(memory, k.dim, k.work.held),
-          other(memory, k.dim, k.closed || k.pathwise || is_dual<V> ? k.work.held : 0) {}
+          other(memory, k.dim, closed || k.pathwise || is_dual<V> ? k.work.held : 0) {}
   };
 
   // U, symmetrised.
@@ -346,6 +401,13 @@ struct PolicyLossRows {
       const int64_t mirrored = call.precision_kind == kFull ? at % dim * dim + at / dim : at;
       u[at] = (value + value_at<Shared<V>>(call.precision, mirrored)) * T(0.5);
     });
+    if constexpr (!is_dual<V>) {
+      const int stride = whole_tiles(dim);
+      team.each(tiled && tiled != u ? stride * stride : 0, [&](int64_t at) PK_LAMBDA {
+        const int i = int(at) / stride, j = int(at) % stride;
+        tiled[at] = i < dim && j < dim ? u[i * dim + j] : T(0);
+      });
+    }
   }
 
   PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
@@ -362,8 +424,12 @@ struct PolicyLossRows {
       const V log_determinant = scale.log_determinant(team);
       const V entropy = gaussian_entropy(dim, log_determinant);
       RowStats<V> stats{};
-      V loss = closed ? closed_form(team, held, scale, row, weight, to_scale, stats)
-                      : sampled(team, held, scale, row, weight, to_scale, log_determinant, stats);
+      V loss;
+      if constexpr (closed) {
+        loss = closed_form(team, held, scale, row, weight, to_scale, stats);
+      } else {
+        loss = sampled(team, held, scale, row, weight, to_scale, log_determinant, stats);
+      }
       loss = loss - entropy * T(work.call.entropy_coef);
       RowStats<P> results{};
       if constexpr (!is_dual<V>) {
@@ -384,8 +450,18 @@ struct PolicyLossRows {
 
   PK_FN Precision<V> precision() const { return {work.call.precision_kind, u}; }
 
+  // xᵀ U x.
+  PK_FN V squared(const V* x) const {
+    if constexpr (!is_dual<V>) {
+      if (tiled) return quadratic_by_tiles(tiled, int(dim), x);
+    }
+    V squares[1];
+    quadratic<1>(precision(), dim, x, squares);
+    return squares[0];
+  }
+
   // Adds Σ_k weight_k x_k x_kᵀ as the gradient in U.
-  PK_FN void add_precision(Warp team, const Warps& held, int64_t samples, Vectors<V> x, const V* weight) const {
+  PK_FN void add_precision(Warp team, const Warps& held, int samples, Vectors<V> x, const V* weight) const {
     double* total = held.sums.shared();
     if (work.call.precision_kind == kFull) {
       outer(team, dim, samples, x, x, weight,
@@ -395,7 +471,7 @@ struct PolicyLossRows {
           dim,
           [&](int64_t j, int part, int parts) PK_LAMBDA {
             P sum{};
-            for (int k = part; k < int(samples); k += parts) sum = sum + output(weight[k] * x[k][j] * x[k][j]);
+            for (int k = part; k < samples; k += parts) sum = sum + output(weight[k] * x[k][j] * x[k][j]);
             return sum;
           },
           [&](int64_t j, P sum) PK_LAMBDA { total[j] += double(sum); });
@@ -422,8 +498,8 @@ struct PolicyLossRows {
       weights[j] = weight;
     });
     V loss{};
-    for (int64_t first = 0; first < dim; first += work.held) {
-      const int64_t columns = dim - first < work.held ? dim - first : work.held;
+    for (int first = 0; first < dim; first += work.held) {
+      const int columns = dim - first < work.held ? dim - first : work.held;
       loss = loss + team.template sum<V>(columns, [&](int64_t k) PK_LAMBDA {
         V* column = held.at[k];
         for (int64_t i = 0; i < first + k; ++i) column[i] = V{};
@@ -451,8 +527,8 @@ struct PolicyLossRows {
     if constexpr (!is_dual<V>) {
       if (work.call.stats) {
         V variance{};
-        for (int64_t first = 0; first < dim; first += work.held) {
-          const int64_t columns = dim - first < work.held ? dim - first : work.held;
+        for (int first = 0; first < dim; first += work.held) {
+          const int columns = dim - first < work.held ? dim - first : work.held;
           variance = variance + team.template sum<V>(columns, [&](int64_t k) PK_LAMBDA {
             return scale.reward_variance_at(first + k, precision(), held.pulled_sum, held.at[k], held.other[k]);
           });
@@ -486,8 +562,8 @@ struct PolicyLossRows {
 
     V objective{};
     for (int pass = 0; pass < 2; ++pass) {
-      for (int64_t first = 0; first < count; first += work.held) {
-        const int64_t samples = count - first < work.held ? count - first : work.held;
+      for (int first = 0; first < count; first += work.held) {
+        const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) {
           team.each(samples, [&](int64_t k) PK_LAMBDA {
             P* noise = held.noise[k];
@@ -504,9 +580,7 @@ struct PolicyLossRows {
         }
         if (pass == 0) {
           team.each(samples, [&](int64_t k) PK_LAMBDA {
-            V squares[1];
-            quadratic<1>(precision(), dim, static_cast<const V*>(held.at[k]), squares);
-            group.reward[first + k] = transformed_reward(s, -squares[0]);
+            group.reward[first + k] = transformed_reward(s, -squared(held.at[k]));
             group.excess[first + k] = pathwise ? V{} : excess_of(dim, z[k], log_determinant);
           });
           continue;
@@ -517,7 +591,7 @@ struct PolicyLossRows {
               dim,
               [&](int64_t j, int part, int parts) PK_LAMBDA {
                 V sum{};
-                for (int k = part; k < int(samples); k += parts) sum = sum + pull[k] * held.at[k][j];
+                for (int k = part; k < samples; k += parts) sum = sum + pull[k] * held.at[k][j];
                 return sum;
               },
               [&](int64_t j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum; });
@@ -555,19 +629,27 @@ struct PolicyLossRows {
 };
 
 template <class V, template <class> class Scale>
+using ClosedFormRows = PolicyLossRows<V, Scale, true>;
+template <class V, template <class> class Scale>
+using SampledRows = PolicyLossRows<V, Scale, false>;
+
+template <class V, template <class> class Scale>
 struct SurrogateLossRows {
   using Call = GaussianSurrogateLoss;
+  using Value = V;
   using T = Element<V>;
   using P = Primal<V>;
+  static constexpr bool triangular = Scale<V>::triangular;
   static constexpr bool is_loss = true;
 
   PK_FN static int64_t samples(const Call& call) { return call.samples; }
   PK_FN static int64_t summed(const Call&) { return 0; }
 
   const Work<Call>& work;
-  const int64_t dim, count;
+  const int dim, count;
 
-  PK_FN SurrogateLossRows(const Work<Call>& work, Memory&) : work(work), dim(work.call.dim), count(work.call.samples) {}
+  PK_FN SurrogateLossRows(const Work<Call>& work, Memory&)
+      : work(work), dim(int(work.call.dim)), count(int(work.call.samples)) {}
 
   struct Warps {
     Sums sums;
@@ -614,8 +696,8 @@ struct SurrogateLossRows {
     V objective{}, log_prob{};
     RowStats<V> stats{};
     for (int pass = 0; pass < 2; ++pass) {
-      for (int64_t first = 0; first < count; first += work.held) {
-        const int64_t samples = count - first < work.held ? count - first : work.held;
+      for (int first = 0; first < count; first += work.held) {
+        const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
             const int64_t k = uint32_t(i) / uint32_t(dim), j = uint32_t(i) % uint32_t(dim);
@@ -667,8 +749,10 @@ struct SurrogateLossRows {
 template <class V, template <class> class Scale>
 struct LogProbRows {
   using Call = GaussianLogProb;
+  using Value = V;
   using T = Element<V>;
   using P = Primal<V>;
+  static constexpr bool triangular = Scale<V>::triangular;
   static constexpr bool is_loss = false;
 
   PK_FN static int64_t samples(const Call& call) { return call.count; }
@@ -676,7 +760,7 @@ struct LogProbRows {
   const Work<Call>& work;
   const int64_t dim;
 
-  PK_FN LogProbRows(const Work<Call>& work, Memory&) : work(work), dim(work.call.dim) {}
+  PK_FN LogProbRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
 
   struct Warps {
     Policy<V, Scale> policy;
@@ -746,8 +830,10 @@ struct LogProbRows {
 template <class V, template <class> class Scale>
 struct SampleRows {
   using Call = GaussianSample;
+  using Value = V;
   using T = Element<V>;
   using P = Primal<V>;
+  static constexpr bool triangular = Scale<V>::triangular;
   static constexpr bool is_loss = false;
 
   PK_FN static int64_t samples(const Call& call) { return call.samples; }
@@ -755,7 +841,7 @@ struct SampleRows {
   const Work<Call>& work;
   const int64_t dim;
 
-  PK_FN SampleRows(const Work<Call>& work, Memory&) : work(work), dim(work.call.dim) {}
+  PK_FN SampleRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
 
   struct Warps {
     Policy<V, Scale> policy;
@@ -809,7 +895,7 @@ struct SampleRows {
             dim,
             [&](int64_t j, int part, int parts) PK_LAMBDA {
               P sum{};
-              for (int k = part; k < int(samples); k += parts) sum = sum + output(held.at[k][j]);
+              for (int k = part; k < samples; k += parts) sum = sum + output(held.at[k][j]);
               return sum;
             },
             [&](int64_t j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });

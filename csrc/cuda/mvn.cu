@@ -6,7 +6,8 @@
 namespace po_kernels {
 
 CudaOutcome cuda_mvn_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {
-  return on_device<PolicyLossRows, TriangularScale>(call, launch);
+  return call.estimator == kClosedForm ? on_device<ClosedFormRows, TriangularScale>(call, launch)
+                                       : on_device<SampledRows, TriangularScale>(call, launch);
 }
 
 CudaOutcome cuda_mvn_surrogate_loss(const GaussianSurrogateLoss& call, const CudaLaunch& launch) {

@@ -154,12 +154,14 @@ def test_first_order_kernels_spill_nothing(request):
             architecture = found[1]
         elif found := re.match(r"\s*Function (\S+):", line):
             name = found[1]
-        elif "REG:" in line and (found := re.search(r"([A-Z]\w+Rows)I(.*?)NS\w*?_(\d+)([A-Z]\w*?Scale)E", name)):
+        elif "REG:" in line and (found := re.search(r"([A-Z]\w+Rows)I(\w*?)NS\w*?_\d+([A-Z]\w*?Scale)E(\w*?)EE", name)):
             value = found[2].replace("NS0_4DualI", "dual ").strip("E")
             usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line))
-            kernels[architecture, found[1], value, found[4]] = {key: int(number) for key, number in usage.items()}
+            kernels[architecture, found[1] + found[4], value, found[3]] = {
+                key: int(number) for key, number in usage.items()
+            }
     assert {key[0] for key in kernels} == {"sm_80", "sm_90"}
-    assert len(kernels) == 2 * 4 * 4 * 2, sorted(kernels)
+    assert len(kernels) == 2 * 5 * 4 * 2, sorted(kernels)
     for key, usage in kernels.items():
         request.node.user_properties.append((" ".join(key), usage))
         if "dual" not in key[2]:
