@@ -24,9 +24,16 @@ struct Plan {
 // Sets what of `work` says how rows are shared out.
 template <class Rows, class C>
 Plan plan(Work<C>& work) {
+  const int64_t dim = work.call.dim, samples = std::max<int64_t>(1, Rows::samples(work.call));
+  const auto too_large = [&]() -> Plan {
+    return {0, "the shared memory of a block, " + std::to_string(kMostShared) + " bytes, holds no row of " +
+                   std::to_string(dim) + " dimensions and " + std::to_string(samples) + " samples"};
+  };
+  // Beyond these, sizes are no int.
+  if (dim > int64_t(kMostShared) || (Rows::is_loss && samples > int64_t(kMostShared))) return too_large();
   size_t common = 0;
   const auto bytes_of = [&](int64_t held) {
-    work.held = held;
+    work.held = int(held);
     Memory shared{reinterpret_cast<char*>(16)};
     const Rows rows(work, shared);
     common = shared.used;
@@ -34,12 +41,8 @@ Plan plan(Work<C>& work) {
     typename Rows::Warps warps(rows, own);
     return own.used;
   };
-  const int64_t samples = std::max<int64_t>(1, Rows::samples(work.call));
   const size_t least = bytes_of(1);
-  if (common + least > kMostShared) {
-    return {0, "a row needs " + std::to_string(common + least) + " bytes of shared memory, more than the " +
-                   std::to_string(kMostShared) + " that a block may have"};
-  }
+  if (common + least > kMostShared) return too_large();
   const size_t of_sample = (bytes_of(kLanes + 1) - bytes_of(1)) / kLanes + 1;
   const auto fitting = [&](size_t bytes) { return 1 + int64_t((std::max(bytes, least) - least) / of_sample); };
   int64_t held = std::max<int64_t>(kLanes, fitting(kWarpShared) / kLanes * kLanes);
