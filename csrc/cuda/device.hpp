@@ -65,7 +65,8 @@ class OnDevice {
 
   template <class Rows>
   void rows(const Work<typename Rows::Call>& work, size_t bytes) {
-    if (error_ == cudaSuccess && bytes > kBlockShared) {
+    constexpr size_t unasked = 48 * 1024;  // more has to be asked for
+    if (error_ == cudaSuccess && bytes > unasked) {
       error_ = cudaFuncSetAttribute(gaussian_rows<Rows>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     }
     if (error_ != cudaSuccess) return;

@@ -68,6 +68,16 @@ PK_FN void load_row(Warp team, const RowInput& input, int64_t row, int64_t colum
             [&](int64_t c) PK_LAMBDA { to[c] = value_at<V>(input, row * input.stride + c, row * columns + c); });
 }
 
+// Where number i of samples from `first` on, which a warp takes in the order of memory, stands: at dimension j of its
+// sample k, and in the (samples, rows, dim) tensor.
+struct Place {
+  int k, j;
+  int64_t at;
+
+  PK_FN Place(int64_t i, int64_t dim, int64_t first, int64_t rows, int64_t row)
+      : k(int(i) / int(dim)), j(int(i) % int(dim)), at(((first + k) * rows + row) * dim + j) {}
+};
+
 template <class T>
 PK_FN T* row_of(void* output, int64_t row, int64_t columns) {
   return output == nullptr ? nullptr : static_cast<T*>(output) + row * columns;
@@ -700,9 +710,9 @@ struct SurrogateLossRows {
         const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const int64_t k = uint32_t(i) / uint32_t(dim), j = uint32_t(i) % uint32_t(dim);
-            const int64_t at = ((first + k) * call.rows + row) * dim + j;
-            held.at[k][j] = constant<V>(static_cast<const T*>(call.given)[at]) - held.policy.mean[j];
+            const Place place(i, dim, first, call.rows, row);
+            const V sample = constant<V>(static_cast<const T*>(call.given)[place.at]);
+            held.at[place.k][place.j] = sample - held.policy.mean[place.j];
           });
           team.each(samples, [&](int64_t k) PK_LAMBDA { scale.template whiten<1>(held.at[k], held.white[k]); });
         }
@@ -758,7 +768,7 @@ struct LogProbRows {
   PK_FN static int64_t samples(const Call& call) { return call.count; }
 
   const Work<Call>& work;
-  const int64_t dim;
+  const int dim;
 
   PK_FN LogProbRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
 
@@ -788,16 +798,10 @@ struct LogProbRows {
       team.each(dim, [&](int64_t j) PK_LAMBDA { held.mean_sum[j] = P{}; });
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
       for (int64_t first = 0; first < call.count; first += work.held) {
-        const int64_t samples = call.count - first < work.held ? call.count - first : work.held;
-        const auto place = [&](int64_t i, int64_t& k, int64_t& j) PK_LAMBDA {
-          k = uint32_t(i) / uint32_t(dim);
-          j = uint32_t(i) % uint32_t(dim);
-          return ((first + k) * call.rows + row) * dim + j;
-        };
+        const int samples = int(call.count - first < work.held ? call.count - first : work.held);
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          int64_t k, j;
-          const int64_t at = place(i, k, j);
-          held.at[k][j] = value_at<V>(call.value, at) - held.policy.mean[j];
+          const Place place(i, dim, first, call.rows, row);
+          held.at[place.k][place.j] = value_at<V>(call.value, place.at) - held.policy.mean[place.j];
         });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
           const int64_t at = (first + k) * call.rows + row;
@@ -817,9 +821,8 @@ struct LogProbRows {
           for (int64_t j = 0; j < dim; ++j) held.at[k][j] = -(held.factor[k] * held.at[k][j]);
         });
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          int64_t k, j;
-          const int64_t at = place(i, k, j);
-          static_cast<P*>(call.grad_value)[at] = output(held.at[k][j]);
+          const Place place(i, dim, first, call.rows, row);
+          static_cast<P*>(call.grad_value)[place.at] = output(held.at[place.k][place.j]);
         });
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
@@ -839,7 +842,7 @@ struct SampleRows {
   PK_FN static int64_t samples(const Call& call) { return call.samples; }
 
   const Work<Call>& work;
-  const int64_t dim;
+  const int dim;
 
   PK_FN SampleRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
 
@@ -868,28 +871,21 @@ struct SampleRows {
       team.each(dim, [&](int64_t j) PK_LAMBDA { held.mean_sum[j] = P{}; });
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
       for (int64_t first = 0; first < call.samples; first += work.held) {
-        const int64_t samples = call.samples - first < work.held ? call.samples - first : work.held;
-        const auto place = [&](int64_t i, int64_t& k, int64_t& j) PK_LAMBDA {
-          k = uint32_t(i) / uint32_t(dim);
-          j = uint32_t(i) % uint32_t(dim);
-          return ((first + k) * call.rows + row) * dim + j;
-        };
+        const int samples = int(call.samples - first < work.held ? call.samples - first : work.held);
         team.each(samples, [&](int64_t k) PK_LAMBDA {
           draw_noise(seed, first + k, call.row_offset + uint64_t(row), dim, held.noise[k]);
           scale.template stretch<1>(static_cast<const V*>(held.policy.mean), held.noise[k], held.at[k]);
         });
         if (call.out) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            int64_t k, j;
-            const int64_t at = place(i, k, j);
-            static_cast<P*>(call.out)[at] = output(held.at[k][j]);
+            const Place place(i, dim, first, call.rows, row);
+            static_cast<P*>(call.out)[place.at] = output(held.at[place.k][place.j]);
           });
         }
         if (to_mean == nullptr && to_scale == nullptr) continue;
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          int64_t k, j;
-          const int64_t at = place(i, k, j);
-          held.at[k][j] = value_at<V>(call.cotangent, at);
+          const Place place(i, dim, first, call.rows, row);
+          held.at[place.k][place.j] = value_at<V>(call.cotangent, place.at);
         });
         team.sums<P>(
             dim,

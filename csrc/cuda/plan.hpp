@@ -9,10 +9,10 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// Bytes of shared memory: what a block may have on every device from sm_80 on, what it has if a warp can do with less,
-// and what a warp has before it draws samples twice.
+// Bytes of shared memory: what a block may have on every device from sm_80 on, what it has if a warp can do with less
+// (four blocks then fit a multiprocessor of sm_90, three of sm_80), and what a warp has before it draws samples twice.
 constexpr size_t kMostShared = 99 * 1024;
-constexpr size_t kBlockShared = 48 * 1024;
+constexpr size_t kBlockShared = 54 * 1024;
 constexpr size_t kWarpShared = 32 * 1024;
 constexpr int kMostWarps = 8;
 

@@ -15,8 +15,12 @@ inline namespace PK_LEVEL {
 
 constexpr int kLanes = 32;
 
-// Few passes: what shared memory holds, by 32.
+// Of a loop with few passes on the device.
+#if defined(__CUDACC__)
 #define PK_ROLLED _Pragma("unroll 1")
+#else
+#define PK_ROLLED
+#endif
 
 // On the host, runs the bodies of each from the last to the first.
 enum class Order { forward, backward };
