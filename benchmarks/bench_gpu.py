@@ -25,6 +25,7 @@ from torch import Tensor
 import po_kernels as pk
 from benchmarks import peers
 from benchmarks.harness import check
+from po_kernels import dispatch
 
 ENTROPY = 0.5
 CACHE = 128 * 2**20  # bytes, more than the L2 cache of any GPU this runs on
@@ -34,6 +35,7 @@ class Case(NamedTuple):
     """An op, what a user would write instead, and what its time is measured against.
 
     Attributes:
+        op: what `fused` calls.
         fused: takes the inputs and a backend's name or None.
         inputs: makes one set of inputs, of which those with as many rows as the first have a row for each of its.
         derivatives: of a loss and inputs, what is computed.
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     """
 
     name: str
+    op: str
     fused: Callable[..., Tensor]
     peer: Callable[..., Tensor]
     inputs: Callable[[], list[Tensor]]
@@ -105,18 +108,19 @@ def cases(device: str, small: bool) -> list[Case]:
     for size in (shape(65536, 17, 64), shape(4096, 17, 16), shape(256, 17, 5)):
         call = gaussian(pk.gaussian_policy_loss, peers.gaussian_dice, gaussian_inputs, *size)
         ceiling = partial(random_numbers_only, *size, seed) if device == "cuda" else None
-        result.append(Case(f"gaussian_dice {size}", *call, gradients, ceiling))
-        result.append(Case(f"gaussian_dice {size} second order", *call, products))
+        op = "gaussian_policy_loss"
+        result.append(Case(f"gaussian_dice {size}", op, *call, gradients, ceiling))
+        result.append(Case(f"gaussian_dice {size} second order", op, *call, products))
     size = shape(4096, 8, 16)
     call = gaussian(pk.mvn_policy_loss, peers.mvn_dice, mvn_inputs, *size)
-    result.append(Case(f"mvn_dice {size}", *call, gradients))
+    result.append(Case(f"mvn_dice {size}", "mvn_policy_loss", *call, gradients))
     rows, classes = shape(2**20, 32)
     # The loss reads logits and labels and writes a gradient: as many bytes as this copy.
     source = torch.empty(rows * (classes + 1), device=device)
     target = torch.empty_like(source)
     result.append(
         Case(
-            f"categorical_exact {(rows, classes)}", categorical,
+            f"categorical_exact {(rows, classes)}", "categorical_policy_loss", categorical,
             lambda *x: peers.categorical_exact_to_compile(*x, ENTROPY),
             lambda: categorical_inputs(rows, classes, device), gradients, lambda: target.copy_(source),
         )
@@ -228,7 +232,8 @@ def measure(case: Case, clock: Clock, backend: str | None, rounds: int) -> dict[
     def run(loss: Callable[..., Tensor]) -> Callable[[int], Any]:
         return lambda number: case.derivatives(loss, sets[number % len(sets)])
 
-    result: dict[str, Any] = {"case": case.name, "eager": compare(clock, run(fused), run(case.peer), rounds)}
+    result: dict[str, Any] = {"case": case.name, "backend": backend}
+    result["eager"] = compare(clock, run(fused), run(case.peer), rounds)
     if case.ceiling is not None:
         ceiling = case.ceiling
         result["ceiling"] = compare(clock, run(fused), lambda number: ceiling(), rounds)
@@ -245,6 +250,15 @@ def measure(case: Case, clock: Clock, backend: str | None, rounds: int) -> dict[
     except RuntimeError as error:
         result["graph"] = {"error": str(error)[:300]}
     return result
+
+
+def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
+    """What to measure: what dispatch picks, and "cuda", which it does not pick, where it serves the op."""
+    if asked is not None:
+        return [asked]
+    cuda = dispatch.module("cuda")
+    reason = cuda.unavailable() or cuda.refuses(case.op, device, torch.float32)
+    return [None] if reason else [None, "cuda"]
 
 
 def about(device: str) -> dict[str, Any]:
@@ -268,7 +282,7 @@ def about(device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks")
+    parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks, and cuda")
     parser.add_argument("--once", action="store_true", help="one small call of each case, nothing timed")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--out", type=Path)
@@ -279,14 +293,16 @@ def main() -> None:
     found = cases(device, arguments.once or device == "cpu")
     if arguments.once:
         for case in found:
-            case.derivatives(partial(case.fused, backend=arguments.backend), case.inputs())
-            print(case.name, "ran")
+            for backend in backends(case, device, arguments.backend):
+                case.derivatives(partial(case.fused, backend=backend), case.inputs())
+                print(case.name, backend or "", "ran")
         return
     rounds = 3 if device == "cpu" else arguments.rounds
     results = []
     for case in found:
-        results.append(measure(case, Clock(device), arguments.backend, rounds))
-        print(json.dumps(results[-1]), flush=True)
+        for backend in backends(case, device, arguments.backend):
+            results.append(measure(case, Clock(device), backend, rounds))
+            print(json.dumps(results[-1]), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps({**about(device), "results": results}, indent=1) + "\n")
 

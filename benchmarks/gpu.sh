@@ -46,8 +46,11 @@ step status 30 "$python" -m po_kernels
 
 if [[ $device == cuda ]]; then
   select="not fork and not threads and not numba and not native"
-  step tests 200 "$python" -m pytest -q -p no:cacheprovider -W ignore --device cuda -k "$select" \
-    tests/ops/test_contract.py tests/ops/test_derivatives.py tests/ops/test_numbers.py tests/ops/test_philox.py
+  suite=(tests/ops/test_contract.py tests/ops/test_derivatives.py tests/ops/test_numbers.py tests/ops/test_philox.py)
+  step cuda 60 "$python" -m pytest -q -p no:cacheprovider -W ignore --device cuda -k "cuda and not host and $select" \
+    "${suite[@]}" tests/ops/test_cuda.py
+  step tests 200 "$python" -m pytest -q -p no:cacheprovider -W ignore --device cuda -k "not cuda and $select" \
+    "${suite[@]}"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.bench_gpu --once

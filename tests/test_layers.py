@@ -126,3 +126,15 @@ def test_shared_headers_fit_any_processor():
         assert not [name for name in includes_of(path) if INTRINSICS.search(name)], path
         inner = [name for name in includes_of(path) if name.split("/")[0] in ("cpu", "cuda", "bindings")]
         assert not inner, path
+
+
+def test_kernels_of_the_cpu_and_of_cuda_know_nothing_of_each_other():
+    for folder, other in (("cpu", "cuda"), ("cuda", "cpu")):
+        for path in sources(ROOT / "csrc" / folder):
+            assert not [name for name in includes_of(path) if name.split("/")[0] == other], path
+
+
+def test_headers_of_cuda_are_known_to_what_nvcc_compiles_only():
+    for path in sources(ROOT / "csrc"):
+        if path.suffix != ".cu" and path != ROOT / "csrc" / "cuda" / "device.hpp":
+            assert not [name for name in includes_of(path) if re.match(r"cuda\w*\.h$", name)], path

@@ -13,8 +13,8 @@ namespace po_kernels {
 
 namespace py = pybind11;
 
-// Takes arguments out of a keyword dictionary: each is required but an address, which is null when left out, and
-// `finish` refuses what is left.
+// Takes arguments out of a keyword dictionary: each is required but an address, which is null when left out, and the
+// number of threads; `finish` refuses what is left.
 class Arguments {
  public:
   explicit Arguments(const py::kwargs& given) : given_(given) {}
@@ -43,7 +43,7 @@ class Arguments {
     call.is_double = take<bool>("is_double");
     call.dual = take<bool>("dual");
     call.rows = take<int64_t>("rows");
-    call.threads = take<int>("threads");
+    if (const py::handle threads = find("threads")) call.threads = threads.cast<int>();
   }
 
   void rbf(bool& has_rbf, double& rbf_gamma) {

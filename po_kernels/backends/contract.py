@@ -34,6 +34,9 @@ mean, log_std and target are (B, D), scale_tril (B, D, D), logits (B, C), reward
 or (G, B), value (N, B, D) or (N, B). `categorical_sample` is not differentiable and has one function,
 sample(logits, seed, num_samples, row_offset) -> (G, B).
 
+Dispatch knows op, device and dtype. A limit of shapes, such as the shared memory of a GPU, is refused by the call
+itself, with a ValueError; a backend with such limits has to be asked for by name.
+
 `reference` is plain torch and differentiated by autograd: in place of these two it has "plain", which takes
 (inputs, constants, config) and returns the value, or the row losses and statistics of a loss.
 """

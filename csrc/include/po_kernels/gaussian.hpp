@@ -21,19 +21,20 @@ struct DiagonalScale {
 
   PK_FN static int64_t size(int64_t dim) { return dim; }
   PK_FN static int64_t work(int64_t dim) { return 2 * dim; }
+  PK_FN static int64_t team_work(int64_t dim) { return 2 * dim; }
   PK_FN int64_t size() const { return dim; }
 
-  PK_FN void prepare(V* scratch, bool whitens) {
+  template <class Team = Alone>
+  PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
     inverse_std = scratch + dim;
-    for (int64_t j = 0; j < dim; ++j) std[j] = exp(log_std[j]);
-    for (int64_t j = 0; whitens && j < dim; ++j) inverse_std[j] = exp(-log_std[j]);
+    team.each(dim, [&](int64_t j) PK_LAMBDA { std[j] = exp(log_std[j]); });
+    if (whitens) team.each(dim, [&](int64_t j) PK_LAMBDA { inverse_std[j] = exp(-log_std[j]); });
   }
 
-  PK_FN V log_determinant() const {
-    V sum{};
-    for (int64_t j = 0; j < dim; ++j) sum = sum + log_std[j];
-    return sum;
+  template <class Team = Alone>
+  PK_FN V log_determinant(Team team = {}) const {
+    return team.template sum<V>(dim, [&](int64_t j) PK_LAMBDA { return log_std[j]; });
   }
 
   template <int S, class R>
@@ -58,6 +59,11 @@ struct DiagonalScale {
   }
 
   template <int S>
+  PK_FN void whiten_transposed(const V* z, V* a) const {
+    whiten<S>(z, a);
+  }
+
+  template <int S>
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
       for (int64_t j = 0; j < dim; ++j) {
@@ -71,15 +77,20 @@ struct DiagonalScale {
     }
   }
 
+  // Of one sample in one dimension; the sum for the mean is then to be divided by σ.
+  PK_FN static void add_score_terms(V f, V z, V& to_mean, V& to_scale) {
+    const V factor = f * z;
+    to_mean = to_mean + factor;
+    to_scale = to_scale + (factor * z - f);
+  }
+
   template <int S>
   PK_FN void add_score(const V (&f)[S], const V* z, P* mean, P* scale) const {
     for (int64_t j = 0; j < dim; ++j) {
       V to_mean{}, to_scale{};
       unrolled<S>([&](auto s) PK_LAMBDA {
         constexpr int at = decltype(s)::value;
-        const V factor = f[at] * z[at * dim + j];
-        to_mean = to_mean + factor;
-        to_scale = to_scale + (factor * z[at * dim + j] - f[at]);
+        add_score_terms(f[at], z[at * dim + j], to_mean, to_scale);
       });
       if (mean) mean[j] = mean[j] + output(to_mean * inverse_std[j]);
       if (scale) scale[j] = scale[j] + output(to_scale);
@@ -97,18 +108,17 @@ struct DiagonalScale {
     }
   }
 
-  PK_FN void add_entropy(V f, P* scale) const {
-    for (int64_t j = 0; j < dim; ++j) scale[j] = scale[j] + output(f);
+  template <class Team = Alone>
+  PK_FN void add_entropy(V f, P* scale, Team team = {}) const {
+    team.each(dim, [&](int64_t j) PK_LAMBDA { scale[j] = scale[j] + output(f); });
   }
 
   PK_FN V trace(Precision<V> precision, V weight, P* scale, P* precision_out) const {
     V sum{};
     for (int64_t j = 0; j < dim; ++j) {
-      const V variance = square(std[j]);
-      const V spread = variance * precision_diagonal(precision, dim, j);
-      sum = sum + spread;
-      if (scale) scale[j] = scale[j] + output(weight * spread * T(2));
+      sum = sum + trace_at(j, precision, weight, scale);
       if (precision_out) {
+        const V variance = square(std[j]);
         const int kind = precision.kind;
         const int64_t at = kind == kScalar ? 0 : kind == kDiagonal ? j : j * (j + 1) / 2 + j;
         precision_out[at] = precision_out[at] + output(weight * variance);
@@ -117,15 +127,26 @@ struct DiagonalScale {
     return sum;
   }
 
+  // The term of dimension j, without the gradient in U.
+  PK_FN V trace_at(int64_t j, Precision<V> precision, V weight, P* scale, V* = nullptr, V* = nullptr) const {
+    const V spread = square(std[j]) * precision_diagonal(precision, dim, j);
+    if (scale) scale[j] = scale[j] + output(weight * spread * T(2));
+    return spread;
+  }
+
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
     V sum{};
-    for (int64_t i = 0; i < dim; ++i) {
-      const V variance = square(std[i]);
-      sum = sum + square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
-      for (int64_t j = 0; precision.kind == kFull && j < i; ++j) {
-        const Shared<V> off = precision.u[i * dim + j];
-        sum = sum + variance * square(std[j]) * (off * off) * T(4);
-      }
+    for (int64_t i = 0; i < dim; ++i) sum = sum + reward_variance_at(i, precision, x);
+    return sum;
+  }
+
+  // The terms of dimension i with those before it.
+  PK_FN V reward_variance_at(int64_t i, Precision<V> precision, const V* x, V* = nullptr, V* = nullptr) const {
+    const V variance = square(std[i]);
+    V sum = square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
+    for (int64_t j = 0; precision.kind == kFull && j < i; ++j) {
+      const Shared<V> off = precision.u[i * dim + j];
+      sum = sum + variance * square(std[j]) * (off * off) * T(4);
     }
     return sum;
   }

@@ -4,10 +4,13 @@
 // A Scale<V> has, with z = S⁻¹ (ŷ - μ):
 //   dim, size()                      dimension; numbers in the parameter of S
 //   work()                           lane values of scratch that `prepare` and the rest use
-//   prepare(scratch, whitens)        before all that follow; `whitens` if one of whiten, whiten_noise, add_score does
+//   prepare(scratch, whitens, team)  before all that follow; `whitens` if one of whiten, whiten_noise, add_score does
+//   team_work()                      scratch that is enough for what writes nothing but its results: not for
+//                                    add_score, add_path, trace and reward_variance
 //   log_determinant()                log det S
 //   stretch<S>(base, eps, y)         y = base + S eps
 //   whiten<S>(residual, z)           z = S⁻¹ residual
+//   whiten_transposed<S>(z, a)       a = S⁻ᵀ z
 //   whiten_noise<S>(mean, eps, z)    on duals z of the constant sample μ + S eps: eps, with the derivative that μ and S
 //                                    give it; without derivatives z is eps itself, and nothing is written
 //   add_score<S>(f, z, mean, scale)  adds f ∂log p(ŷ)/∂(μ, S) for a constant ŷ
@@ -15,6 +18,7 @@
 //   add_entropy(f, scale)            adds f ∂(log det S)/∂S
 //   trace(precision, weight, scale, precision_out)  tr(U S Sᵀ); adds weight times its gradients
 //   reward_variance(precision, x)    2 tr(U Σ U Σ) + 4 xᵀ Σ x
+//   trace_at(j, ..), reward_variance_at(j, ..)  the terms of column j of S, with scratch for it and for U times it
 // Those with an S work on a block of S samples: eps, residual, y, z and slope are (S, dim), f is (S), base is (dim).
 // Gradient pointers may be null. On duals all of them take the tangent of the gradient.
 #pragma once
@@ -43,9 +47,13 @@ PK_FN void clear(int64_t count, V* x) {
   for (int64_t i = 0; x != nullptr && i < count; ++i) x[i] = V{};
 }
 
+template <class V>
+PK_FN V gaussian_entropy(int64_t dim, V log_determinant) {
+  return log_determinant + Element<V>((kHalfLog2Pi + 0.5) * double(dim));
+}
 template <class V, template <class> class Scale>
 PK_FN V gaussian_entropy(const Scale<V>& scale) {
-  return scale.log_determinant() + Element<V>((kHalfLog2Pi + 0.5) * double(scale.dim));
+  return gaussian_entropy(scale.dim, scale.log_determinant());
 }
 
 // log p from z, less what depends on the scale alone.
@@ -55,9 +63,13 @@ PK_FN V gaussian_log_kernel(int64_t dim, const V* z) {
   for (int64_t j = 0; j < dim; ++j) sum = sum + square(z[j]);
   return sum * Element<V>(-0.5);
 }
+template <class V>
+PK_FN V gaussian_log_density(int64_t dim, const V* z, V log_determinant) {
+  return gaussian_log_kernel(dim, z) - log_determinant - Element<V>(kHalfLog2Pi * double(dim));
+}
 template <class V, template <class> class Scale>
 PK_FN V gaussian_log_density(const Scale<V>& scale, const V* z) {
-  return gaussian_log_kernel(scale.dim, z) - scale.log_determinant() - Element<V>(kHalfLog2Pi * double(scale.dim));
+  return gaussian_log_density(scale.dim, z, scale.log_determinant());
 }
 
 // L = δᵀUδ + tr(U S Sᵀ) - λ H, δ = μ - y. Scratch: 2 dim.

@@ -1,7 +1,8 @@
-// A group of samples of one row: advantages, their transposed derivative, and the surrogate they make.
+// A group of samples of one row: advantages, their transposed derivative, and the surrogate they make. A team shares
+// the samples of the group.
 #pragma once
 
-#include "po_kernels/math.hpp"
+#include "po_kernels/team.hpp"
 
 namespace po_kernels {
 
@@ -23,87 +24,86 @@ inline namespace PK_LEVEL {
 constexpr double kStandardizedEpsilon = 1e-6;
 
 // Mean over the group, relative to its first member, so that equal members have no rounding between them.
-template <class V>
-PK_FN V group_mean_from_first(int64_t count, const V* x) {
-  V sum{};
-  for (int64_t g = 1; g < count; ++g) sum = sum + (x[g] - x[0]);
+template <class V, class Team = Alone>
+PK_FN V group_mean_from_first(int64_t count, const V* x, Team team = {}) {
+  const V sum = team.template sum<V>(count - 1, [&](int64_t g) PK_LAMBDA { return x[g + 1] - x[0]; });
   return sum * Element<V>(1.0 / double(count));
 }
 
 // Standard deviation with the count in the denominator; zero, with no derivative, for equal members. Deviations are
 // squared relative to the largest, so that they neither overflow nor vanish.
-template <class V>
-PK_FN V group_std(int64_t count, const V* x) {
+template <class V, class Team = Alone>
+PK_FN V group_std(int64_t count, const V* x, Team team = {}) {
   using T = Element<V>;
-  const V mean = group_mean_from_first(count, x);
-  Primal<V> largest{};
-  for (int64_t g = 0; g < count; ++g) {
-    const Primal<V> deviation = stop(x[g] - x[0] - mean);
-    const Primal<V> size = select(deviation < T(0), -deviation, deviation);
-    largest = select(largest >= size, largest, size);  // a nan is taken
-  }
+  using P = Primal<V>;
+  const V mean = group_mean_from_first(count, x, team);
+  const auto size = [&](int64_t g) PK_LAMBDA {
+    const P deviation = stop(x[g] - x[0] - mean);
+    return select(deviation < T(0), -deviation, deviation);
+  };
+  const auto larger = [](P a, P b) PK_LAMBDA { return select(a >= b, a, b); };  // a nan is taken
+  const P largest = team.template fold<P>(count, P{}, size, larger);
   const auto varies = largest != T(0);
-  const Primal<V> unit = select(varies, largest, broadcast<Primal<V>>(T(1)));
-  const Primal<V> inverse = broadcast<Primal<V>>(T(1)) / unit;
-  V sum{};
-  for (int64_t g = 0; g < count; ++g) sum = sum + square((x[g] - x[0] - mean) * inverse);
+  const P unit = select(varies, largest, broadcast<P>(T(1)));
+  const P inverse = broadcast<P>(T(1)) / unit;
+  const V sum =
+      team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
   const V variance = select(varies, sum * T(1.0 / double(count)), constant<V>(T(1)));
   return select(varies, square_root(variance) * unit, V{});
 }
 
-// A over the G rewards of a row.
-template <class V>
-PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage) {
+// A over the G rewards of a row, which may be written in their place.
+template <class V, class Team = Alone>
+PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage, Team team = {}) {
   using T = Element<V>;
+  using P = Primal<V>;
+  const V first = reward[0];
   if (kind == kNone) {
-    for (int64_t g = 0; g < count; ++g) advantage[g] = reward[g];
+    team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = reward[g]; });
     return;
   }
   if (kind == kMin) {
-    Primal<V> least = stop(reward[0]);
-    for (int64_t g = 1; g < count; ++g) least = select(stop(reward[g]) < least, stop(reward[g]), least);
-    for (int64_t g = 0; g < count; ++g) advantage[g] = reward[g] - least;
+    const P least = team.template fold<P>(
+        count, stop(first), [&](int64_t g) PK_LAMBDA { return stop(reward[g]); },
+        [](P a, P b) PK_LAMBDA { return select(b < a, b, a); });
+    team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = reward[g] - least; });
     return;
   }
-  const V mean = group_mean_from_first(count, reward);
-  for (int64_t g = count - 1; g >= 0; --g) advantage[g] = reward[g] - reward[0] - mean;
-  if (kind == kLoo) {
-    const T scale = T(double(count) / double(count - 1));
-    for (int64_t g = 0; g < count; ++g) advantage[g] = advantage[g] * scale;
-  } else if (kind == kStandardized) {
-    const V std = group_std(count, reward);
+  const V mean = group_mean_from_first(count, reward, team);
+  if (kind == kStandardized) {
+    const V std = group_std(count, reward, team);
     const auto varies = stop(std) != T(0);
     const V inverse = constant<V>(T(1)) / (std + T(kStandardizedEpsilon));
-    for (int64_t g = 0; g < count; ++g) advantage[g] = select(varies, advantage[g] * inverse, V{});
+    team.each(count,
+              [&](int64_t g) PK_LAMBDA { advantage[g] = select(varies, (reward[g] - first - mean) * inverse, V{}); });
+    return;
   }
+  const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
+  team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = (reward[g] - first - mean) * scale; });
 }
 
 // u <- Jᵀ u with J the Jacobian of the advantages in the rewards.
-template <class V>
-PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u) {
+template <class V, class Team = Alone>
+PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u, Team team = {}) {
   using T = Element<V>;
   if (kind == kNone || kind == kMin) return;
   const T inverse_count = T(1.0 / double(count));
-  V mean{};
-  for (int64_t g = 0; g < count; ++g) mean = mean + u[g];
-  mean = mean * inverse_count;
+  const V mean = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return u[g]; }) * inverse_count;
   if (kind != kStandardized) {
     const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
-    for (int64_t g = 0; g < count; ++g) u[g] = (u[g] - mean) * scale;
+    team.each(count, [&](int64_t g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
     return;
   }
-  const V reward_mean = group_mean_from_first(count, reward);
-  const V std = group_std(count, reward);
+  const V reward_mean = group_mean_from_first(count, reward, team);
+  const V std = group_std(count, reward, team);
   const auto varies = stop(std) != T(0);
   const V safe = select(varies, std, constant<V>(T(1)));
   const V inverse = constant<V>(T(1)) / (safe + T(kStandardizedEpsilon));
-  V dot{};
-  for (int64_t g = 0; g < count; ++g) dot = dot + u[g] * (reward[g] - reward[0] - reward_mean);
+  const auto centred = [&](int64_t g) PK_LAMBDA { return reward[g] - reward[0] - reward_mean; };
+  const V dot = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return u[g] * centred(g); });
   const V slope = dot * inverse * inverse / safe * inverse_count;
-  for (int64_t g = 0; g < count; ++g) {
-    const V centred = reward[g] - reward[0] - reward_mean;
-    u[g] = select(varies, (u[g] - mean) * inverse - centred * slope, V{});
-  }
+  team.each(count,
+            [&](int64_t g) PK_LAMBDA { u[g] = select(varies, (u[g] - mean) * inverse - centred(g) * slope, V{}); });
 }
 
 // A group in the making: rewards and, for score-function estimators, w - 1, whose value is zero and whose tangent is
@@ -128,30 +128,28 @@ PK_FN V transformed_reward(const Surrogate& s, V reward) {
 }
 
 // Returns (1/G) Σ_g [r_g + (w_g - 1) A_g].
-template <class V>
-PK_FN V finish(const Surrogate& s, Group<V> group) {
+template <class V, class Team = Alone>
+PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}) {
   using T = Element<V>;
   const int64_t count = s.samples;
   const bool score = s.estimator != kReparam;
-  V sum{};
-  for (int64_t g = 0; g < count; ++g) sum = sum + group.reward[g];
-  if (score) advantages(s.advantage, count, group.reward, group.advantage);
+  V sum = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return group.reward[g]; });
+  if (score) advantages(s.advantage, count, group.reward, group.advantage, team);
   if constexpr (is_dual<V>) {
     if (score) {
-      for (int64_t g = 0; g < count; ++g) {
-        sum = sum + group.excess[g] * group.advantage[g];
-        group.pull[g] = group.excess[g];
-      }
-      advantages_transposed(s.advantage, count, group.reward, group.pull);
+      sum =
+          sum + team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return group.excess[g] * group.advantage[g]; });
+      team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.excess[g]; });
+      advantages_transposed(s.advantage, count, group.reward, group.pull, team);
     } else {
-      for (int64_t g = 0; g < count; ++g) group.pull[g] = V{};
+      team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = V{}; });
     }
-    for (int64_t g = 0; g < count; ++g) group.pull[g] = group.pull[g] + T(1);
+    team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.pull[g] + T(1); });
   } else {
-    for (int64_t g = 0; g < count; ++g) group.pull[g] = constant<V>(T(1));
+    team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = constant<V>(T(1)); });
   }
   if (s.has_rbf) {
-    for (int64_t g = 0; g < count; ++g) group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma);
+    team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma); });
   }
   return sum * T(1.0 / double(count));
 }
@@ -163,13 +161,13 @@ struct RowStats {
 };
 
 // The rewards' and the advantages' part, of a finished group.
-template <class V>
-PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group) {
+template <class V, class Team = Alone>
+PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group, Team team = {}) {
   RowStats<V> stats{};
-  stats.reward_mean = group_mean_from_first(s.samples, group.reward) + group.reward[0];
-  stats.reward_std = group_std(s.samples, group.reward);
-  if (s.estimator == kReparam) advantages(s.advantage, s.samples, group.reward, group.advantage);
-  stats.advantage_std = group_std(s.samples, group.advantage);
+  stats.reward_mean = group_mean_from_first(s.samples, group.reward, team) + group.reward[0];
+  stats.reward_std = group_std(s.samples, group.reward, team);
+  if (s.estimator == kReparam) advantages(s.advantage, s.samples, group.reward, group.advantage, team);
+  stats.advantage_std = group_std(s.samples, group.advantage, team);
   return stats;
 }
 

@@ -1,9 +1,9 @@
 // Lane values and what can be computed with them.
 //
-// The mathematics of a row is written once, as templates on a lane value V: float or double for one row (CUDA,
-// a row a thread), a Pack of them for as many rows (SIMD, csrc/cpu/pack.hpp), or a Dual of either, which carries a
-// derivative along: a kernel that computes a loss and its gradient then also computes, evaluated on duals, the
-// directional derivative of the loss and the product of the Hessian with the direction.
+// The mathematics of a row is written once, as templates on a lane value V: float or double for one row (CUDA, a warp a
+// row), a Pack of them for as many rows (SIMD, csrc/cpu/pack.hpp), or a Dual of either, which carries a derivative
+// along: a kernel that computes a loss and its gradient then also computes, evaluated on duals, the directional
+// derivative of the loss and the product of the Hessian with the direction.
 #pragma once
 
 #include <cmath>

@@ -21,20 +21,21 @@ struct TriangularScale {
 
   PK_FN static int64_t size(int64_t dim) { return dim * dim; }
   PK_FN static int64_t work(int64_t dim) { return (1 + 2 * kBlock) * dim; }
+  PK_FN static int64_t team_work(int64_t dim) { return dim; }
   PK_FN int64_t size() const { return dim * dim; }
 
   PK_FN const V* row(int64_t i) const { return tril + i * dim; }
 
-  PK_FN void prepare(V* scratch, bool) {
+  template <class Team = Alone>
+  PK_FN void prepare(V* scratch, bool, Team team = {}) {
     inverse_diag = scratch;
     work_ = scratch + dim;
-    for (int64_t j = 0; j < dim; ++j) inverse_diag[j] = constant<V>(T(1)) / row(j)[j];
+    team.each(dim, [&](int64_t j) PK_LAMBDA { inverse_diag[j] = constant<V>(T(1)) / row(j)[j]; });
   }
 
-  PK_FN V log_determinant() const {
-    V sum{};
-    for (int64_t j = 0; j < dim; ++j) sum = sum + log(row(j)[j]);
-    return sum;
+  template <class Team = Alone>
+  PK_FN V log_determinant(Team team = {}) const {
+    return team.template sum<V>(dim, [&](int64_t j) PK_LAMBDA { return log(row(j)[j]); });
   }
 
   template <int S, class R>
@@ -138,8 +139,9 @@ struct TriangularScale {
     add_outer<S>(dim, 0, slope, static_cast<const V*>(constants), [&](int64_t i) PK_LAMBDA { return scale + i * dim; });
   }
 
-  PK_FN void add_entropy(V f, P* scale) const {
-    for (int64_t j = 0; j < dim; ++j) scale[j * dim + j] = scale[j * dim + j] + output(f * inverse_diag[j]);
+  template <class Team = Alone>
+  PK_FN void add_entropy(V f, P* scale, Team team = {}) const {
+    team.each(dim, [&](int64_t j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(f * inverse_diag[j]); });
   }
 
   // Column by column of L: tr(U L Lᵀ) = Σ_j l_jᵀ U l_j.
@@ -148,12 +150,7 @@ struct TriangularScale {
     V* other = work_ + dim;
     V sum{};
     for (int64_t j = 0; j < dim; ++j) {
-      for (int64_t i = j; i < dim; ++i) column[i] = row(i)[j];
-      apply<1>(precision, dim, column, other, j);
-      for (int64_t i = j; i < dim; ++i) {
-        sum = sum + column[i] * other[i];
-        if (scale) scale[i * dim + j] = scale[i * dim + j] + output(weight * other[i] * T(2));
-      }
+      sum = sum + trace_at(j, precision, weight, scale, column, other);
       if (precision_out) {
         for (int64_t i = j; i < dim; ++i) other[i] = weight * column[i];
         accumulate_outer<1>(precision.kind, dim, other, column, precision_out, j);
@@ -162,24 +159,38 @@ struct TriangularScale {
     return sum;
   }
 
+  // The term of column j, without the gradient in U; from row j on, leaves the column and U times it.
+  PK_FN V trace_at(int64_t j, Precision<V> precision, V weight, P* scale, V* column, V* weighted) const {
+    V sum{};
+    for (int64_t i = j; i < dim; ++i) column[i] = row(i)[j];
+    apply<1>(precision, dim, column, weighted, j);
+    for (int64_t i = j; i < dim; ++i) {
+      sum = sum + column[i] * weighted[i];
+      if (scale) scale[i * dim + j] = scale[i * dim + j] + output(weight * weighted[i] * T(2));
+    }
+    return sum;
+  }
+
   // 2 ‖LᵀUL‖² + 4 ‖Lᵀx‖².
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
-    V* column = work_;
-    V* weighted = work_ + dim;
     V sum{};
-    for (int64_t j = 0; j < dim; ++j) {
-      V along{};
-      for (int64_t i = 0; i < dim; ++i) {
-        column[i] = i < j ? V{} : row(i)[j];
-        along = along + column[i] * x[i];
-      }
-      apply<1>(precision, dim, column, weighted);
-      sum = sum + square(along) * T(4);
-      for (int64_t k = 0; k < dim; ++k) {
-        V product{};
-        for (int64_t i = k; i < dim; ++i) product = product + row(i)[k] * weighted[i];
-        sum = sum + square(product) * T(2);
-      }
+    for (int64_t j = 0; j < dim; ++j) sum = sum + reward_variance_at(j, precision, x, work_, work_ + dim);
+    return sum;
+  }
+
+  // The terms of column j.
+  PK_FN V reward_variance_at(int64_t j, Precision<V> precision, const V* x, V* column, V* weighted) const {
+    V along{};
+    for (int64_t i = 0; i < dim; ++i) {
+      column[i] = i < j ? V{} : row(i)[j];
+      along = along + column[i] * x[i];
+    }
+    apply<1>(precision, dim, column, weighted);
+    V sum = square(along) * T(4);
+    for (int64_t k = 0; k < dim; ++k) {
+      V product{};
+      for (int64_t i = k; i < dim; ++i) product = product + row(i)[k] * weighted[i];
+      sum = sum + square(product) * T(2);
     }
     return sum;
   }

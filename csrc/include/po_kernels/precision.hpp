@@ -77,6 +77,15 @@ PK_FN void apply(Precision<V> p, int64_t dim, const V* x, V* y, int64_t first = 
   for (; i < dim; ++i) rows(i, Constant<1>{});
 }
 
+// (U x)_i.
+template <class V>
+PK_FN V apply_at(Precision<V> p, int64_t dim, const V* x, int64_t i) {
+  if (p.kind != kFull) return x[i] * (p.kind == kScalar ? p.u[0] : p.u[i]);
+  V sum[1][1];
+  multiply_rows<1, 1>(p, dim, 0, dim, i, x, sum);
+  return sum[0][0];
+}
+
 // xᵀ U x of S vectors, (S, dim).
 template <int S, class V>
 PK_FN void quadratic(Precision<V> p, int64_t dim, const V* x, V (&total)[S]) {

@@ -1,10 +1,17 @@
-"""GPU kernels written in CUDA C++, part of the compiled extension."""
+"""GPU kernels written in CUDA C++, part of the compiled extension.
 
-from typing import Any
+With PO_KERNELS_CUDA_EMULATE=1 in the environment the same kernels run on the host, on CPU tensors, for calls that ask
+for this backend by name: a check of them where there is no GPU. With `backward` in place of 1, what the threads of a
+warp do at once is done in the opposite order, which must change nothing.
+"""
 
 import torch
 
 from ... import extension
+from . import kernels
+from .kernels import KERNELS
+
+_LEAST_CAPABILITY = (8, 0)  # of the code that CMakeLists.txt builds
 
 
 def unavailable() -> str | None:
@@ -12,19 +19,35 @@ def unavailable() -> str | None:
         return extension.missing
     if not extension.build["cuda"]:
         return f"the extension was built without CUDA: {extension.build['cuda_reason']}"
+    if kernels.emulated():
+        return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    state = extension.module.cuda_state()
+    if state["error"]:
+        runtime, driver = (f"{n // 1000}.{n % 1000 // 10}" for n in (state["runtime_version"], state["driver_version"]))
+        return (
+            f"the extension is linked to the CUDA runtime {runtime}, which finds no device with a driver for CUDA "
+            f"{driver}: {state['error']}"
+        )
+    capability = max(torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count()))
+    if capability < _LEAST_CAPABILITY:
+        return "it needs a GPU of compute capability 8.0 or higher, not {}.{}".format(*capability)
     return None
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    if device_type != "cuda":
+    if device_type != "cuda" and not (device_type == "cpu" and kernels.emulated()):
         return f"it serves CUDA tensors, not {device_type}"
-    return None if op in KERNELS else f"it has no kernel for {op}"
-
-
-def must_be_asked(device_type: str) -> str | None:
+    if op not in KERNELS:
+        return f"it has no kernel for {op}"
+    if dtype not in (torch.float32, torch.float64):
+        return f"it computes in float32 and float64, not {dtype}"
     return None
 
 
-KERNELS: dict[str, dict[str, Any]] = {}
+def must_be_asked(device_type: str) -> str | None:
+    return "the emulator is slow" if device_type == "cpu" else "no measurement shows it faster than triton"
+
+
+__all__ = ["KERNELS", "refuses", "unavailable"]

@@ -1,0 +1,66 @@
+// The kernels of csrc/cuda on the host: the same blocks, warps and sums, one after another.
+#include <cstring>
+#include <vector>
+
+#include "cuda/plan.hpp"
+#include "po_kernels/gaussian.hpp"
+#include "po_kernels/mvn.hpp"
+
+namespace po_kernels {
+inline namespace PK_LEVEL {
+
+class OnHost {
+ public:
+  explicit OnHost(const CudaLaunch& launch) : order_(launch.backward ? Order::backward : Order::forward) {}
+
+  template <class Rows>
+  void rows(const Work<typename Rows::Call>& work, size_t bytes) {
+    std::vector<double> storage(bytes / sizeof(double) + 2);  // of the alignment of shared memory
+    char* memory = reinterpret_cast<char*>(storage.data());
+    for (int64_t block = 0; block < work.blocks; ++block) {
+      std::memset(memory, 0xff, bytes);  // NaN
+      Memory shared{memory};
+      const Rows rows(work, shared);
+      rows.load_shared(Block{order_});
+      char* warps = memory + shared.used;
+      for (int warp = 0; warp < work.warps; ++warp) {
+        Memory own{warps + warp * work.warp_bytes};
+        const typename Rows::Warps held(rows, own);
+        rows.rows(Warp{order_}, held, block * work.warps + warp, work.blocks * work.warps);
+      }
+      if constexpr (Rows::is_loss) {
+        const int64_t terms = Rows::summed(work.call);
+        store_sums(Block{order_}, warps, work.warp_bytes, work.warps, terms, work.partials + block * (kHead + terms));
+      }
+    }
+  }
+
+  template <class T>
+  void finish(const Finish& finish) {
+    for (int64_t number = 0; number < finish.numbers(); ++number) finish.one<T>(Warp{order_}, number);
+  }
+
+  std::string error() const { return {}; }
+
+ private:
+  Order order_;
+};
+
+}  // namespace PK_LEVEL
+
+#define PK_EMULATED(name, type, Rows, Scale)                                \
+  CudaOutcome emulated_##name(const type& call, const CudaLaunch& launch) { \
+    return run_gaussian<Rows, Scale>(call, launch, OnHost(launch));         \
+  }
+#define PK_EMULATED_FAMILY(family, Scale)                                                                    \
+  CudaOutcome emulated_##family##_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {    \
+    return call.estimator == kClosedForm ? run_gaussian<ClosedFormRows, Scale>(call, launch, OnHost(launch)) \
+                                         : run_gaussian<SampledRows, Scale>(call, launch, OnHost(launch));   \
+  }                                                                                                          \
+  PK_EMULATED(family##_surrogate_loss, GaussianSurrogateLoss, SurrogateLossRows, Scale)                      \
+  PK_EMULATED(family##_log_prob, GaussianLogProb, LogProbRows, Scale)                                        \
+  PK_EMULATED(family##_sample, GaussianSample, SampleRows, Scale)
+PK_EMULATED_FAMILY(gaussian, DiagonalScale)
+PK_EMULATED_FAMILY(mvn, TriangularScale)
+
+}  // namespace po_kernels

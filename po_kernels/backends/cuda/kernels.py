@@ -1,0 +1,81 @@
+"""The ops of the compiled extension on a GPU, or on the host by emulation."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import extension
+from .. import checks
+from ..compiled import Arguments, Kernel, gaussian
+from ..contract import OpConfig
+
+# Blocks, each of which sums over its rows, and numbers that these sums may take together.
+_MOST_BLOCKS = 4096
+_MOST_SUMS = 2**20
+_HEAD = 6  # the loss and its statistics, as in csrc/cuda/gaussian_family.hpp
+
+_CHECKS: dict[str, Callable[..., None]] = {
+    "gaussian_policy_loss": checks.gaussian_policy_loss,
+    "mvn_policy_loss": checks.mvn_policy_loss,
+    "mvn_surrogate_loss": checks.mvn,
+    "mvn_log_prob": checks.mvn,
+    "mvn_sample": checks.mvn,
+}
+
+
+def emulated() -> bool:
+    return os.environ.get("PO_KERNELS_CUDA_EMULATE", "0").lower() in ("1", "true", "on", "yes", "backward")
+
+
+class _Kernel(Kernel):
+    def _run(
+        self,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        tangents: Sequence[Tensor | None] | None,
+        cotangent: Tensor | None,
+        cotangent_tangent: Tensor | None,
+        needs: Sequence[bool],
+        want_stats: bool,
+        config: OpConfig,
+    ) -> list[Tensor]:
+        if inputs[0].device.type == "cpu":  # where values are at hand
+            _CHECKS.get(self.op, checks.nothing)(self.op, *inputs, *constants)
+        return super()._run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config)
+
+    def call(self, arguments: Arguments, head: Tensor) -> None:
+        device = head.device
+        if "seed" in arguments:
+            seed = arguments["seed"]
+            if isinstance(seed, Tensor) and seed.device == device:
+                # Read by the kernel: nothing waits for it, and a captured graph draws anew when it has changed.
+                arguments["device_seed"], arguments["seed"] = seed.data_ptr(), 0
+            else:
+                arguments["seed"] = int(seed)
+        rows, terms = arguments["rows"], 0
+        if "grad_precision" in arguments:
+            dim = arguments["dim"]
+            terms = dim * (dim + 1) // 2 if arguments["precision_kind"] == 2 else dim
+        arguments["blocks"] = blocks = min(rows, _MOST_BLOCKS, max(64, _MOST_SUMS // (_HEAD + terms)))
+        if "reduction" in arguments:
+            partials = torch.empty(blocks * (_HEAD + terms), dtype=torch.float64, device=device)
+            arguments["partials"] = partials.data_ptr()
+        arguments["emulate"] = device.type == "cpu"
+        arguments["backward"] = os.environ.get("PO_KERNELS_CUDA_EMULATE", "").lower() == "backward"
+        arguments["device"] = device.index or 0
+        if device.type == "cuda":
+            arguments["stream"] = torch.cuda.current_stream(device).cuda_stream
+        refused, failed = getattr(extension.module, f"cuda_{self.op}")(**arguments)
+        if refused:
+            raise ValueError(f"{self.op}: backend 'cuda' has no kernel for such shapes: {refused}; use another backend")
+        if failed:
+            raise RuntimeError(f"{self.op}: backend 'cuda' could not launch its kernel: {failed}")
+
+
+KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
+    op: {"first": kernel.first, "second": kernel.second}
+    for op, kernel in (gaussian(_Kernel, "gaussian", "log_std") | gaussian(_Kernel, "mvn", "scale_tril")).items()
+}
