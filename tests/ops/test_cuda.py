@@ -42,8 +42,8 @@ def test_on_the_host():
 @pytest.mark.parametrize(
     ("names", "without"),
     [
-        # Transforms are above the backends; two threads, or a fork, share nothing here.
-        (("test_contract",), "torch_func or hessian or vmap or functional_call"),
+        (("test_contract",), "nothing"),
+        # Two threads, or a fork, share nothing here.
         (("test_numbers", "test_derivatives", "test_philox"), "threads or fork"),
         # Of groups in the thousands shared memory does not hold the rewards.
         (("test_gaussian", "test_mvn"), "monte_carlo or spread"),

@@ -178,10 +178,10 @@ PK_FN void split(V x, V& exponent, V& f) {
   using Bits = typename LaneTraits<V>::Bits;
   constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
   constexpr int64_t sqrt_half = sizeof(T) == 4 ? int64_t(0x3f3504f3) : int64_t(0x3fe6a09e667f3bcd);
-  const Bits bits = to_bits(x);
-  const Bits k = (bits - sqrt_half) >> mantissa_bits;
-  exponent = from_integer<V>(k);
-  f = from_bits(bits - (k << mantissa_bits)) - T(1);
+  constexpr int64_t mantissa = (int64_t(1) << mantissa_bits) - 1;
+  const Bits bits = to_bits(x) - sqrt_half;
+  exponent = from_integer<V>(Bits(bits >> mantissa_bits));
+  f = from_bits(Bits((bits & mantissa) + sqrt_half)) - T(1);
 }
 
 // Natural logarithm for x > 0 (subnormals included), -inf at 0, nan below.
