@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import OpConfig
+from .contract import BothOrders, OpConfig, Request
 
 # Numbered as in csrc/include/po_kernels/group.hpp and csrc/calls.hpp.
 _ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3}
@@ -34,7 +34,7 @@ def whole(name: str) -> Input:
     return Input(name, f"{name}_tangent", f"grad_{name}", "")
 
 
-class Kernel:
+class Kernel(BothOrders):
     """One op: `first` and `second` of `contract` on a function of the extension, which a backend's `call` runs.
 
     Args:
@@ -60,43 +60,8 @@ class Kernel:
         self.labels = labels
         self.labels_name = labels_name
 
-    def first(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        cotangent: Tensor | None,
-        needs: Sequence[bool],
-        want_stats: bool,
-        config: OpConfig,
-    ) -> list[Tensor]:
-        return self._run(inputs, constants, None, cotangent, None, needs, want_stats, config)
-
-    def second(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None],
-        cotangent: Tensor,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        config: OpConfig,
-    ) -> list[Tensor]:
-        value, _, *gradients = self._run(
-            inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config
-        )
-        return [value, *gradients]
-
-    def _run(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None] | None,
-        cotangent: Tensor | None,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        want_stats: bool,
-        config: OpConfig,
-    ) -> list[Tensor]:
+    def run(self, request: Request) -> list[Tensor]:
+        inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
         head = inputs[0]
         shape = self.value_shape(inputs, constants, config)
         outputs = [head.new_empty(shape), head.new_empty((5, *shape) if want_stats else 0)]

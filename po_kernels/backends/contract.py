@@ -41,7 +41,11 @@ itself, with a ValueError; a backend with such limits has to be asked for by nam
 (inputs, constants, config) and returns the value, or the row losses and statistics of a loss.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
+
+from torch import Tensor
 
 
 class OpConfig(NamedTuple):
@@ -54,6 +58,53 @@ class OpConfig(NamedTuple):
     entropy_coef: float = 0.0
     reduction: str = "none"
     row_offset: int = 0
+
+
+class Request(NamedTuple):
+    """What `first` and `second` are asked for; of a first derivative the tangents are None."""
+
+    inputs: Sequence[Tensor]
+    constants: Sequence[Tensor]
+    tangents: Sequence[Tensor | None] | None
+    cotangent: Tensor | None
+    cotangent_tangent: Tensor | None
+    needs: Sequence[bool]
+    want_stats: bool
+    config: OpConfig
+
+
+class BothOrders(ABC):
+    """`first` and `second` of an op from one function, `run`."""
+
+    def first(
+        self,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        cotangent: Tensor | None,
+        needs: Sequence[bool],
+        want_stats: bool,
+        config: OpConfig,
+    ) -> list[Tensor]:
+        return self.run(Request(inputs, constants, None, cotangent, None, needs, want_stats, config))
+
+    def second(
+        self,
+        inputs: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        tangents: Sequence[Tensor | None],
+        cotangent: Tensor,
+        cotangent_tangent: Tensor | None,
+        needs: Sequence[bool],
+        config: OpConfig,
+    ) -> list[Tensor]:
+        value, _, *gradients = self.run(
+            Request(inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config)
+        )
+        return [value, *gradients]
+
+    @abstractmethod
+    def run(self, request: Request) -> list[Tensor]:
+        """[value, stats, *gradients], or their derivatives along the tangents."""
 
 
 # Refusals of values, by the code that a compiled kernel returns. A kernel reports the first row concerned.

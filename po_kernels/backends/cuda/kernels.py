@@ -1,7 +1,7 @@
 """The ops of the compiled extension on a GPU, or on the host by emulation."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import extension
 from .. import checks
 from ..compiled import Arguments, Kernel, gaussian
-from ..contract import OpConfig
+from ..contract import Request
 
 # Blocks, each of which sums over its rows, and numbers that these sums may take together.
 _MOST_BLOCKS = 4096
@@ -31,20 +31,10 @@ def emulated() -> bool:
 
 
 class _Kernel(Kernel):
-    def _run(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None] | None,
-        cotangent: Tensor | None,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        want_stats: bool,
-        config: OpConfig,
-    ) -> list[Tensor]:
-        if inputs[0].device.type == "cpu":  # where values are at hand
-            _CHECKS.get(self.op, checks.nothing)(self.op, *inputs, *constants)
-        return super()._run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config)
+    def run(self, request: Request) -> list[Tensor]:
+        if request.inputs[0].device.type == "cpu":  # where values are at hand
+            _CHECKS.get(self.op, checks.nothing)(self.op, *request.inputs, *request.constants)
+        return super().run(request)
 
     def call(self, arguments: Arguments, head: Tensor) -> None:
         device = head.device

@@ -1,6 +1,6 @@
 """The ops of this backend, as `po_kernels.backends.contract` describes them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from .. import checks
-from ..contract import OpConfig
+from ..contract import BothOrders, OpConfig, Request
 from . import advantage, categorical, family, launch
 from .launch import Call
 
@@ -17,7 +17,7 @@ Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
 _LABELS_AT_ONCE = 256  # of a row
 
 
-class _Kernel:
+class _Kernel(BothOrders):
     """`first` and `second` of an op from one function.
 
     Args:
@@ -28,46 +28,10 @@ class _Kernel:
     def __init__(self, op: str, check: Callable[..., None], evaluate: Evaluate) -> None:
         self.op, self.check, self.evaluate = op, check, evaluate
 
-    def first(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        cotangent: Tensor | None,
-        needs: Sequence[bool],
-        want_stats: bool,
-        config: OpConfig,
-    ) -> list[Tensor]:
-        return self._run(inputs, constants, None, cotangent, None, needs, want_stats, config)
-
-    def second(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None],
-        cotangent: Tensor,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        config: OpConfig,
-    ) -> list[Tensor]:
-        value, _, *gradients = self._run(
-            inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config
-        )
-        return [value, *gradients]
-
-    def _run(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None] | None,
-        cotangent: Tensor | None,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        want_stats: bool,
-        config: OpConfig,
-    ) -> list[Tensor]:
-        if inputs[0].device.type == "cpu":
-            self.check(self.op, *inputs, *constants)
-        call = Call(self.op, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config)
+    def run(self, request: Request) -> list[Tensor]:
+        if request.inputs[0].device.type == "cpu":
+            self.check(self.op, *request.inputs, *request.constants)
+        call = Call(self.op, request)
         value, stats = self.evaluate(call)
         return [value, stats, *call.gradients]
 
@@ -216,7 +180,7 @@ def _categorical_log_prob(call: Call) -> tuple[Tensor, Tensor]:
 def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
     if logits.device.type == "cpu":
         checks.logits("categorical_sample", logits, sampled=True)
-    call = Call("categorical_sample", (logits,), (), None, None, None, (False,), False, OpConfig())
+    call = Call("categorical_sample", Request((logits,), (), None, None, None, (False,), False, OpConfig()))
     rows, classes = logits.shape
     labels = torch.empty((num_samples, rows), dtype=torch.int64, device=logits.device)
     if rows:

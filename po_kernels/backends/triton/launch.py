@@ -1,7 +1,6 @@
 """How tensors and options reach the Triton kernels: tiles by rules of shape, strides, and sums in a fixed order."""
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import OpConfig
+from ..contract import Request
 from . import tally
 
 # Numbered as in group.py.
@@ -74,20 +73,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Call:
     """The tensors and options of one call, as in `contract`; for the first derivative `tangents` is None."""
 
-    def __init__(
-        self,
-        op: str,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None] | None,
-        cotangent: Tensor | None,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        want_stats: bool,
-        config: OpConfig,
-    ) -> None:
-        self.op, self.constants, self.needs, self.want_stats, self.config = op, constants, needs, want_stats, config
-        self.cotangent, self.cotangent_tangent = cotangent, cotangent_tangent
+    def __init__(self, op: str, request: Request) -> None:
+        inputs, tangents = request.inputs, request.tangents
+        self.op, self.config, self.constants = op, request.config, request.constants
+        self.cotangent, self.cotangent_tangent = request.cotangent, request.cotangent_tangent
+        self.needs, self.want_stats = request.needs, request.want_stats
         self.dual = tangents is not None
         self.device = inputs[0].device
         self.dtype = compute_dtype(inputs[0].dtype)
@@ -95,7 +85,7 @@ class Call:
         self.pairs = [self.pair(x, t) for x, t in zip(inputs, tangents or [None] * len(inputs), strict=True)]
         self.gradients = [
             torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else x.new_empty(0)
-            for x, needed in zip(inputs, needs, strict=True)
+            for x, needed in zip(inputs, self.needs, strict=True)
         ]
 
     def pair(self, x: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
