@@ -1,5 +1,6 @@
 """How tensors and options reach the kernels of the compiled extension: what each op passes, and one way to pass it."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -92,9 +93,9 @@ class Kernel(BothOrders):
         self.call(arguments, head)
         return outputs
 
+    @abstractmethod
     def call(self, arguments: Arguments, head: Tensor) -> None:
         """Runs the kernel on the device of `head`; raises what it refuses. A seed is still a tensor."""
-        raise NotImplementedError
 
 
 def address(tensor: Tensor, keep: list[Tensor]) -> int:

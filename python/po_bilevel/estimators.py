@@ -187,8 +187,8 @@ class _Bilevel(BaseEstimator):
                 f"{self.hidden_layer_sizes!r}"
             )
 
-    def _begin(self, features: int, outputs: int) -> bool:
-        """Forgets the last fit, unless this one goes on from it, which is returned.
+    def _begin(self, features: int, outputs: int) -> tuple[bool, dict[str, Any]]:
+        """Whether this fit goes on from the last, and what model it is of; what else the last one left is forgotten.
 
         Raises:
             UsageError: warm_start, and the last fit was of another model.
@@ -202,11 +202,10 @@ class _Bilevel(BaseEstimator):
             raise UsageError(
                 f"{type(self).__name__}: warm_start: expected the model of the last fit, {self._model}, got {model}"
             )
-        self._model = model
         for name in ("precision_", "outer_losses_"):
             if hasattr(self, name):
                 delattr(self, name)
-        return warm
+        return warm, model
 
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
         """M policies that start the same."""
@@ -235,7 +234,7 @@ class _Bilevel(BaseEstimator):
             outputs: of the network: classes, or dimensions of y.
             strata: (N,) int64, of which each fold gets its share.
         """
-        warm = self._begin(rows.inputs.shape[1], outputs)
+        warm, model = self._begin(rows.inputs.shape[1], outputs)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
         features = rows.inputs.shape[1]
@@ -263,7 +262,7 @@ class _Bilevel(BaseEstimator):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        self.policy_, self._reward = policy, reward
+        self.policy_, self._reward, self._model = policy, reward, model
 
     def _learn(self, reward: nn.Module, policy: Policy, rows: _Rows, inside: Tensor, outside: Tensor) -> None:
         """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""

@@ -183,7 +183,7 @@ def test_a_learned_reward_is_the_closed_form_of_the_held_out_residuals(kind):
     problem = dynamics._Problem(DynamicsConfig(steps=300, hidden=(32,), progress=False), data, 0)
     outcome = Outcome([], {}, [])
     learned = problem._precision(f"pg_learned_{kind}", outcome)
-    torch.testing.assert_close(learned, problem._precision(f"pg_{kind}_residual", outcome), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(learned, problem._precision(f"pg_{kind}_residual", outcome), rtol=0.01, atol=1e-3)
     assert outcome.warnings == []
 
 
