@@ -45,12 +45,16 @@ export PYTHONPATH=$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}
 step status 30 "$python" -m po_kernels
 
 if [[ $device == cuda ]]; then
+  # Compiling Triton's kernels takes most of the tests' time.
+  parallel=()
+  "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
+  run=("$python" -m pytest -q -p no:cacheprovider -W ignore "${parallel[@]}")
   select="not fork and not threads and not numba and not native"
   suite=(tests/ops/test_contract.py tests/ops/test_derivatives.py tests/ops/test_numbers.py tests/ops/test_philox.py)
-  step cuda 60 "$python" -m pytest -q -p no:cacheprovider -W ignore --device cuda -k "cuda and not host and $select" \
-    "${suite[@]}" tests/ops/test_cuda.py
-  step tests 200 "$python" -m pytest -q -p no:cacheprovider -W ignore --device cuda -k "not cuda and $select" \
-    "${suite[@]}"
+  step cuda 60 "${run[@]}" --device cuda -k "cuda and not host and $select" "${suite[@]}" tests/ops/test_cuda.py
+  step bench 200 "$python" -m benchmarks.bench_gpu --out "$out/gpu.json"
+  step figure3 60 "${run[@]}" tests/po_bilevel/test_gaussian.py -k device
+  step tests 200 "${run[@]}" --device cuda -k "not cuda and $select" "${suite[@]}"
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
       step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.bench_gpu --once
@@ -58,7 +62,6 @@ if [[ $device == cuda ]]; then
   else
     echo "== compute-sanitizer: not on this machine"
   fi
-  step bench 240 "$python" -m benchmarks.bench_gpu --out "$out/gpu.json"
 else
   step tests 120 "$python" -m pytest -q -p no:cacheprovider --device cpu tests/ops/test_philox.py -k "known or seeds"
   step bench 120 "$python" -m benchmarks.bench_gpu --device cpu --out "$out/gpu.json"

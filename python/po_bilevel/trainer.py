@@ -28,6 +28,10 @@ InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 OuterLoss = Callable[[Policy, Batch], Tensor]
 
 
+# Losses read at once where nothing asks for each: reading one waits for the device that computes it.
+_READ_TOGETHER = 100
+
+
 class BatchStream:
     """An endless stream of (batch, seed), the same for the same arguments.
 
@@ -101,13 +105,17 @@ def train(
 
     Raises:
         ValueError: an option out of range, or an optimiser of parameters that the loss does not depend on.
-        NonFiniteError: the loss or a parameter is infinite or not a number.
+        NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
+            device not to be waited for at each step, unless one of the other options asks for each.
     """
     _check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
     parameters = _trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
-    value, least, since, norm = float("nan"), float("inf"), 0, 0.0
+    value, least, since = float("nan"), float("inf"), 0
+    norm: Tensor | float = 0.0
+    unread: list[Tensor] = []
+    at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
     for step in range(steps):
         batch, seed = stream.next()
 
@@ -123,13 +131,14 @@ def train(
             # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
             # that is not finite makes the next loss so, or the parameters below.
             if max_grad_norm is not None:
-                norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+                norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             elif tolerance > 0:
                 norm = _norm([p.grad for p in parameters if p.grad is not None])
             return result.detach()
 
-        value = float(optimizer.step(closure))  # type: ignore[arg-type]
-        _finite(f"the loss at step {step}", value)
+        unread.append(optimizer.step(closure))  # type: ignore[arg-type]
+        if at_once or step == steps - 1 or len(unread) == _READ_TOGETHER:
+            value = _read(unread, step)
         if step == 0 and all(p.grad is None for p in parameters):
             raise ValueError("optimizer: expected parameters that the loss depends on, got others")
         if scheduler is not None:
@@ -137,7 +146,7 @@ def train(
         if callback is not None:
             callback(step, value)
         if tolerance > 0:
-            _finite(f"the gradient's norm at step {step}", norm)
+            _finite(f"the gradient's norm at step {step}", float(norm))
             if norm <= tolerance:
                 return value, step + 1
         if patience is not None:
@@ -631,6 +640,15 @@ def _summary(step: OuterStep) -> str:
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def _read(unread: list[Tensor], step: int) -> float:
+    """Empties the list of the losses up to that of a step; returns the last, and refuses one that is not finite."""
+    values = torch.stack(unread).tolist()
+    unread.clear()
+    for number, value in enumerate(values, step + 1 - len(values)):
+        _finite(f"the loss at step {number}", value)
+    return values[-1]
 
 
 def _finite(what: str, value: float, more: str = "") -> None:

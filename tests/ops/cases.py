@@ -42,6 +42,11 @@ GROUPS = (1, 2, 3, 4, 5, 8, 13)
 DEVICE = os.environ.get("PO_KERNELS_TEST_DEVICE", "cpu")
 
 
+def seeds(count: int) -> range:
+    """Of random cases; fewer on a GPU, where most of them have to compile kernels of their own."""
+    return range(count if DEVICE == "cpu" else count // 8)
+
+
 def fused(op: str) -> list[str]:
     """The backends besides the reference that serve `op` on that device."""
     names = []

@@ -21,6 +21,7 @@ from .cases import (
     largest,
     pairs,
     repeats_second_order,
+    seeds,
     serving,
 )
 
@@ -51,7 +52,7 @@ def allowed(case: Case, exact: list, reference: list, order: int) -> float:
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(DIFFERENTIABLE))
 def test_value_gradients_and_second_derivatives(op, backend, dtype):
     wrong = []
-    for seed in range(250):
+    for seed in seeds(250):
         case = draw(op, seed, dtype)
         second = repeats_second_order(case)
         exact = derivatives(case.to(torch.float64), "reference", seed, second=second)
@@ -73,7 +74,7 @@ def test_value_gradients_and_second_derivatives(op, backend, dtype):
 
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(("gaussian_sample", "mvn_sample", "categorical_sample")))
 def test_samples_are_those_of_the_reference(op, backend):
-    for seed in range(200):
+    for seed in seeds(200):
         for dtype in DTYPES:
             case = draw(op, seed, dtype)
             found, expected = case(backend=backend), case()
@@ -90,7 +91,7 @@ def test_samples_are_those_of_the_reference(op, backend):
 @pytest.mark.parametrize("backend", fused("gaussian_policy_loss"))
 def test_products_of_a_composed_network(backend, advantage):
     """An MLP that ends in the op: its full Hessian-vector product, and the mixed product with U."""
-    for seed in range(50):
+    for seed in seeds(50):
         case = draw("gaussian_policy_loss", seed, lead=(4,), estimator="dice", group=4 + seed % 5)
         case = case.with_options(advantage=advantage, reduction="mean")
         dim = case.tensors["mean"].shape[1]

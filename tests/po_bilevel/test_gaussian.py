@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from typing import get_args
 
 import numpy as np
@@ -104,6 +105,34 @@ def test_hypergradients_by_option(hypergradient):
     assert outcome.rows[0]["method"].endswith(hypergradient)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("estimator", ["analytic", "reparam", "dice"])
+def test_figure_3_on_a_device(estimator):
+    """No inner step waits for it, and what is learned is what is learned on the CPU."""
+    found = {}
+    for device in ("cpu", "cuda"):
+        config = GaussianConfig(
+            seeds=1, inner_steps=30, hidden=(8,), learning_rate=3e-2, estimator=estimator, device=device, **QUIET
+        )
+        with torch.device("cpu"):
+            learner = gaussian.trainer(config, seed=0)
+        found[device] = learner.fit(4)[-1].reward.cpu()
+
+    def waits(steps):
+        learner._inner_steps = steps
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                learner._train_policy()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(each.message) for each in caught)
+
+    assert waits(20) == waits(60)
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-2, atol=0)
+
+
 def test_full_precision_by_option():
     config = GaussianConfig(
         seeds=1, dim=3, reward="full", correlation=0.6, outer_steps=3, inner_steps=20, hidden=(8,), **QUIET
@@ -133,6 +162,9 @@ def test_the_two_draws_have_nothing_in_common():
         ({"num_samples": 4}, ["--num-samples", "--estimator analytic", "got 4"]),
         ({"estimator": "dice", "num_samples": 1}, ["--num-samples", "at least 2"]),
         ({"figure": 2, "dim": 3}, ["--dim", "expected 2", "got 3"]),
+        ({"device": "cuda:99"}, ["--device", "that torch sees", "got cuda:99"]),
+        ({"device": "meta"}, ["--device", "expected cpu, cuda", "got meta"]),
+        ({"device": "gpu 1"}, ["--device", "expected cpu, cuda", "got gpu 1"]),
     ],
 )
 def test_options_out_of_range(options, parts):

@@ -39,6 +39,7 @@ from po_bilevel import (
 )
 from po_bilevel import trainer as trainer_module
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROWS = 300
 NOISE = torch.tensor([0.5, 1.5], dtype=torch.float64)
@@ -249,6 +250,44 @@ def test_non_finite_values_stop_training(classes):
     with pytest.raises(NonFiniteError, match="outer step 0: outer_loss"):
         trainer.fit(2)
     assert trainer.history == []
+
+
+def test_a_step_waits_for_no_number(regression):
+    """On a GPU, reading one from its memory waits for all that was launched before."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    def reads(steps, **options):
+        policy, reward = seeded(MLPGaussian, 3, 2, hidden=(4,)), MahalanobisReward(2).double()
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
+        with Reads() as found:
+            train_policy_gradient(policy, reward, regression, optimizer, steps, **options)
+        return found.count
+
+    # The seed comes from the CPU's generator; the losses are read all at once.
+    assert reads(25) - reads(5) == 20
+    assert reads(25, max_grad_norm=1.0) == reads(25)
+
+
+@pytest.mark.parametrize("options", [{}, {"patience": 500}])
+def test_a_loss_that_is_not_finite_is_found_by_its_step(regression, monkeypatch, options):
+    monkeypatch.setattr(trainer_module, "_READ_TOGETHER", 4)
+    policy, steps = seeded(LinearGaussian, 3, 2), []
+
+    def loss(policy, batch, seed):
+        steps.append(seed)
+        value = NegativeLogLikelihood()(policy, batch)
+        return value * float("nan") if len(steps) == 6 else value
+
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
+    with pytest.raises(NonFiniteError, match="step 5"):
+        trainer_module.train(policy, loss, BatchStream(regression, None, 0), optimizer, 20, **options)
+    assert len(steps) == (6 if options else 8)
 
 
 def test_penalty_is_on_all_parameters(classes):

@@ -30,7 +30,7 @@ from ..policies import FullGaussianPolicy, LinearFullGaussian, MLPFullGaussian, 
 from ..results import Row
 from ..rewards import MahalanobisReward, PrecisionKind
 from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
-from .runs import Outcome, check_counts, check_reals, first_step_of_torch, threads
+from .runs import Outcome, check_counts, check_device, check_reals, first_step_of_torch, threads
 
 Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -92,6 +92,8 @@ class GaussianConfig:
     """Figure 3: of adam for the policy at first; falls to a tenth between two updates of the reward."""
     outer_learning_rate: float = 0.07
     """Figure 3: of adam for the reward's parameters at first; falls linearly to a tenth."""
+    device: str = "cpu"
+    """Figure 3: where everything is computed, such as cuda or cuda:1. No inner step waits for it."""
     threads: int = 1
     """Threads of torch; networks of this size lose time with more, and a great deal on a busy machine."""
     plot: bool = True
@@ -119,6 +121,7 @@ def check(config: GaussianConfig) -> None:
         raise UsageError(f"--num-samples: expected none with --estimator analytic, got {config.num_samples}")
     if config.estimator == "dice" and config.num_samples == 1:
         raise UsageError("--num-samples: expected at least 2 with --estimator dice, got 1")
+    check_device(config.device)
     if config.figure == 2 and config.dim != 2:
         raise UsageError(f"--dim: expected 2 with --figure 2, which draws densities in a plane, got {config.dim}")
 
@@ -267,7 +270,7 @@ def draw(config: GaussianConfig, seed: int) -> tuple[Batch, Batch]:
     def part() -> Batch:
         x = torch.randn(config.inputs, config.dim, generator=generator)
         noise = torch.randn(config.observations, config.inputs, config.dim, generator=generator) @ factor.mT
-        return Batch(x, x + OFFSET + noise)
+        return Batch(x.to(config.device), (x + OFFSET + noise).to(config.device))
 
     return part(), part()
 
@@ -287,8 +290,8 @@ def trainer(config: GaussianConfig, seed: int) -> BilevelTrainer:
     inner_data, outer_data = draw(config, seed)
     torch.manual_seed(seed)
     make = MLPFullGaussian if config.reward == "full" else MLPGaussian
-    policy = make(config.dim, config.dim, hidden=config.hidden)
-    reward = MahalanobisReward(config.dim, config.reward)
+    policy = make(config.dim, config.dim, hidden=config.hidden).to(config.device)
+    reward = MahalanobisReward(config.dim, config.reward).to(config.device)
     # The first averages of a gradient are of an untrained policy and of no use for long.
     outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
     return BilevelTrainer(
@@ -327,9 +330,9 @@ def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
     with torch.no_grad():
         residual = outer_data.target - learner.policy(outer_data.inputs)[0]
         nll = float(learner.policy.log_prob(*outer_data).mean().neg())
-    learned = reward.precision().detach().double()
+    learned = reward.precision().detach().double().cpu()
     # What the outer loss can know: the covariance of its own rows around the policy's mean.
-    best = _optimum(config, residual_covariance(residual.flatten(0, 1).double()))
+    best = _optimum(config, residual_covariance(residual.flatten(0, 1).double().cpu()))
     true = _optimum(config, noise_covariance(config))
     outcome.rows.append({
         "dataset": "y = x + 6 + ε", "method": f"pg_learned, {config.estimator}, {config.hypergradient}", "seed": seed,

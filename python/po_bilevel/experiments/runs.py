@@ -44,6 +44,23 @@ def check_reals(config: Any, *options: str, zero: bool = False) -> None:
             raise UsageError(f"{flag(option)}: expected {expected}, got {value}")
 
 
+def check_device(device: str) -> None:
+    """Refuses a device that torch does not see.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected cpu, cuda or cuda and a number, got {device}")
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise UsageError(f"--device: expected a device that torch sees, of {count} of this kind, got {device}")
+
+
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:
     """torch has that many threads inside."""
