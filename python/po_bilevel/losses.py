@@ -1,6 +1,7 @@
 """The inner and the outer loss of reward learning (arXiv 2510.07624, eq. 2), for any policy of this package."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .policies import Policy
+from .rewards import MatrixReward, TabularReward
 
 
 class Batch(NamedTuple):
@@ -109,6 +111,33 @@ class PolicyGradient:
         if self.num_samples is not None:
             options["num_samples"] = self.num_samples
         return penalized(policy.policy_loss(batch.inputs, batch.target, reward, **options), policy, self.l2)
+
+    def under(self, reward: nn.Module) -> Callable[[Policy, Batch, int], Tensor]:
+        """The loss of (policy, batch, seed) under the reward as it is now: its precision or table is computed once."""
+        with torch.no_grad():
+            if isinstance(reward, MatrixReward):
+                reward = _Precision(reward.precision())
+            elif isinstance(reward, TabularReward):
+                reward = _Table(reward.table())
+        return lambda policy, batch, seed: self(policy, reward, batch, seed)
+
+
+class _Precision(MatrixReward):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self._value = value
+
+    def precision(self) -> Tensor:
+        return self._value
+
+
+class _Table(TabularReward):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self._value = value
+
+    def table(self) -> Tensor:
+        return self._value
 
 
 def _check_l2(loss: object, l2: float) -> None:

@@ -191,11 +191,8 @@ def train_policy_gradient(
 ) -> tuple[float, int]:
     """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
     objective = PolicyGradient() if loss is None else loss
-    with _frozen(reward):
-        return train(
-            policy, lambda policy, batch, step_seed: objective(policy, reward, batch, step_seed),
-            BatchStream(data, batch_size, seed), optimizer, steps, **options,
-        )  # fmt: skip
+    with _under(reward, objective) as fixed:
+        return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
 
 @dataclass(frozen=True)
@@ -520,10 +517,10 @@ class BilevelTrainer:
                 group["lr"] = group.get("initial_lr", group["lr"])
                 group["initial_lr"] = group["lr"]
             scheduler = self._inner_scheduler(self._optimizer)
-        with _frozen(self.reward):
+        with _under(self.reward, self._inner_loss) as loss:
             _, steps = train(
-                self.policy, lambda policy, batch, seed: self._inner_loss(policy, self.reward, batch, seed),
-                self._stream, self._optimizer, self._inner_steps, scheduler=scheduler, **self._loop,  # type: ignore[arg-type]
+                self.policy, loss, self._stream, self._optimizer, self._inner_steps, scheduler=scheduler,
+                **self._loop,  # type: ignore[arg-type]
             )  # fmt: skip
         return steps
 
@@ -608,13 +605,16 @@ def _named(module: nn.Module, names: Sequence[str]) -> tuple[nn.Parameter, ...]:
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No derivative is computed for the module's parameters inside."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def _under(reward: nn.Module, loss: InnerLoss) -> Iterator[Callable[[Policy, Batch, int], Tensor]]:
+    """The loss under a reward that stays as it is inside: no derivative is computed for its parameters."""
+    parameters = [p for p in reward.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
-        yield
+        if isinstance(loss, PolicyGradient):
+            yield loss.under(reward)
+        else:
+            yield lambda policy, batch, seed: loss(policy, reward, batch, seed)
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
