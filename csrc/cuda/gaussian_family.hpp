@@ -63,9 +63,8 @@ PK_FN V value_at(Input input, int64_t at) {
 }
 
 template <class V>
-PK_FN void load_row(Warp team, const RowInput& input, int64_t row, int64_t columns, V* to) {
-  team.each(columns,
-            [&](int64_t c) PK_LAMBDA { to[c] = value_at<V>(input, row * input.stride + c, row * columns + c); });
+PK_FN V in_row(const RowInput& input, int64_t row, int64_t columns, int64_t column) {
+  return value_at<V>(input, row * input.stride + column, row * columns + column);
 }
 
 // Where number i of samples from `first` on, which a warp takes in the order of memory, stands: at dimension j of its
@@ -74,8 +73,8 @@ struct Place {
   int k, j;
   int64_t at;
 
-  PK_FN Place(int64_t i, int64_t dim, int64_t first, int64_t rows, int64_t row)
-      : k(int(i) / int(dim)), j(int(i) % int(dim)), at(((first + k) * rows + row) * dim + j) {}
+  PK_FN Place(const Divider& by_dim, int i, int dim, int64_t first, int64_t rows, int64_t row)
+      : k(by_dim.quotient(i)), j(i - k * dim), at(((first + k) * rows + row) * dim + j) {}
 };
 
 template <class T>
@@ -94,216 +93,453 @@ PK_FN V weight_of(const LossCall& call, int64_t row) {
 
 // ---- What a warp holds ----
 
+constexpr int kTile = 4;  // entries of a vector, and of a matrix to a side, that a thread takes at once
+
+PK_FN int whole_tiles(int64_t dim) {
+  return (int(dim) + kTile - 1) / kTile * kTile;
+}
+
+// Numbers that are read and written at once: of whole tiles, they are aligned.
+template <class V, int N>
+struct alignas(sizeof(V) * N < 16 ? sizeof(V) * N : 16) Chunk {
+  static constexpr int size = sizeof(V) * N < 16 ? N : int(16 / sizeof(V));
+  V v[size];
+};
+template <class V, int N>
+PK_FN void load(const V* from, V (&to)[N]) {
+  const Chunk<V, N>* chunks = reinterpret_cast<const Chunk<V, N>*>(from);
+  unrolled<N>([&](auto i) PK_LAMBDA {
+    constexpr int at = decltype(i)::value, size = Chunk<V, N>::size;
+    to[at] = chunks[at / size].v[at % size];
+  });
+}
+template <class V, int N>
+PK_FN void store(const V (&from)[N], V* to) {
+  Chunk<V, N>* chunks = reinterpret_cast<Chunk<V, N>*>(to);
+  unrolled<N / Chunk<V, N>::size>([&](auto c) PK_LAMBDA {
+    constexpr int chunk = decltype(c)::value, size = Chunk<V, N>::size;
+    Chunk<V, N> whole;
+    unrolled<size>([&](auto i) PK_LAMBDA {
+      whole.v[decltype(i)::value] = from[chunk * size + decltype(i)::value];
+    });
+    chunks[chunk] = whole;
+  });
+}
+
+// Vectors of samples, an odd number of 16 bytes apart, so that threads at different samples use different banks. What
+// stands beyond a vector, to a whole tile, is finite and not used, unless said otherwise.
+template <class U>
+struct Vectors {
+  int stride;
+  U* first;
+
+  PK_FN Vectors(Memory& memory, int64_t dim, int64_t count) {
+    constexpr int chunk = 16 / sizeof(U);
+    stride = (whole_tiles(dim) / chunk | 1) * chunk;
+    first = count == 0 ? nullptr : memory.take<U>(int64_t(stride) * count);
+  }
+  PK_FN U* operator[](int k) const { return first + k * stride; }
+};
+
+// What a diagonal policy holds is followed by zeros, to a whole tile.
 template <class V, template <class> class Scale>
 struct Policy {
+  static constexpr bool triangular = Scale<V>::triangular;
   int64_t dim;
   V *mean, *parameter, *scratch;
 
   PK_FN Policy(Memory& memory, int64_t dim) : dim(dim) {
-    mean = memory.take<V>(dim);
-    parameter = memory.take<V>(Scale<V>::size(dim));
+    mean = memory.take<V>(whole_tiles(dim));
+    parameter = memory.take<V>(triangular ? Scale<V>::size(dim) : whole_tiles(dim));
     scratch = memory.take<V>(Scale<V>::team_work(dim));
   }
 
+  PK_FN void clear(Warp team) const {
+    team.each(whole_tiles(dim), [&](int64_t j) PK_LAMBDA {
+      mean[j] = V{};
+      if (!triangular) parameter[j] = scratch[j] = scratch[whole_tiles(dim) + j] = V{};
+    });
+  }
+
+  // And what else the row has of as many numbers as it has dimensions, if anything.
   template <class C>
-  PK_FN Scale<V> load(Warp team, const C& call, int64_t row, bool whitens) const {
-    load_row(team, call.mean, row, dim, mean);
-    load_row(team, call.scale, row, Scale<V>::size(dim), parameter);
+  PK_FN Scale<V> load(Warp team, const C& call, int64_t row, bool whitens, const RowInput* other = nullptr,
+                      V* to_other = nullptr) const {
+    team.each(dim, [&](int64_t j) PK_LAMBDA {
+      mean[j] = in_row<V>(call.mean, row, dim, j);
+      if (!triangular) parameter[j] = in_row<V>(call.scale, row, dim, j);
+      if (other) to_other[j] = in_row<V>(*other, row, dim, j);
+    });
+    if (triangular) {
+      const int64_t size = Scale<V>::size(dim);
+      team.each(size, [&](int64_t i) PK_LAMBDA { parameter[i] = in_row<V>(call.scale, row, size, i); });
+    }
     Scale<V> scale(dim, parameter);
     scale.prepare(scratch, whitens, team);
     return scale;
   }
 };
 
-constexpr int kTile = 4;  // entries of a matrix to a side that a thread sums at once
-
-// Vectors of samples, an odd number of elements apart, so that threads at different samples use different banks. A tile
-// at the edge reads up to kTile - 1 numbers past a vector, and keeps none of them.
-template <class U>
-struct Vectors {
-  int stride;
-  U* first;
-
-  PK_FN Vectors(Memory& memory, int64_t dim, int64_t count) : stride(int(dim) | 1) {
-    first = count == 0 ? nullptr : memory.take<U>(int64_t(stride) * count + kTile);
-  }
-  PK_FN U* operator[](int64_t k) const { return first + int(k) * stride; }
-};
-
 // ---- Quadratic forms ----
 
-// As much of a row of a matrix as is read at once.
-template <class T>
-struct alignas(16) Chunk {
-  static constexpr int size = 16 / sizeof(T);
-  T v[size];
-};
-
-PK_FN int whole_tiles(int64_t dim) {
-  return (int(dim) + kTile - 1) / kTile * kTile;
-}
-
-// xᵀ U x by tiles: U is symmetric, zero from dim on, with rows of whole tiles. What x has beyond dim is not used.
-template <class T>
-PK_FN T quadratic_by_tiles(const T* u, int dim, const T* x) {
+// xᵀ U x of S vectors by tiles: U is symmetric, zero from dim on, with rows of whole tiles; so is x.
+template <int S, class V>
+PK_FN void quadratic_by_tiles(const Shared<V>* u, int dim, const V* const (&x)[S], V (&total)[S]) {
+  using T = Element<V>;
   const int stride = whole_tiles(dim);
-  const auto load = [&](int row, int column, T(&to)[kTile]) PK_LAMBDA {
-    const Chunk<T>* from = reinterpret_cast<const Chunk<T>*>(u + row * stride + column);
-    unrolled<kTile>([&](auto c) PK_LAMBDA {
-      constexpr int at = decltype(c)::value;
-      to[at] = from[at / Chunk<T>::size].v[at % Chunk<T>::size];
-    });
-  };
-  T total{};
+  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = V{}; });
   PK_ROLLED
   for (int i = 0; i < stride; i += kTile) {
-    T below[kTile] = {}, here[kTile], entries[kTile];
-    PK_ROLLED
-    for (int j = 0; j < i; j += kTile) {
+    V sums[S][kTile] = {}, here[S][kTile];
+    const auto add = [&](int j, const V(&from)[S][kTile]) PK_LAMBDA {
       unrolled<kTile>([&](auto r) PK_LAMBDA {
-        load(i + decltype(r)::value, j, entries);
-        unrolled<kTile>([&](auto c) PK_LAMBDA {
-          below[decltype(r)::value] =
-              below[decltype(r)::value] + entries[decltype(c)::value] * x[j + decltype(c)::value];
+        Shared<V> entries[kTile];
+        load(u + (i + decltype(r)::value) * stride + j, entries);
+        unrolled<S * kTile>([&](auto a) PK_LAMBDA {
+          constexpr int s = decltype(a)::value / kTile, c = decltype(a)::value % kTile;
+          V& sum = sums[s][decltype(r)::value];
+          sum = sum + from[s][c] * entries[c];
         });
       });
+    };
+    PK_ROLLED
+    for (int j = 0; j < i; j += kTile) {
+      unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + j, here[decltype(s)::value]); });
+      add(j, here);
     }
-    unrolled<kTile>([&](auto r) PK_LAMBDA {
-      constexpr int at = decltype(r)::value;
-      here[at] = i + at < dim ? x[i + at] : T(0);
-      load(i + at, i, entries);
-      unrolled<at>([&](auto c)
-                       PK_LAMBDA { below[at] = below[at] + entries[decltype(c)::value] * here[decltype(c)::value]; });
-      total = total + here[at] * (below[at] * T(2) + entries[at] * here[at]);
+    unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + i, here[decltype(s)::value]); });
+    unrolled<S * kTile>([&](auto a) PK_LAMBDA {  // a tile below the diagonal stands for two
+      V& sum = sums[decltype(a)::value / kTile][decltype(a)::value % kTile];
+      sum = sum * T(2);
+    });
+    add(i, here);
+    unrolled<S * kTile>([&](auto a) PK_LAMBDA {
+      constexpr int s = decltype(a)::value / kTile, r = decltype(a)::value % kTile;
+      total[s] = total[s] + here[s][r] * sums[s][r];
     });
   }
-  return total;
+}
+
+// Up to kPacked dimensions, x is in registers, and U is packed: row by row its lower triangle, off the diagonal twice.
+constexpr int kPacked = 32;
+
+template <int S, int i, class T>
+PK_FN void add_packed_rows(const T* u, int dim, const T* const (&x)[S], T (&values)[S][kPacked], T (&entries)[kTile],
+                           T (&total)[S]) {
+  if constexpr (i < kPacked) {
+    if (i >= dim) return;
+    if constexpr (i % kTile == 0) {
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        T tile[kTile];
+        load(x[decltype(s)::value] + i, tile);
+        unrolled<kTile>([&](auto c) PK_LAMBDA { values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value]; });
+      });
+    }
+    T sums[S] = {};
+    unrolled<i + 1>([&](auto column) PK_LAMBDA {
+      constexpr int j = decltype(column)::value, at = i * (i + 1) / 2 + j;
+      if constexpr (at % kTile == 0) load(u + at, entries);
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        sums[decltype(s)::value] = sums[decltype(s)::value] + values[decltype(s)::value][j] * entries[at % kTile];
+      });
+    });
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      total[decltype(s)::value] = total[decltype(s)::value] + values[decltype(s)::value][i] * sums[decltype(s)::value];
+    });
+    add_packed_rows<S, i + 1>(u, dim, x, values, entries, total);
+  }
+}
+
+template <int S, class T>
+PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
+  T values[S][kPacked], entries[kTile];
+  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = T{}; });
+  add_packed_rows<S, 0>(u, dim, x, values, entries, total);
 }
 
 // ---- Sums over samples ----
 
-// add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim; no weights are ones.
-template <class V, class R, class Add>
-PK_FN void outer(Warp team, int dim, int count, Vectors<V> left, Vectors<R> right, const V* weight, Add add) {
-  using P = Primal<V>;
-  using Tile = Several<P, kTile * kTile>;
-  const int side = whole_tiles(dim) / kTile;
-  const auto corner = [](int tile, int& i, int& j) PK_LAMBDA {
-    int down = 0;  // tiles of a triangle, row by row
-    while ((down + 1) * (down + 2) / 2 <= tile) ++down;
-    i = down * kTile;
-    j = (tile - down * (down + 1) / 2) * kTile;
+// Number of a triangle's entry, row by row, to its row and column.
+PK_FN void corner(int number, int& i, int& j) {
+  i = int((square_root_of_normal(float(8 * number + 1)) - 1.0f) * 0.5f);  // exact: below 2^21
+  j = number - i * (i + 1) / 2;
+}
+
+template <class P>
+using Tile = Several<P, kTile * kTile>;
+
+// Adds Σ weight_k left_ki right_kj over every `step`th k from `first` on, for a tile from (i, j) on; no weights are ones.
+template <class V, class R>
+PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V> left, Vectors<R> right,
+                        const V* weight, Tile<Primal<V>>& sum) {
+  const auto add = [&](int k, V(&l)[kTile]) PK_LAMBDA {
+    R r[kTile];
+    load(right[k] + j, r);
+    unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
+      constexpr int at = decltype(a)::value;
+      sum.v[at] = sum.v[at] + output(l[at / kTile] * r[at % kTile]);
+    });
   };
-  team.sums<Tile>(
-      side * (side + 1) / 2,
-      [&](int64_t tile, int part, int parts) PK_LAMBDA {
+  if (weight) {
+    PK_ROLLED
+    for (int k = first; k < count; k += step) {
+      V l[kTile];
+      load(left[k] + i, l);
+      const V factor = weight[k];
+      unrolled<kTile>([&](auto a) PK_LAMBDA { l[decltype(a)::value] = factor * l[decltype(a)::value]; });
+      add(k, l);
+    }
+    return;
+  }
+  PK_UNROLLED(sizeof(V) == sizeof(float) ? 4 : 1)
+  for (int k = first; k < count; k += step) {
+    V l[kTile];
+    load(left[k] + i, l);
+    add(k, l);
+  }
+}
+
+// add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim.
+template <class V, class R, class Add>
+PK_FN void outer(Warp team, const Shares& tiles, int dim, int count, Vectors<V> left, Vectors<R> right,
+                 const V* weight, Add add) {
+  using P = Primal<V>;
+  team.sums<Tile<P>>(
+      tiles,
+      [&](int tile, int part, int parts) PK_LAMBDA {
         int i, j;
-        corner(int(tile), i, j);
-        Tile sum{};
-        for (int k = part; k < count; k += parts) {
-          V l[kTile];
-          R r[kTile];
-          unrolled<kTile>([&](auto a) PK_LAMBDA {
-            constexpr int at = decltype(a)::value;
-            l[at] = weight ? weight[k] * left[k][i + at] : left[k][i + at];
-            r[at] = right[k][j + at];
-          });
-          unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
-            constexpr int at = decltype(a)::value;
-            sum.v[at] = sum.v[at] + output(l[at / kTile] * r[at % kTile]);
-          });
-        }
+        corner(tile, i, j);
+        Tile<P> sum{};
+        add_products(i * kTile, j * kTile, part, parts, count, left, right, weight, sum);
         return sum;
       },
-      [&](int64_t tile, const Tile& sum) PK_LAMBDA {
+      [&](int tile, const Tile<P>& sum) PK_LAMBDA {
         int i, j;
-        corner(int(tile), i, j);
+        corner(tile, i, j);
         unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
-          constexpr int at = decltype(a)::value, down = at / kTile, right = at % kTile;
-          if (i + down < dim && j + right <= i + down) add(i + down, j + right, sum.v[at]);
+          constexpr int at = decltype(a)::value;
+          const int row = i * kTile + at / kTile, column = j * kTile + at % kTile;
+          if (row < dim && column <= row) add(row, column, sum.v[at]);
         });
       });
 }
 
+PK_FN int tiles_of(int64_t dim) {
+  const int side = whole_tiles(dim) / kTile;
+  return side * (side + 1) / 2;
+}
+
+// Sums of `outer` over many rows, where each thread has a tile of its own, or part of its samples: kept as such.
+template <class P>
+struct Tally {
+  P* first;
+
+  static constexpr int64_t size = kLanes * kTile * kTile;
+
+  // A thread's numbers, 16 bytes at a time.
+  PK_FN P* at(int lane, int number) const {
+    constexpr int chunk = 16 / sizeof(P);
+    return first + (number / chunk * kLanes + lane) * chunk + number % chunk;
+  }
+  PK_FN void clear(Warp team) const {
+    team.each(size, [&](int64_t i) PK_LAMBDA { first[i] = P{}; });
+  }
+  template <class V>
+  PK_FN void add(Warp team, const Shares& tiles, int count, Vectors<V> x, const V* weight) const {
+    team.each(tiles.count * tiles.parts, [&](int64_t lane) PK_LAMBDA {
+      const int part = tiles.by_count.quotient(int(lane));
+      int i, j;
+      corner(int(lane) - part * tiles.count, i, j);
+      Tile<P> sum;
+      unrolled<kTile>([&](auto r) PK_LAMBDA {
+        constexpr int row = decltype(r)::value * kTile;
+        constexpr int chunk = 16 / sizeof(P);
+        unrolled<kTile / chunk>([&](auto c) PK_LAMBDA {
+          P some[chunk];
+          load(at(int(lane), row + decltype(c)::value * chunk), some);
+          unrolled<chunk>([&](auto n) PK_LAMBDA {
+            sum.v[row + decltype(c)::value * chunk + decltype(n)::value] = some[decltype(n)::value];
+          });
+        });
+      });
+      add_products(i * kTile, j * kTile, part, tiles.parts, count, x, x, weight, sum);
+      unrolled<kTile>([&](auto r) PK_LAMBDA {
+        constexpr int row = decltype(r)::value * kTile;
+        constexpr int chunk = 16 / sizeof(P);
+        unrolled<kTile / chunk>([&](auto c) PK_LAMBDA {
+          P some[chunk];
+          unrolled<chunk>([&](auto n) PK_LAMBDA {
+            some[decltype(n)::value] = sum.v[row + decltype(c)::value * chunk + decltype(n)::value];
+          });
+          store(some, at(int(lane), row + decltype(c)::value * chunk));
+        });
+      });
+    });
+  }
+  // Adds factor times the lower triangle to `total`, and begins anew.
+  PK_FN void flush(Warp team, const Shares& tiles, int dim, P factor, double* total) const {
+    team.each(dim * (dim + 1) / 2, [&](int64_t entry) PK_LAMBDA {
+      int i, j;
+      corner(int(entry), i, j);
+      const int down = i / kTile, tile = down * (down + 1) / 2 + j / kTile;
+      double sum = 0;
+      for (int part = 0; part < tiles.parts; ++part) {
+        sum += double(*at(part * tiles.count + tile, i % kTile * kTile + j % kTile));
+      }
+      total[entry] += double(factor) * sum;
+    });
+    clear(team);
+  }
+};
+
+// For each dimension j, store(j, Σ_k weight_k x_kj, then what add_score_terms adds up from f_k and z_kj): each if wanted.
+// No weights are ones.
+template <bool sum, bool scores, template <class> class Scale, class V, class Store>
+PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vectors<V> x, const V* weight, const V* f,
+                       Vectors<V> z, Store store) {
+  constexpr int each = (sum ? 1 : 0) + (scores ? 2 : 0);
+  using Sums = Several<V, 2 * each>;
+  team.sums<Sums>(
+      pairs,
+      [&](int pair, int part, int parts) PK_LAMBDA {
+        Sums sums{};
+        PK_UNROLLED(sizeof(V) == sizeof(float) ? 4 : 1)
+        for (int k = part; k < count; k += parts) {
+          V at[2];
+          if constexpr (sum) {
+            load(x[k] + 2 * pair, at);
+            if (weight) {
+              const V factor = weight[k];
+              at[0] = factor * at[0];
+              at[1] = factor * at[1];
+            }
+            sums.v[0] = sums.v[0] + at[0];
+            sums.v[each] = sums.v[each] + at[1];
+          }
+          if constexpr (scores && !Scale<V>::triangular) {
+            load(z[k] + 2 * pair, at);
+            const V factor = f[k];
+            Scale<V>::add_score_terms(factor, at[0], sums.v[each - 2], sums.v[each - 1]);
+            Scale<V>::add_score_terms(factor, at[1], sums.v[2 * each - 2], sums.v[2 * each - 1]);
+          }
+        }
+        return sums;
+      },
+      [&](int pair, const Sums& sums) PK_LAMBDA {
+        unrolled<2>([&](auto i) PK_LAMBDA {
+          constexpr int at = decltype(i)::value;
+          if (2 * pair + at < dim) store(2 * pair + at, sums.v + at * each);
+        });
+      });
+}
+
+// Adds what add_score_terms has added up to the gradients, each if wanted.
+template <class V, template <class> class Scale>
+PK_FN void add_score(const Scale<V>& scale, int j, const V* sums, Primal<V>* mean, Primal<V>* to_scale) {
+  if constexpr (!Scale<V>::triangular) {
+    if (mean) mean[j] = mean[j] + output(sums[0] * scale.inverse_std[j]);
+    if (to_scale) to_scale[j] = to_scale[j] + output(sums[1]);
+  }
+}
+
+// What of a row's sums over samples is shared out how.
+struct Partition {
+  Shares pairs, tiles, columns;
+
+  PK_FN explicit Partition(int dim) : pairs((dim + 1) / 2), tiles(tiles_of(dim)), columns(dim) {}
+};
+
 // Adds Σ_k f_k ∂log p/∂(μ, S) from whitened samples z, each sum if wanted; `pulled` is scratch, not z.
 template <class V, template <class> class Scale>
-PK_FN void add_scores(Warp team, const Scale<V>& scale, int count, const V* f, Vectors<V> z, Vectors<V> pulled,
-                      Primal<V>* mean, Primal<V>* to_scale) {
+PK_FN void add_scores(Warp team, const Partition& partition, const Scale<V>& scale, int count, const V* f,
+                      Vectors<V> z, Vectors<V> pulled, Primal<V>* mean, Primal<V>* to_scale) {
   using P = Primal<V>;
+  const int dim = int(scale.dim);
   if constexpr (Scale<V>::triangular) {
     team.each(count, [&](int64_t k) PK_LAMBDA {
       scale.template whiten_transposed<1>(z[k], pulled[k]);
-      for (int64_t i = 0; i < scale.dim; ++i) pulled[k][i] = f[k] * pulled[k][i];
+      for (int i = 0; i < dim; ++i) pulled[k][i] = f[k] * pulled[k][i];
     });
     using Pair = Several<V, 2>;
     team.sums<Pair>(
-        scale.dim,
-        [&](int64_t i, int part, int parts) PK_LAMBDA {
+        partition.columns,
+        [&](int i, int part, int parts) PK_LAMBDA {
           Pair sum{};
           for (int k = part; k < count; k += parts) sum = sum + Pair{pulled[k][i], f[k]};
           return sum;
         },
-        [&](int64_t i, const Pair& sum) PK_LAMBDA {
+        [&](int i, const Pair& sum) PK_LAMBDA {
           if (mean) mean[i] = mean[i] + output(sum.v[0]);
           if (to_scale) {
-            P& diagonal = to_scale[i * scale.dim + i];
+            P& diagonal = to_scale[i * dim + i];
             diagonal = diagonal - output(sum.v[1] * scale.inverse_diag[i]);
           }
         });
     if (to_scale) {
-      outer(team, scale.dim, count, pulled, z, static_cast<const V*>(nullptr),
-            [&](int64_t i, int64_t j, P sum)
-                PK_LAMBDA { to_scale[i * scale.dim + j] = to_scale[i * scale.dim + j] + sum; });
+      outer(team, partition.tiles, dim, count, pulled, z, static_cast<const V*>(nullptr),
+            [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
     }
   } else {
-    using Pair = Several<V, 2>;
-    team.sums<Pair>(
-        scale.dim,
-        [&](int64_t j, int part, int parts) PK_LAMBDA {
-          Pair sum{};
-          for (int k = part; k < count; k += parts) {
-            Scale<V>::add_score_terms(f[k], z[k][j], sum.v[0], sum.v[1]);
-          }
-          return sum;
-        },
-        [&](int64_t j, const Pair& sum) PK_LAMBDA {
-          if (mean) mean[j] = mean[j] + output(sum.v[0] * scale.inverse_std[j]);
-          if (to_scale) to_scale[j] = to_scale[j] + output(sum.v[1]);
-        });
+    add_moments<false, true, Scale>(
+        team, partition.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
+        [&](int j, const V* sums) PK_LAMBDA { add_score(scale, j, sums, mean, to_scale); });
   }
 }
 
 // Adds the gradient of Σ_k slope_kᵀ S noise_k.
 template <class V, template <class> class Scale>
-PK_FN void add_paths(Warp team, const Scale<V>& scale, int count, Vectors<V> slope, Vectors<Primal<V>> noise,
-                     Primal<V>* to_scale) {
+PK_FN void add_paths(Warp team, const Partition& partition, const Scale<V>& scale, int count, Vectors<V> slope,
+                     Vectors<Primal<V>> noise, Primal<V>* to_scale) {
   using P = Primal<V>;
+  const int dim = int(scale.dim);
   if constexpr (Scale<V>::triangular) {
-    outer(team, scale.dim, count, slope, noise, static_cast<const V*>(nullptr),
-          [&](int64_t i, int64_t j, P sum)
-              PK_LAMBDA { to_scale[i * scale.dim + j] = to_scale[i * scale.dim + j] + sum; });
+    outer(team, partition.tiles, dim, count, slope, noise, static_cast<const V*>(nullptr),
+          [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
   } else {
     team.sums<V>(
-        scale.dim,
-        [&](int64_t j, int part, int parts) PK_LAMBDA {
+        partition.columns,
+        [&](int j, int part, int parts) PK_LAMBDA {
           V sum{};
           for (int k = part; k < count; k += parts) sum = sum + slope[k][j] * noise[k][j];
           return sum;
         },
-        [&](int64_t j, V sum) PK_LAMBDA { to_scale[j] = to_scale[j] + output(sum * scale.std[j]); });
+        [&](int j, V sum) PK_LAMBDA { to_scale[j] = to_scale[j] + output(sum * scale.std[j]); });
   }
 }
 
-template <class P>
-PK_FN void draw_noise(uint64_t seed, int64_t sample, uint64_t row, int64_t dim, P* to) {
-  for (int64_t block = 0; 4 * block < dim; ++block) {
-    P z[4];
-    normals_of_block<1, 2>(seed, uint32_t(block), uint32_t(sample), uint32_t(row), uint32_t(row >> 32), z, 4);
-    unrolled<4>([&](auto i) PK_LAMBDA {
-      constexpr int at = decltype(i)::value;
-      if (4 * block + at < dim) to[4 * block + at] = z[at];
+// store(k, block, z) for the normals of each block of four dimensions of samples first + k, k < count: threads take
+// blocks of samples. Beyond dim, z is finite.
+template <class P, class Store>
+PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int dim, int count, const Divider& by_count,
+                Store store) {
+  constexpr int S = sizeof(P) == sizeof(float) ? 2 : 1;  // at once, as far as registers last
+  const auto drawn = [&](int i, int begin, int end, auto number, auto pairs) PK_LAMBDA {
+    constexpr int N = decltype(number)::value, pair = decltype(pairs)::value;
+    uint32_t blocks[N], samples[N];
+    int of[N];
+    unrolled<N>([&](auto n) PK_LAMBDA {
+      constexpr int at = decltype(n)::value;
+      const int block = by_count.quotient(i + at * kLanes);
+      of[at] = i + at * kLanes - block * count;
+      blocks[at] = uint32_t(begin + block);
+      samples[at] = uint32_t(first) + uint32_t(of[at]);
     });
-  }
+    P z[4 * N] = {};
+    normals_of_blocks<N, pair>(seed, blocks, samples, uint32_t(row), uint32_t(row >> 32), z, 4);
+    unrolled<N>([&](auto n) PK_LAMBDA {
+      constexpr int at = decltype(n)::value;
+      const P some[4] = {z[4 * at], z[4 * at + 1], z[4 * at + 2], z[4 * at + 3]};
+      if (at == 0 || int(blocks[at]) < end) store(of[at], int(blocks[at]), some);
+    });
+  };
+  // Of a last block of two dimensions or one, half is enough, unless threads have nothing else to do.
+  const int all = (dim + 3) / 4, passes = (all * count + kLanes - 1) / kLanes;
+  const bool apart = (dim - 1) % 4 < 2 && passes > ((all - 1) * count + kLanes - 1) / kLanes;
+  const int whole = all - apart;
+  team.many<S>(whole * count,
+               [&](int i, auto number) PK_LAMBDA { drawn(i, 0, whole, number, Constant<2>{}); });
+  if (!apart) return;
+  team.many<S>(count, [&](int i, auto number) PK_LAMBDA { drawn(i, whole, all, number, Constant<1>{}); });
 }
 
 // The log-density's derivative, as the w - 1 of a sample. Of z without derivatives there is none.
@@ -365,28 +601,50 @@ struct PolicyLossRows {
     return call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
   }
 
+  static constexpr int at_once = sizeof(V) <= 8 ? 2 : 1;  // samples of a thread, as far as registers last
+
   const Work<Call>& work;
   const int dim, count;
-  const bool pathwise;
+  const bool pathwise, full;
+  const bool uniform;  // all samples of all rows weigh the same
+  const Partition partition;
+  const Divider by_held;
   Shared<V>* u;
-  T* tiled;  // U in rows of whole tiles, where it is read by tiles; or null
+  Shared<V>* tiled;  // U in rows of whole tiles, or null where memory is short
+  Shared<V>* packed;  // U as of quadratic_packed, or null
 
   PK_FN PolicyLossRows(const Work<Call>& work, Memory& memory)
-      : work(work), dim(int(work.call.dim)), count(int(samples(work.call))), pathwise(work.call.estimator == kReparam) {
-    u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim));
-    tiled = nullptr;
-    if constexpr (!is_dual<V> && !closed) {
-      if (work.call.precision_kind != kFull) return;
-      const int stride = whole_tiles(dim);
-      tiled = stride == dim ? u : memory.take<T>(stride * stride);
+      : work(work),
+        dim(int(work.call.dim)),
+        count(int(samples(work.call))),
+        pathwise(work.call.estimator == kReparam),
+        full(work.call.precision_kind == kFull),
+        uniform(!is_dual<V> && !work.call.has_rbf &&
+                (work.call.cotangent.value == nullptr || work.call.reduction != kNoReduction)),
+        partition(dim),
+        by_held(work.held) {
+    const int stride = whole_tiles(dim);
+    u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim) + kTile);
+    tiled = packed = nullptr;
+    if (closed || !full) return;
+    if (packs && dim <= kPacked) {
+      packed = memory.take<Shared<V>>(dim * (dim + 1) / 2 + kTile);
+    } else if (stride == dim) {
+      tiled = u;
+    } else if (sizeof(Shared<V>) * size_t(stride * stride) <= kMostTiled) {
+      tiled = memory.take<Shared<V>>(stride * stride);
     }
   }
+
+  static constexpr bool packs = std::is_same<V, float>::value;
+  static constexpr size_t kMostTiled = 24 * 1024;
 
   struct Warps {
     Sums sums;
     Policy<V, Scale> policy;
     V *target, *base, *pulled_sum, *group;
-    P* mean_sum;
+    P *mean_sum, *scale_sum;
+    Tally<P> tally;  // of the gradient in a full U, where each tile has a thread
     Vectors<P> noise;
     Vectors<V> at, other;
 
@@ -394,10 +652,14 @@ struct PolicyLossRows {
         : sums(memory, summed(k.work.call)),
           policy(memory, k.dim),
           target(memory.take<V>(k.dim)),
-          base(memory.take<V>(k.dim + kTile)),
-          pulled_sum(memory.take<V>(k.dim)),
+          base(memory.take<V>(whole_tiles(k.dim))),
+          pulled_sum(memory.take<V>(whole_tiles(k.dim))),
           group(memory.take<V>(4 * k.count)),
           mean_sum(memory.take<P>(k.dim)),
+          scale_sum(memory.take<P>(triangular ? 0 : k.dim)),
+          tally{!closed && k.work.call.grad_precision && k.full && k.partition.tiles.count <= kLanes
+                    ? memory.take<P>(Tally<P>::size)
+                    : nullptr},
           noise(memory, k.dim, closed ? 0 : k.work.held),
           at(memory, k.dim, k.work.held),
           other(memory, k.dim, closed || k.pathwise || is_dual<V> ? k.work.held : 0) {}
@@ -406,40 +668,58 @@ struct PolicyLossRows {
   // U, symmetrised.
   PK_FN void load_shared(Block team) const {
     const Call& call = work.call;
-    team.each(precision_size(call.precision_kind, dim), [&](int64_t at) PK_LAMBDA {
-      const Shared<V> value = value_at<Shared<V>>(call.precision, at);
-      const int64_t mirrored = call.precision_kind == kFull ? at % dim * dim + at / dim : at;
-      u[at] = (value + value_at<Shared<V>>(call.precision, mirrored)) * T(0.5);
+    const int size = int(precision_size(call.precision_kind, dim));
+    const auto entry = [&](int at, int mirrored) PK_LAMBDA {
+      return (value_at<Shared<V>>(call.precision, at) + value_at<Shared<V>>(call.precision, mirrored)) * T(0.5);
+    };
+    team.each(size + kTile, [&](int64_t number) PK_LAMBDA {
+      const int at = int(number);
+      u[at] = at < size ? entry(at, full ? at % dim * dim + at / dim : at) : Shared<V>{};
     });
-    if constexpr (!is_dual<V>) {
+    if (tiled && tiled != u) {
       const int stride = whole_tiles(dim);
-      team.each(tiled && tiled != u ? stride * stride : 0, [&](int64_t at) PK_LAMBDA {
+      team.each(stride * stride, [&](int64_t at) PK_LAMBDA {
         const int i = int(at) / stride, j = int(at) % stride;
-        tiled[at] = i < dim && j < dim ? u[i * dim + j] : T(0);
+        tiled[at] = i < dim && j < dim ? entry(i * dim + j, j * dim + i) : Shared<V>{};
+      });
+    }
+    if (packed) {
+      const int terms = dim * (dim + 1) / 2;
+      team.each(terms + kTile, [&](int64_t at) PK_LAMBDA {
+        int i, j;
+        corner(int(at), i, j);
+        packed[at] = at < terms ? entry(i * dim + j, j * dim + i) * T(i == j ? 1 : 2) : Shared<V>{};
       });
     }
   }
 
   PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
     held.sums.clear(team);
+    held.policy.clear(team);
+    team.each(whole_tiles(dim), [&](int64_t j) PK_LAMBDA { held.base[j] = held.pulled_sum[j] = V{}; });
+    if (held.tally.first) held.tally.clear(team);
+    int tallied = 0;
     for (int64_t row = first; row < work.call.rows; row += step) {
-      const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr);
-      load_row(team, work.call.target, row, dim, held.target);
+      const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr,
+                                              &work.call.target, held.target);
       P* to_scale = row_of<P>(work.call.grad_scale, row, scale.size());
+      // What is added up for it is in memory of the warp where there is room.
+      P* scale_sum = triangular || to_scale == nullptr ? to_scale : held.scale_sum;
       const V weight = weight_of<V>(work.call, row);
       if (to_scale) {
-        team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
-        scale.add_entropy(weight * T(-work.call.entropy_coef), to_scale, team);
+        team.each(scale.size(), [&](int64_t i) PK_LAMBDA { scale_sum[i] = P{}; });
+        scale.add_entropy(weight * T(-work.call.entropy_coef), scale_sum, team);
       }
       const V log_determinant = scale.log_determinant(team);
       const V entropy = gaussian_entropy(dim, log_determinant);
       RowStats<V> stats{};
       V loss;
       if constexpr (closed) {
-        loss = closed_form(team, held, scale, row, weight, to_scale, stats);
+        loss = closed_form(team, held, scale, row, weight, scale_sum, stats);
       } else {
-        loss = sampled(team, held, scale, row, weight, to_scale, log_determinant, stats);
+        loss = sampled(team, held, scale, row, weight, scale_sum, log_determinant, stats);
       }
+      if (!triangular && to_scale) team.each(dim, [&](int64_t j) PK_LAMBDA { to_scale[j] = scale_sum[j]; });
       loss = loss - entropy * T(work.call.entropy_coef);
       RowStats<P> results{};
       if constexpr (!is_dual<V>) {
@@ -455,44 +735,81 @@ struct PolicyLossRows {
         }
       }
       held.sums.add(team, work.call, row, output(loss), results);
+      tallied += count;
+      if (held.tally.first && (tallied >= kTallied || row + step >= work.call.rows)) {
+        held.tally.flush(team, partition.tiles, dim, uniform ? output(weight) * T(1.0 / double(count)) : P{} + T(1),
+                         held.sums.shared());
+        tallied = 0;
+      }
     }
   }
+
+  // Samples after which sums in the precision of V go on in double.
+  static constexpr int kTallied = 512;
 
   PK_FN Precision<V> precision() const { return {work.call.precision_kind, u}; }
 
-  // xᵀ U x.
-  PK_FN V squared(const V* x) const {
-    if constexpr (!is_dual<V>) {
-      if (tiled) return quadratic_by_tiles(tiled, int(dim), x);
+  // xᵀ U x of S vectors.
+  template <int S>
+  PK_FN void squared(const V* const (&x)[S], V (&squares)[S]) const {
+    if constexpr (packs) {
+      if (packed) {
+        quadratic_packed<S>(packed, dim, x, squares);
+        return;
+      }
     }
-    V squares[1];
-    quadratic<1>(precision(), dim, x, squares);
-    return squares[0];
+    if (tiled) {
+      quadratic_by_tiles<S>(tiled, dim, x, squares);
+      return;
+    }
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      V square[1];
+      quadratic<1>(precision(), dim, x[decltype(s)::value], square);
+      squares[decltype(s)::value] = square[0];
+    });
   }
 
-  // Adds Σ_k weight_k x_k x_kᵀ as the gradient in U.
-  PK_FN void add_precision(Warp team, const Warps& held, int samples, Vectors<V> x, const V* weight) const {
+  // Adds Σ_k weight_k x_k x_kᵀ as the gradient in U, where no weights are `each`.
+  PK_FN void add_precision(Warp team, const Warps& held, int samples, Vectors<V> x, const V* weight, P each) const {
     double* total = held.sums.shared();
-    if (work.call.precision_kind == kFull) {
-      outer(team, dim, samples, x, x, weight,
-            [&](int64_t i, int64_t j, P sum) PK_LAMBDA { total[i * (i + 1) / 2 + j] += double(sum); });
+    if (held.tally.first) {  // which `each` weighs later
+      held.tally.add(team, partition.tiles, samples, x, weight);
+    } else if (full) {
+      outer(team, partition.tiles, dim, samples, x, x, weight,
+            [&](int i, int j, P sum) PK_LAMBDA { total[i * (i + 1) / 2 + j] += double(sum * each); });
     } else {
       team.sums<P>(
-          dim,
-          [&](int64_t j, int part, int parts) PK_LAMBDA {
+          partition.columns,
+          [&](int j, int part, int parts) PK_LAMBDA {
             P sum{};
-            for (int k = part; k < samples; k += parts) sum = sum + output(weight[k] * x[k][j] * x[k][j]);
+            for (int k = part; k < samples; k += parts) {
+              const V value = x[k][j];
+              sum = sum + output(weight ? weight[k] * value * value : value * value);
+            }
             return sum;
           },
-          [&](int64_t j, P sum) PK_LAMBDA { total[j] += double(sum); });
+          [&](int j, P sum) PK_LAMBDA { total[j] += double(sum * each); });
     }
   }
 
   // The gradients in the mean and the target from U times what is in pulled_sum.
   PK_FN void store_pull(Warp team, const Warps& held, int64_t row, P* to_mean) const {
     P* to_target = row_of<P>(work.call.grad_target, row, dim);
-    team.each(dim, [&](int64_t i) PK_LAMBDA {
-      const V pull = apply_at(precision(), dim, held.pulled_sum, i) * T(2);
+    team.each(dim, [&](int64_t at) PK_LAMBDA {
+      const int i = int(at);
+      V sum{};
+      if (full) {
+        const Shared<V>* entries = u + i * dim;  // beyond the row, times zero
+        PK_ROLLED
+        for (int j = 0; j < dim; j += kTile) {
+          V pulled[kTile];
+          load(held.pulled_sum + j, pulled);
+          unrolled<kTile>([&](auto c) PK_LAMBDA { sum = sum + pulled[decltype(c)::value] * entries[j + decltype(c)::value]; });
+        }
+      } else {
+        sum = apply_at(precision(), dim, held.pulled_sum, i);
+      }
+      const V pull = sum * T(2);
       if (to_mean) to_mean[i] = output(pull);
       if (to_target) to_target[i] = output(-pull);
     });
@@ -517,9 +834,8 @@ struct PolicyLossRows {
       });
       if (work.call.grad_precision == nullptr) continue;
       if constexpr (Scale<V>::triangular) {
-        add_precision(team, held, columns, held.at, weights);
+        add_precision(team, held, columns, held.at, weights, P{} + T(1));
       } else {
-        const bool full = work.call.precision_kind == kFull;
         team.each(columns, [&](int64_t k) PK_LAMBDA {
           const int64_t j = first + k;
           held.sums.shared()[full ? j * (j + 1) / 2 + j : j] += double(output(weight * square(scale.std[j])));
@@ -529,7 +845,7 @@ struct PolicyLossRows {
     if (work.call.grad_precision) {
       Vectors<V> delta = held.at;
       delta.first = held.base;
-      add_precision(team, held, 1, delta, weights);
+      add_precision(team, held, 1, delta, weights, P{} + T(1));
     }
     store_pull(team, held, row, row_of<P>(work.call.grad_mean, row, dim));
     team.each(dim, [&](int64_t i) PK_LAMBDA { held.pulled_sum[i] = apply_at(precision(), dim, held.base, i); });
@@ -550,16 +866,67 @@ struct PolicyLossRows {
     return loss;
   }
 
+  // Draws samples and their residuals ŷ - y, of which score-function samples carry a derivative by y only.
+  PK_FN void draw_samples(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, int first, int samples) const {
+    const Call& call = work.call;
+    const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
+    const Vectors<V> z = held.other;
+    const Divider by_samples = samples == work.held ? by_held : Divider(samples);
+    draw<P>(team, seed, first, call.row_offset + uint64_t(row), dim, samples, by_samples,
+            [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA {
+              const int j = block * kTile;
+              store(noise, held.noise[k] + j);
+              if constexpr (!triangular) {
+                V base[kTile], std[kTile], residual[kTile];
+                load(held.base + j, base);
+                load(scale.std + j, std);
+                unrolled<kTile>([&](auto i) PK_LAMBDA {
+                  constexpr int at = decltype(i)::value;
+                  residual[at] = Scale<V>::stretched(base[at], std[at], noise[at]);
+                  if constexpr (is_dual<V>) {
+                    if (!pathwise) residual[at].t = base[at].t;
+                  }
+                });
+                store(residual, held.at[k] + j);
+                if constexpr (is_dual<V>) {
+                  if (pathwise) return;
+                  V mean[kTile], parameter[kTile], inverse[kTile], white[kTile];
+                  load(held.policy.mean + j, mean);
+                  load(held.policy.parameter + j, parameter);
+                  load(scale.inverse_std + j, inverse);
+                  unrolled<kTile>([&](auto i) PK_LAMBDA {
+                    constexpr int at = decltype(i)::value;
+                    white[at] = Scale<V>::whitened(mean[at].t * inverse[at].v, parameter[at].t, noise[at]);
+                  });
+                  store(white, z[k] + j);
+                }
+              }
+            });
+    if constexpr (triangular) {
+      team.each(samples, [&](int64_t at) PK_LAMBDA {
+        const int k = int(at);
+        const P* noise = held.noise[k];
+        V* residual = held.at[k];
+        scale.template stretch<1>(static_cast<const V*>(held.base), noise, residual);
+        for (int j = dim; j < whole_tiles(dim); ++j) residual[j] = V{};
+        if constexpr (is_dual<V>) {
+          if (pathwise) return;
+          for (int j = 0; j < dim; ++j) residual[j].t = held.base[j].t;
+          scale.template whiten_noise<1>(held.policy.mean, noise, z[k]);
+        }
+      });
+    }
+  }
+
   PK_FN V sampled(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale,
                   V log_determinant, RowStats<V>& stats) const {
     const Call& call = work.call;
     const Surrogate s = surrogate_of(call);
     const Group<V> group = group_in(held.group, count);
-    const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
     P* to_mean = row_of<P>(call.grad_mean, row, dim);
     const bool need_sum = call.grad_target || (pathwise && to_mean);
     const bool need_score = !pathwise && (to_mean || to_scale);
-    // ŷ - y. Score-function samples are constants, so that only y carries a derivative.
+    const V unit = weight * T(1.0 / double(count));
     team.each(dim, [&](int64_t j) PK_LAMBDA {
       const V mean = held.policy.mean[j];
       held.base[j] = (pathwise ? mean : constant<V>(stop(mean))) - held.target[j];
@@ -574,61 +941,65 @@ struct PolicyLossRows {
     for (int pass = 0; pass < 2; ++pass) {
       for (int first = 0; first < count; first += work.held) {
         const int samples = count - first < work.held ? count - first : work.held;
-        if (pass == 0 || work.held < count) {
-          team.each(samples, [&](int64_t k) PK_LAMBDA {
-            P* noise = held.noise[k];
-            V* residual = held.at[k];
-            draw_noise(seed, first + k, call.row_offset + uint64_t(row), dim, noise);
-            scale.template stretch<1>(static_cast<const V*>(held.base), noise, residual);
-            if constexpr (is_dual<V>) {
-              if (!pathwise) {
-                for (int64_t j = 0; j < dim; ++j) residual[j].t = held.base[j].t;
-                scale.template whiten_noise<1>(held.policy.mean, noise, z[k]);
-              }
-            }
-          });
-        }
+        if (pass == 0 || work.held < count) draw_samples(team, held, scale, row, first, samples);
         if (pass == 0) {
-          team.each(samples, [&](int64_t k) PK_LAMBDA {
-            group.reward[first + k] = transformed_reward(s, -squared(held.at[k]));
-            group.excess[first + k] = pathwise ? V{} : excess_of(dim, z[k], log_determinant);
+          team.many<at_once>(samples, [&](int k, auto number) PK_LAMBDA {
+            constexpr int S = decltype(number)::value;
+            const V* x[S];
+            V squares[S];
+            unrolled<S>([&](auto i) PK_LAMBDA {
+              const int of = k + decltype(i)::value * kLanes;
+              x[decltype(i)::value] = held.at[of < samples ? of : k];
+            });
+            squared<S>(x, squares);
+            unrolled<S>([&](auto i) PK_LAMBDA {
+              const int of = k + decltype(i)::value * kLanes;
+              if (of >= samples) return;
+              group.reward[first + of] = transformed_reward(s, -squares[decltype(i)::value]);
+              if constexpr (is_dual<V>) {
+                group.excess[first + of] = pathwise ? V{} : excess_of(dim, z[of], log_determinant);
+              }
+            });
           });
           continue;
         }
-        const V* pull = group.pull + first;
-        if (need_sum) {
-          team.sums<V>(
-              dim,
-              [&](int64_t j, int part, int parts) PK_LAMBDA {
-                V sum{};
-                for (int k = part; k < samples; k += parts) sum = sum + pull[k] * held.at[k][j];
-                return sum;
-              },
-              [&](int64_t j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum; });
+        const V* pull = uniform ? nullptr : group.pull + first;
+        const V* f = group.excess + first;
+        const P each = uniform ? output(unit) : P{} + T(1);
+        if (call.grad_precision) add_precision(team, held, samples, held.at, pull, each);
+        const auto add_pull = [&](int j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum * each; };
+        if (!triangular && need_sum && need_score) {
+          add_moments<true, true, Scale>(team, partition.pairs, dim, samples, held.at, pull, f, z,
+                                         [&](int j, const V* sums) PK_LAMBDA {
+                                           add_pull(j, sums[0]);
+                                           add_score(scale, j, sums + 1, held.mean_sum, to_scale);
+                                         });
+          continue;
         }
-        if (call.grad_precision) add_precision(team, held, samples, held.at, pull);
+        if (need_sum) {
+          add_moments<true, false, Scale>(team, partition.pairs, dim, samples, held.at, pull, f, z,
+                                          [&](int j, const V* sums) PK_LAMBDA { add_pull(j, sums[0]); });
+        }
         if (pathwise && to_scale) {
-          team.each(samples, [&](int64_t k) PK_LAMBDA {
+          team.each(samples, [&](int64_t at) PK_LAMBDA {
+            const int k = int(at);
             V* slope = held.other[k];
             apply<1>(precision(), dim, static_cast<const V*>(held.at[k]), slope);
-            for (int64_t j = 0; j < dim; ++j) slope[j] = pull[k] * slope[j] * T(2);
+            const V factor = uniform ? unit : pull[k];
+            for (int j = 0; j < dim; ++j) slope[j] = factor * slope[j] * T(2);
           });
-          add_paths(team, scale, samples, held.other, held.noise, to_scale);
+          add_paths(team, partition, scale, samples, held.other, held.noise, to_scale);
         }
-        if (need_score) {
-          add_scores(team, scale, samples, static_cast<const V*>(group.excess + first), z, held.at, held.mean_sum,
-                     to_scale);
-        }
+        if (need_score) add_scores(team, partition, scale, samples, f, z, held.at, held.mean_sum, to_scale);
       }
       if (pass == 1) break;
-      objective = finish(s, group, team);
+      objective = finish(s, group, team, !uniform);
       if constexpr (!is_dual<V>) {
         if (call.stats) stats = group_stats(s, group, team);
       }
-      const V unit = weight * T(1.0 / double(count));
       team.each(count, [&](int64_t g) PK_LAMBDA {
         if (!pathwise) group.excess[g] = -(unit * score_factor(group, g));
-        group.pull[g] = unit * group.pull[g];
+        if (!uniform) group.pull[g] = unit * group.pull[g];
       });
       if (!need_sum && !need_score && !call.grad_precision && to_scale == nullptr) return -objective;
     }
@@ -657,9 +1028,11 @@ struct SurrogateLossRows {
 
   const Work<Call>& work;
   const int dim, count;
+  const Partition partition;
+  const Divider by_dim;
 
   PK_FN SurrogateLossRows(const Work<Call>& work, Memory&)
-      : work(work), dim(int(work.call.dim)), count(int(work.call.samples)) {}
+      : work(work), dim(int(work.call.dim)), count(int(work.call.samples)), partition(dim), by_dim(dim) {}
 
   struct Warps {
     Sums sums;
@@ -681,6 +1054,7 @@ struct SurrogateLossRows {
 
   PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
     held.sums.clear(team);
+    held.policy.clear(team);
     for (int64_t row = first; row < work.call.rows; row += step) one(team, held, row);
   }
 
@@ -710,7 +1084,7 @@ struct SurrogateLossRows {
         const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const Place place(i, dim, first, call.rows, row);
+            const Place place(by_dim, int(i), dim, first, call.rows, row);
             const V sample = constant<V>(static_cast<const T*>(call.given)[place.at]);
             held.at[place.k][place.j] = sample - held.policy.mean[place.j];
           });
@@ -728,7 +1102,7 @@ struct SurrogateLossRows {
             }
           }
         } else {
-          add_scores(team, scale, samples, static_cast<const V*>(group.excess + first), held.white, held.at,
+          add_scores(team, partition, scale, samples, static_cast<const V*>(group.excess + first), held.white, held.at,
                      held.mean_sum, to_scale);
         }
       }
@@ -769,8 +1143,11 @@ struct LogProbRows {
 
   const Work<Call>& work;
   const int dim;
+  const Partition partition;
+  const Divider by_dim;
 
-  PK_FN LogProbRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
+  PK_FN LogProbRows(const Work<Call>& work, Memory&)
+      : work(work), dim(int(work.call.dim)), partition(dim), by_dim(dim) {}
 
   struct Warps {
     Policy<V, Scale> policy;
@@ -790,6 +1167,7 @@ struct LogProbRows {
 
   PK_FN void rows(Warp team, const Warps& held, int64_t first_row, int64_t step) const {
     const Call& call = work.call;
+    held.policy.clear(team);
     for (int64_t row = first_row; row < call.rows; row += step) {
       const Scale<V> scale = held.policy.load(team, call, row, true);
       const V log_determinant = scale.log_determinant(team);
@@ -800,7 +1178,7 @@ struct LogProbRows {
       for (int64_t first = 0; first < call.count; first += work.held) {
         const int samples = int(call.count - first < work.held ? call.count - first : work.held);
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(i, dim, first, call.rows, row);
+          const Place place(by_dim, int(i), dim, first, call.rows, row);
           held.at[place.k][place.j] = value_at<V>(call.value, place.at) - held.policy.mean[place.j];
         });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
@@ -811,8 +1189,8 @@ struct LogProbRows {
             static_cast<P*>(call.out)[at] = output(gaussian_log_density(dim, held.white[k], log_determinant));
         });
         if (to_mean || to_scale) {
-          add_scores(team, scale, samples, static_cast<const V*>(held.factor), held.white, held.at, held.mean_sum,
-                     to_scale);
+          add_scores(team, partition, scale, samples, static_cast<const V*>(held.factor), held.white, held.at,
+                     held.mean_sum, to_scale);
         }
         if (call.grad_value == nullptr) continue;
         // ∂/∂value is minus ∂/∂μ of the sample.
@@ -821,7 +1199,7 @@ struct LogProbRows {
           for (int64_t j = 0; j < dim; ++j) held.at[k][j] = -(held.factor[k] * held.at[k][j]);
         });
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(i, dim, first, call.rows, row);
+          const Place place(by_dim, int(i), dim, first, call.rows, row);
           static_cast<P*>(call.grad_value)[place.at] = output(held.at[place.k][place.j]);
         });
       }
@@ -843,8 +1221,11 @@ struct SampleRows {
 
   const Work<Call>& work;
   const int dim;
+  const Partition partition;
+  const Divider by_dim, by_held;
 
-  PK_FN SampleRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
+  PK_FN SampleRows(const Work<Call>& work, Memory&)
+      : work(work), dim(int(work.call.dim)), partition(dim), by_dim(dim), by_held(work.held) {}
 
   struct Warps {
     Policy<V, Scale> policy;
@@ -864,6 +1245,7 @@ struct SampleRows {
   PK_FN void rows(Warp team, const Warps& held, int64_t first_row, int64_t step) const {
     const Call& call = work.call;
     const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
+    held.policy.clear(team);
     for (int64_t row = first_row; row < call.rows; row += step) {
       const Scale<V> scale = held.policy.load(team, call, row, false);
       P* to_mean = row_of<P>(call.grad_mean, row, dim);
@@ -872,30 +1254,32 @@ struct SampleRows {
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
       for (int64_t first = 0; first < call.samples; first += work.held) {
         const int samples = int(call.samples - first < work.held ? call.samples - first : work.held);
+        draw<P>(team, seed, first, call.row_offset + uint64_t(row), dim, samples,
+                samples == work.held ? by_held : Divider(samples),
+                [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA { store(noise, held.noise[k] + block * kTile); });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
-          draw_noise(seed, first + k, call.row_offset + uint64_t(row), dim, held.noise[k]);
           scale.template stretch<1>(static_cast<const V*>(held.policy.mean), held.noise[k], held.at[k]);
         });
         if (call.out) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const Place place(i, dim, first, call.rows, row);
+            const Place place(by_dim, int(i), dim, first, call.rows, row);
             static_cast<P*>(call.out)[place.at] = output(held.at[place.k][place.j]);
           });
         }
         if (to_mean == nullptr && to_scale == nullptr) continue;
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(i, dim, first, call.rows, row);
+          const Place place(by_dim, int(i), dim, first, call.rows, row);
           held.at[place.k][place.j] = value_at<V>(call.cotangent, place.at);
         });
         team.sums<P>(
-            dim,
-            [&](int64_t j, int part, int parts) PK_LAMBDA {
+            partition.columns,
+            [&](int j, int part, int parts) PK_LAMBDA {
               P sum{};
               for (int k = part; k < samples; k += parts) sum = sum + output(held.at[k][j]);
               return sum;
             },
-            [&](int64_t j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
-        if (to_scale) add_paths(team, scale, samples, held.at, held.noise, to_scale);
+            [&](int j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
+        if (to_scale) add_paths(team, partition, scale, samples, held.at, held.noise, to_scale);
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     }

@@ -20,21 +20,30 @@ struct DiagonalScale {
   PK_FN DiagonalScale(int64_t dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
   PK_FN static int64_t size(int64_t dim) { return dim; }
-  PK_FN static int64_t work(int64_t dim) { return 2 * dim; }
-  PK_FN static int64_t team_work(int64_t dim) { return 2 * dim; }
+  PK_FN static int64_t work(int64_t dim) { return 2 * padded(dim); }
+  PK_FN static int64_t team_work(int64_t dim) { return 2 * padded(dim); }
+  PK_FN static int64_t padded(int64_t dim) { return (dim + 3) / 4 * 4; }  // of std and inverse_std
   PK_FN int64_t size() const { return dim; }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
-    inverse_std = scratch + dim;
-    team.each(dim, [&](int64_t j) PK_LAMBDA { std[j] = exp(log_std[j]); });
-    if (whitens) team.each(dim, [&](int64_t j) PK_LAMBDA { inverse_std[j] = exp(-log_std[j]); });
+    inverse_std = scratch + padded(dim);
+    team.each(dim, [&](int64_t j) PK_LAMBDA {
+      std[j] = exp(log_std[j]);
+      if (whitens) inverse_std[j] = exp(-log_std[j]);
+    });
   }
 
   template <class Team = Alone>
   PK_FN V log_determinant(Team team = {}) const {
     return team.template sum<V>(dim, [&](int64_t j) PK_LAMBDA { return log_std[j]; });
+  }
+
+  // Of one dimension.
+  template <class R>
+  PK_FN static R stretched(R base, R std, P eps) {
+    return base + std * eps;
   }
 
   template <int S, class R>
@@ -43,7 +52,7 @@ struct DiagonalScale {
       const R from = base[j], scale = as<R>(std[j]);
       unrolled<S>([&](auto s) PK_LAMBDA {
         constexpr int at = decltype(s)::value;
-        y[at * dim + j] = from + scale * eps[at * dim + j];
+        y[at * dim + j] = stretched(from, scale, eps[at * dim + j]);
       });
     }
   }
@@ -63,15 +72,23 @@ struct DiagonalScale {
     whiten<S>(z, a);
   }
 
+  // Of one dimension, from μ̇/σ and the derivative of log σ.
+  PK_FN static V whitened(P shift, P growth, P eps) {
+    if constexpr (is_dual<V>) {
+      return {eps, -(shift + eps * growth)};
+    } else {
+      return eps;
+    }
+  }
+
   template <int S>
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
       for (int64_t j = 0; j < dim; ++j) {
-        const P shift = mean[j].t * inverse_std[j].v, stretched = log_std[j].t;
+        const P shift = mean[j].t * inverse_std[j].v, growth = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = decltype(s)::value;
-          const P e = eps[at * dim + j];
-          z[at * dim + j] = V{e, -(shift + e * stretched)};
+          z[at * dim + j] = whitened(shift, growth, eps[at * dim + j]);
         });
       }
     }

@@ -127,9 +127,9 @@ PK_FN V transformed_reward(const Surrogate& s, V reward) {
   return s.has_rbf ? exp(reward * Element<V>(s.rbf_gamma)) : reward;
 }
 
-// Returns (1/G) Σ_g [r_g + (w_g - 1) A_g].
+// Returns (1/G) Σ_g [r_g + (w_g - 1) A_g]. Without `pulls`, leaves out `pull` where it is one for all.
 template <class V, class Team = Alone>
-PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}) {
+PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = true) {
   using T = Element<V>;
   const int64_t count = s.samples;
   const bool score = s.estimator != kReparam;
@@ -145,7 +145,7 @@ PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}) {
       team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = V{}; });
     }
     team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.pull[g] + T(1); });
-  } else {
+  } else if (pulls || s.has_rbf) {
     team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = constant<V>(T(1)); });
   }
   if (s.has_rbf) {
