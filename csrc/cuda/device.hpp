@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kLanes* kMostWarps, kResident<Rows>)
   const int warp = int(threadIdx.x) / kLanes;
   Memory own{warps + warp * work.warp_bytes};
   const typename Rows::Warps held(rows, own);
-  rows.rows(Warp{}, held, int64_t(blockIdx.x) * work.warps + warp, work.blocks * work.warps);
+  rows.rows(Warp{}, held, int64_t(blockIdx.x) * work.warps + warp);
   if constexpr (Rows::is_loss) {
     __syncthreads();
     const int64_t terms = Rows::summed(work.call);

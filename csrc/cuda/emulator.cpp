@@ -26,7 +26,7 @@ class OnHost {
       for (int warp = 0; warp < work.warps; ++warp) {
         Memory own{warps + warp * work.warp_bytes};
         const typename Rows::Warps held(rows, own);
-        rows.rows(Warp{order_}, held, block * work.warps + warp, work.blocks * work.warps);
+        rows.rows(Warp{order_}, held, block * work.warps + warp);
       }
       if constexpr (Rows::is_loss) {
         const int64_t terms = Rows::summed(work.call);

@@ -21,6 +21,38 @@ PK_FN int64_t summed_terms(int precision_kind, int64_t dim) {
   return precision_kind == kFull ? dim * (dim + 1) / 2 : dim;
 }
 
+constexpr int kTile = 4;  // entries of a vector, and of a matrix to a side, that a thread takes at once
+
+PK_FN int whole_tiles(int64_t dim) {
+  return (int(dim) + kTile - 1) / kTile * kTile;
+}
+PK_FN int tiles_of(int64_t dim) {
+  const int side = whole_tiles(dim) / kTile;
+  return side * (side + 1) / 2;
+}
+
+// How threads share out the blocks of four dimensions of so many samples. Of a last block of two dimensions or one, half
+// the normals are enough: it is drawn apart, unless it costs nothing with the others.
+struct Drawing {
+  int all, whole;
+  Divider by_count;
+
+  PK_FN Drawing(int dim, int count) : all((dim + 3) / 4), by_count(count) {
+    const bool half = (dim - 1) % 4 < 2 && count > kLanes;
+    whole = half && (all * count - 1) / kLanes > ((all - 1) * count - 1) / kLanes ? all - 1 : all;
+  }
+};
+
+// What depends on the shape alone: known where a kernel is launched, it takes no registers.
+struct Shape {
+  Shares pairs, tiles, columns;  // of sums for dimensions two by two, entries of a triangle, dimensions
+  Divider by_dim;
+  Drawing drawing;  // of as many samples as are held
+
+  PK_FN Shape(int dim, int held)
+      : pairs((dim + 1) / 2), tiles(tiles_of(dim)), columns(dim), by_dim(dim), drawing(dim, held) {}
+};
+
 // A call, and how its rows are shared out.
 template <class C>
 struct Work {
@@ -31,6 +63,9 @@ struct Work {
   int warps = 1;          // of a block
   int held = 0;           // samples
   size_t warp_bytes = 0;  // of shared memory, after what the block shares
+  Shape shape{1, 1};
+
+  PK_FN int64_t step() const { return blocks * warps; }  // between the rows of a warp
 };
 
 // Takes shared memory bit by bit.
@@ -93,36 +128,84 @@ PK_FN V weight_of(const LossCall& call, int64_t row) {
 
 // ---- What a warp holds ----
 
-constexpr int kTile = 4;  // entries of a vector, and of a matrix to a side, that a thread takes at once
-
-PK_FN int whole_tiles(int64_t dim) {
-  return (int(dim) + kTile - 1) / kTile * kTile;
+// So many elements at once, of 8 or 16 bytes, as nvcc loads and stores them with one instruction.
+#if defined(__CUDACC__)
+PK_FN void load_chunk(const float* from, float (&to)[2]) {
+  const float2 chunk = *reinterpret_cast<const float2*>(from);
+  to[0] = chunk.x, to[1] = chunk.y;
 }
+PK_FN void load_chunk(const float* from, float (&to)[4]) {
+  const float4 chunk = *reinterpret_cast<const float4*>(from);
+  to[0] = chunk.x, to[1] = chunk.y, to[2] = chunk.z, to[3] = chunk.w;
+}
+PK_FN void load_chunk(const double* from, double (&to)[2]) {
+  const double2 chunk = *reinterpret_cast<const double2*>(from);
+  to[0] = chunk.x, to[1] = chunk.y;
+}
+PK_FN void store_chunk(const float (&from)[4], float* to) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+PK_FN void store_chunk(const double (&from)[2], double* to) {
+  *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
+}
+#else
+template <class T, int N>
+PK_FN void load_chunk(const T* from, T (&to)[N]) {
+  memcpy(to, from, sizeof to);
+}
+template <class T, int N>
+PK_FN void store_chunk(const T (&from)[N], T* to) {
+  memcpy(to, from, sizeof from);
+}
+#endif
 
-// Numbers that are read and written at once: of whole tiles, they are aligned.
+// N numbers at an address that is a multiple of their size, or of 16 bytes.
 template <class V, int N>
-struct alignas(sizeof(V) * N < 16 ? sizeof(V) * N : 16) Chunk {
-  static constexpr int size = sizeof(V) * N < 16 ? N : int(16 / sizeof(V));
-  V v[size];
+struct Chunks {
+  using T = Element<V>;
+  static constexpr int per = int(sizeof(V) / sizeof(T));
+  static constexpr int elements = N * per;
+  static constexpr int size = elements * sizeof(T) < 16 ? elements : int(16 / sizeof(T));
 };
 template <class V, int N>
 PK_FN void load(const V* from, V (&to)[N]) {
-  const Chunk<V, N>* chunks = reinterpret_cast<const Chunk<V, N>*>(from);
+  using C = Chunks<V, N>;
+  using T = Element<V>;
+  T flat[C::elements];
+  unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
+    constexpr int begin = decltype(c)::value * C::size;
+    T chunk[C::size];
+    load_chunk(reinterpret_cast<const T*>(from) + begin, chunk);
+    unrolled<C::size>([&](auto i) PK_LAMBDA { flat[begin + decltype(i)::value] = chunk[decltype(i)::value]; });
+  });
   unrolled<N>([&](auto i) PK_LAMBDA {
-    constexpr int at = decltype(i)::value, size = Chunk<V, N>::size;
-    to[at] = chunks[at / size].v[at % size];
+    constexpr int at = decltype(i)::value;
+    if constexpr (is_dual<V>) {
+      to[at] = V{flat[2 * at], flat[2 * at + 1]};
+    } else {
+      to[at] = flat[at];
+    }
   });
 }
 template <class V, int N>
 PK_FN void store(const V (&from)[N], V* to) {
-  Chunk<V, N>* chunks = reinterpret_cast<Chunk<V, N>*>(to);
-  unrolled<N / Chunk<V, N>::size>([&](auto c) PK_LAMBDA {
-    constexpr int chunk = decltype(c)::value, size = Chunk<V, N>::size;
-    Chunk<V, N> whole;
-    unrolled<size>([&](auto i) PK_LAMBDA {
-      whole.v[decltype(i)::value] = from[chunk * size + decltype(i)::value];
-    });
-    chunks[chunk] = whole;
+  using C = Chunks<V, N>;
+  using T = Element<V>;
+  T flat[C::elements];
+  unrolled<N>([&](auto i) PK_LAMBDA {
+    constexpr int at = decltype(i)::value;
+    if constexpr (is_dual<V>) {
+      flat[2 * at] = from[at].v;
+      flat[2 * at + 1] = from[at].t;
+    } else {
+      flat[at] = from[at];
+    }
+  });
+  unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
+    constexpr int begin = decltype(c)::value * C::size;
+    T chunk[C::size];
+    unrolled<C::size>([&](auto i) PK_LAMBDA { chunk[decltype(i)::value] = flat[begin + decltype(i)::value]; });
+    store_chunk(chunk, reinterpret_cast<T*>(to) + begin);
   });
 }
 
@@ -223,16 +306,20 @@ PK_FN void quadratic_by_tiles(const Shared<V>* u, int dim, const V* const (&x)[S
 // Up to kPacked dimensions, x is in registers, and U is packed: row by row its lower triangle, off the diagonal twice.
 constexpr int kPacked = 32;
 
-template <int S, int i, class T>
-PK_FN void add_packed_rows(const T* u, int dim, const T* const (&x)[S], T (&values)[S][kPacked], T (&entries)[kTile],
-                           T (&total)[S]) {
-  if constexpr (i < kPacked) {
-    if (i >= dim) return;
+template <int S, class T>
+PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
+  T values[S][kPacked], entries[kTile];
+  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = T{}; });
+  unrolled_while<kPacked>([&](auto row) PK_LAMBDA {
+    constexpr int i = decltype(row)::value;
+    if (i >= dim) return false;
     if constexpr (i % kTile == 0) {
       unrolled<S>([&](auto s) PK_LAMBDA {
         T tile[kTile];
         load(x[decltype(s)::value] + i, tile);
-        unrolled<kTile>([&](auto c) PK_LAMBDA { values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value]; });
+        unrolled<kTile>([&](auto c) PK_LAMBDA {
+          values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value];
+        });
       });
     }
     T sums[S] = {};
@@ -240,21 +327,16 @@ PK_FN void add_packed_rows(const T* u, int dim, const T* const (&x)[S], T (&valu
       constexpr int j = decltype(column)::value, at = i * (i + 1) / 2 + j;
       if constexpr (at % kTile == 0) load(u + at, entries);
       unrolled<S>([&](auto s) PK_LAMBDA {
-        sums[decltype(s)::value] = sums[decltype(s)::value] + values[decltype(s)::value][j] * entries[at % kTile];
+        constexpr int of = decltype(s)::value;
+        sums[of] = sums[of] + values[of][j] * entries[at % kTile];
       });
     });
     unrolled<S>([&](auto s) PK_LAMBDA {
-      total[decltype(s)::value] = total[decltype(s)::value] + values[decltype(s)::value][i] * sums[decltype(s)::value];
+      constexpr int of = decltype(s)::value;
+      total[of] = total[of] + values[of][i] * sums[of];
     });
-    add_packed_rows<S, i + 1>(u, dim, x, values, entries, total);
-  }
-}
-
-template <int S, class T>
-PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
-  T values[S][kPacked], entries[kTile];
-  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = T{}; });
-  add_packed_rows<S, 0>(u, dim, x, values, entries, total);
+    return true;
+  });
 }
 
 // ---- Sums over samples ----
@@ -272,31 +354,38 @@ using Tile = Several<P, kTile * kTile>;
 template <class V, class R>
 PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V> left, Vectors<R> right,
                         const V* weight, Tile<Primal<V>>& sum) {
-  const auto add = [&](int k, V(&l)[kTile]) PK_LAMBDA {
+  constexpr int at_once = sizeof(V) == sizeof(float) ? 4 : 1;
+  const V* from_left = left[first] + i;
+  const R* from_right = right[first] + j;
+  const int step_left = step * left.stride, step_right = step * right.stride;
+  const auto add = [&](int k, auto weighted) PK_LAMBDA {
+    V l[kTile];
     R r[kTile];
-    load(right[k] + j, r);
+    load(from_left, l);
+    load(from_right, r);
+    if constexpr (decltype(weighted)::value) {
+      const V factor = weight[k];
+      unrolled<kTile>([&](auto a) PK_LAMBDA { l[decltype(a)::value] = factor * l[decltype(a)::value]; });
+    }
     unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
       constexpr int at = decltype(a)::value;
       sum.v[at] = sum.v[at] + output(l[at / kTile] * r[at % kTile]);
     });
+    from_left += step_left;
+    from_right += step_right;
   };
   if (weight) {
     PK_ROLLED
-    for (int k = first; k < count; k += step) {
-      V l[kTile];
-      load(left[k] + i, l);
-      const V factor = weight[k];
-      unrolled<kTile>([&](auto a) PK_LAMBDA { l[decltype(a)::value] = factor * l[decltype(a)::value]; });
-      add(k, l);
-    }
+    for (int k = first; k < count; k += step) add(k, Constant<true>{});
     return;
   }
-  PK_UNROLLED(sizeof(V) == sizeof(float) ? 4 : 1)
-  for (int k = first; k < count; k += step) {
-    V l[kTile];
-    load(left[k] + i, l);
-    add(k, l);
+  int k = first;
+  PK_ROLLED
+  for (; k + (at_once - 1) * step < count; k += at_once * step) {
+    unrolled<at_once>([&](auto) PK_LAMBDA { add(k, Constant<false>{}); });
   }
+  PK_ROLLED
+  for (; k < count; k += step) add(k, Constant<false>{});
 }
 
 // add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim.
@@ -322,11 +411,6 @@ PK_FN void outer(Warp team, const Shares& tiles, int dim, int count, Vectors<V> 
           if (row < dim && column <= row) add(row, column, sum.v[at]);
         });
       });
-}
-
-PK_FN int tiles_of(int64_t dim) {
-  const int side = whole_tiles(dim) / kTile;
-  return side * (side + 1) / 2;
 }
 
 // Sums of `outer` over many rows, where each thread has a tile of its own, or part of its samples: kept as such.
@@ -403,26 +487,42 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
       pairs,
       [&](int pair, int part, int parts) PK_LAMBDA {
         Sums sums{};
-        PK_UNROLLED(sizeof(V) == sizeof(float) ? 4 : 1)
-        for (int k = part; k < count; k += parts) {
+        const V* from_x = x[part] + 2 * pair;
+        const V* from_z = z[part] + 2 * pair;
+        const auto add = [&](int k, auto weighted) PK_LAMBDA {
           V at[2];
           if constexpr (sum) {
-            load(x[k] + 2 * pair, at);
-            if (weight) {
+            load(from_x, at);
+            if constexpr (decltype(weighted)::value) {
               const V factor = weight[k];
               at[0] = factor * at[0];
               at[1] = factor * at[1];
             }
             sums.v[0] = sums.v[0] + at[0];
             sums.v[each] = sums.v[each] + at[1];
+            from_x += parts * x.stride;
           }
           if constexpr (scores && !Scale<V>::triangular) {
-            load(z[k] + 2 * pair, at);
+            load(from_z, at);
             const V factor = f[k];
             Scale<V>::add_score_terms(factor, at[0], sums.v[each - 2], sums.v[each - 1]);
             Scale<V>::add_score_terms(factor, at[1], sums.v[2 * each - 2], sums.v[2 * each - 1]);
+            from_z += parts * z.stride;
           }
+        };
+        if (sum && weight) {
+          PK_ROLLED
+          for (int k = part; k < count; k += parts) add(k, Constant<true>{});
+          return sums;
         }
+        constexpr int at_once = sizeof(V) == sizeof(float) ? 4 : 1;
+        int k = part;
+        PK_ROLLED
+        for (; k + (at_once - 1) * parts < count; k += at_once * parts) {
+          unrolled<at_once>([&](auto i) PK_LAMBDA { add(k + decltype(i)::value * parts, Constant<false>{}); });
+        }
+        PK_ROLLED
+        for (; k < count; k += parts) add(k, Constant<false>{});
         return sums;
       },
       [&](int pair, const Sums& sums) PK_LAMBDA {
@@ -442,16 +542,9 @@ PK_FN void add_score(const Scale<V>& scale, int j, const V* sums, Primal<V>* mea
   }
 }
 
-// What of a row's sums over samples is shared out how.
-struct Partition {
-  Shares pairs, tiles, columns;
-
-  PK_FN explicit Partition(int dim) : pairs((dim + 1) / 2), tiles(tiles_of(dim)), columns(dim) {}
-};
-
 // Adds Σ_k f_k ∂log p/∂(μ, S) from whitened samples z, each sum if wanted; `pulled` is scratch, not z.
 template <class V, template <class> class Scale>
-PK_FN void add_scores(Warp team, const Partition& partition, const Scale<V>& scale, int count, const V* f,
+PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int count, const V* f,
                       Vectors<V> z, Vectors<V> pulled, Primal<V>* mean, Primal<V>* to_scale) {
   using P = Primal<V>;
   const int dim = int(scale.dim);
@@ -462,7 +555,7 @@ PK_FN void add_scores(Warp team, const Partition& partition, const Scale<V>& sca
     });
     using Pair = Several<V, 2>;
     team.sums<Pair>(
-        partition.columns,
+        shape.columns,
         [&](int i, int part, int parts) PK_LAMBDA {
           Pair sum{};
           for (int k = part; k < count; k += parts) sum = sum + Pair{pulled[k][i], f[k]};
@@ -476,28 +569,28 @@ PK_FN void add_scores(Warp team, const Partition& partition, const Scale<V>& sca
           }
         });
     if (to_scale) {
-      outer(team, partition.tiles, dim, count, pulled, z, static_cast<const V*>(nullptr),
+      outer(team, shape.tiles, dim, count, pulled, z, static_cast<const V*>(nullptr),
             [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
     }
   } else {
     add_moments<false, true, Scale>(
-        team, partition.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
+        team, shape.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
         [&](int j, const V* sums) PK_LAMBDA { add_score(scale, j, sums, mean, to_scale); });
   }
 }
 
 // Adds the gradient of Σ_k slope_kᵀ S noise_k.
 template <class V, template <class> class Scale>
-PK_FN void add_paths(Warp team, const Partition& partition, const Scale<V>& scale, int count, Vectors<V> slope,
+PK_FN void add_paths(Warp team, const Shape& shape, const Scale<V>& scale, int count, Vectors<V> slope,
                      Vectors<Primal<V>> noise, Primal<V>* to_scale) {
   using P = Primal<V>;
   const int dim = int(scale.dim);
   if constexpr (Scale<V>::triangular) {
-    outer(team, partition.tiles, dim, count, slope, noise, static_cast<const V*>(nullptr),
+    outer(team, shape.tiles, dim, count, slope, noise, static_cast<const V*>(nullptr),
           [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
   } else {
     team.sums<V>(
-        partition.columns,
+        shape.columns,
         [&](int j, int part, int parts) PK_LAMBDA {
           V sum{};
           for (int k = part; k < count; k += parts) sum = sum + slope[k][j] * noise[k][j];
@@ -510,8 +603,7 @@ PK_FN void add_paths(Warp team, const Partition& partition, const Scale<V>& scal
 // store(k, block, z) for the normals of each block of four dimensions of samples first + k, k < count: threads take
 // blocks of samples. Beyond dim, z is finite.
 template <class P, class Store>
-PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int dim, int count, const Divider& by_count,
-                Store store) {
+PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int count, const Drawing& drawing, Store store) {
   constexpr int S = sizeof(P) == sizeof(float) ? 2 : 1;  // at once, as far as registers last
   const auto drawn = [&](int i, int begin, int end, auto number, auto pairs) PK_LAMBDA {
     constexpr int N = decltype(number)::value, pair = decltype(pairs)::value;
@@ -519,7 +611,7 @@ PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int dim, 
     int of[N];
     unrolled<N>([&](auto n) PK_LAMBDA {
       constexpr int at = decltype(n)::value;
-      const int block = by_count.quotient(i + at * kLanes);
+      const int block = pair == 1 ? 0 : drawing.by_count.quotient(i + at * kLanes);
       of[at] = i + at * kLanes - block * count;
       blocks[at] = uint32_t(begin + block);
       samples[at] = uint32_t(first) + uint32_t(of[at]);
@@ -529,17 +621,14 @@ PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int dim, 
     unrolled<N>([&](auto n) PK_LAMBDA {
       constexpr int at = decltype(n)::value;
       const P some[4] = {z[4 * at], z[4 * at + 1], z[4 * at + 2], z[4 * at + 3]};
-      if (at == 0 || int(blocks[at]) < end) store(of[at], int(blocks[at]), some);
+      if (at == 0 || (pair == 1 ? of[at] < count : int(blocks[at]) < end)) store(of[at], int(blocks[at]), some);
     });
   };
-  // Of a last block of two dimensions or one, half is enough, unless threads have nothing else to do.
-  const int all = (dim + 3) / 4, passes = (all * count + kLanes - 1) / kLanes;
-  const bool apart = (dim - 1) % 4 < 2 && passes > ((all - 1) * count + kLanes - 1) / kLanes;
-  const int whole = all - apart;
-  team.many<S>(whole * count,
-               [&](int i, auto number) PK_LAMBDA { drawn(i, 0, whole, number, Constant<2>{}); });
-  if (!apart) return;
-  team.many<S>(count, [&](int i, auto number) PK_LAMBDA { drawn(i, whole, all, number, Constant<1>{}); });
+  team.many<S>(drawing.whole * count,
+               [&](int i, auto number) PK_LAMBDA { drawn(i, 0, drawing.whole, number, Constant<2>{}); });
+  if (drawing.whole == drawing.all) return;
+  team.many<S, true>(count,
+                     [&](int i, auto number) PK_LAMBDA { drawn(i, drawing.whole, drawing.all, number, Constant<1>{}); });
 }
 
 // The log-density's derivative, as the w - 1 of a sample. Of z without derivatives there is none.
@@ -567,22 +656,26 @@ struct Sums {
   }
   PK_FN double* shared() const { return total + kHead; }
 
-  // Of a row, which without a reduction are also results.
+  // One of the numbers of a row, which without a reduction are also results: the loss, or a statistic.
   template <class P>
-  PK_FN void add(Warp team, const LossCall& call, int64_t row, P loss, const RowStats<P>& stats) const {
-    const P numbers[kHead] = {loss,          stats.reward_mean, stats.reward_std,
-                              stats.entropy, stats.log_prob,    stats.advantage_std};
+  PK_FN void add(Warp team, const LossCall& call, int64_t row, int number, P value) const {
     team.each(1, [&](int64_t) PK_LAMBDA {
-      unrolled<int(kHead)>([&](auto i) PK_LAMBDA {
-        constexpr int at = decltype(i)::value;
-        if (at > 0 && call.stats == nullptr) return;
-        total[at] += double(numbers[at]);
-        if (call.reduction != kNoReduction) return;
-        static_cast<P*>(at == 0 ? call.loss : call.stats)[at == 0 ? row : (at - 1) * call.rows + row] = numbers[at];
-      });
+      total[number] += double(value);
+      if (call.reduction != kNoReduction) return;
+      static_cast<P*>(number == 0 ? call.loss : call.stats)[number == 0 ? row : (number - 1) * call.rows + row] = value;
     });
   }
 };
+
+// Numbers of a row.
+enum : int { kLoss = 0, kRewardMean = 1, kRewardStd = 2, kEntropy = 3, kLogProb = 4, kAdvantageStd = 5 };
+
+template <class P>
+PK_FN void add_group_stats(Warp team, const Sums& sums, const LossCall& call, int64_t row, const RowStats<P>& stats) {
+  sums.add(team, call, row, kRewardMean, stats.reward_mean);
+  sums.add(team, call, row, kRewardStd, stats.reward_std);
+  sums.add(team, call, row, kAdvantageStd, stats.advantage_std);
+}
 
 // ---- Kernels: what a block and each of its warps hold, and the rows of a warp ----
 
@@ -607,8 +700,6 @@ struct PolicyLossRows {
   const int dim, count;
   const bool pathwise, full;
   const bool uniform;  // all samples of all rows weigh the same
-  const Partition partition;
-  const Divider by_held;
   Shared<V>* u;
   Shared<V>* tiled;  // U in rows of whole tiles, or null where memory is short
   Shared<V>* packed;  // U as of quadratic_packed, or null
@@ -620,9 +711,7 @@ struct PolicyLossRows {
         pathwise(work.call.estimator == kReparam),
         full(work.call.precision_kind == kFull),
         uniform(!is_dual<V> && !work.call.has_rbf &&
-                (work.call.cotangent.value == nullptr || work.call.reduction != kNoReduction)),
-        partition(dim),
-        by_held(work.held) {
+                (work.call.cotangent.value == nullptr || work.call.reduction != kNoReduction)) {
     const int stride = whole_tiles(dim);
     u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim) + kTile);
     tiled = packed = nullptr;
@@ -657,7 +746,7 @@ struct PolicyLossRows {
           group(memory.take<V>(4 * k.count)),
           mean_sum(memory.take<P>(k.dim)),
           scale_sum(memory.take<P>(triangular ? 0 : k.dim)),
-          tally{!closed && k.work.call.grad_precision && k.full && k.partition.tiles.count <= kLanes
+          tally{!closed && k.work.call.grad_precision && k.full && tiles_of(k.dim) <= kLanes
                     ? memory.take<P>(Tally<P>::size)
                     : nullptr},
           noise(memory, k.dim, closed ? 0 : k.work.held),
@@ -693,13 +782,13 @@ struct PolicyLossRows {
     }
   }
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first) const {
     held.sums.clear(team);
     held.policy.clear(team);
     team.each(whole_tiles(dim), [&](int64_t j) PK_LAMBDA { held.base[j] = held.pulled_sum[j] = V{}; });
     if (held.tally.first) held.tally.clear(team);
     int tallied = 0;
-    for (int64_t row = first; row < work.call.rows; row += step) {
+    for (int64_t row = first; row < work.call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr,
                                               &work.call.target, held.target);
       P* to_scale = row_of<P>(work.call.grad_scale, row, scale.size());
@@ -712,36 +801,38 @@ struct PolicyLossRows {
       }
       const V log_determinant = scale.log_determinant(team);
       const V entropy = gaussian_entropy(dim, log_determinant);
-      RowStats<V> stats{};
+      if constexpr (!is_dual<V>) {
+        if (work.call.stats) {
+          held.sums.add(team, work.call, row, kEntropy, entropy);
+          held.sums.add(team, work.call, row, kLogProb, log_prob(team, held, scale, log_determinant));
+        }
+      }
       V loss;
       if constexpr (closed) {
-        loss = closed_form(team, held, scale, row, weight, scale_sum, stats);
+        loss = closed_form(team, held, scale, row, weight, scale_sum);
       } else {
-        loss = sampled(team, held, scale, row, weight, scale_sum, log_determinant, stats);
+        loss = sampled(team, held, scale, row, weight, scale_sum, log_determinant);
       }
       if (!triangular && to_scale) team.each(dim, [&](int64_t j) PK_LAMBDA { to_scale[j] = scale_sum[j]; });
       loss = loss - entropy * T(work.call.entropy_coef);
-      RowStats<P> results{};
-      if constexpr (!is_dual<V>) {
-        if (work.call.stats) {
-          stats.entropy = entropy;
-          team.each(1, [&](int64_t) PK_LAMBDA {
-            for (int64_t j = 0; j < dim; ++j) held.base[j] = held.target[j] - held.policy.mean[j];
-            scale.template whiten<1>(held.base, held.pulled_sum);
-            held.pulled_sum[0] = gaussian_log_density(dim, held.pulled_sum, log_determinant);
-          });
-          stats.log_prob = held.pulled_sum[0];
-          results = stats;
-        }
-      }
-      held.sums.add(team, work.call, row, output(loss), results);
+      held.sums.add(team, work.call, row, kLoss, output(loss));
       tallied += count;
-      if (held.tally.first && (tallied >= kTallied || row + step >= work.call.rows)) {
-        held.tally.flush(team, partition.tiles, dim, uniform ? output(weight) * T(1.0 / double(count)) : P{} + T(1),
+      if (held.tally.first && (tallied >= kTallied || row + work.step() >= work.call.rows)) {
+        held.tally.flush(team, work.shape.tiles, dim, uniform ? output(weight) * T(1.0 / double(count)) : P{} + T(1),
                          held.sums.shared());
         tallied = 0;
       }
     }
+  }
+
+  // Of the target.
+  PK_FN V log_prob(Warp team, const Warps& held, const Scale<V>& scale, V log_determinant) const {
+    team.each(1, [&](int64_t) PK_LAMBDA {
+      for (int j = 0; j < dim; ++j) held.base[j] = held.target[j] - held.policy.mean[j];
+      scale.template whiten<1>(held.base, held.pulled_sum);
+      held.pulled_sum[0] = gaussian_log_density(dim, held.pulled_sum, log_determinant);
+    });
+    return held.pulled_sum[0];
   }
 
   // Samples after which sums in the precision of V go on in double.
@@ -773,13 +864,13 @@ struct PolicyLossRows {
   PK_FN void add_precision(Warp team, const Warps& held, int samples, Vectors<V> x, const V* weight, P each) const {
     double* total = held.sums.shared();
     if (held.tally.first) {  // which `each` weighs later
-      held.tally.add(team, partition.tiles, samples, x, weight);
+      held.tally.add(team, work.shape.tiles, samples, x, weight);
     } else if (full) {
-      outer(team, partition.tiles, dim, samples, x, x, weight,
+      outer(team, work.shape.tiles, dim, samples, x, x, weight,
             [&](int i, int j, P sum) PK_LAMBDA { total[i * (i + 1) / 2 + j] += double(sum * each); });
     } else {
       team.sums<P>(
-          partition.columns,
+          work.shape.columns,
           [&](int j, int part, int parts) PK_LAMBDA {
             P sum{};
             for (int k = part; k < samples; k += parts) {
@@ -816,8 +907,7 @@ struct PolicyLossRows {
   }
 
   // δᵀUδ + tr(U S Sᵀ), δ = μ - y. The columns of S are weighted and summed as samples are.
-  PK_FN V closed_form(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale,
-                      RowStats<V>& stats) const {
+  PK_FN V closed_form(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale) const {
     V* weights = held.group;
     team.each(dim, [&](int64_t j) PK_LAMBDA {
       held.base[j] = held.policy.mean[j] - held.target[j];
@@ -859,8 +949,9 @@ struct PolicyLossRows {
             return scale.reward_variance_at(first + k, precision(), held.pulled_sum, held.at[k], held.other[k]);
           });
         }
-        stats.reward_mean = -loss;
-        stats.reward_std = stats.advantage_std = square_root(variance);
+        held.sums.add(team, work.call, row, kRewardMean, -loss);
+        held.sums.add(team, work.call, row, kRewardStd, square_root(variance));
+        held.sums.add(team, work.call, row, kAdvantageStd, square_root(variance));
       }
     }
     return loss;
@@ -871,8 +962,8 @@ struct PolicyLossRows {
     const Call& call = work.call;
     const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
     const Vectors<V> z = held.other;
-    const Divider by_samples = samples == work.held ? by_held : Divider(samples);
-    draw<P>(team, seed, first, call.row_offset + uint64_t(row), dim, samples, by_samples,
+    draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
+            samples == work.held ? work.shape.drawing : Drawing(dim, samples),
             [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA {
               const int j = block * kTile;
               store(noise, held.noise[k] + j);
@@ -919,7 +1010,7 @@ struct PolicyLossRows {
   }
 
   PK_FN V sampled(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale,
-                  V log_determinant, RowStats<V>& stats) const {
+                  V log_determinant) const {
     const Call& call = work.call;
     const Surrogate s = surrogate_of(call);
     const Group<V> group = group_in(held.group, count);
@@ -969,7 +1060,7 @@ struct PolicyLossRows {
         if (call.grad_precision) add_precision(team, held, samples, held.at, pull, each);
         const auto add_pull = [&](int j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum * each; };
         if (!triangular && need_sum && need_score) {
-          add_moments<true, true, Scale>(team, partition.pairs, dim, samples, held.at, pull, f, z,
+          add_moments<true, true, Scale>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
                                          [&](int j, const V* sums) PK_LAMBDA {
                                            add_pull(j, sums[0]);
                                            add_score(scale, j, sums + 1, held.mean_sum, to_scale);
@@ -977,7 +1068,7 @@ struct PolicyLossRows {
           continue;
         }
         if (need_sum) {
-          add_moments<true, false, Scale>(team, partition.pairs, dim, samples, held.at, pull, f, z,
+          add_moments<true, false, Scale>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
                                           [&](int j, const V* sums) PK_LAMBDA { add_pull(j, sums[0]); });
         }
         if (pathwise && to_scale) {
@@ -988,14 +1079,14 @@ struct PolicyLossRows {
             const V factor = uniform ? unit : pull[k];
             for (int j = 0; j < dim; ++j) slope[j] = factor * slope[j] * T(2);
           });
-          add_paths(team, partition, scale, samples, held.other, held.noise, to_scale);
+          add_paths(team, work.shape, scale, samples, held.other, held.noise, to_scale);
         }
-        if (need_score) add_scores(team, partition, scale, samples, f, z, held.at, held.mean_sum, to_scale);
+        if (need_score) add_scores(team, work.shape, scale, samples, f, z, held.at, held.mean_sum, to_scale);
       }
       if (pass == 1) break;
       objective = finish(s, group, team, !uniform);
       if constexpr (!is_dual<V>) {
-        if (call.stats) stats = group_stats(s, group, team);
+        if (call.stats) add_group_stats(team, held.sums, call, row, group_stats(s, group, team));
       }
       team.each(count, [&](int64_t g) PK_LAMBDA {
         if (!pathwise) group.excess[g] = -(unit * score_factor(group, g));
@@ -1028,11 +1119,9 @@ struct SurrogateLossRows {
 
   const Work<Call>& work;
   const int dim, count;
-  const Partition partition;
-  const Divider by_dim;
 
   PK_FN SurrogateLossRows(const Work<Call>& work, Memory&)
-      : work(work), dim(int(work.call.dim)), count(int(work.call.samples)), partition(dim), by_dim(dim) {}
+      : work(work), dim(int(work.call.dim)), count(int(work.call.samples)) {}
 
   struct Warps {
     Sums sums;
@@ -1052,10 +1141,10 @@ struct SurrogateLossRows {
 
   PK_FN void load_shared(Block) const {}
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first) const {
     held.sums.clear(team);
     held.policy.clear(team);
-    for (int64_t row = first; row < work.call.rows; row += step) one(team, held, row);
+    for (int64_t row = first; row < work.call.rows; row += work.step()) one(team, held, row);
   }
 
   PK_FN void one(Warp team, const Warps& held, int64_t row) const {
@@ -1078,13 +1167,12 @@ struct SurrogateLossRows {
       scale.add_entropy(weight * T(-call.entropy_coef), to_scale, team);
     }
     V objective{}, log_prob{};
-    RowStats<V> stats{};
     for (int pass = 0; pass < 2; ++pass) {
       for (int first = 0; first < count; first += work.held) {
         const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const Place place(by_dim, int(i), dim, first, call.rows, row);
+            const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
             const V sample = constant<V>(static_cast<const T*>(call.given)[place.at]);
             held.at[place.k][place.j] = sample - held.policy.mean[place.j];
           });
@@ -1102,7 +1190,7 @@ struct SurrogateLossRows {
             }
           }
         } else {
-          add_scores(team, partition, scale, samples, static_cast<const V*>(group.excess + first), held.white, held.at,
+          add_scores(team, work.shape, scale, samples, static_cast<const V*>(group.excess + first), held.white, held.at,
                      held.mean_sum, to_scale);
         }
       }
@@ -1110,9 +1198,9 @@ struct SurrogateLossRows {
       objective = finish(s, group, team);
       if constexpr (!is_dual<V>) {
         if (call.stats) {
-          stats = group_stats(s, group, team);
-          stats.log_prob = log_prob * T(1.0 / double(count));
-          stats.entropy = entropy;
+          add_group_stats(team, held.sums, call, row, group_stats(s, group, team));
+          held.sums.add(team, call, row, kLogProb, log_prob * T(1.0 / double(count)));
+          held.sums.add(team, call, row, kEntropy, entropy);
         }
       }
       const V unit = weight * T(-1.0 / double(count));
@@ -1124,9 +1212,7 @@ struct SurrogateLossRows {
     }
     if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     const V loss = -objective - entropy * T(call.entropy_coef);
-    RowStats<P> results{};
-    if constexpr (!is_dual<V>) results = stats;
-    held.sums.add(team, call, row, output(loss), results);
+    held.sums.add(team, call, row, kLoss, output(loss));
   }
 };
 
@@ -1143,11 +1229,8 @@ struct LogProbRows {
 
   const Work<Call>& work;
   const int dim;
-  const Partition partition;
-  const Divider by_dim;
 
-  PK_FN LogProbRows(const Work<Call>& work, Memory&)
-      : work(work), dim(int(work.call.dim)), partition(dim), by_dim(dim) {}
+  PK_FN LogProbRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
 
   struct Warps {
     Policy<V, Scale> policy;
@@ -1165,10 +1248,10 @@ struct LogProbRows {
 
   PK_FN void load_shared(Block) const {}
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first_row, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first_row) const {
     const Call& call = work.call;
     held.policy.clear(team);
-    for (int64_t row = first_row; row < call.rows; row += step) {
+    for (int64_t row = first_row; row < call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, call, row, true);
       const V log_determinant = scale.log_determinant(team);
       P* to_mean = row_of<P>(call.grad_mean, row, dim);
@@ -1178,7 +1261,7 @@ struct LogProbRows {
       for (int64_t first = 0; first < call.count; first += work.held) {
         const int samples = int(call.count - first < work.held ? call.count - first : work.held);
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(by_dim, int(i), dim, first, call.rows, row);
+          const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
           held.at[place.k][place.j] = value_at<V>(call.value, place.at) - held.policy.mean[place.j];
         });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
@@ -1189,7 +1272,7 @@ struct LogProbRows {
             static_cast<P*>(call.out)[at] = output(gaussian_log_density(dim, held.white[k], log_determinant));
         });
         if (to_mean || to_scale) {
-          add_scores(team, partition, scale, samples, static_cast<const V*>(held.factor), held.white, held.at,
+          add_scores(team, work.shape, scale, samples, static_cast<const V*>(held.factor), held.white, held.at,
                      held.mean_sum, to_scale);
         }
         if (call.grad_value == nullptr) continue;
@@ -1199,7 +1282,7 @@ struct LogProbRows {
           for (int64_t j = 0; j < dim; ++j) held.at[k][j] = -(held.factor[k] * held.at[k][j]);
         });
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(by_dim, int(i), dim, first, call.rows, row);
+          const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
           static_cast<P*>(call.grad_value)[place.at] = output(held.at[place.k][place.j]);
         });
       }
@@ -1221,11 +1304,8 @@ struct SampleRows {
 
   const Work<Call>& work;
   const int dim;
-  const Partition partition;
-  const Divider by_dim, by_held;
 
-  PK_FN SampleRows(const Work<Call>& work, Memory&)
-      : work(work), dim(int(work.call.dim)), partition(dim), by_dim(dim), by_held(work.held) {}
+  PK_FN SampleRows(const Work<Call>& work, Memory&) : work(work), dim(int(work.call.dim)) {}
 
   struct Warps {
     Policy<V, Scale> policy;
@@ -1242,11 +1322,11 @@ struct SampleRows {
 
   PK_FN void load_shared(Block) const {}
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first_row, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first_row) const {
     const Call& call = work.call;
     const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
     held.policy.clear(team);
-    for (int64_t row = first_row; row < call.rows; row += step) {
+    for (int64_t row = first_row; row < call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, call, row, false);
       P* to_mean = row_of<P>(call.grad_mean, row, dim);
       P* to_scale = row_of<P>(call.grad_scale, row, scale.size());
@@ -1254,32 +1334,32 @@ struct SampleRows {
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
       for (int64_t first = 0; first < call.samples; first += work.held) {
         const int samples = int(call.samples - first < work.held ? call.samples - first : work.held);
-        draw<P>(team, seed, first, call.row_offset + uint64_t(row), dim, samples,
-                samples == work.held ? by_held : Divider(samples),
+        draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
+                samples == work.held ? work.shape.drawing : Drawing(dim, samples),
                 [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA { store(noise, held.noise[k] + block * kTile); });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
           scale.template stretch<1>(static_cast<const V*>(held.policy.mean), held.noise[k], held.at[k]);
         });
         if (call.out) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const Place place(by_dim, int(i), dim, first, call.rows, row);
+            const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
             static_cast<P*>(call.out)[place.at] = output(held.at[place.k][place.j]);
           });
         }
         if (to_mean == nullptr && to_scale == nullptr) continue;
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(by_dim, int(i), dim, first, call.rows, row);
+          const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
           held.at[place.k][place.j] = value_at<V>(call.cotangent, place.at);
         });
         team.sums<P>(
-            partition.columns,
+            work.shape.columns,
             [&](int j, int part, int parts) PK_LAMBDA {
               P sum{};
               for (int k = part; k < samples; k += parts) sum = sum + output(held.at[k][j]);
               return sum;
             },
             [&](int j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
-        if (to_scale) add_paths(team, partition, scale, samples, held.at, held.noise, to_scale);
+        if (to_scale) add_paths(team, work.shape, scale, samples, held.at, held.noise, to_scale);
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     }

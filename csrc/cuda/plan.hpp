@@ -48,6 +48,7 @@ Plan plan(Work<C>& work) {
   int64_t held = std::max<int64_t>(kLanes, fitting(kWarpShared) / kLanes * kLanes);
   held = std::min({samples, held, fitting(kMostShared - common)});
   work.warp_bytes = bytes_of(held);
+  work.shape = Shape(int(dim), int(held));
   const int64_t fit = (std::max(kBlockShared, common) - common) / int64_t(work.warp_bytes);
   const int64_t wanted = (work.call.rows + work.blocks - 1) / std::max<int64_t>(work.blocks, 1);
   work.warps = int(std::clamp<int64_t>(std::min(fit, wanted), 1, kMostWarps));

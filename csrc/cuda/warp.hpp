@@ -15,14 +15,11 @@ inline namespace PK_LEVEL {
 
 constexpr int kLanes = 32;
 
-// Of a loop on the device with few passes, or with so many at once.
+// Of a loop with few passes on the device.
 #if defined(__CUDACC__)
 #define PK_ROLLED _Pragma("unroll 1")
-#define PK_PRAGMA(text) _Pragma(#text)
-#define PK_UNROLLED(n) PK_PRAGMA(unroll(n))
 #else
 #define PK_ROLLED
-#define PK_UNROLLED(n)
 #endif
 
 // On the host, runs the bodies of each from the last to the first.
@@ -118,28 +115,28 @@ struct Warp {
     return fold<V>(count, V{}, term, [](V a, V b) PK_LAMBDA { return a + b; });
   }
 
-  // body(i, Constant<n>{}) for i, i + kLanes, ... below i + n kLanes: S of them where there are more than kLanes left,
-  // the last of which may then be count or more, else one.
-  template <int S, class Body>
+  // body(i, Constant<n>{}) for i, i + kLanes, ... below i + n kLanes: n is S, and the last of them may then be count or
+  // more, or 1 where no more than kLanes are left, unless that is not worth a second copy of the body.
+  template <int S, bool always = false, class Body>
   PK_FN void many(int count, Body body) const {
-#if defined(__CUDA_ARCH__)
+    constexpr int least = S == 1 || always ? 0 : kLanes * (S - 1);
     int begin = 0;
+#if defined(__CUDA_ARCH__)
     const int lane = int(threadIdx.x) % kLanes;
-    if constexpr (S > 1) {
-      PK_ROLLED
-      for (; begin + (S - 1) * kLanes < count; begin += S * kLanes) body(begin + lane, Constant<S>{});
-    }
     PK_ROLLED
-    for (; begin < count; begin += kLanes) {
+    for (; begin + least < count; begin += S * kLanes) {
+      if ((S > 1 && !always) || begin + lane < count) body(begin + lane, Constant<S>{});
+    }
+    if constexpr (S > 1 && !always) {
       if (begin + lane < count) body(begin + lane, Constant<1>{});
     }
     __syncwarp();
 #else
-    int begin = 0;
-    for (; S > 1 && begin + (S - 1) * kLanes < count; begin += S * kLanes) {
-      in_order(order, kLanes, [&](int64_t l) { body(begin + int(l), Constant<S>{}); });
-    }
-    in_order(order, count - begin, [&](int64_t l) { body(begin + int(l), Constant<1>{}); });
+    const auto lanes = [&](auto number) {
+      in_order(order, count - begin < kLanes ? count - begin : kLanes, [&](int64_t l) { body(begin + int(l), number); });
+    };
+    for (; begin + least < count; begin += S * kLanes) lanes(Constant<S>{});
+    if (begin < count) lanes(Constant<1>{});
 #endif
   }
 

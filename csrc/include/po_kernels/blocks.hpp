@@ -5,6 +5,8 @@
 // written through another pointer would be read again.
 #pragma once
 
+#include <utility>
+
 #include "po_kernels/math.hpp"
 
 namespace po_kernels {
@@ -18,13 +20,24 @@ struct Constant {
 
 inline namespace PK_LEVEL {
 
+template <class Body, int... I>
+PK_FN void unrolled_over(const Body& body, std::integer_sequence<int, I...>) {
+  (body(Constant<I>{}), ...);
+}
 // body(Constant<0>{}), ..., body(Constant<N - 1>{}): arrays indexed by such constants need no memory.
 template <int N, class Body>
-PK_FN void unrolled(Body body) {
-  if constexpr (N > 0) {
-    unrolled<N - 1>(body);
-    body(Constant<N - 1>{});
-  }
+PK_FN void unrolled(const Body& body) {
+  unrolled_over(body, std::make_integer_sequence<int, N>{});
+}
+
+// The same as long as body returns true.
+template <class Body, int... I>
+PK_FN void unrolled_while_over(const Body& body, std::integer_sequence<int, I...>) {
+  (void)(body(Constant<I>{}) && ...);
+}
+template <int N, class Body>
+PK_FN void unrolled_while(const Body& body) {
+  unrolled_while_over(body, std::make_integer_sequence<int, N>{});
 }
 
 // body(g, Constant<S>{}) for blocks of S samples from g on, S being kBlock while there are as many, then 1.
