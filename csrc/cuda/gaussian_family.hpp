@@ -21,6 +21,11 @@ PK_FN int64_t summed_terms(int precision_kind, int64_t dim) {
   return precision_kind == kFull ? dim * (dim + 1) / 2 : dim;
 }
 
+// Of these, what a block puts out: for a U of one number, their sum.
+PK_FN int64_t stored_terms(int precision_kind, int64_t terms) {
+  return precision_kind == kScalar && terms > 0 ? 1 : terms;
+}
+
 constexpr int kTile = 4;  // entries of a vector, and of a matrix to a side, that a thread takes at once
 
 PK_FN int whole_tiles(int64_t dim) {
@@ -58,22 +63,29 @@ template <class C>
 struct Work {
   C call;
   const int64_t* seed = nullptr;  // in memory of the device, or null for call.seed
-  double* partials = nullptr;     // (blocks, kHead + terms), of a loss
+  double* partials = nullptr;     // (blocks, kHead + stored_terms), of a loss
   int64_t blocks = 0;
-  int warps = 1;          // of a block
-  int held = 0;           // samples
-  size_t warp_bytes = 0;  // of shared memory, after what the block shares
+  int warps = 1;         // of a block
+  int held = 0;          // samples
+  int shared_bytes = 0;  // of shared memory, what the block shares
+  int warp_bytes = 0;    // after it, of each warp
+  int of_block[4] = {};  // where what they hold begins
+  int of_warp[16] = {};
   Shape shape{1, 1};
 
   PK_FN int64_t step() const { return blocks * warps; }  // between the rows of a warp
 };
 
-// Takes shared memory bit by bit.
+// Takes shared memory bit by bit. Where what is taken stands was found out before a launch: it takes no registers.
 struct Memory {
   char* base;
+  const int* known = nullptr;
+  int* found = nullptr;
   size_t used = 0;
   template <class U>
   PK_FN U* take(int64_t count) {
+    if (known) return reinterpret_cast<U*>(base + *known++);
+    if (found) *found++ = int(used);
     U* at = reinterpret_cast<U*>(base + used);
     used += (sizeof(U) * size_t(count) + 15) / 16 * 16;
     return at;
@@ -121,7 +133,7 @@ PK_FN T* row_of(void* output, int64_t row, int64_t columns) {
 template <class V>
 PK_FN V weight_of(const LossCall& call, int64_t row) {
   using T = Element<V>;
-  const T scale = call.reduction == kMeanOverRows ? T(1.0 / double(call.rows)) : T(1);
+  const T scale = call.reduction == kMeanOverRows ? ratio<T>(1, call.rows) : T(1);
   const int64_t at = call.reduction == kNoReduction ? row : 0;
   return (call.cotangent.value ? value_at<V>(call.cotangent, at) : constant<V>(T(1))) * scale;
 }
@@ -304,7 +316,7 @@ PK_FN void quadratic_by_tiles(const Shared<V>* u, int dim, const V* const (&x)[S
 }
 
 // Up to kPacked dimensions, x is in registers, and U is packed: row by row its lower triangle, off the diagonal twice.
-constexpr int kPacked = 32;
+constexpr int kPacked = 28;
 
 template <int S, class T>
 PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
@@ -693,6 +705,7 @@ struct PolicyLossRows {
   PK_FN static int64_t summed(const Call& call) {
     return call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
   }
+  PK_FN static int64_t stored(const Call& call) { return stored_terms(call.precision_kind, summed(call)); }
 
   static constexpr int at_once = sizeof(V) <= 8 ? 2 : 1;  // samples of a thread, as far as registers last
 
@@ -791,11 +804,11 @@ struct PolicyLossRows {
     for (int64_t row = first; row < work.call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr,
                                               &work.call.target, held.target);
-      P* to_scale = row_of<P>(work.call.grad_scale, row, scale.size());
-      // What is added up for it is in memory of the warp where there is room.
-      P* scale_sum = triangular || to_scale == nullptr ? to_scale : held.scale_sum;
+      // A gradient of dim numbers is added up in memory of the warp.
+      P* scale_sum = triangular ? row_of<P>(work.call.grad_scale, row, scale.size()) : held.scale_sum;
+      if (work.call.grad_scale == nullptr) scale_sum = nullptr;
       const V weight = weight_of<V>(work.call, row);
-      if (to_scale) {
+      if (scale_sum) {
         team.each(scale.size(), [&](int64_t i) PK_LAMBDA { scale_sum[i] = P{}; });
         scale.add_entropy(weight * T(-work.call.entropy_coef), scale_sum, team);
       }
@@ -813,13 +826,16 @@ struct PolicyLossRows {
       } else {
         loss = sampled(team, held, scale, row, weight, scale_sum, log_determinant);
       }
-      if (!triangular && to_scale) team.each(dim, [&](int64_t j) PK_LAMBDA { to_scale[j] = scale_sum[j]; });
+      if (!triangular && work.call.grad_scale) {
+        P* to_scale = row_of<P>(work.call.grad_scale, row, dim);
+        team.each(dim, [&](int64_t j) PK_LAMBDA { to_scale[j] = held.scale_sum[j]; });
+      }
       loss = loss - entropy * T(work.call.entropy_coef);
       held.sums.add(team, work.call, row, kLoss, output(loss));
       tallied += count;
       if (held.tally.first && (tallied >= kTallied || row + work.step() >= work.call.rows)) {
-        held.tally.flush(team, work.shape.tiles, dim, uniform ? output(weight) * T(1.0 / double(count)) : P{} + T(1),
-                         held.sums.shared());
+        const P factor = uniform ? output(weight_of<V>(work.call, 0)) * ratio<T>(1, count) : P{} + T(1);
+        held.tally.flush(team, work.shape.tiles, dim, factor, held.sums.shared());
         tallied = 0;
       }
     }
@@ -1014,10 +1030,9 @@ struct PolicyLossRows {
     const Call& call = work.call;
     const Surrogate s = surrogate_of(call);
     const Group<V> group = group_in(held.group, count);
-    P* to_mean = row_of<P>(call.grad_mean, row, dim);
-    const bool need_sum = call.grad_target || (pathwise && to_mean);
-    const bool need_score = !pathwise && (to_mean || to_scale);
-    const V unit = weight * T(1.0 / double(count));
+    const bool need_sum = call.grad_target || (pathwise && call.grad_mean);
+    const bool need_score = !pathwise && (call.grad_mean || to_scale);
+    const V unit = weight * ratio<T>(1, count);
     team.each(dim, [&](int64_t j) PK_LAMBDA {
       const V mean = held.policy.mean[j];
       held.base[j] = (pathwise ? mean : constant<V>(stop(mean))) - held.target[j];
@@ -1094,6 +1109,7 @@ struct PolicyLossRows {
       });
       if (!need_sum && !need_score && !call.grad_precision && to_scale == nullptr) return -objective;
     }
+    P* to_mean = row_of<P>(call.grad_mean, row, dim);
     if (need_sum) store_pull(team, held, row, pathwise ? to_mean : nullptr);
     if (!pathwise && to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     return -objective;
@@ -1116,6 +1132,7 @@ struct SurrogateLossRows {
 
   PK_FN static int64_t samples(const Call& call) { return call.samples; }
   PK_FN static int64_t summed(const Call&) { return 0; }
+  PK_FN static int64_t stored(const Call&) { return 0; }
 
   const Work<Call>& work;
   const int dim, count;
@@ -1199,11 +1216,11 @@ struct SurrogateLossRows {
       if constexpr (!is_dual<V>) {
         if (call.stats) {
           add_group_stats(team, held.sums, call, row, group_stats(s, group, team));
-          held.sums.add(team, call, row, kLogProb, log_prob * T(1.0 / double(count)));
+          held.sums.add(team, call, row, kLogProb, log_prob * ratio<T>(1, count));
           held.sums.add(team, call, row, kEntropy, entropy);
         }
       }
-      const V unit = weight * T(-1.0 / double(count));
+      const V unit = weight * -ratio<T>(1, count);
       team.each(count, [&](int64_t g) PK_LAMBDA {
         if (score) group.excess[g] = unit * score_factor(group, g);
         if (call.grad_rewards) static_cast<P*>(call.grad_rewards)[g * call.rows + row] = output(unit * group.pull[g]);
@@ -1366,54 +1383,76 @@ struct SampleRows {
   }
 };
 
-// Writes what the warps of a block have summed; their memory begins with it.
-PK_FN void store_sums(Block team, const char* warps, size_t warp_bytes, int count, int64_t terms, double* to) {
-  team.each(kHead + terms, [&](int64_t i) PK_LAMBDA {
-    double total = 0;
-    for (int w = 0; w < count; ++w) total += reinterpret_cast<const double*>(warps + w * warp_bytes)[i];
-    to[i] = total;
+// Writes what the warps of a block have summed, of which `terms` are the gradient in U; their memory begins with it. That
+// of one number is the sum of all.
+PK_FN void store_sums(Block team, const char* warps, int warp_bytes, int count, int64_t terms, int64_t stored,
+                      double* to) {
+  const auto total = [&](int64_t i) PK_LAMBDA {
+    double sum = 0;
+    for (int w = 0; w < count; ++w) sum += reinterpret_cast<const double*>(warps + w * warp_bytes)[i];
+    return sum;
+  };
+  team.each(kHead + stored, [&](int64_t i) PK_LAMBDA {
+    double sum = total(i);
+    for (int64_t j = i + 1; i == kHead && stored < terms && j < kHead + terms; ++j) sum += total(j);
+    to[i] = sum;
   });
 }
 
-// Adds up what the blocks of a loss have summed, a warp a number: the loss, the statistics, then the gradient in U.
+// Adds up what the blocks of a loss have summed: the loss, the statistics, then the gradient in U. A block of threads
+// takes kLanes of these numbers, side by side as they stand in memory, in kParts parts.
 struct Finish {
+  static constexpr int kParts = 32;
+
   LossCall call;
   const double* partials;
-  int64_t blocks, terms;
+  int64_t blocks, terms;  // terms that a block stores
   int precision_kind;
   int64_t dim;
   void* grad_precision;
 
-  // Of warps to run.
-  PK_FN int64_t numbers() const { return kHead + (precision_kind == kScalar && terms > 0 ? 1 : terms); }
+  PK_FN int64_t groups() const { return (kHead + terms + kLanes - 1) / kLanes; }
+
+  // scratch: kParts kLanes.
+  template <class T>
+  PK_FN void group(Block team, int64_t number, double* scratch) const {
+    const int64_t size = kHead + terms;
+    team.each(kParts * kLanes, [&](int64_t i) PK_LAMBDA {
+      const int64_t column = number * kLanes + i % kLanes;
+      double sum = 0;
+      for (int64_t b = i / kLanes; column < size && b < blocks; b += kParts) sum += partials[b * size + column];
+      scratch[i] = sum;
+    });
+    team.each(kLanes, [&](int64_t lane) PK_LAMBDA {
+      const int64_t column = number * kLanes + lane;
+      double total = 0;
+      for (int part = 0; part < kParts; ++part) total += scratch[part * kLanes + lane];
+      if (column < kHead) {
+        store_number<T>(column, total);
+      } else if (column < size) {
+        store_term<T>(column - kHead, T(total));
+      }
+    });
+  }
 
   template <class T>
-  PK_FN void one(Warp team, int64_t number) const {
-    const int64_t size = kHead + terms;
-    if (number < kHead) {
-      if (call.reduction == kNoReduction || (number > 0 && call.stats == nullptr)) return;
-      const double total =
-          team.template sum<double>(blocks, [&](int64_t b) PK_LAMBDA { return partials[b * size + number]; });
-      const double count = call.rows > 0 ? double(call.rows) : 1.0;
-      const bool mean = number > 0 || call.reduction == kMeanOverRows;
-      T* to = number == 0 ? static_cast<T*>(call.loss) : static_cast<T*>(call.stats) + number - 1;
-      team.each(1, [&](int64_t) PK_LAMBDA { *to = T(mean ? total / count : total); });
+  PK_FN void store_number(int64_t number, double total) const {
+    if (call.reduction == kNoReduction || (number > 0 && call.stats == nullptr)) return;
+    if (number > 0 || call.reduction == kMeanOverRows) total /= call.rows > 0 ? double(call.rows) : 1.0;
+    *(number == 0 ? static_cast<T*>(call.loss) : static_cast<T*>(call.stats) + number - 1) = T(total);
+  }
+
+  template <class T>
+  PK_FN void store_term(int64_t term, T value) const {
+    T* to = static_cast<T*>(grad_precision);
+    if (precision_kind != kFull) {
+      to[term] = value;
       return;
     }
-    const int64_t of = number - kHead, width = precision_kind == kScalar ? terms : 1;
-    const double total = team.template sum<double>(
-        blocks * width, [&](int64_t i) PK_LAMBDA { return partials[i / width * size + kHead + of + i % width]; });
-    T* to = static_cast<T*>(grad_precision);
-    team.each(1, [&](int64_t) PK_LAMBDA {
-      if (precision_kind != kFull) {
-        to[of] = T(total);
-        return;
-      }
-      int64_t i = 0;  // an off-diagonal term of x xᵀ stands at both of its places
-      while ((i + 1) * (i + 2) / 2 <= of) ++i;
-      const int64_t j = of - i * (i + 1) / 2;
-      to[i * dim + j] = to[j * dim + i] = T(total);
-    });
+    int64_t i = 0;  // an off-diagonal term of x xᵀ stands at both of its places
+    while ((i + 1) * (i + 2) / 2 <= term) ++i;
+    const int64_t j = term - i * (i + 1) / 2;
+    to[i * dim + j] = to[j * dim + i] = value;
   }
 };
 

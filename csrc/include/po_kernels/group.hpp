@@ -27,7 +27,7 @@ constexpr double kStandardizedEpsilon = 1e-6;
 template <class V, class Team = Alone>
 PK_FN V group_mean_from_first(int64_t count, const V* x, Team team = {}) {
   const V sum = team.template sum<V>(count - 1, [&](int64_t g) PK_LAMBDA { return x[g + 1] - x[0]; });
-  return sum * Element<V>(1.0 / double(count));
+  return sum * ratio<Element<V>>(1, count);
 }
 
 // Standard deviation with the count in the denominator; zero, with no derivative, for equal members. Deviations are
@@ -48,7 +48,7 @@ PK_FN V group_std(int64_t count, const V* x, Team team = {}) {
   const P inverse = broadcast<P>(T(1)) / unit;
   const V sum =
       team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
-  const V variance = select(varies, sum * T(1.0 / double(count)), constant<V>(T(1)));
+  const V variance = select(varies, sum * ratio<T>(1, count), constant<V>(T(1)));
   return select(varies, square_root(variance) * unit, V{});
 }
 
@@ -78,7 +78,7 @@ PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage, Te
               [&](int64_t g) PK_LAMBDA { advantage[g] = select(varies, (reward[g] - first - mean) * inverse, V{}); });
     return;
   }
-  const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
+  const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
   team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = (reward[g] - first - mean) * scale; });
 }
 
@@ -87,10 +87,10 @@ template <class V, class Team = Alone>
 PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u, Team team = {}) {
   using T = Element<V>;
   if (kind == kNone || kind == kMin) return;
-  const T inverse_count = T(1.0 / double(count));
+  const T inverse_count = ratio<T>(1, count);
   const V mean = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return u[g]; }) * inverse_count;
   if (kind != kStandardized) {
-    const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
+    const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
     team.each(count, [&](int64_t g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
     return;
   }
@@ -151,7 +151,7 @@ PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = 
   if (s.has_rbf) {
     team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma); });
   }
-  return sum * T(1.0 / double(count));
+  return sum * ratio<T>(1, count);
 }
 
 // Statistics of a row, in the order of LossStats.

@@ -411,6 +411,21 @@ PK_FN V output(Dual<V> a) {
   return a.t;
 }
 
+// a / b, of counts.
+template <class T>
+PK_FN T ratio(int64_t a, int64_t b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {  // the same up to rounding, and without a division in double
+    const float x = float(a), y = float(b);
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+    const float quotient = x * inverse;
+    return ::fmaf(::fmaf(-quotient, y, x), inverse, quotient);
+  }
+#endif
+  return T(double(a) / double(b));
+}
+
 template <class V>
 PK_FN V square(V a) {
   return a * a;
