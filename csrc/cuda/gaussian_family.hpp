@@ -275,6 +275,26 @@ struct Policy {
   }
 };
 
+// sum + a b, a chain of fused operations also on duals; and of its output alone.
+template <class V, class R>
+PK_FN V plus_product(V sum, V a, R b) {
+  if constexpr (is_dual<V> && is_dual<R>) {
+    return {sum.v + a.v * b.v, sum.t + a.v * b.t + a.t * b.v};
+  } else if constexpr (is_dual<V>) {
+    return {sum.v + a.v * b, sum.t + a.t * b};
+  } else {
+    return sum + a * b;
+  }
+}
+template <class V, class R>
+PK_FN Primal<V> plus_output(Primal<V> sum, V a, R b) {
+  if constexpr (is_dual<V> && is_dual<R>) {
+    return sum + a.v * b.t + a.t * b.v;
+  } else {
+    return sum + output(a * b);
+  }
+}
+
 // ---- Quadratic forms ----
 
 // xᵀ U x of S vectors by tiles: U is symmetric, zero from dim on, with rows of whole tiles; so is x.
@@ -293,7 +313,7 @@ PK_FN void quadratic_by_tiles(const Shared<V>* u, int dim, const V* const (&x)[S
         unrolled<S * kTile>([&](auto a) PK_LAMBDA {
           constexpr int s = decltype(a)::value / kTile, c = decltype(a)::value % kTile;
           V& sum = sums[s][decltype(r)::value];
-          sum = sum + from[s][c] * entries[c];
+          sum = plus_product(sum, from[s][c], entries[c]);
         });
       });
     };
@@ -310,7 +330,7 @@ PK_FN void quadratic_by_tiles(const Shared<V>* u, int dim, const V* const (&x)[S
     add(i, here);
     unrolled<S * kTile>([&](auto a) PK_LAMBDA {
       constexpr int s = decltype(a)::value / kTile, r = decltype(a)::value % kTile;
-      total[s] = total[s] + here[s][r] * sums[s][r];
+      total[s] = plus_product(total[s], here[s][r], sums[s][r]);
     });
   }
 }
@@ -381,7 +401,7 @@ PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V>
     }
     unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
       constexpr int at = decltype(a)::value;
-      sum.v[at] = sum.v[at] + output(l[at / kTile] * r[at % kTile]);
+      sum.v[at] = plus_output(sum.v[at], l[at / kTile], r[at % kTile]);
     });
     from_left += step_left;
     from_right += step_right;
@@ -488,13 +508,30 @@ struct Tally {
   }
 };
 
-// For each dimension j, store(j, Σ_k weight_k x_kj, then what add_score_terms adds up from f_k and z_kj): each if wanted.
-// No weights are ones.
-template <bool sum, bool scores, template <class> class Scale, class V, class Store>
+// For each dimension j, store(j, Σ_k weight_k x_kj, Σ_k f_k z_kj, the output of Σ_k f_k (z_kj² - 1)): the first, or the
+// other two, if wanted. No weights are ones.
+template <bool sum, bool scores, class V, class Store>
 PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vectors<V> x, const V* weight, const V* f,
                        Vectors<V> z, Store store) {
-  constexpr int each = (sum ? 1 : 0) + (scores ? 2 : 0);
-  using Sums = Several<V, 2 * each>;
+  using P = Primal<V>;
+  constexpr int of_v = is_dual<V> ? 2 : 1;  // numbers of a V
+  constexpr int first_z = sum ? 2 * of_v : 0, square = first_z + 2 * of_v;
+  using Sums = Several<P, scores ? square + 3 : first_z>;
+  const auto add_to = [](P* to, V value) PK_LAMBDA {
+    if constexpr (is_dual<V>) {
+      to[0] = to[0] + value.v;
+      to[1] = to[1] + value.t;
+    } else {
+      to[0] = to[0] + value;
+    }
+  };
+  const auto value_of = [](const P* from) PK_LAMBDA {
+    if constexpr (is_dual<V>) {
+      return V{from[0], from[1]};
+    } else {
+      return from[0];
+    }
+  };
   team.sums<Sums>(
       pairs,
       [&](int pair, int part, int parts) PK_LAMBDA {
@@ -505,21 +542,26 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
           V at[2];
           if constexpr (sum) {
             load(from_x, at);
+            from_x += parts * x.stride;
             if constexpr (decltype(weighted)::value) {
               const V factor = weight[k];
               at[0] = factor * at[0];
               at[1] = factor * at[1];
             }
-            sums.v[0] = sums.v[0] + at[0];
-            sums.v[each] = sums.v[each] + at[1];
-            from_x += parts * x.stride;
+            add_to(sums.v, at[0]);
+            add_to(sums.v + of_v, at[1]);
           }
-          if constexpr (scores && !Scale<V>::triangular) {
+          if constexpr (scores) {
             load(from_z, at);
-            const V factor = f[k];
-            Scale<V>::add_score_terms(factor, at[0], sums.v[each - 2], sums.v[each - 1]);
-            Scale<V>::add_score_terms(factor, at[1], sums.v[2 * each - 2], sums.v[2 * each - 1]);
             from_z += parts * z.stride;
+            const V factor = f[k];
+            unrolled<2>([&](auto i) PK_LAMBDA {
+              constexpr int one = decltype(i)::value;
+              const V product = factor * at[one];
+              add_to(sums.v + first_z + one * of_v, product);
+              sums.v[square + one] = plus_output(sums.v[square + one], product, at[one]);
+            });
+            sums.v[square + 2] = sums.v[square + 2] + output(factor);
           }
         };
         if (sum && weight) {
@@ -539,18 +581,26 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
       },
       [&](int pair, const Sums& sums) PK_LAMBDA {
         unrolled<2>([&](auto i) PK_LAMBDA {
-          constexpr int at = decltype(i)::value;
-          if (2 * pair + at < dim) store(2 * pair + at, sums.v + at * each);
+          constexpr int one = decltype(i)::value;
+          if (2 * pair + one >= dim) return;
+          V of_x{}, of_z{};
+          P of_square{};
+          if constexpr (sum) of_x = value_of(sums.v + one * of_v);
+          if constexpr (scores) {
+            of_z = value_of(sums.v + first_z + one * of_v);
+            of_square = sums.v[square + one] - sums.v[square + 2];
+          }
+          store(2 * pair + one, of_x, of_z, of_square);
         });
       });
 }
 
-// Adds what add_score_terms has added up to the gradients, each if wanted.
+// Adds such moments to the gradients of a diagonal policy, each if wanted.
 template <class V, template <class> class Scale>
-PK_FN void add_score(const Scale<V>& scale, int j, const V* sums, Primal<V>* mean, Primal<V>* to_scale) {
+PK_FN void add_score(const Scale<V>& scale, int j, V of_z, Primal<V> of_square, Primal<V>* mean, Primal<V>* to_scale) {
   if constexpr (!Scale<V>::triangular) {
-    if (mean) mean[j] = mean[j] + output(sums[0] * scale.inverse_std[j]);
-    if (to_scale) to_scale[j] = to_scale[j] + output(sums[1]);
+    if (mean) mean[j] = mean[j] + output(of_z * scale.inverse_std[j]);
+    if (to_scale) to_scale[j] = to_scale[j] + of_square;
   }
 }
 
@@ -585,9 +635,9 @@ PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int 
             [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
     }
   } else {
-    add_moments<false, true, Scale>(
+    add_moments<false, true>(
         team, shape.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
-        [&](int j, const V* sums) PK_LAMBDA { add_score(scale, j, sums, mean, to_scale); });
+        [&](int j, V, V of_z, P of_square) PK_LAMBDA { add_score(scale, j, of_z, of_square, mean, to_scale); });
   }
 }
 
@@ -762,7 +812,7 @@ struct PolicyLossRows {
           tally{!closed && k.work.call.grad_precision && k.full && tiles_of(k.dim) <= kLanes
                     ? memory.take<P>(Tally<P>::size)
                     : nullptr},
-          noise(memory, k.dim, closed ? 0 : k.work.held),
+          noise(memory, k.dim, closed || (is_dual<V> && !triangular && !k.pathwise) ? 0 : k.work.held),
           at(memory, k.dim, k.work.held),
           other(memory, k.dim, closed || k.pathwise || is_dual<V> ? k.work.held : 0) {}
   };
@@ -982,7 +1032,7 @@ struct PolicyLossRows {
             samples == work.held ? work.shape.drawing : Drawing(dim, samples),
             [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA {
               const int j = block * kTile;
-              store(noise, held.noise[k] + j);
+              if (held.noise.first) store(noise, held.noise[k] + j);  // else it is in z
               if constexpr (!triangular) {
                 V base[kTile], std[kTile], residual[kTile];
                 load(held.base + j, base);
@@ -1075,16 +1125,16 @@ struct PolicyLossRows {
         if (call.grad_precision) add_precision(team, held, samples, held.at, pull, each);
         const auto add_pull = [&](int j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum * each; };
         if (!triangular && need_sum && need_score) {
-          add_moments<true, true, Scale>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
-                                         [&](int j, const V* sums) PK_LAMBDA {
-                                           add_pull(j, sums[0]);
-                                           add_score(scale, j, sums + 1, held.mean_sum, to_scale);
-                                         });
+          add_moments<true, true>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
+                                  [&](int j, V of_x, V of_z, P of_square) PK_LAMBDA {
+                                    add_pull(j, of_x);
+                                    add_score(scale, j, of_z, of_square, held.mean_sum, to_scale);
+                                  });
           continue;
         }
         if (need_sum) {
-          add_moments<true, false, Scale>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
-                                          [&](int j, const V* sums) PK_LAMBDA { add_pull(j, sums[0]); });
+          add_moments<true, false>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
+                                   [&](int j, V of_x, V, P) PK_LAMBDA { add_pull(j, of_x); });
         }
         if (pathwise && to_scale) {
           team.each(samples, [&](int64_t at) PK_LAMBDA {
