@@ -28,6 +28,13 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
+// Of loops over what one row has: on a device all of it is in shared memory.
+#if defined(__CUDACC__)
+using Index = int;
+#else
+using Index = int64_t;
+#endif
+
 // ---- Scalars as lane values ----
 
 template <class T>
