@@ -26,8 +26,9 @@ template <class Rows, class C>
 Plan plan(Work<C>& work) {
   const int64_t dim = work.call.dim, samples = std::max<int64_t>(1, Rows::samples(work.call));
   const auto too_large = [&]() -> Plan {
-    return {0, "the shared memory of a block, " + std::to_string(kMostShared) + " bytes, holds no row of " +
-                   std::to_string(dim) + " dimensions and " + std::to_string(samples) + " samples"};
+    return {0, "expected a row that, with its samples, fits the shared memory of a block, " +
+                   std::to_string(kMostShared) + " bytes, got one of " + std::to_string(dim) + " dimensions and " +
+                   std::to_string(samples) + " samples"};
   };
   // Beyond these, sizes are no int.
   if (dim > int64_t(kMostShared) || (Rows::is_loss && samples > int64_t(kMostShared))) return too_large();

@@ -55,10 +55,11 @@ PK_FN V minus_twice_log_uniform(Word<V> word) {
 template <class V>
 PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   using T = Element<V>;
-  const Word<V> n = ((word >> 8) << 1) | 1u;
-  const Word<V> quadrant = (n + uint32_t(1u << 22)) >> 23;
-  // n - quadrant 2^23 lies in [-2^22, 2^22]; the shift keeps the conversion that of a non-negative integer.
-  const V remainder = from_word<V>(n + uint32_t(1u << 22) - (quadrant << 23)) - T(4194304);
+  // 2^25 u = n, odd: of n + 2^22 the first bits are the quadrant, up to a turn, and the others the remainder, plus 2^22 so
+  // that it converts as a non-negative integer.
+  const Word<V> turned = word + uint32_t(1u << 29);
+  const Word<V> quadrant = turned >> 30;
+  const V remainder = from_word<V>(((turned >> 7) & uint32_t((1u << 23) - 1)) | 1u) - T(4194304);
   const V x = remainder * T(6.28318530717958647692 / 33554432.0);
   const V z = x * x;
   V s, c;

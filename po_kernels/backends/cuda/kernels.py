@@ -65,7 +65,7 @@ class _Kernel(Kernel):
             arguments["stream"] = torch.cuda.current_stream(device).cuda_stream
         refused, failed = getattr(extension.module, f"cuda_{self.op}")(**arguments)
         if refused:
-            raise ValueError(f"{self.op}: backend 'cuda' has no kernel for such shapes: {refused}; use another backend")
+            raise ValueError(f"{self.op}: mean: backend 'cuda' {refused}; use another backend")
         if failed:
             raise RuntimeError(f"{self.op}: backend 'cuda' could not launch its kernel: {failed}")
 
