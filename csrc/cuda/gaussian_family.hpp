@@ -52,10 +52,11 @@ struct Drawing {
 struct Shape {
   Shares pairs, tiles, columns;  // of sums for dimensions two by two, entries of a triangle, dimensions
   Divider by_dim;
-  Drawing drawing;  // of as many samples as are held
+  Shares samples;   // as many as are held
+  Drawing drawing;  // of these
 
   PK_FN Shape(int dim, int held)
-      : pairs((dim + 1) / 2), tiles(tiles_of(dim)), columns(dim), by_dim(dim), drawing(dim, held) {}
+      : pairs((dim + 1) / 2), tiles(tiles_of(dim)), columns(dim), by_dim(dim), samples(held), drawing(dim, held) {}
 };
 
 // A call, and how its rows are shared out.
@@ -297,42 +298,38 @@ PK_FN Primal<V> plus_output(Primal<V> sum, V a, R b) {
 
 // ---- Quadratic forms ----
 
-// xᵀ U x of S vectors by tiles: U is symmetric, zero from dim on, with rows of whole tiles; so is x.
+// By tiles, U is symmetric and zero from dim on, with rows of `stride` numbers, whole tiles; so are vectors x. Adds of
+// xᵀ U x what rows i to i + kTile of U contribute up to the diagonal, for S vectors.
 template <int S, class V>
-PK_FN void quadratic_by_tiles(const Shared<V>* u, int dim, const V* const (&x)[S], V (&total)[S]) {
+PK_FN void add_quadratic_of_rows(const Shared<V>* u, int stride, int i, const V* const (&x)[S], V (&total)[S]) {
   using T = Element<V>;
-  const int stride = whole_tiles(dim);
-  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = V{}; });
-  PK_ROLLED
-  for (int i = 0; i < stride; i += kTile) {
-    V sums[S][kTile] = {}, here[S][kTile];
-    const auto add = [&](int j, const V(&from)[S][kTile]) PK_LAMBDA {
-      unrolled<kTile>([&](auto r) PK_LAMBDA {
-        Shared<V> entries[kTile];
-        load(u + (i + decltype(r)::value) * stride + j, entries);
-        unrolled<S * kTile>([&](auto a) PK_LAMBDA {
-          constexpr int s = decltype(a)::value / kTile, c = decltype(a)::value % kTile;
-          V& sum = sums[s][decltype(r)::value];
-          sum = plus_product(sum, from[s][c], entries[c]);
-        });
+  V sums[S][kTile] = {}, here[S][kTile];
+  const auto add = [&](int j, const V(&from)[S][kTile]) PK_LAMBDA {
+    unrolled<kTile>([&](auto r) PK_LAMBDA {
+      Shared<V> entries[kTile];
+      load(u + (i + decltype(r)::value) * stride + j, entries);
+      unrolled<S * kTile>([&](auto a) PK_LAMBDA {
+        constexpr int s = decltype(a)::value / kTile, c = decltype(a)::value % kTile;
+        V& sum = sums[s][decltype(r)::value];
+        sum = plus_product(sum, from[s][c], entries[c]);
       });
-    };
-    PK_ROLLED
-    for (int j = 0; j < i; j += kTile) {
-      unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + j, here[decltype(s)::value]); });
-      add(j, here);
-    }
-    unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + i, here[decltype(s)::value]); });
-    unrolled<S * kTile>([&](auto a) PK_LAMBDA {  // a tile below the diagonal stands for two
-      V& sum = sums[decltype(a)::value / kTile][decltype(a)::value % kTile];
-      sum = sum * T(2);
     });
-    add(i, here);
-    unrolled<S * kTile>([&](auto a) PK_LAMBDA {
-      constexpr int s = decltype(a)::value / kTile, r = decltype(a)::value % kTile;
-      total[s] = plus_product(total[s], here[s][r], sums[s][r]);
-    });
+  };
+  PK_ROLLED
+  for (int j = 0; j < i; j += kTile) {
+    unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + j, here[decltype(s)::value]); });
+    add(j, here);
   }
+  unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + i, here[decltype(s)::value]); });
+  unrolled<S * kTile>([&](auto a) PK_LAMBDA {  // a tile below the diagonal stands for two
+    V& sum = sums[decltype(a)::value / kTile][decltype(a)::value % kTile];
+    sum = sum * T(2);
+  });
+  add(i, here);
+  unrolled<S * kTile>([&](auto a) PK_LAMBDA {
+    constexpr int s = decltype(a)::value / kTile, r = decltype(a)::value % kTile;
+    total[s] = plus_product(total[s], here[s][r], sums[s][r]);
+  });
 }
 
 // Up to kPacked dimensions, x is in registers, and U is packed: row by row its lower triangle, off the diagonal twice.
@@ -779,9 +776,9 @@ struct PolicyLossRows {
     u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim) + kTile);
     tiled = packed = nullptr;
     if (closed || !full) return;
-    if (packs && dim <= kPacked) {
-      packed = memory.take<Shared<V>>(dim * (dim + 1) / 2 + kTile);
-    } else if (stride == dim) {
+    if (packs && dim <= kPacked) packed = memory.take<Shared<V>>(dim * (dim + 1) / 2 + kTile);
+    if (packed && count > kFew) return;
+    if (stride == dim) {
       tiled = u;
     } else if (sizeof(Shared<V>) * size_t(stride * stride) <= kMostTiled) {
       tiled = memory.take<Shared<V>>(stride * stride);
@@ -790,6 +787,7 @@ struct PolicyLossRows {
 
   static constexpr bool packs = std::is_same<V, float>::value;
   static constexpr size_t kMostTiled = 24 * 1024;
+  static constexpr int kFew = kLanes / 4;  // samples, of which several threads share one's quadratic form
 
   struct Warps {
     Sums sums;
@@ -854,7 +852,7 @@ struct PolicyLossRows {
     for (int64_t row = first; row < work.call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr,
                                               &work.call.target, held.target);
-      // A gradient of dim numbers is added up in memory of the warp.
+      // A gradient of dim numbers is added up in memory of the warp. Never one or the other: nvcc has to know which.
       P* scale_sum = triangular ? row_of<P>(work.call.grad_scale, row, scale.size()) : held.scale_sum;
       if (work.call.grad_scale == nullptr) scale_sum = nullptr;
       const V weight = weight_of<V>(work.call, row);
@@ -916,7 +914,10 @@ struct PolicyLossRows {
       }
     }
     if (tiled) {
-      quadratic_by_tiles<S>(tiled, dim, x, squares);
+      const int stride = whole_tiles(dim);
+      unrolled<S>([&](auto s) PK_LAMBDA { squares[decltype(s)::value] = V{}; });
+      PK_ROLLED
+      for (int i = 0; i < stride; i += kTile) add_quadratic_of_rows<S>(tiled, stride, i, x, squares);
       return;
     }
     unrolled<S>([&](auto s) PK_LAMBDA {
@@ -1075,6 +1076,45 @@ struct PolicyLossRows {
     }
   }
 
+  // Of the samples that are held, also the derivative of the log-density.
+  PK_FN void set_rewards(Warp team, const Warps& held, const Surrogate& s, const Group<V>& group, int first,
+                         int samples, Vectors<V> z, V log_determinant) const {
+    const auto set = [&](int k, V square) PK_LAMBDA {
+      group.reward[first + k] = transformed_reward(s, -square);
+      if constexpr (is_dual<V>) group.excess[first + k] = pathwise ? V{} : excess_of(dim, z[k], log_determinant);
+    };
+    if (tiled && samples <= kFew) {
+      const int stride = whole_tiles(dim);
+      team.sums<V>(
+          samples == work.held ? work.shape.samples : Shares(samples),
+          [&](int k, int part, int parts) PK_LAMBDA {
+            const V* const x[1] = {held.at[k]};
+            V square[1] = {};
+            PK_ROLLED
+            for (int i = part * kTile; i < stride; i += parts * kTile) {
+              add_quadratic_of_rows<1>(tiled, stride, i, x, square);
+            }
+            return square[0];
+          },
+          set);
+      return;
+    }
+    team.many<at_once>(samples, [&](int k, auto number) PK_LAMBDA {
+      constexpr int S = decltype(number)::value;
+      const V* x[S];
+      V squares[S];
+      unrolled<S>([&](auto i) PK_LAMBDA {
+        const int of = k + decltype(i)::value * kLanes;
+        x[decltype(i)::value] = held.at[of < samples ? of : k];
+      });
+      squared<S>(x, squares);
+      unrolled<S>([&](auto i) PK_LAMBDA {
+        const int of = k + decltype(i)::value * kLanes;
+        if (of < samples) set(of, squares[decltype(i)::value]);
+      });
+    });
+  }
+
   PK_FN V sampled(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale,
                   V log_determinant) const {
     const Call& call = work.call;
@@ -1099,24 +1139,7 @@ struct PolicyLossRows {
         const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) draw_samples(team, held, scale, row, first, samples);
         if (pass == 0) {
-          team.many<at_once>(samples, [&](int k, auto number) PK_LAMBDA {
-            constexpr int S = decltype(number)::value;
-            const V* x[S];
-            V squares[S];
-            unrolled<S>([&](auto i) PK_LAMBDA {
-              const int of = k + decltype(i)::value * kLanes;
-              x[decltype(i)::value] = held.at[of < samples ? of : k];
-            });
-            squared<S>(x, squares);
-            unrolled<S>([&](auto i) PK_LAMBDA {
-              const int of = k + decltype(i)::value * kLanes;
-              if (of >= samples) return;
-              group.reward[first + of] = transformed_reward(s, -squares[decltype(i)::value]);
-              if constexpr (is_dual<V>) {
-                group.excess[first + of] = pathwise ? V{} : excess_of(dim, z[of], log_determinant);
-              }
-            });
-          });
+          set_rewards(team, held, s, group, first, samples, z, log_determinant);
           continue;
         }
         const V* pull = uniform ? nullptr : group.pull + first;

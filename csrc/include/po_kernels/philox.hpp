@@ -48,7 +48,11 @@ PK_FN V minus_twice_log_uniform(Word<V> word) {
   const V inverse = from_bits(Bits(Bits{} + ((bias - 24) << mantissa_bits) - whole));
   const V f = (w - power) * inverse + inverse * T(0.5);
   const V exponent = from_integer<V>(Bits(bits >> mantissa_bits));
-  return exponent * T(-2 * 0.69314718055994530942) + log1p_reduced<-2>(f);
+#if defined(__CUDA_ARCH__)
+  return exponent * T(-2 * 0.69314718055994530942) + log1p_reduced<-2>(f);  // two operations less
+#else  // with which compilers fuse others
+  return (exponent * T(0.69314718055994530942) + log1p_reduced(f)) * T(-2);
+#endif
 }
 
 // cos and sin of 2 pi u. The quadrant and the remainder are exact integers.
