@@ -36,8 +36,8 @@ PK_FN int tiles_of(int64_t dim) {
   return side * (side + 1) / 2;
 }
 
-// How threads share out the blocks of four dimensions of so many samples. Of a last block of two dimensions or one, half
-// the normals are enough: it is drawn apart, unless it costs nothing with the others.
+// How threads share out the blocks of four dimensions of so many samples. Of a last block of two dimensions or one,
+// half the normals are enough: it is drawn apart, unless it costs nothing with the others.
 struct Drawing {
   int all, whole;
   Divider by_count;
@@ -333,7 +333,7 @@ PK_FN void add_quadratic_of_rows(const Shared<V>* u, int stride, int i, const V*
 }
 
 // Up to kPacked dimensions, x is in registers, and U is packed: row by row its lower triangle, off the diagonal twice.
-constexpr int kPacked = 28;
+constexpr int kPacked = 24;
 
 template <int S, class T>
 PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
@@ -346,9 +346,8 @@ PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&tot
       unrolled<S>([&](auto s) PK_LAMBDA {
         T tile[kTile];
         load(x[decltype(s)::value] + i, tile);
-        unrolled<kTile>([&](auto c) PK_LAMBDA {
-          values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value];
-        });
+        unrolled<kTile>(
+            [&](auto c) PK_LAMBDA { values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value]; });
       });
     }
     T sums[S] = {};
@@ -379,7 +378,8 @@ PK_FN void corner(int number, int& i, int& j) {
 template <class P>
 using Tile = Several<P, kTile * kTile>;
 
-// Adds Σ weight_k left_ki right_kj over every `step`th k from `first` on, for a tile from (i, j) on; no weights are ones.
+// Adds Σ weight_k left_ki right_kj over every `step`th k from `first` on, for a tile from (i, j) on; no weights are
+// ones.
 template <class V, class R>
 PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V> left, Vectors<R> right,
                         const V* weight, Tile<Primal<V>>& sum) {
@@ -419,8 +419,8 @@ PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V>
 
 // add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim.
 template <class V, class R, class Add>
-PK_FN void outer(Warp team, const Shares& tiles, int dim, int count, Vectors<V> left, Vectors<R> right,
-                 const V* weight, Add add) {
+PK_FN void outer(Warp team, const Shares& tiles, int dim, int count, Vectors<V> left, Vectors<R> right, const V* weight,
+                 Add add) {
   using P = Primal<V>;
   team.sums<Tile<P>>(
       tiles,
@@ -603,8 +603,8 @@ PK_FN void add_score(const Scale<V>& scale, int j, V of_z, Primal<V> of_square, 
 
 // Adds Σ_k f_k ∂log p/∂(μ, S) from whitened samples z, each sum if wanted; `pulled` is scratch, not z.
 template <class V, template <class> class Scale>
-PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int count, const V* f,
-                      Vectors<V> z, Vectors<V> pulled, Primal<V>* mean, Primal<V>* to_scale) {
+PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int count, const V* f, Vectors<V> z,
+                      Vectors<V> pulled, Primal<V>* mean, Primal<V>* to_scale) {
   using P = Primal<V>;
   const int dim = int(scale.dim);
   if constexpr (Scale<V>::triangular) {
@@ -632,9 +632,9 @@ PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int 
             [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
     }
   } else {
-    add_moments<false, true>(
-        team, shape.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
-        [&](int j, V, V of_z, P of_square) PK_LAMBDA { add_score(scale, j, of_z, of_square, mean, to_scale); });
+    add_moments<false, true>(team, shape.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
+                             [&](int j, V, V of_z, P of_square)
+                                 PK_LAMBDA { add_score(scale, j, of_z, of_square, mean, to_scale); });
   }
 }
 
@@ -686,8 +686,8 @@ PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int count
   team.many<S>(drawing.whole * count,
                [&](int i, auto number) PK_LAMBDA { drawn(i, 0, drawing.whole, number, Constant<2>{}); });
   if (drawing.whole == drawing.all) return;
-  team.many<S, true>(count,
-                     [&](int i, auto number) PK_LAMBDA { drawn(i, drawing.whole, drawing.all, number, Constant<1>{}); });
+  team.many<S, true>(
+      count, [&](int i, auto number) PK_LAMBDA { drawn(i, drawing.whole, drawing.all, number, Constant<1>{}); });
 }
 
 // The log-density's derivative, as the w - 1 of a sample. Of z without derivatives there is none.
@@ -761,7 +761,7 @@ struct PolicyLossRows {
   const bool pathwise, full;
   const bool uniform;  // all samples of all rows weigh the same
   Shared<V>* u;
-  Shared<V>* tiled;  // U in rows of whole tiles, or null where memory is short
+  Shared<V>* tiled;   // U in rows of whole tiles, or null where memory is short
   Shared<V>* packed;  // U as of quadratic_packed, or null
 
   PK_FN PolicyLossRows(const Work<Call>& work, Memory& memory)
@@ -776,9 +776,9 @@ struct PolicyLossRows {
     u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim) + kTile);
     tiled = packed = nullptr;
     if (closed || !full) return;
-    if (packs && dim <= kPacked) packed = memory.take<Shared<V>>(dim * (dim + 1) / 2 + kTile);
-    if (packed && count > kFew) return;
-    if (stride == dim) {
+    if (packs && dim <= kPacked) {
+      packed = memory.take<Shared<V>>(dim * (dim + 1) / 2 + kTile);
+    } else if (stride == dim) {
       tiled = u;
     } else if (sizeof(Shared<V>) * size_t(stride * stride) <= kMostTiled) {
       tiled = memory.take<Shared<V>>(stride * stride);
@@ -787,7 +787,7 @@ struct PolicyLossRows {
 
   static constexpr bool packs = std::is_same<V, float>::value;
   static constexpr size_t kMostTiled = 24 * 1024;
-  static constexpr int kFew = kLanes / 4;  // samples, of which several threads share one's quadratic form
+  static constexpr int kFew = kLanes / 2;  // samples, of which several threads share one's quadratic form
 
   struct Warps {
     Sums sums;
@@ -850,8 +850,8 @@ struct PolicyLossRows {
     if (held.tally.first) held.tally.clear(team);
     int tallied = 0;
     for (int64_t row = first; row < work.call.rows; row += work.step()) {
-      const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr,
-                                              &work.call.target, held.target);
+      const Scale<V> scale =
+          held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr, &work.call.target, held.target);
       // A gradient of dim numbers is added up in memory of the warp. Never one or the other: nvcc has to know which.
       P* scale_sum = triangular ? row_of<P>(work.call.grad_scale, row, scale.size()) : held.scale_sum;
       if (work.call.grad_scale == nullptr) scale_sum = nullptr;
@@ -962,7 +962,8 @@ struct PolicyLossRows {
         for (int j = 0; j < dim; j += kTile) {
           V pulled[kTile];
           load(held.pulled_sum + j, pulled);
-          unrolled<kTile>([&](auto c) PK_LAMBDA { sum = sum + pulled[decltype(c)::value] * entries[j + decltype(c)::value]; });
+          unrolled<kTile>([&](auto c)
+                              PK_LAMBDA { sum = sum + pulled[decltype(c)::value] * entries[j + decltype(c)::value]; });
         }
       } else {
         sum = apply_at(precision(), dim, held.pulled_sum, i);
@@ -1025,7 +1026,8 @@ struct PolicyLossRows {
   }
 
   // Draws samples and their residuals ŷ - y, of which score-function samples carry a derivative by y only.
-  PK_FN void draw_samples(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, int first, int samples) const {
+  PK_FN void draw_samples(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, int first,
+                          int samples) const {
     const Call& call = work.call;
     const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
     const Vectors<V> z = held.other;
@@ -1426,7 +1428,8 @@ struct SampleRows {
         const int samples = int(call.samples - first < work.held ? call.samples - first : work.held);
         draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
                 samples == work.held ? work.shape.drawing : Drawing(dim, samples),
-                [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA { store(noise, held.noise[k] + block * kTile); });
+                [&](int k, int block, const P(&noise)[kTile])
+                    PK_LAMBDA { store(noise, held.noise[k] + block * kTile); });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
           scale.template stretch<1>(static_cast<const V*>(held.policy.mean), held.noise[k], held.at[k]);
         });
@@ -1456,8 +1459,8 @@ struct SampleRows {
   }
 };
 
-// Writes what the warps of a block have summed, of which `terms` are the gradient in U; their memory begins with it. That
-// of one number is the sum of all.
+// Writes what the warps of a block have summed, of which `terms` are the gradient in U; their memory begins with it.
+// That of one number is the sum of all.
 PK_FN void store_sums(Block team, const char* warps, int warp_bytes, int count, int64_t terms, int64_t stored,
                       double* to) {
   const auto total = [&](int64_t i) PK_LAMBDA {

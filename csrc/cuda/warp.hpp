@@ -133,7 +133,8 @@ struct Warp {
     __syncwarp();
 #else
     const auto lanes = [&](auto number) {
-      in_order(order, count - begin < kLanes ? count - begin : kLanes, [&](int64_t l) { body(begin + int(l), number); });
+      in_order(order, count - begin < kLanes ? count - begin : kLanes,
+               [&](int64_t l) { body(begin + int(l), number); });
     };
     for (; begin + least < count; begin += S * kLanes) lanes(Constant<S>{});
     if (begin < count) lanes(Constant<1>{});

@@ -46,8 +46,7 @@ PK_FN V group_std(Index count, const V* x, Team team = {}) {
   const auto varies = largest != T(0);
   const P unit = select(varies, largest, broadcast<P>(T(1)));
   const P inverse = broadcast<P>(T(1)) / unit;
-  const V sum =
-      team.template sum<V>(count, [&](Index g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
+  const V sum = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
   const V variance = select(varies, sum * ratio<T>(1, count), constant<V>(T(1)));
   return select(varies, square_root(variance) * unit, V{});
 }
@@ -137,8 +136,7 @@ PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = 
   if (score) advantages(s.advantage, count, group.reward, group.advantage, team);
   if constexpr (is_dual<V>) {
     if (score) {
-      sum =
-          sum + team.template sum<V>(count, [&](Index g) PK_LAMBDA { return group.excess[g] * group.advantage[g]; });
+      sum = sum + team.template sum<V>(count, [&](Index g) PK_LAMBDA { return group.excess[g] * group.advantage[g]; });
       team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = group.excess[g]; });
       advantages_transposed(s.advantage, count, group.reward, group.pull, team);
     } else {

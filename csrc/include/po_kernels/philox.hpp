@@ -32,8 +32,8 @@ PK_FN void philox4x32(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
   c3 = narrow(w3);
 }
 
-// -2 ln u for u = (w + 1/2) 2^-24, w = word >> 8. As 2^exponent (1 + f), u is taken apart without rounding: w + 1/2, which
-// is rounded above 2^23, only decides on the exponent.
+// -2 ln u for u = (w + 1/2) 2^-24, w = word >> 8. As 2^exponent (1 + f), u is taken apart without rounding: w + 1/2,
+// which is rounded above 2^23, only decides on the exponent.
 template <class V>
 PK_FN V minus_twice_log_uniform(Word<V> word) {
   using T = Element<V>;
@@ -50,7 +50,7 @@ PK_FN V minus_twice_log_uniform(Word<V> word) {
   const V exponent = from_integer<V>(Bits(bits >> mantissa_bits));
 #if defined(__CUDA_ARCH__)
   return exponent * T(-2 * 0.69314718055994530942) + log1p_reduced<-2>(f);  // two operations less
-#else  // with which compilers fuse others
+#else                                                                       // with which compilers fuse others
   return (exponent * T(0.69314718055994530942) + log1p_reduced(f)) * T(-2);
 #endif
 }
@@ -59,8 +59,8 @@ PK_FN V minus_twice_log_uniform(Word<V> word) {
 template <class V>
 PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   using T = Element<V>;
-  // 2^25 u = n, odd: of n + 2^22 the first bits are the quadrant, up to a turn, and the others the remainder, plus 2^22 so
-  // that it converts as a non-negative integer.
+  // 2^25 u = n, odd: of n + 2^22 the first bits are the quadrant, up to a turn, and the others the remainder, plus 2^22
+  // so that it converts as a non-negative integer.
   const Word<V> turned = word + uint32_t(1u << 29);
   const Word<V> quadrant = turned >> 30;
   const V remainder = from_word<V>(((turned >> 7) & uint32_t((1u << 23) - 1)) | 1u) - T(4194304);
@@ -90,7 +90,8 @@ PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   sine = select(sine_negative, -b, b);
 }
 
-// Standard normals of S blocks of dimensions, each of a sample: z (S, stride), of which each block's first 2 P are written.
+// Standard normals of S blocks of dimensions, each of a sample: z (S, stride), of which each block's first 2 P are
+// written.
 template <int S, int P, class V>
 PK_FN void normals_of_blocks(uint64_t seed, const uint32_t (&block)[S], const uint32_t (&sample)[S], Word<V> row_low,
                              Word<V> row_high, V* z, int64_t stride) {

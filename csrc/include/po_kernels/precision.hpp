@@ -33,8 +33,7 @@ PK_FN Shared<V> precision_diagonal(Precision<V> p, Index dim, Index j) {
 
 // Rows i..i+R of y = U x for the S vectors of x (S, dim), which are zero before `first`: sums[r][s].
 template <int S, int R, class V>
-PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Index i, const V* x,
-                         V (&sums)[R][S]) {
+PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Index i, const V* x, V (&sums)[R][S]) {
   unrolled<R>([&](auto r) PK_LAMBDA {
     unrolled<S>([&](auto s) PK_LAMBDA { sums[decltype(r)::value][decltype(s)::value] = V{}; });
   });
