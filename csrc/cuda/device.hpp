@@ -16,25 +16,26 @@ template <class Rows>
 __global__ void __launch_bounds__(kLanes* kMostWarps, kResident<Rows>)
     gaussian_rows(const __grid_constant__ Work<typename Rows::Call> work) {
   extern __shared__ __align__(16) char memory[];
-  Memory shared{memory};
+  Memory shared{memory, work.of_block};
   const Rows rows(work, shared);
   rows.load_shared(Block{});
-  char* warps = memory + shared.used;
+  char* warps = memory + work.shared_bytes;
   const int warp = int(threadIdx.x) / kLanes;
-  Memory own{warps + warp * work.warp_bytes};
+  Memory own{warps + warp * work.warp_bytes, work.of_warp};
   const typename Rows::Warps held(rows, own);
-  rows.rows(Warp{}, held, int64_t(blockIdx.x) * work.warps + warp, work.blocks * work.warps);
+  rows.rows(Warp{}, held, int64_t(blockIdx.x) * work.warps + warp);
   if constexpr (Rows::is_loss) {
     __syncthreads();
-    const int64_t terms = Rows::summed(work.call);
-    store_sums(Block{}, warps, work.warp_bytes, work.warps, terms, work.partials + blockIdx.x * (kHead + terms));
+    const int64_t terms = Rows::summed(work.call), stored = Rows::stored(work.call);
+    store_sums(Block{}, warps, work.warp_bytes, work.warps, terms, stored,
+               work.partials + blockIdx.x * (kHead + stored));
   }
 }
 
 template <class T>
-__global__ void gaussian_finish(const __grid_constant__ Finish finish) {
-  const int64_t number = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;
-  if (number < finish.numbers()) finish.template one<T>(Warp{}, number);
+__global__ void __launch_bounds__(kLanes* Finish::kParts) gaussian_finish(const __grid_constant__ Finish finish) {
+  __shared__ double scratch[kLanes * Finish::kParts];
+  finish.template group<T>(Block{}, blockIdx.x, scratch);
 }
 
 // Makes a device current, and then again the one that was.
@@ -77,8 +78,7 @@ class OnDevice {
   template <class T>
   void finish(const Finish& finish) {
     if (error_ != cudaSuccess) return;
-    constexpr unsigned warps = 4;
-    gaussian_finish<T><<<unsigned(finish.numbers() + warps - 1) / warps, warps * kLanes, 0, stream_>>>(finish);
+    gaussian_finish<T><<<unsigned(finish.groups()), kLanes * Finish::kParts, 0, stream_>>>(finish);
     error_ = cudaGetLastError();
   }
 

@@ -19,25 +19,27 @@ class OnHost {
     char* memory = reinterpret_cast<char*>(storage.data());
     for (int64_t block = 0; block < work.blocks; ++block) {
       std::memset(memory, 0xff, bytes);  // NaN
-      Memory shared{memory};
+      Memory shared{memory, work.of_block};
       const Rows rows(work, shared);
       rows.load_shared(Block{order_});
-      char* warps = memory + shared.used;
+      char* warps = memory + work.shared_bytes;
       for (int warp = 0; warp < work.warps; ++warp) {
-        Memory own{warps + warp * work.warp_bytes};
+        Memory own{warps + warp * work.warp_bytes, work.of_warp};
         const typename Rows::Warps held(rows, own);
-        rows.rows(Warp{order_}, held, block * work.warps + warp, work.blocks * work.warps);
+        rows.rows(Warp{order_}, held, block * work.warps + warp);
       }
       if constexpr (Rows::is_loss) {
-        const int64_t terms = Rows::summed(work.call);
-        store_sums(Block{order_}, warps, work.warp_bytes, work.warps, terms, work.partials + block * (kHead + terms));
+        const int64_t terms = Rows::summed(work.call), stored = Rows::stored(work.call);
+        store_sums(Block{order_}, warps, work.warp_bytes, work.warps, terms, stored,
+                   work.partials + block * (kHead + stored));
       }
     }
   }
 
   template <class T>
   void finish(const Finish& finish) {
-    for (int64_t number = 0; number < finish.numbers(); ++number) finish.one<T>(Warp{order_}, number);
+    double scratch[kLanes * Finish::kParts];
+    for (int64_t number = 0; number < finish.groups(); ++number) finish.group<T>(Block{order_}, number, scratch);
   }
 
   std::string error() const { return {}; }

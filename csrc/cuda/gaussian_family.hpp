@@ -21,24 +21,72 @@ PK_FN int64_t summed_terms(int precision_kind, int64_t dim) {
   return precision_kind == kFull ? dim * (dim + 1) / 2 : dim;
 }
 
+// Of these, what a block puts out: for a U of one number, their sum.
+PK_FN int64_t stored_terms(int precision_kind, int64_t terms) {
+  return precision_kind == kScalar && terms > 0 ? 1 : terms;
+}
+
+constexpr int kTile = 4;  // entries of a vector, and of a matrix to a side, that a thread takes at once
+
+PK_FN int whole_tiles(int64_t dim) {
+  return (int(dim) + kTile - 1) / kTile * kTile;
+}
+PK_FN int tiles_of(int64_t dim) {
+  const int side = whole_tiles(dim) / kTile;
+  return side * (side + 1) / 2;
+}
+
+// How threads share out the blocks of four dimensions of so many samples. Of a last block of two dimensions or one,
+// half the normals are enough: it is drawn apart, unless it costs nothing with the others.
+struct Drawing {
+  int all, whole;
+  Divider by_count;
+
+  PK_FN Drawing(int dim, int count) : all((dim + 3) / 4), by_count(count) {
+    const bool half = (dim - 1) % 4 < 2 && count > kLanes;
+    whole = half && (all * count - 1) / kLanes > ((all - 1) * count - 1) / kLanes ? all - 1 : all;
+  }
+};
+
+// What depends on the shape alone: known where a kernel is launched, it takes no registers.
+struct Shape {
+  Shares pairs, tiles, columns;  // of sums for dimensions two by two, entries of a triangle, dimensions
+  Divider by_dim;
+  Shares samples;   // as many as are held
+  Drawing drawing;  // of these
+
+  PK_FN Shape(int dim, int held)
+      : pairs((dim + 1) / 2), tiles(tiles_of(dim)), columns(dim), by_dim(dim), samples(held), drawing(dim, held) {}
+};
+
 // A call, and how its rows are shared out.
 template <class C>
 struct Work {
   C call;
   const int64_t* seed = nullptr;  // in memory of the device, or null for call.seed
-  double* partials = nullptr;     // (blocks, kHead + terms), of a loss
+  double* partials = nullptr;     // (blocks, kHead + stored_terms), of a loss
   int64_t blocks = 0;
-  int warps = 1;          // of a block
-  int held = 0;           // samples
-  size_t warp_bytes = 0;  // of shared memory, after what the block shares
+  int warps = 1;         // of a block
+  int held = 0;          // samples
+  int shared_bytes = 0;  // of shared memory, what the block shares
+  int warp_bytes = 0;    // after it, of each warp
+  int of_block[4] = {};  // where what they hold begins
+  int of_warp[16] = {};
+  Shape shape{1, 1};
+
+  PK_FN int64_t step() const { return blocks * warps; }  // between the rows of a warp
 };
 
-// Takes shared memory bit by bit.
+// Takes shared memory bit by bit. Where what is taken stands was found out before a launch: it takes no registers.
 struct Memory {
   char* base;
+  const int* known = nullptr;
+  int* found = nullptr;
   size_t used = 0;
   template <class U>
   PK_FN U* take(int64_t count) {
+    if (known) return reinterpret_cast<U*>(base + *known++);
+    if (found) *found++ = int(used);
     U* at = reinterpret_cast<U*>(base + used);
     used += (sizeof(U) * size_t(count) + 15) / 16 * 16;
     return at;
@@ -63,9 +111,8 @@ PK_FN V value_at(Input input, int64_t at) {
 }
 
 template <class V>
-PK_FN void load_row(Warp team, const RowInput& input, int64_t row, int64_t columns, V* to) {
-  team.each(columns,
-            [&](int64_t c) PK_LAMBDA { to[c] = value_at<V>(input, row * input.stride + c, row * columns + c); });
+PK_FN V in_row(const RowInput& input, int64_t row, int64_t columns, int64_t column) {
+  return value_at<V>(input, row * input.stride + column, row * columns + column);
 }
 
 // Where number i of samples from `first` on, which a warp takes in the order of memory, stands: at dimension j of its
@@ -74,8 +121,8 @@ struct Place {
   int k, j;
   int64_t at;
 
-  PK_FN Place(int64_t i, int64_t dim, int64_t first, int64_t rows, int64_t row)
-      : k(int(i) / int(dim)), j(int(i) % int(dim)), at(((first + k) * rows + row) * dim + j) {}
+  PK_FN Place(const Divider& by_dim, int i, int dim, int64_t first, int64_t rows, int64_t row)
+      : k(by_dim.quotient(i)), j(i - k * dim), at(((first + k) * rows + row) * dim + j) {}
 };
 
 template <class T>
@@ -87,223 +134,560 @@ PK_FN T* row_of(void* output, int64_t row, int64_t columns) {
 template <class V>
 PK_FN V weight_of(const LossCall& call, int64_t row) {
   using T = Element<V>;
-  const T scale = call.reduction == kMeanOverRows ? T(1.0 / double(call.rows)) : T(1);
+  const T scale = call.reduction == kMeanOverRows ? ratio<T>(1, call.rows) : T(1);
   const int64_t at = call.reduction == kNoReduction ? row : 0;
   return (call.cotangent.value ? value_at<V>(call.cotangent, at) : constant<V>(T(1))) * scale;
 }
 
 // ---- What a warp holds ----
 
+// So many elements at once, of 8 or 16 bytes, as nvcc loads and stores them with one instruction.
+#if defined(__CUDACC__)
+PK_FN void load_chunk(const float* from, float (&to)[2]) {
+  const float2 chunk = *reinterpret_cast<const float2*>(from);
+  to[0] = chunk.x, to[1] = chunk.y;
+}
+PK_FN void load_chunk(const float* from, float (&to)[4]) {
+  const float4 chunk = *reinterpret_cast<const float4*>(from);
+  to[0] = chunk.x, to[1] = chunk.y, to[2] = chunk.z, to[3] = chunk.w;
+}
+PK_FN void load_chunk(const double* from, double (&to)[2]) {
+  const double2 chunk = *reinterpret_cast<const double2*>(from);
+  to[0] = chunk.x, to[1] = chunk.y;
+}
+PK_FN void store_chunk(const float (&from)[4], float* to) {
+  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+}
+PK_FN void store_chunk(const double (&from)[2], double* to) {
+  *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
+}
+#else
+template <class T, int N>
+PK_FN void load_chunk(const T* from, T (&to)[N]) {
+  memcpy(to, from, sizeof to);
+}
+template <class T, int N>
+PK_FN void store_chunk(const T (&from)[N], T* to) {
+  memcpy(to, from, sizeof from);
+}
+#endif
+
+// N numbers at an address that is a multiple of their size, or of 16 bytes.
+template <class V, int N>
+struct Chunks {
+  using T = Element<V>;
+  static constexpr int per = int(sizeof(V) / sizeof(T));
+  static constexpr int elements = N * per;
+  static constexpr int size = elements * sizeof(T) < 16 ? elements : int(16 / sizeof(T));
+};
+template <class V, int N>
+PK_FN void load(const V* from, V (&to)[N]) {
+  using C = Chunks<V, N>;
+  using T = Element<V>;
+  T flat[C::elements];
+  unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
+    constexpr int begin = decltype(c)::value * C::size;
+    T chunk[C::size];
+    load_chunk(reinterpret_cast<const T*>(from) + begin, chunk);
+    unrolled<C::size>([&](auto i) PK_LAMBDA { flat[begin + decltype(i)::value] = chunk[decltype(i)::value]; });
+  });
+  unrolled<N>([&](auto i) PK_LAMBDA {
+    constexpr int at = decltype(i)::value;
+    if constexpr (is_dual<V>) {
+      to[at] = V{flat[2 * at], flat[2 * at + 1]};
+    } else {
+      to[at] = flat[at];
+    }
+  });
+}
+template <class V, int N>
+PK_FN void store(const V (&from)[N], V* to) {
+  using C = Chunks<V, N>;
+  using T = Element<V>;
+  T flat[C::elements];
+  unrolled<N>([&](auto i) PK_LAMBDA {
+    constexpr int at = decltype(i)::value;
+    if constexpr (is_dual<V>) {
+      flat[2 * at] = from[at].v;
+      flat[2 * at + 1] = from[at].t;
+    } else {
+      flat[at] = from[at];
+    }
+  });
+  unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
+    constexpr int begin = decltype(c)::value * C::size;
+    T chunk[C::size];
+    unrolled<C::size>([&](auto i) PK_LAMBDA { chunk[decltype(i)::value] = flat[begin + decltype(i)::value]; });
+    store_chunk(chunk, reinterpret_cast<T*>(to) + begin);
+  });
+}
+
+// Vectors of samples, an odd number of 16 bytes apart, so that threads at different samples use different banks. What
+// stands beyond a vector, to a whole tile, is finite and not used, unless said otherwise.
+template <class U>
+struct Vectors {
+  int stride;
+  U* first;
+
+  PK_FN Vectors(Memory& memory, int64_t dim, int64_t count) {
+    constexpr int chunk = 16 / sizeof(U);
+    stride = (whole_tiles(dim) / chunk | 1) * chunk;
+    first = count == 0 ? nullptr : memory.take<U>(int64_t(stride) * count);
+  }
+  PK_FN U* operator[](int k) const { return first + k * stride; }
+};
+
+// What a diagonal policy holds is followed by zeros, to a whole tile.
 template <class V, template <class> class Scale>
 struct Policy {
+  static constexpr bool triangular = Scale<V>::triangular;
   int64_t dim;
   V *mean, *parameter, *scratch;
 
   PK_FN Policy(Memory& memory, int64_t dim) : dim(dim) {
-    mean = memory.take<V>(dim);
-    parameter = memory.take<V>(Scale<V>::size(dim));
+    mean = memory.take<V>(whole_tiles(dim));
+    parameter = memory.take<V>(triangular ? Scale<V>::size(dim) : whole_tiles(dim));
     scratch = memory.take<V>(Scale<V>::team_work(dim));
   }
 
+  PK_FN void clear(Warp team) const {
+    team.each(whole_tiles(dim), [&](int64_t j) PK_LAMBDA {
+      mean[j] = V{};
+      if (!triangular) parameter[j] = scratch[j] = scratch[whole_tiles(dim) + j] = V{};
+    });
+  }
+
+  // And what else the row has of as many numbers as it has dimensions, if anything.
   template <class C>
-  PK_FN Scale<V> load(Warp team, const C& call, int64_t row, bool whitens) const {
-    load_row(team, call.mean, row, dim, mean);
-    load_row(team, call.scale, row, Scale<V>::size(dim), parameter);
+  PK_FN Scale<V> load(Warp team, const C& call, int64_t row, bool whitens, const RowInput* other = nullptr,
+                      V* to_other = nullptr) const {
+    team.each(dim, [&](int64_t j) PK_LAMBDA {
+      mean[j] = in_row<V>(call.mean, row, dim, j);
+      if (!triangular) parameter[j] = in_row<V>(call.scale, row, dim, j);
+      if (other) to_other[j] = in_row<V>(*other, row, dim, j);
+    });
+    if (triangular) {
+      const int64_t size = Scale<V>::size(dim);
+      team.each(size, [&](int64_t i) PK_LAMBDA { parameter[i] = in_row<V>(call.scale, row, size, i); });
+    }
     Scale<V> scale(dim, parameter);
     scale.prepare(scratch, whitens, team);
     return scale;
   }
 };
 
-constexpr int kTile = 4;  // entries of a matrix to a side that a thread sums at once
-
-// Vectors of samples, an odd number of elements apart, so that threads at different samples use different banks. A tile
-// at the edge reads up to kTile - 1 numbers past a vector, and keeps none of them.
-template <class U>
-struct Vectors {
-  int stride;
-  U* first;
-
-  PK_FN Vectors(Memory& memory, int64_t dim, int64_t count) : stride(int(dim) | 1) {
-    first = count == 0 ? nullptr : memory.take<U>(int64_t(stride) * count + kTile);
+// sum + a b, a chain of fused operations also on duals; and of its output alone.
+template <class V, class R>
+PK_FN V plus_product(V sum, V a, R b) {
+  if constexpr (is_dual<V> && is_dual<R>) {
+    return {sum.v + a.v * b.v, sum.t + a.v * b.t + a.t * b.v};
+  } else if constexpr (is_dual<V>) {
+    return {sum.v + a.v * b, sum.t + a.t * b};
+  } else {
+    return sum + a * b;
   }
-  PK_FN U* operator[](int64_t k) const { return first + int(k) * stride; }
-};
+}
+template <class V, class R>
+PK_FN Primal<V> plus_output(Primal<V> sum, V a, R b) {
+  if constexpr (is_dual<V> && is_dual<R>) {
+    return sum + a.v * b.t + a.t * b.v;
+  } else {
+    return sum + output(a * b);
+  }
+}
 
 // ---- Quadratic forms ----
 
-// As much of a row of a matrix as is read at once.
-template <class T>
-struct alignas(16) Chunk {
-  static constexpr int size = 16 / sizeof(T);
-  T v[size];
-};
-
-PK_FN int whole_tiles(int64_t dim) {
-  return (int(dim) + kTile - 1) / kTile * kTile;
-}
-
-// xᵀ U x by tiles: U is symmetric, zero from dim on, with rows of whole tiles. What x has beyond dim is not used.
-template <class T>
-PK_FN T quadratic_by_tiles(const T* u, int dim, const T* x) {
-  const int stride = whole_tiles(dim);
-  const auto load = [&](int row, int column, T(&to)[kTile]) PK_LAMBDA {
-    const Chunk<T>* from = reinterpret_cast<const Chunk<T>*>(u + row * stride + column);
-    unrolled<kTile>([&](auto c) PK_LAMBDA {
-      constexpr int at = decltype(c)::value;
-      to[at] = from[at / Chunk<T>::size].v[at % Chunk<T>::size];
+// By tiles, U is symmetric and zero from dim on, with rows of `stride` numbers, whole tiles; so are vectors x. Adds of
+// xᵀ U x what rows i to i + kTile of U contribute up to the diagonal, for S vectors.
+template <int S, class V>
+PK_FN void add_quadratic_of_rows(const Shared<V>* u, int stride, int i, const V* const (&x)[S], V (&total)[S]) {
+  using T = Element<V>;
+  V sums[S][kTile] = {}, here[S][kTile];
+  const auto add = [&](int j, const V(&from)[S][kTile]) PK_LAMBDA {
+    unrolled<kTile>([&](auto r) PK_LAMBDA {
+      Shared<V> entries[kTile];
+      load(u + (i + decltype(r)::value) * stride + j, entries);
+      unrolled<S * kTile>([&](auto a) PK_LAMBDA {
+        constexpr int s = decltype(a)::value / kTile, c = decltype(a)::value % kTile;
+        V& sum = sums[s][decltype(r)::value];
+        sum = plus_product(sum, from[s][c], entries[c]);
+      });
     });
   };
-  T total{};
   PK_ROLLED
-  for (int i = 0; i < stride; i += kTile) {
-    T below[kTile] = {}, here[kTile], entries[kTile];
-    PK_ROLLED
-    for (int j = 0; j < i; j += kTile) {
-      unrolled<kTile>([&](auto r) PK_LAMBDA {
-        load(i + decltype(r)::value, j, entries);
-        unrolled<kTile>([&](auto c) PK_LAMBDA {
-          below[decltype(r)::value] =
-              below[decltype(r)::value] + entries[decltype(c)::value] * x[j + decltype(c)::value];
-        });
+  for (int j = 0; j < i; j += kTile) {
+    unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + j, here[decltype(s)::value]); });
+    add(j, here);
+  }
+  unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + i, here[decltype(s)::value]); });
+  unrolled<S * kTile>([&](auto a) PK_LAMBDA {  // a tile below the diagonal stands for two
+    V& sum = sums[decltype(a)::value / kTile][decltype(a)::value % kTile];
+    sum = sum * T(2);
+  });
+  add(i, here);
+  unrolled<S * kTile>([&](auto a) PK_LAMBDA {
+    constexpr int s = decltype(a)::value / kTile, r = decltype(a)::value % kTile;
+    total[s] = plus_product(total[s], here[s][r], sums[s][r]);
+  });
+}
+
+// Up to kPacked dimensions, x is in registers, and U is packed: row by row its lower triangle, off the diagonal twice.
+constexpr int kPacked = 24;
+
+template <int S, class T>
+PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
+  T values[S][kPacked], entries[kTile];
+  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = T{}; });
+  unrolled_while<kPacked>([&](auto row) PK_LAMBDA {
+    constexpr int i = decltype(row)::value;
+    if (i >= dim) return false;
+    if constexpr (i % kTile == 0) {
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        T tile[kTile];
+        load(x[decltype(s)::value] + i, tile);
+        unrolled<kTile>(
+            [&](auto c) PK_LAMBDA { values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value]; });
       });
     }
-    unrolled<kTile>([&](auto r) PK_LAMBDA {
-      constexpr int at = decltype(r)::value;
-      here[at] = i + at < dim ? x[i + at] : T(0);
-      load(i + at, i, entries);
-      unrolled<at>([&](auto c)
-                       PK_LAMBDA { below[at] = below[at] + entries[decltype(c)::value] * here[decltype(c)::value]; });
-      total = total + here[at] * (below[at] * T(2) + entries[at] * here[at]);
+    T sums[S] = {};
+    unrolled<i + 1>([&](auto column) PK_LAMBDA {
+      constexpr int j = decltype(column)::value, at = i * (i + 1) / 2 + j;
+      if constexpr (at % kTile == 0) load(u + at, entries);
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        constexpr int of = decltype(s)::value;
+        sums[of] = sums[of] + values[of][j] * entries[at % kTile];
+      });
     });
-  }
-  return total;
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      constexpr int of = decltype(s)::value;
+      total[of] = total[of] + values[of][i] * sums[of];
+    });
+    return true;
+  });
 }
 
 // ---- Sums over samples ----
 
-// add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim; no weights are ones.
-template <class V, class R, class Add>
-PK_FN void outer(Warp team, int dim, int count, Vectors<V> left, Vectors<R> right, const V* weight, Add add) {
-  using P = Primal<V>;
-  using Tile = Several<P, kTile * kTile>;
-  const int side = whole_tiles(dim) / kTile;
-  const auto corner = [](int tile, int& i, int& j) PK_LAMBDA {
-    int down = 0;  // tiles of a triangle, row by row
-    while ((down + 1) * (down + 2) / 2 <= tile) ++down;
-    i = down * kTile;
-    j = (tile - down * (down + 1) / 2) * kTile;
+// Number of a triangle's entry, row by row, to its row and column.
+PK_FN void corner(int number, int& i, int& j) {
+  i = int((square_root_of_normal(float(8 * number + 1)) - 1.0f) * 0.5f);  // exact: below 2^21
+  j = number - i * (i + 1) / 2;
+}
+
+template <class P>
+using Tile = Several<P, kTile * kTile>;
+
+// Adds Σ weight_k left_ki right_kj over every `step`th k from `first` on, for a tile from (i, j) on; no weights are
+// ones.
+template <class V, class R>
+PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V> left, Vectors<R> right,
+                        const V* weight, Tile<Primal<V>>& sum) {
+  constexpr int at_once = sizeof(V) == sizeof(float) ? 4 : 1;
+  const V* from_left = left[first] + i;
+  const R* from_right = right[first] + j;
+  const int step_left = step * left.stride, step_right = step * right.stride;
+  const auto add = [&](int k, auto weighted) PK_LAMBDA {
+    V l[kTile];
+    R r[kTile];
+    load(from_left, l);
+    load(from_right, r);
+    if constexpr (decltype(weighted)::value) {
+      const V factor = weight[k];
+      unrolled<kTile>([&](auto a) PK_LAMBDA { l[decltype(a)::value] = factor * l[decltype(a)::value]; });
+    }
+    unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
+      constexpr int at = decltype(a)::value;
+      sum.v[at] = plus_output(sum.v[at], l[at / kTile], r[at % kTile]);
+    });
+    from_left += step_left;
+    from_right += step_right;
   };
-  team.sums<Tile>(
-      side * (side + 1) / 2,
-      [&](int64_t tile, int part, int parts) PK_LAMBDA {
+  if (weight) {
+    PK_ROLLED
+    for (int k = first; k < count; k += step) add(k, Constant<true>{});
+    return;
+  }
+  int k = first;
+  PK_ROLLED
+  for (; k + (at_once - 1) * step < count; k += at_once * step) {
+    unrolled<at_once>([&](auto) PK_LAMBDA { add(k, Constant<false>{}); });
+  }
+  PK_ROLLED
+  for (; k < count; k += step) add(k, Constant<false>{});
+}
+
+// add(i, j, Σ_k weight_k left_ki right_kj) for j <= i < dim.
+template <class V, class R, class Add>
+PK_FN void outer(Warp team, const Shares& tiles, int dim, int count, Vectors<V> left, Vectors<R> right, const V* weight,
+                 Add add) {
+  using P = Primal<V>;
+  team.sums<Tile<P>>(
+      tiles,
+      [&](int tile, int part, int parts) PK_LAMBDA {
         int i, j;
-        corner(int(tile), i, j);
-        Tile sum{};
-        for (int k = part; k < count; k += parts) {
-          V l[kTile];
-          R r[kTile];
-          unrolled<kTile>([&](auto a) PK_LAMBDA {
-            constexpr int at = decltype(a)::value;
-            l[at] = weight ? weight[k] * left[k][i + at] : left[k][i + at];
-            r[at] = right[k][j + at];
-          });
-          unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
-            constexpr int at = decltype(a)::value;
-            sum.v[at] = sum.v[at] + output(l[at / kTile] * r[at % kTile]);
-          });
-        }
+        corner(tile, i, j);
+        Tile<P> sum{};
+        add_products(i * kTile, j * kTile, part, parts, count, left, right, weight, sum);
         return sum;
       },
-      [&](int64_t tile, const Tile& sum) PK_LAMBDA {
+      [&](int tile, const Tile<P>& sum) PK_LAMBDA {
         int i, j;
-        corner(int(tile), i, j);
+        corner(tile, i, j);
         unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
-          constexpr int at = decltype(a)::value, down = at / kTile, right = at % kTile;
-          if (i + down < dim && j + right <= i + down) add(i + down, j + right, sum.v[at]);
+          constexpr int at = decltype(a)::value;
+          const int row = i * kTile + at / kTile, column = j * kTile + at % kTile;
+          if (row < dim && column <= row) add(row, column, sum.v[at]);
         });
       });
 }
 
+// Sums of `outer` over many rows, where each thread has a tile of its own, or part of its samples: kept as such.
+template <class P>
+struct Tally {
+  P* first;
+
+  static constexpr int64_t size = kLanes * kTile * kTile;
+
+  // A thread's numbers, 16 bytes at a time.
+  PK_FN P* at(int lane, int number) const {
+    constexpr int chunk = 16 / sizeof(P);
+    return first + (number / chunk * kLanes + lane) * chunk + number % chunk;
+  }
+  PK_FN void clear(Warp team) const {
+    team.each(size, [&](int64_t i) PK_LAMBDA { first[i] = P{}; });
+  }
+  template <class V>
+  PK_FN void add(Warp team, const Shares& tiles, int count, Vectors<V> x, const V* weight) const {
+    team.each(tiles.count * tiles.parts, [&](int64_t lane) PK_LAMBDA {
+      const int part = tiles.by_count.quotient(int(lane));
+      int i, j;
+      corner(int(lane) - part * tiles.count, i, j);
+      Tile<P> sum;
+      unrolled<kTile>([&](auto r) PK_LAMBDA {
+        constexpr int row = decltype(r)::value * kTile;
+        constexpr int chunk = 16 / sizeof(P);
+        unrolled<kTile / chunk>([&](auto c) PK_LAMBDA {
+          P some[chunk];
+          load(at(int(lane), row + decltype(c)::value * chunk), some);
+          unrolled<chunk>([&](auto n) PK_LAMBDA {
+            sum.v[row + decltype(c)::value * chunk + decltype(n)::value] = some[decltype(n)::value];
+          });
+        });
+      });
+      add_products(i * kTile, j * kTile, part, tiles.parts, count, x, x, weight, sum);
+      unrolled<kTile>([&](auto r) PK_LAMBDA {
+        constexpr int row = decltype(r)::value * kTile;
+        constexpr int chunk = 16 / sizeof(P);
+        unrolled<kTile / chunk>([&](auto c) PK_LAMBDA {
+          P some[chunk];
+          unrolled<chunk>([&](auto n) PK_LAMBDA {
+            some[decltype(n)::value] = sum.v[row + decltype(c)::value * chunk + decltype(n)::value];
+          });
+          store(some, at(int(lane), row + decltype(c)::value * chunk));
+        });
+      });
+    });
+  }
+  // Adds factor times the lower triangle to `total`, and begins anew.
+  PK_FN void flush(Warp team, const Shares& tiles, int dim, P factor, double* total) const {
+    team.each(dim * (dim + 1) / 2, [&](int64_t entry) PK_LAMBDA {
+      int i, j;
+      corner(int(entry), i, j);
+      const int down = i / kTile, tile = down * (down + 1) / 2 + j / kTile;
+      double sum = 0;
+      for (int part = 0; part < tiles.parts; ++part) {
+        sum += double(*at(part * tiles.count + tile, i % kTile * kTile + j % kTile));
+      }
+      total[entry] += double(factor) * sum;
+    });
+    clear(team);
+  }
+};
+
+// For each dimension j, store(j, Σ_k weight_k x_kj, Σ_k f_k z_kj, the output of Σ_k f_k (z_kj² - 1)): the first, or the
+// other two, if wanted. No weights are ones.
+template <bool sum, bool scores, class V, class Store>
+PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vectors<V> x, const V* weight, const V* f,
+                       Vectors<V> z, Store store) {
+  using P = Primal<V>;
+  constexpr int of_v = is_dual<V> ? 2 : 1;  // numbers of a V
+  constexpr int first_z = sum ? 2 * of_v : 0, square = first_z + 2 * of_v;
+  using Sums = Several<P, scores ? square + 3 : first_z>;
+  const auto add_to = [](P* to, V value) PK_LAMBDA {
+    if constexpr (is_dual<V>) {
+      to[0] = to[0] + value.v;
+      to[1] = to[1] + value.t;
+    } else {
+      to[0] = to[0] + value;
+    }
+  };
+  const auto value_of = [](const P* from) PK_LAMBDA {
+    if constexpr (is_dual<V>) {
+      return V{from[0], from[1]};
+    } else {
+      return from[0];
+    }
+  };
+  team.sums<Sums>(
+      pairs,
+      [&](int pair, int part, int parts) PK_LAMBDA {
+        Sums sums{};
+        const V* from_x = x[part] + 2 * pair;
+        const V* from_z = z[part] + 2 * pair;
+        const auto add = [&](int k, auto weighted) PK_LAMBDA {
+          V at[2];
+          if constexpr (sum) {
+            load(from_x, at);
+            from_x += parts * x.stride;
+            if constexpr (decltype(weighted)::value) {
+              const V factor = weight[k];
+              at[0] = factor * at[0];
+              at[1] = factor * at[1];
+            }
+            add_to(sums.v, at[0]);
+            add_to(sums.v + of_v, at[1]);
+          }
+          if constexpr (scores) {
+            load(from_z, at);
+            from_z += parts * z.stride;
+            const V factor = f[k];
+            unrolled<2>([&](auto i) PK_LAMBDA {
+              constexpr int one = decltype(i)::value;
+              const V product = factor * at[one];
+              add_to(sums.v + first_z + one * of_v, product);
+              sums.v[square + one] = plus_output(sums.v[square + one], product, at[one]);
+            });
+            sums.v[square + 2] = sums.v[square + 2] + output(factor);
+          }
+        };
+        if (sum && weight) {
+          PK_ROLLED
+          for (int k = part; k < count; k += parts) add(k, Constant<true>{});
+          return sums;
+        }
+        constexpr int at_once = sizeof(V) == sizeof(float) ? 4 : 1;
+        int k = part;
+        PK_ROLLED
+        for (; k + (at_once - 1) * parts < count; k += at_once * parts) {
+          unrolled<at_once>([&](auto i) PK_LAMBDA { add(k + decltype(i)::value * parts, Constant<false>{}); });
+        }
+        PK_ROLLED
+        for (; k < count; k += parts) add(k, Constant<false>{});
+        return sums;
+      },
+      [&](int pair, const Sums& sums) PK_LAMBDA {
+        unrolled<2>([&](auto i) PK_LAMBDA {
+          constexpr int one = decltype(i)::value;
+          if (2 * pair + one >= dim) return;
+          V of_x{}, of_z{};
+          P of_square{};
+          if constexpr (sum) of_x = value_of(sums.v + one * of_v);
+          if constexpr (scores) {
+            of_z = value_of(sums.v + first_z + one * of_v);
+            of_square = sums.v[square + one] - sums.v[square + 2];
+          }
+          store(2 * pair + one, of_x, of_z, of_square);
+        });
+      });
+}
+
+// Adds such moments to the gradients of a diagonal policy, each if wanted.
+template <class V, template <class> class Scale>
+PK_FN void add_score(const Scale<V>& scale, int j, V of_z, Primal<V> of_square, Primal<V>* mean, Primal<V>* to_scale) {
+  if constexpr (!Scale<V>::triangular) {
+    if (mean) mean[j] = mean[j] + output(of_z * scale.inverse_std[j]);
+    if (to_scale) to_scale[j] = to_scale[j] + of_square;
+  }
+}
+
 // Adds Σ_k f_k ∂log p/∂(μ, S) from whitened samples z, each sum if wanted; `pulled` is scratch, not z.
 template <class V, template <class> class Scale>
-PK_FN void add_scores(Warp team, const Scale<V>& scale, int count, const V* f, Vectors<V> z, Vectors<V> pulled,
-                      Primal<V>* mean, Primal<V>* to_scale) {
+PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int count, const V* f, Vectors<V> z,
+                      Vectors<V> pulled, Primal<V>* mean, Primal<V>* to_scale) {
   using P = Primal<V>;
+  const int dim = int(scale.dim);
   if constexpr (Scale<V>::triangular) {
     team.each(count, [&](int64_t k) PK_LAMBDA {
       scale.template whiten_transposed<1>(z[k], pulled[k]);
-      for (int64_t i = 0; i < scale.dim; ++i) pulled[k][i] = f[k] * pulled[k][i];
+      for (int i = 0; i < dim; ++i) pulled[k][i] = f[k] * pulled[k][i];
     });
     using Pair = Several<V, 2>;
     team.sums<Pair>(
-        scale.dim,
-        [&](int64_t i, int part, int parts) PK_LAMBDA {
+        shape.columns,
+        [&](int i, int part, int parts) PK_LAMBDA {
           Pair sum{};
           for (int k = part; k < count; k += parts) sum = sum + Pair{pulled[k][i], f[k]};
           return sum;
         },
-        [&](int64_t i, const Pair& sum) PK_LAMBDA {
+        [&](int i, const Pair& sum) PK_LAMBDA {
           if (mean) mean[i] = mean[i] + output(sum.v[0]);
           if (to_scale) {
-            P& diagonal = to_scale[i * scale.dim + i];
+            P& diagonal = to_scale[i * dim + i];
             diagonal = diagonal - output(sum.v[1] * scale.inverse_diag[i]);
           }
         });
     if (to_scale) {
-      outer(team, scale.dim, count, pulled, z, static_cast<const V*>(nullptr),
-            [&](int64_t i, int64_t j, P sum)
-                PK_LAMBDA { to_scale[i * scale.dim + j] = to_scale[i * scale.dim + j] + sum; });
+      outer(team, shape.tiles, dim, count, pulled, z, static_cast<const V*>(nullptr),
+            [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
     }
   } else {
-    using Pair = Several<V, 2>;
-    team.sums<Pair>(
-        scale.dim,
-        [&](int64_t j, int part, int parts) PK_LAMBDA {
-          Pair sum{};
-          for (int k = part; k < count; k += parts) {
-            Scale<V>::add_score_terms(f[k], z[k][j], sum.v[0], sum.v[1]);
-          }
-          return sum;
-        },
-        [&](int64_t j, const Pair& sum) PK_LAMBDA {
-          if (mean) mean[j] = mean[j] + output(sum.v[0] * scale.inverse_std[j]);
-          if (to_scale) to_scale[j] = to_scale[j] + output(sum.v[1]);
-        });
+    add_moments<false, true>(team, shape.pairs, dim, count, z, static_cast<const V*>(nullptr), f, z,
+                             [&](int j, V, V of_z, P of_square)
+                                 PK_LAMBDA { add_score(scale, j, of_z, of_square, mean, to_scale); });
   }
 }
 
 // Adds the gradient of Σ_k slope_kᵀ S noise_k.
 template <class V, template <class> class Scale>
-PK_FN void add_paths(Warp team, const Scale<V>& scale, int count, Vectors<V> slope, Vectors<Primal<V>> noise,
-                     Primal<V>* to_scale) {
+PK_FN void add_paths(Warp team, const Shape& shape, const Scale<V>& scale, int count, Vectors<V> slope,
+                     Vectors<Primal<V>> noise, Primal<V>* to_scale) {
   using P = Primal<V>;
+  const int dim = int(scale.dim);
   if constexpr (Scale<V>::triangular) {
-    outer(team, scale.dim, count, slope, noise, static_cast<const V*>(nullptr),
-          [&](int64_t i, int64_t j, P sum)
-              PK_LAMBDA { to_scale[i * scale.dim + j] = to_scale[i * scale.dim + j] + sum; });
+    outer(team, shape.tiles, dim, count, slope, noise, static_cast<const V*>(nullptr),
+          [&](int i, int j, P sum) PK_LAMBDA { to_scale[i * dim + j] = to_scale[i * dim + j] + sum; });
   } else {
     team.sums<V>(
-        scale.dim,
-        [&](int64_t j, int part, int parts) PK_LAMBDA {
+        shape.columns,
+        [&](int j, int part, int parts) PK_LAMBDA {
           V sum{};
           for (int k = part; k < count; k += parts) sum = sum + slope[k][j] * noise[k][j];
           return sum;
         },
-        [&](int64_t j, V sum) PK_LAMBDA { to_scale[j] = to_scale[j] + output(sum * scale.std[j]); });
+        [&](int j, V sum) PK_LAMBDA { to_scale[j] = to_scale[j] + output(sum * scale.std[j]); });
   }
 }
 
-template <class P>
-PK_FN void draw_noise(uint64_t seed, int64_t sample, uint64_t row, int64_t dim, P* to) {
-  for (int64_t block = 0; 4 * block < dim; ++block) {
-    P z[4];
-    normals_of_block<1, 2>(seed, uint32_t(block), uint32_t(sample), uint32_t(row), uint32_t(row >> 32), z, 4);
-    unrolled<4>([&](auto i) PK_LAMBDA {
-      constexpr int at = decltype(i)::value;
-      if (4 * block + at < dim) to[4 * block + at] = z[at];
+// store(k, block, z) for the normals of each block of four dimensions of samples first + k, k < count: threads take
+// blocks of samples. Beyond dim, z is finite.
+template <class P, class Store>
+PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int count, const Drawing& drawing, Store store) {
+  constexpr int S = sizeof(P) == sizeof(float) ? 2 : 1;  // at once, as far as registers last
+  const auto drawn = [&](int i, int begin, int end, auto number, auto pairs) PK_LAMBDA {
+    constexpr int N = decltype(number)::value, pair = decltype(pairs)::value;
+    uint32_t blocks[N], samples[N];
+    int of[N];
+    unrolled<N>([&](auto n) PK_LAMBDA {
+      constexpr int at = decltype(n)::value;
+      const int block = pair == 1 ? 0 : drawing.by_count.quotient(i + at * kLanes);
+      of[at] = i + at * kLanes - block * count;
+      blocks[at] = uint32_t(begin + block);
+      samples[at] = uint32_t(first) + uint32_t(of[at]);
     });
-  }
+    P z[4 * N] = {};
+    normals_of_blocks<N, pair>(seed, blocks, samples, uint32_t(row), uint32_t(row >> 32), z, 4);
+    unrolled<N>([&](auto n) PK_LAMBDA {
+      constexpr int at = decltype(n)::value;
+      const P some[4] = {z[4 * at], z[4 * at + 1], z[4 * at + 2], z[4 * at + 3]};
+      if (at == 0 || (pair == 1 ? of[at] < count : int(blocks[at]) < end)) store(of[at], int(blocks[at]), some);
+    });
+  };
+  team.many<S>(drawing.whole * count,
+               [&](int i, auto number) PK_LAMBDA { drawn(i, 0, drawing.whole, number, Constant<2>{}); });
+  if (drawing.whole == drawing.all) return;
+  team.many<S, true>(
+      count, [&](int i, auto number) PK_LAMBDA { drawn(i, drawing.whole, drawing.all, number, Constant<1>{}); });
 }
 
 // The log-density's derivative, as the w - 1 of a sample. Of z without derivatives there is none.
@@ -331,22 +715,26 @@ struct Sums {
   }
   PK_FN double* shared() const { return total + kHead; }
 
-  // Of a row, which without a reduction are also results.
+  // One of the numbers of a row, which without a reduction are also results: the loss, or a statistic.
   template <class P>
-  PK_FN void add(Warp team, const LossCall& call, int64_t row, P loss, const RowStats<P>& stats) const {
-    const P numbers[kHead] = {loss,          stats.reward_mean, stats.reward_std,
-                              stats.entropy, stats.log_prob,    stats.advantage_std};
+  PK_FN void add(Warp team, const LossCall& call, int64_t row, int number, P value) const {
     team.each(1, [&](int64_t) PK_LAMBDA {
-      unrolled<int(kHead)>([&](auto i) PK_LAMBDA {
-        constexpr int at = decltype(i)::value;
-        if (at > 0 && call.stats == nullptr) return;
-        total[at] += double(numbers[at]);
-        if (call.reduction != kNoReduction) return;
-        static_cast<P*>(at == 0 ? call.loss : call.stats)[at == 0 ? row : (at - 1) * call.rows + row] = numbers[at];
-      });
+      total[number] += double(value);
+      if (call.reduction != kNoReduction) return;
+      static_cast<P*>(number == 0 ? call.loss : call.stats)[number == 0 ? row : (number - 1) * call.rows + row] = value;
     });
   }
 };
+
+// Numbers of a row.
+enum : int { kLoss = 0, kRewardMean = 1, kRewardStd = 2, kEntropy = 3, kLogProb = 4, kAdvantageStd = 5 };
+
+template <class P>
+PK_FN void add_group_stats(Warp team, const Sums& sums, const LossCall& call, int64_t row, const RowStats<P>& stats) {
+  sums.add(team, call, row, kRewardMean, stats.reward_mean);
+  sums.add(team, call, row, kRewardStd, stats.reward_std);
+  sums.add(team, call, row, kAdvantageStd, stats.advantage_std);
+}
 
 // ---- Kernels: what a block and each of its warps hold, and the rows of a warp ----
 
@@ -364,29 +752,49 @@ struct PolicyLossRows {
   PK_FN static int64_t summed(const Call& call) {
     return call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
   }
+  PK_FN static int64_t stored(const Call& call) { return stored_terms(call.precision_kind, summed(call)); }
+
+  static constexpr int at_once = sizeof(V) <= 8 ? 2 : 1;  // samples of a thread, as far as registers last
 
   const Work<Call>& work;
   const int dim, count;
-  const bool pathwise;
+  const bool pathwise, full;
+  const bool uniform;  // all samples of all rows weigh the same
   Shared<V>* u;
-  T* tiled;  // U in rows of whole tiles, where it is read by tiles; or null
+  Shared<V>* tiled;   // U in rows of whole tiles, or null where memory is short
+  Shared<V>* packed;  // U as of quadratic_packed, or null
 
   PK_FN PolicyLossRows(const Work<Call>& work, Memory& memory)
-      : work(work), dim(int(work.call.dim)), count(int(samples(work.call))), pathwise(work.call.estimator == kReparam) {
-    u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim));
-    tiled = nullptr;
-    if constexpr (!is_dual<V> && !closed) {
-      if (work.call.precision_kind != kFull) return;
-      const int stride = whole_tiles(dim);
-      tiled = stride == dim ? u : memory.take<T>(stride * stride);
+      : work(work),
+        dim(int(work.call.dim)),
+        count(int(samples(work.call))),
+        pathwise(work.call.estimator == kReparam),
+        full(work.call.precision_kind == kFull),
+        uniform(!is_dual<V> && !work.call.has_rbf &&
+                (work.call.cotangent.value == nullptr || work.call.reduction != kNoReduction)) {
+    const int stride = whole_tiles(dim);
+    u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim) + kTile);
+    tiled = packed = nullptr;
+    if (closed || !full) return;
+    if (packs && dim <= kPacked) {
+      packed = memory.take<Shared<V>>(dim * (dim + 1) / 2 + kTile);
+    } else if (stride == dim) {
+      tiled = u;
+    } else if (sizeof(Shared<V>) * size_t(stride * stride) <= kMostTiled) {
+      tiled = memory.take<Shared<V>>(stride * stride);
     }
   }
+
+  static constexpr bool packs = std::is_same<V, float>::value;
+  static constexpr size_t kMostTiled = 24 * 1024;
+  static constexpr int kFew = kLanes / 2;  // samples, of which several threads share one's quadratic form
 
   struct Warps {
     Sums sums;
     Policy<V, Scale> policy;
     V *target, *base, *pulled_sum, *group;
-    P* mean_sum;
+    P *mean_sum, *scale_sum;
+    Tally<P> tally;  // of the gradient in a full U, where each tile has a thread
     Vectors<P> noise;
     Vectors<V> at, other;
 
@@ -394,11 +802,15 @@ struct PolicyLossRows {
         : sums(memory, summed(k.work.call)),
           policy(memory, k.dim),
           target(memory.take<V>(k.dim)),
-          base(memory.take<V>(k.dim + kTile)),
-          pulled_sum(memory.take<V>(k.dim)),
+          base(memory.take<V>(whole_tiles(k.dim))),
+          pulled_sum(memory.take<V>(whole_tiles(k.dim))),
           group(memory.take<V>(4 * k.count)),
           mean_sum(memory.take<P>(k.dim)),
-          noise(memory, k.dim, closed ? 0 : k.work.held),
+          scale_sum(memory.take<P>(triangular ? 0 : k.dim)),
+          tally{!closed && k.work.call.grad_precision && k.full && tiles_of(k.dim) <= kLanes
+                    ? memory.take<P>(Tally<P>::size)
+                    : nullptr},
+          noise(memory, k.dim, closed || (is_dual<V> && !triangular && !k.pathwise) ? 0 : k.work.held),
           at(memory, k.dim, k.work.held),
           other(memory, k.dim, closed || k.pathwise || is_dual<V> ? k.work.held : 0) {}
   };
@@ -406,101 +818,164 @@ struct PolicyLossRows {
   // U, symmetrised.
   PK_FN void load_shared(Block team) const {
     const Call& call = work.call;
-    team.each(precision_size(call.precision_kind, dim), [&](int64_t at) PK_LAMBDA {
-      const Shared<V> value = value_at<Shared<V>>(call.precision, at);
-      const int64_t mirrored = call.precision_kind == kFull ? at % dim * dim + at / dim : at;
-      u[at] = (value + value_at<Shared<V>>(call.precision, mirrored)) * T(0.5);
+    const int size = int(precision_size(call.precision_kind, dim));
+    const auto entry = [&](int at, int mirrored) PK_LAMBDA {
+      return (value_at<Shared<V>>(call.precision, at) + value_at<Shared<V>>(call.precision, mirrored)) * T(0.5);
+    };
+    team.each(size + kTile, [&](int64_t number) PK_LAMBDA {
+      const int at = int(number);
+      u[at] = at < size ? entry(at, full ? at % dim * dim + at / dim : at) : Shared<V>{};
     });
-    if constexpr (!is_dual<V>) {
+    if (tiled && tiled != u) {
       const int stride = whole_tiles(dim);
-      team.each(tiled && tiled != u ? stride * stride : 0, [&](int64_t at) PK_LAMBDA {
+      team.each(stride * stride, [&](int64_t at) PK_LAMBDA {
         const int i = int(at) / stride, j = int(at) % stride;
-        tiled[at] = i < dim && j < dim ? u[i * dim + j] : T(0);
+        tiled[at] = i < dim && j < dim ? entry(i * dim + j, j * dim + i) : Shared<V>{};
+      });
+    }
+    if (packed) {
+      const int terms = dim * (dim + 1) / 2;
+      team.each(terms + kTile, [&](int64_t at) PK_LAMBDA {
+        int i, j;
+        corner(int(at), i, j);
+        packed[at] = at < terms ? entry(i * dim + j, j * dim + i) * T(i == j ? 1 : 2) : Shared<V>{};
       });
     }
   }
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first) const {
     held.sums.clear(team);
-    for (int64_t row = first; row < work.call.rows; row += step) {
-      const Scale<V> scale = held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr);
-      load_row(team, work.call.target, row, dim, held.target);
-      P* to_scale = row_of<P>(work.call.grad_scale, row, scale.size());
+    held.policy.clear(team);
+    team.each(whole_tiles(dim), [&](int64_t j) PK_LAMBDA { held.base[j] = held.pulled_sum[j] = V{}; });
+    if (held.tally.first) held.tally.clear(team);
+    int tallied = 0;
+    for (int64_t row = first; row < work.call.rows; row += work.step()) {
+      const Scale<V> scale =
+          held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr, &work.call.target, held.target);
+      // A gradient of dim numbers is added up in memory of the warp. Never one or the other: nvcc has to know which.
+      P* scale_sum = triangular ? row_of<P>(work.call.grad_scale, row, scale.size()) : held.scale_sum;
+      if (work.call.grad_scale == nullptr) scale_sum = nullptr;
       const V weight = weight_of<V>(work.call, row);
-      if (to_scale) {
-        team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
-        scale.add_entropy(weight * T(-work.call.entropy_coef), to_scale, team);
+      if (scale_sum) {
+        team.each(scale.size(), [&](int64_t i) PK_LAMBDA { scale_sum[i] = P{}; });
+        scale.add_entropy(weight * T(-work.call.entropy_coef), scale_sum, team);
       }
       const V log_determinant = scale.log_determinant(team);
       const V entropy = gaussian_entropy(dim, log_determinant);
-      RowStats<V> stats{};
-      V loss;
-      if constexpr (closed) {
-        loss = closed_form(team, held, scale, row, weight, to_scale, stats);
-      } else {
-        loss = sampled(team, held, scale, row, weight, to_scale, log_determinant, stats);
-      }
-      loss = loss - entropy * T(work.call.entropy_coef);
-      RowStats<P> results{};
       if constexpr (!is_dual<V>) {
         if (work.call.stats) {
-          stats.entropy = entropy;
-          team.each(1, [&](int64_t) PK_LAMBDA {
-            for (int64_t j = 0; j < dim; ++j) held.base[j] = held.target[j] - held.policy.mean[j];
-            scale.template whiten<1>(held.base, held.pulled_sum);
-            held.pulled_sum[0] = gaussian_log_density(dim, held.pulled_sum, log_determinant);
-          });
-          stats.log_prob = held.pulled_sum[0];
-          results = stats;
+          held.sums.add(team, work.call, row, kEntropy, entropy);
+          held.sums.add(team, work.call, row, kLogProb, log_prob(team, held, scale, log_determinant));
         }
       }
-      held.sums.add(team, work.call, row, output(loss), results);
+      V loss;
+      if constexpr (closed) {
+        loss = closed_form(team, held, scale, row, weight, scale_sum);
+      } else {
+        loss = sampled(team, held, scale, row, weight, scale_sum, log_determinant);
+      }
+      if (!triangular && work.call.grad_scale) {
+        P* to_scale = row_of<P>(work.call.grad_scale, row, dim);
+        team.each(dim, [&](int64_t j) PK_LAMBDA { to_scale[j] = held.scale_sum[j]; });
+      }
+      loss = loss - entropy * T(work.call.entropy_coef);
+      held.sums.add(team, work.call, row, kLoss, output(loss));
+      tallied += count;
+      if (held.tally.first && (tallied >= kTallied || row + work.step() >= work.call.rows)) {
+        const P factor = uniform ? output(weight_of<V>(work.call, 0)) * ratio<T>(1, count) : P{} + T(1);
+        held.tally.flush(team, work.shape.tiles, dim, factor, held.sums.shared());
+        tallied = 0;
+      }
     }
   }
+
+  // Of the target.
+  PK_FN V log_prob(Warp team, const Warps& held, const Scale<V>& scale, V log_determinant) const {
+    team.each(1, [&](int64_t) PK_LAMBDA {
+      for (int j = 0; j < dim; ++j) held.base[j] = held.target[j] - held.policy.mean[j];
+      scale.template whiten<1>(held.base, held.pulled_sum);
+      held.pulled_sum[0] = gaussian_log_density(dim, held.pulled_sum, log_determinant);
+    });
+    return held.pulled_sum[0];
+  }
+
+  // Samples after which sums in the precision of V go on in double.
+  static constexpr int kTallied = 512;
 
   PK_FN Precision<V> precision() const { return {work.call.precision_kind, u}; }
 
-  // xᵀ U x.
-  PK_FN V squared(const V* x) const {
-    if constexpr (!is_dual<V>) {
-      if (tiled) return quadratic_by_tiles(tiled, int(dim), x);
+  // xᵀ U x of S vectors.
+  template <int S>
+  PK_FN void squared(const V* const (&x)[S], V (&squares)[S]) const {
+    if constexpr (packs) {
+      if (packed) {
+        quadratic_packed<S>(packed, dim, x, squares);
+        return;
+      }
     }
-    V squares[1];
-    quadratic<1>(precision(), dim, x, squares);
-    return squares[0];
+    if (tiled) {
+      const int stride = whole_tiles(dim);
+      unrolled<S>([&](auto s) PK_LAMBDA { squares[decltype(s)::value] = V{}; });
+      PK_ROLLED
+      for (int i = 0; i < stride; i += kTile) add_quadratic_of_rows<S>(tiled, stride, i, x, squares);
+      return;
+    }
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      V square[1];
+      quadratic<1>(precision(), dim, x[decltype(s)::value], square);
+      squares[decltype(s)::value] = square[0];
+    });
   }
 
-  // Adds Σ_k weight_k x_k x_kᵀ as the gradient in U.
-  PK_FN void add_precision(Warp team, const Warps& held, int samples, Vectors<V> x, const V* weight) const {
+  // Adds Σ_k weight_k x_k x_kᵀ as the gradient in U, where no weights are `each`.
+  PK_FN void add_precision(Warp team, const Warps& held, int samples, Vectors<V> x, const V* weight, P each) const {
     double* total = held.sums.shared();
-    if (work.call.precision_kind == kFull) {
-      outer(team, dim, samples, x, x, weight,
-            [&](int64_t i, int64_t j, P sum) PK_LAMBDA { total[i * (i + 1) / 2 + j] += double(sum); });
+    if (held.tally.first) {  // which `each` weighs later
+      held.tally.add(team, work.shape.tiles, samples, x, weight);
+    } else if (full) {
+      outer(team, work.shape.tiles, dim, samples, x, x, weight,
+            [&](int i, int j, P sum) PK_LAMBDA { total[i * (i + 1) / 2 + j] += double(sum * each); });
     } else {
       team.sums<P>(
-          dim,
-          [&](int64_t j, int part, int parts) PK_LAMBDA {
+          work.shape.columns,
+          [&](int j, int part, int parts) PK_LAMBDA {
             P sum{};
-            for (int k = part; k < samples; k += parts) sum = sum + output(weight[k] * x[k][j] * x[k][j]);
+            for (int k = part; k < samples; k += parts) {
+              const V value = x[k][j];
+              sum = sum + output(weight ? weight[k] * value * value : value * value);
+            }
             return sum;
           },
-          [&](int64_t j, P sum) PK_LAMBDA { total[j] += double(sum); });
+          [&](int j, P sum) PK_LAMBDA { total[j] += double(sum * each); });
     }
   }
 
   // The gradients in the mean and the target from U times what is in pulled_sum.
   PK_FN void store_pull(Warp team, const Warps& held, int64_t row, P* to_mean) const {
     P* to_target = row_of<P>(work.call.grad_target, row, dim);
-    team.each(dim, [&](int64_t i) PK_LAMBDA {
-      const V pull = apply_at(precision(), dim, held.pulled_sum, i) * T(2);
+    team.each(dim, [&](int64_t at) PK_LAMBDA {
+      const int i = int(at);
+      V sum{};
+      if (full) {
+        const Shared<V>* entries = u + i * dim;  // beyond the row, times zero
+        PK_ROLLED
+        for (int j = 0; j < dim; j += kTile) {
+          V pulled[kTile];
+          load(held.pulled_sum + j, pulled);
+          unrolled<kTile>([&](auto c)
+                              PK_LAMBDA { sum = sum + pulled[decltype(c)::value] * entries[j + decltype(c)::value]; });
+        }
+      } else {
+        sum = apply_at(precision(), dim, held.pulled_sum, i);
+      }
+      const V pull = sum * T(2);
       if (to_mean) to_mean[i] = output(pull);
       if (to_target) to_target[i] = output(-pull);
     });
   }
 
   // δᵀUδ + tr(U S Sᵀ), δ = μ - y. The columns of S are weighted and summed as samples are.
-  PK_FN V closed_form(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale,
-                      RowStats<V>& stats) const {
+  PK_FN V closed_form(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale) const {
     V* weights = held.group;
     team.each(dim, [&](int64_t j) PK_LAMBDA {
       held.base[j] = held.policy.mean[j] - held.target[j];
@@ -517,9 +992,8 @@ struct PolicyLossRows {
       });
       if (work.call.grad_precision == nullptr) continue;
       if constexpr (Scale<V>::triangular) {
-        add_precision(team, held, columns, held.at, weights);
+        add_precision(team, held, columns, held.at, weights, P{} + T(1));
       } else {
-        const bool full = work.call.precision_kind == kFull;
         team.each(columns, [&](int64_t k) PK_LAMBDA {
           const int64_t j = first + k;
           held.sums.shared()[full ? j * (j + 1) / 2 + j : j] += double(output(weight * square(scale.std[j])));
@@ -529,7 +1003,7 @@ struct PolicyLossRows {
     if (work.call.grad_precision) {
       Vectors<V> delta = held.at;
       delta.first = held.base;
-      add_precision(team, held, 1, delta, weights);
+      add_precision(team, held, 1, delta, weights, P{} + T(1));
     }
     store_pull(team, held, row, row_of<P>(work.call.grad_mean, row, dim));
     team.each(dim, [&](int64_t i) PK_LAMBDA { held.pulled_sum[i] = apply_at(precision(), dim, held.base, i); });
@@ -543,23 +1017,114 @@ struct PolicyLossRows {
             return scale.reward_variance_at(first + k, precision(), held.pulled_sum, held.at[k], held.other[k]);
           });
         }
-        stats.reward_mean = -loss;
-        stats.reward_std = stats.advantage_std = square_root(variance);
+        held.sums.add(team, work.call, row, kRewardMean, -loss);
+        held.sums.add(team, work.call, row, kRewardStd, square_root(variance));
+        held.sums.add(team, work.call, row, kAdvantageStd, square_root(variance));
       }
     }
     return loss;
   }
 
+  // Draws samples and their residuals ŷ - y, of which score-function samples carry a derivative by y only.
+  PK_FN void draw_samples(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, int first,
+                          int samples) const {
+    const Call& call = work.call;
+    const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
+    const Vectors<V> z = held.other;
+    draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
+            samples == work.held ? work.shape.drawing : Drawing(dim, samples),
+            [&](int k, int block, const P(&noise)[kTile]) PK_LAMBDA {
+              const int j = block * kTile;
+              if (held.noise.first) store(noise, held.noise[k] + j);  // else it is in z
+              if constexpr (!triangular) {
+                V base[kTile], std[kTile], residual[kTile];
+                load(held.base + j, base);
+                load(scale.std + j, std);
+                unrolled<kTile>([&](auto i) PK_LAMBDA {
+                  constexpr int at = decltype(i)::value;
+                  residual[at] = Scale<V>::stretched(base[at], std[at], noise[at]);
+                  if constexpr (is_dual<V>) {
+                    if (!pathwise) residual[at].t = base[at].t;
+                  }
+                });
+                store(residual, held.at[k] + j);
+                if constexpr (is_dual<V>) {
+                  if (pathwise) return;
+                  V mean[kTile], parameter[kTile], inverse[kTile], white[kTile];
+                  load(held.policy.mean + j, mean);
+                  load(held.policy.parameter + j, parameter);
+                  load(scale.inverse_std + j, inverse);
+                  unrolled<kTile>([&](auto i) PK_LAMBDA {
+                    constexpr int at = decltype(i)::value;
+                    white[at] = Scale<V>::whitened(mean[at].t * inverse[at].v, parameter[at].t, noise[at]);
+                  });
+                  store(white, z[k] + j);
+                }
+              }
+            });
+    if constexpr (triangular) {
+      team.each(samples, [&](int64_t at) PK_LAMBDA {
+        const int k = int(at);
+        const P* noise = held.noise[k];
+        V* residual = held.at[k];
+        scale.template stretch<1>(static_cast<const V*>(held.base), noise, residual);
+        for (int j = dim; j < whole_tiles(dim); ++j) residual[j] = V{};
+        if constexpr (is_dual<V>) {
+          if (pathwise) return;
+          for (int j = 0; j < dim; ++j) residual[j].t = held.base[j].t;
+          scale.template whiten_noise<1>(held.policy.mean, noise, z[k]);
+        }
+      });
+    }
+  }
+
+  // Of the samples that are held, also the derivative of the log-density.
+  PK_FN void set_rewards(Warp team, const Warps& held, const Surrogate& s, const Group<V>& group, int first,
+                         int samples, Vectors<V> z, V log_determinant) const {
+    const auto set = [&](int k, V square) PK_LAMBDA {
+      group.reward[first + k] = transformed_reward(s, -square);
+      if constexpr (is_dual<V>) group.excess[first + k] = pathwise ? V{} : excess_of(dim, z[k], log_determinant);
+    };
+    if (tiled && samples <= kFew) {
+      const int stride = whole_tiles(dim);
+      team.sums<V>(
+          samples == work.held ? work.shape.samples : Shares(samples),
+          [&](int k, int part, int parts) PK_LAMBDA {
+            const V* const x[1] = {held.at[k]};
+            V square[1] = {};
+            PK_ROLLED
+            for (int i = part * kTile; i < stride; i += parts * kTile) {
+              add_quadratic_of_rows<1>(tiled, stride, i, x, square);
+            }
+            return square[0];
+          },
+          set);
+      return;
+    }
+    team.many<at_once>(samples, [&](int k, auto number) PK_LAMBDA {
+      constexpr int S = decltype(number)::value;
+      const V* x[S];
+      V squares[S];
+      unrolled<S>([&](auto i) PK_LAMBDA {
+        const int of = k + decltype(i)::value * kLanes;
+        x[decltype(i)::value] = held.at[of < samples ? of : k];
+      });
+      squared<S>(x, squares);
+      unrolled<S>([&](auto i) PK_LAMBDA {
+        const int of = k + decltype(i)::value * kLanes;
+        if (of < samples) set(of, squares[decltype(i)::value]);
+      });
+    });
+  }
+
   PK_FN V sampled(Warp team, const Warps& held, const Scale<V>& scale, int64_t row, V weight, P* to_scale,
-                  V log_determinant, RowStats<V>& stats) const {
+                  V log_determinant) const {
     const Call& call = work.call;
     const Surrogate s = surrogate_of(call);
     const Group<V> group = group_in(held.group, count);
-    const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
-    P* to_mean = row_of<P>(call.grad_mean, row, dim);
-    const bool need_sum = call.grad_target || (pathwise && to_mean);
-    const bool need_score = !pathwise && (to_mean || to_scale);
-    // ŷ - y. Score-function samples are constants, so that only y carries a derivative.
+    const bool need_sum = call.grad_target || (pathwise && call.grad_mean);
+    const bool need_score = !pathwise && (call.grad_mean || to_scale);
+    const V unit = weight * ratio<T>(1, count);
     team.each(dim, [&](int64_t j) PK_LAMBDA {
       const V mean = held.policy.mean[j];
       held.base[j] = (pathwise ? mean : constant<V>(stop(mean))) - held.target[j];
@@ -574,64 +1139,52 @@ struct PolicyLossRows {
     for (int pass = 0; pass < 2; ++pass) {
       for (int first = 0; first < count; first += work.held) {
         const int samples = count - first < work.held ? count - first : work.held;
-        if (pass == 0 || work.held < count) {
-          team.each(samples, [&](int64_t k) PK_LAMBDA {
-            P* noise = held.noise[k];
-            V* residual = held.at[k];
-            draw_noise(seed, first + k, call.row_offset + uint64_t(row), dim, noise);
-            scale.template stretch<1>(static_cast<const V*>(held.base), noise, residual);
-            if constexpr (is_dual<V>) {
-              if (!pathwise) {
-                for (int64_t j = 0; j < dim; ++j) residual[j].t = held.base[j].t;
-                scale.template whiten_noise<1>(held.policy.mean, noise, z[k]);
-              }
-            }
-          });
-        }
+        if (pass == 0 || work.held < count) draw_samples(team, held, scale, row, first, samples);
         if (pass == 0) {
-          team.each(samples, [&](int64_t k) PK_LAMBDA {
-            group.reward[first + k] = transformed_reward(s, -squared(held.at[k]));
-            group.excess[first + k] = pathwise ? V{} : excess_of(dim, z[k], log_determinant);
-          });
+          set_rewards(team, held, s, group, first, samples, z, log_determinant);
           continue;
         }
-        const V* pull = group.pull + first;
-        if (need_sum) {
-          team.sums<V>(
-              dim,
-              [&](int64_t j, int part, int parts) PK_LAMBDA {
-                V sum{};
-                for (int k = part; k < samples; k += parts) sum = sum + pull[k] * held.at[k][j];
-                return sum;
-              },
-              [&](int64_t j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum; });
+        const V* pull = uniform ? nullptr : group.pull + first;
+        const V* f = group.excess + first;
+        const P each = uniform ? output(unit) : P{} + T(1);
+        if (call.grad_precision) add_precision(team, held, samples, held.at, pull, each);
+        const auto add_pull = [&](int j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum * each; };
+        if (!triangular && need_sum && need_score) {
+          add_moments<true, true>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
+                                  [&](int j, V of_x, V of_z, P of_square) PK_LAMBDA {
+                                    add_pull(j, of_x);
+                                    add_score(scale, j, of_z, of_square, held.mean_sum, to_scale);
+                                  });
+          continue;
         }
-        if (call.grad_precision) add_precision(team, held, samples, held.at, pull);
+        if (need_sum) {
+          add_moments<true, false>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
+                                   [&](int j, V of_x, V, P) PK_LAMBDA { add_pull(j, of_x); });
+        }
         if (pathwise && to_scale) {
-          team.each(samples, [&](int64_t k) PK_LAMBDA {
+          team.each(samples, [&](int64_t at) PK_LAMBDA {
+            const int k = int(at);
             V* slope = held.other[k];
             apply<1>(precision(), dim, static_cast<const V*>(held.at[k]), slope);
-            for (int64_t j = 0; j < dim; ++j) slope[j] = pull[k] * slope[j] * T(2);
+            const V factor = uniform ? unit : pull[k];
+            for (int j = 0; j < dim; ++j) slope[j] = factor * slope[j] * T(2);
           });
-          add_paths(team, scale, samples, held.other, held.noise, to_scale);
+          add_paths(team, work.shape, scale, samples, held.other, held.noise, to_scale);
         }
-        if (need_score) {
-          add_scores(team, scale, samples, static_cast<const V*>(group.excess + first), z, held.at, held.mean_sum,
-                     to_scale);
-        }
+        if (need_score) add_scores(team, work.shape, scale, samples, f, z, held.at, held.mean_sum, to_scale);
       }
       if (pass == 1) break;
-      objective = finish(s, group, team);
+      objective = finish(s, group, team, !uniform);
       if constexpr (!is_dual<V>) {
-        if (call.stats) stats = group_stats(s, group, team);
+        if (call.stats) add_group_stats(team, held.sums, call, row, group_stats(s, group, team));
       }
-      const V unit = weight * T(1.0 / double(count));
       team.each(count, [&](int64_t g) PK_LAMBDA {
         if (!pathwise) group.excess[g] = -(unit * score_factor(group, g));
-        group.pull[g] = unit * group.pull[g];
+        if (!uniform) group.pull[g] = unit * group.pull[g];
       });
       if (!need_sum && !need_score && !call.grad_precision && to_scale == nullptr) return -objective;
     }
+    P* to_mean = row_of<P>(call.grad_mean, row, dim);
     if (need_sum) store_pull(team, held, row, pathwise ? to_mean : nullptr);
     if (!pathwise && to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     return -objective;
@@ -654,6 +1207,7 @@ struct SurrogateLossRows {
 
   PK_FN static int64_t samples(const Call& call) { return call.samples; }
   PK_FN static int64_t summed(const Call&) { return 0; }
+  PK_FN static int64_t stored(const Call&) { return 0; }
 
   const Work<Call>& work;
   const int dim, count;
@@ -679,9 +1233,10 @@ struct SurrogateLossRows {
 
   PK_FN void load_shared(Block) const {}
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first) const {
     held.sums.clear(team);
-    for (int64_t row = first; row < work.call.rows; row += step) one(team, held, row);
+    held.policy.clear(team);
+    for (int64_t row = first; row < work.call.rows; row += work.step()) one(team, held, row);
   }
 
   PK_FN void one(Warp team, const Warps& held, int64_t row) const {
@@ -704,13 +1259,12 @@ struct SurrogateLossRows {
       scale.add_entropy(weight * T(-call.entropy_coef), to_scale, team);
     }
     V objective{}, log_prob{};
-    RowStats<V> stats{};
     for (int pass = 0; pass < 2; ++pass) {
       for (int first = 0; first < count; first += work.held) {
         const int samples = count - first < work.held ? count - first : work.held;
         if (pass == 0 || work.held < count) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const Place place(i, dim, first, call.rows, row);
+            const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
             const V sample = constant<V>(static_cast<const T*>(call.given)[place.at]);
             held.at[place.k][place.j] = sample - held.policy.mean[place.j];
           });
@@ -728,7 +1282,7 @@ struct SurrogateLossRows {
             }
           }
         } else {
-          add_scores(team, scale, samples, static_cast<const V*>(group.excess + first), held.white, held.at,
+          add_scores(team, work.shape, scale, samples, static_cast<const V*>(group.excess + first), held.white, held.at,
                      held.mean_sum, to_scale);
         }
       }
@@ -736,12 +1290,12 @@ struct SurrogateLossRows {
       objective = finish(s, group, team);
       if constexpr (!is_dual<V>) {
         if (call.stats) {
-          stats = group_stats(s, group, team);
-          stats.log_prob = log_prob * T(1.0 / double(count));
-          stats.entropy = entropy;
+          add_group_stats(team, held.sums, call, row, group_stats(s, group, team));
+          held.sums.add(team, call, row, kLogProb, log_prob * ratio<T>(1, count));
+          held.sums.add(team, call, row, kEntropy, entropy);
         }
       }
-      const V unit = weight * T(-1.0 / double(count));
+      const V unit = weight * -ratio<T>(1, count);
       team.each(count, [&](int64_t g) PK_LAMBDA {
         if (score) group.excess[g] = unit * score_factor(group, g);
         if (call.grad_rewards) static_cast<P*>(call.grad_rewards)[g * call.rows + row] = output(unit * group.pull[g]);
@@ -750,9 +1304,7 @@ struct SurrogateLossRows {
     }
     if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     const V loss = -objective - entropy * T(call.entropy_coef);
-    RowStats<P> results{};
-    if constexpr (!is_dual<V>) results = stats;
-    held.sums.add(team, call, row, output(loss), results);
+    held.sums.add(team, call, row, kLoss, output(loss));
   }
 };
 
@@ -788,9 +1340,10 @@ struct LogProbRows {
 
   PK_FN void load_shared(Block) const {}
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first_row, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first_row) const {
     const Call& call = work.call;
-    for (int64_t row = first_row; row < call.rows; row += step) {
+    held.policy.clear(team);
+    for (int64_t row = first_row; row < call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, call, row, true);
       const V log_determinant = scale.log_determinant(team);
       P* to_mean = row_of<P>(call.grad_mean, row, dim);
@@ -800,7 +1353,7 @@ struct LogProbRows {
       for (int64_t first = 0; first < call.count; first += work.held) {
         const int samples = int(call.count - first < work.held ? call.count - first : work.held);
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(i, dim, first, call.rows, row);
+          const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
           held.at[place.k][place.j] = value_at<V>(call.value, place.at) - held.policy.mean[place.j];
         });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
@@ -811,8 +1364,8 @@ struct LogProbRows {
             static_cast<P*>(call.out)[at] = output(gaussian_log_density(dim, held.white[k], log_determinant));
         });
         if (to_mean || to_scale) {
-          add_scores(team, scale, samples, static_cast<const V*>(held.factor), held.white, held.at, held.mean_sum,
-                     to_scale);
+          add_scores(team, work.shape, scale, samples, static_cast<const V*>(held.factor), held.white, held.at,
+                     held.mean_sum, to_scale);
         }
         if (call.grad_value == nullptr) continue;
         // ∂/∂value is minus ∂/∂μ of the sample.
@@ -821,7 +1374,7 @@ struct LogProbRows {
           for (int64_t j = 0; j < dim; ++j) held.at[k][j] = -(held.factor[k] * held.at[k][j]);
         });
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(i, dim, first, call.rows, row);
+          const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
           static_cast<P*>(call.grad_value)[place.at] = output(held.at[place.k][place.j]);
         });
       }
@@ -861,10 +1414,11 @@ struct SampleRows {
 
   PK_FN void load_shared(Block) const {}
 
-  PK_FN void rows(Warp team, const Warps& held, int64_t first_row, int64_t step) const {
+  PK_FN void rows(Warp team, const Warps& held, int64_t first_row) const {
     const Call& call = work.call;
     const uint64_t seed = work.seed ? uint64_t(*work.seed) : call.seed;
-    for (int64_t row = first_row; row < call.rows; row += step) {
+    held.policy.clear(team);
+    for (int64_t row = first_row; row < call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, call, row, false);
       P* to_mean = row_of<P>(call.grad_mean, row, dim);
       P* to_scale = row_of<P>(call.grad_scale, row, scale.size());
@@ -872,84 +1426,109 @@ struct SampleRows {
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
       for (int64_t first = 0; first < call.samples; first += work.held) {
         const int samples = int(call.samples - first < work.held ? call.samples - first : work.held);
+        draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
+                samples == work.held ? work.shape.drawing : Drawing(dim, samples),
+                [&](int k, int block, const P(&noise)[kTile])
+                    PK_LAMBDA { store(noise, held.noise[k] + block * kTile); });
         team.each(samples, [&](int64_t k) PK_LAMBDA {
-          draw_noise(seed, first + k, call.row_offset + uint64_t(row), dim, held.noise[k]);
           scale.template stretch<1>(static_cast<const V*>(held.policy.mean), held.noise[k], held.at[k]);
         });
         if (call.out) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-            const Place place(i, dim, first, call.rows, row);
+            const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
             static_cast<P*>(call.out)[place.at] = output(held.at[place.k][place.j]);
           });
         }
         if (to_mean == nullptr && to_scale == nullptr) continue;
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
-          const Place place(i, dim, first, call.rows, row);
+          const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
           held.at[place.k][place.j] = value_at<V>(call.cotangent, place.at);
         });
         team.sums<P>(
-            dim,
-            [&](int64_t j, int part, int parts) PK_LAMBDA {
+            work.shape.columns,
+            [&](int j, int part, int parts) PK_LAMBDA {
               P sum{};
               for (int k = part; k < samples; k += parts) sum = sum + output(held.at[k][j]);
               return sum;
             },
-            [&](int64_t j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
-        if (to_scale) add_paths(team, scale, samples, held.at, held.noise, to_scale);
+            [&](int j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
+        if (to_scale) add_paths(team, work.shape, scale, samples, held.at, held.noise, to_scale);
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     }
   }
 };
 
-// Writes what the warps of a block have summed; their memory begins with it.
-PK_FN void store_sums(Block team, const char* warps, size_t warp_bytes, int count, int64_t terms, double* to) {
-  team.each(kHead + terms, [&](int64_t i) PK_LAMBDA {
-    double total = 0;
-    for (int w = 0; w < count; ++w) total += reinterpret_cast<const double*>(warps + w * warp_bytes)[i];
-    to[i] = total;
+// Writes what the warps of a block have summed, of which `terms` are the gradient in U; their memory begins with it.
+// That of one number is the sum of all.
+PK_FN void store_sums(Block team, const char* warps, int warp_bytes, int count, int64_t terms, int64_t stored,
+                      double* to) {
+  const auto total = [&](int64_t i) PK_LAMBDA {
+    double sum = 0;
+    for (int w = 0; w < count; ++w) sum += reinterpret_cast<const double*>(warps + w * warp_bytes)[i];
+    return sum;
+  };
+  team.each(kHead + stored, [&](int64_t i) PK_LAMBDA {
+    double sum = total(i);
+    for (int64_t j = i + 1; i == kHead && stored < terms && j < kHead + terms; ++j) sum += total(j);
+    to[i] = sum;
   });
 }
 
-// Adds up what the blocks of a loss have summed, a warp a number: the loss, the statistics, then the gradient in U.
+// Adds up what the blocks of a loss have summed: the loss, the statistics, then the gradient in U. A block of threads
+// takes kLanes of these numbers, side by side as they stand in memory, in kParts parts.
 struct Finish {
+  static constexpr int kParts = 32;
+
   LossCall call;
   const double* partials;
-  int64_t blocks, terms;
+  int64_t blocks, terms;  // terms that a block stores
   int precision_kind;
   int64_t dim;
   void* grad_precision;
 
-  // Of warps to run.
-  PK_FN int64_t numbers() const { return kHead + (precision_kind == kScalar && terms > 0 ? 1 : terms); }
+  PK_FN int64_t groups() const { return (kHead + terms + kLanes - 1) / kLanes; }
+
+  // scratch: kParts kLanes.
+  template <class T>
+  PK_FN void group(Block team, int64_t number, double* scratch) const {
+    const int64_t size = kHead + terms;
+    team.each(kParts * kLanes, [&](int64_t i) PK_LAMBDA {
+      const int64_t column = number * kLanes + i % kLanes;
+      double sum = 0;
+      for (int64_t b = i / kLanes; column < size && b < blocks; b += kParts) sum += partials[b * size + column];
+      scratch[i] = sum;
+    });
+    team.each(kLanes, [&](int64_t lane) PK_LAMBDA {
+      const int64_t column = number * kLanes + lane;
+      double total = 0;
+      for (int part = 0; part < kParts; ++part) total += scratch[part * kLanes + lane];
+      if (column < kHead) {
+        store_number<T>(column, total);
+      } else if (column < size) {
+        store_term<T>(column - kHead, T(total));
+      }
+    });
+  }
 
   template <class T>
-  PK_FN void one(Warp team, int64_t number) const {
-    const int64_t size = kHead + terms;
-    if (number < kHead) {
-      if (call.reduction == kNoReduction || (number > 0 && call.stats == nullptr)) return;
-      const double total =
-          team.template sum<double>(blocks, [&](int64_t b) PK_LAMBDA { return partials[b * size + number]; });
-      const double count = call.rows > 0 ? double(call.rows) : 1.0;
-      const bool mean = number > 0 || call.reduction == kMeanOverRows;
-      T* to = number == 0 ? static_cast<T*>(call.loss) : static_cast<T*>(call.stats) + number - 1;
-      team.each(1, [&](int64_t) PK_LAMBDA { *to = T(mean ? total / count : total); });
+  PK_FN void store_number(int64_t number, double total) const {
+    if (call.reduction == kNoReduction || (number > 0 && call.stats == nullptr)) return;
+    if (number > 0 || call.reduction == kMeanOverRows) total /= call.rows > 0 ? double(call.rows) : 1.0;
+    *(number == 0 ? static_cast<T*>(call.loss) : static_cast<T*>(call.stats) + number - 1) = T(total);
+  }
+
+  template <class T>
+  PK_FN void store_term(int64_t term, T value) const {
+    T* to = static_cast<T*>(grad_precision);
+    if (precision_kind != kFull) {
+      to[term] = value;
       return;
     }
-    const int64_t of = number - kHead, width = precision_kind == kScalar ? terms : 1;
-    const double total = team.template sum<double>(
-        blocks * width, [&](int64_t i) PK_LAMBDA { return partials[i / width * size + kHead + of + i % width]; });
-    T* to = static_cast<T*>(grad_precision);
-    team.each(1, [&](int64_t) PK_LAMBDA {
-      if (precision_kind != kFull) {
-        to[of] = T(total);
-        return;
-      }
-      int64_t i = 0;  // an off-diagonal term of x xᵀ stands at both of its places
-      while ((i + 1) * (i + 2) / 2 <= of) ++i;
-      const int64_t j = of - i * (i + 1) / 2;
-      to[i * dim + j] = to[j * dim + i] = T(total);
-    });
+    int64_t i = 0;  // an off-diagonal term of x xᵀ stands at both of its places
+    while ((i + 1) * (i + 2) / 2 <= term) ++i;
+    const int64_t j = term - i * (i + 1) / 2;
+    to[i * dim + j] = to[j * dim + i] = value;
   }
 };
 

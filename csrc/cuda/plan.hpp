@@ -26,18 +26,20 @@ template <class Rows, class C>
 Plan plan(Work<C>& work) {
   const int64_t dim = work.call.dim, samples = std::max<int64_t>(1, Rows::samples(work.call));
   const auto too_large = [&]() -> Plan {
-    return {0, "the shared memory of a block, " + std::to_string(kMostShared) + " bytes, holds no row of " +
-                   std::to_string(dim) + " dimensions and " + std::to_string(samples) + " samples"};
+    return {0, "expected a row that, with its samples, fits the shared memory of a block, " +
+                   std::to_string(kMostShared) + " bytes, got one of " + std::to_string(dim) + " dimensions and " +
+                   std::to_string(samples) + " samples"};
   };
   // Beyond these, sizes are no int.
   if (dim > int64_t(kMostShared) || (Rows::is_loss && samples > int64_t(kMostShared))) return too_large();
   size_t common = 0;
   const auto bytes_of = [&](int64_t held) {
     work.held = int(held);
-    Memory shared{reinterpret_cast<char*>(16)};
+    Memory shared{reinterpret_cast<char*>(16), nullptr, work.of_block};
     const Rows rows(work, shared);
     common = shared.used;
-    Memory own{reinterpret_cast<char*>(16)};
+    work.shared_bytes = int(common);
+    Memory own{reinterpret_cast<char*>(16), nullptr, work.of_warp};
     typename Rows::Warps warps(rows, own);
     return own.used;
   };
@@ -47,8 +49,9 @@ Plan plan(Work<C>& work) {
   const auto fitting = [&](size_t bytes) { return 1 + int64_t((std::max(bytes, least) - least) / of_sample); };
   int64_t held = std::max<int64_t>(kLanes, fitting(kWarpShared) / kLanes * kLanes);
   held = std::min({samples, held, fitting(kMostShared - common)});
-  work.warp_bytes = bytes_of(held);
-  const int64_t fit = (std::max(kBlockShared, common) - common) / int64_t(work.warp_bytes);
+  work.warp_bytes = int(bytes_of(held));
+  work.shape = Shape(int(dim), int(held));
+  const int64_t fit = (std::max(kBlockShared, common) - common) / work.warp_bytes;
   const int64_t wanted = (work.call.rows + work.blocks - 1) / std::max<int64_t>(work.blocks, 1);
   work.warps = int(std::clamp<int64_t>(std::min(fit, wanted), 1, kMostWarps));
   return {common + work.warps * work.warp_bytes, {}};
@@ -56,7 +59,8 @@ Plan plan(Work<C>& work) {
 
 inline Finish finish_of(const Work<GaussianPolicyLoss>& work) {
   const GaussianPolicyLoss& call = work.call;
-  const int64_t terms = call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
+  const int64_t summed = call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
+  const int64_t terms = stored_terms(call.precision_kind, summed);
   return {call, work.partials, work.blocks, terms, call.precision_kind, call.dim, call.grad_precision};
 }
 inline Finish finish_of(const Work<GaussianSurrogateLoss>& work) {

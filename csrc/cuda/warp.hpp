@@ -31,21 +31,45 @@ inline void in_order(Order order, int64_t count, Body body) {
 }
 
 #if defined(__CUDACC__)
-template <class V>
-__device__ __forceinline__ V shuffled(V x, int offset) {
-  return __shfl_xor_sync(0xffffffffu, x, offset);
+// The value of another thread: at this one's number with these bits changed, or so many further on.
+enum class Exchange { across, down };
+
+template <Exchange how, class V>
+__device__ __forceinline__ V exchanged(V x, int by) {
+  return how == Exchange::across ? __shfl_xor_sync(0xffffffffu, x, by) : __shfl_down_sync(0xffffffffu, x, by);
 }
-template <class V>
-__device__ __forceinline__ Dual<V> shuffled(Dual<V> x, int offset) {
-  return {shuffled(x.v, offset), shuffled(x.t, offset)};
+template <Exchange how, class V>
+__device__ __forceinline__ Dual<V> exchanged(Dual<V> x, int by) {
+  return {exchanged<how>(x.v, by), exchanged<how>(x.t, by)};
 }
-template <class V, int M>
-__device__ __forceinline__ Several<V, M> shuffled(const Several<V, M>& x, int offset) {
+template <Exchange how, class V, int M>
+__device__ __forceinline__ Several<V, M> exchanged(const Several<V, M>& x, int by) {
   Several<V, M> y;
-  unrolled<M>([&](auto i) { y.v[decltype(i)::value] = shuffled(x.v[decltype(i)::value], offset); });
+  unrolled<M>([&](auto i) { y.v[decltype(i)::value] = exchanged<how>(x.v[decltype(i)::value], by); });
   return y;
 }
 #endif
+
+// Quotients of i by a divisor, without a division, where i times the divisor is below 2^31.
+struct Divider {
+  uint32_t factor;
+
+  PK_FN explicit Divider(int divisor) : factor((uint32_t(1) << 31) / uint32_t(divisor) + (divisor > 1)) {}
+  PK_FN int quotient(int i) const {
+    uint32_t high, low;
+    multiply_wide(uint32_t(i) * 2, factor, high, low);
+    return int(high);
+  }
+};
+
+// How a warp takes `count` sums: where there are fewer than threads, each is shared out as parts.
+struct Shares {
+  int count, parts;
+  Divider by_count;
+
+  PK_FN explicit Shares(int count)
+      : count(count), parts(count < kLanes ? kLanes / (count > 0 ? count : 1) : 1), by_count(count > 0 ? count : 1) {}
+};
 
 struct Warp {
   Order order;
@@ -68,7 +92,9 @@ struct Warp {
     PK_ROLLED
     for (int i = int(threadIdx.x) % kLanes; i < int(count); i += kLanes) mine = combine(mine, term(i));
     __syncwarp();
-    for (int offset = kLanes / 2; offset > 0; offset /= 2) mine = combine(mine, shuffled(mine, offset));
+    for (int offset = kLanes / 2; offset > 0; offset /= 2) {
+      mine = combine(mine, exchanged<Exchange::across>(mine, offset));
+    }
     return mine;
 #else
     V of_lane[kLanes], next[kLanes];
@@ -89,31 +115,64 @@ struct Warp {
     return fold<V>(count, V{}, term, [](V a, V b) PK_LAMBDA { return a + b; });
   }
 
-  // store(i, Σ_part term(i, part, parts)) for i < count, of which few are shared out as parts.
-  template <class V, class Term, class Store>
-  PK_FN void sums(int64_t count, Term term, Store store) const {
-    int parts = 1;
-    while (count * parts * 2 <= kLanes) parts *= 2;
+  // body(i, Constant<n>{}) for i, i + kLanes, ... below i + n kLanes: n is S, and the last of them may then be count or
+  // more, or 1 where no more than kLanes are left, unless that is not worth a second copy of the body.
+  template <int S, bool always = false, class Body>
+  PK_FN void many(int count, Body body) const {
+    constexpr int least = S == 1 || always ? 0 : kLanes * (S - 1);
+    int begin = 0;
 #if defined(__CUDA_ARCH__)
-    const int width = kLanes / parts, lane = int(threadIdx.x) % kLanes;
+    const int lane = int(threadIdx.x) % kLanes;
     PK_ROLLED
-    for (int begin = 0; begin < int(count); begin += width) {
-      const int i = begin + lane % width;
+    for (; begin + least < count; begin += S * kLanes) {
+      if ((S > 1 && !always) || begin + lane < count) body(begin + lane, Constant<S>{});
+    }
+    if constexpr (S > 1 && !always) {
+      if (begin + lane < count) body(begin + lane, Constant<1>{});
+    }
+    __syncwarp();
+#else
+    const auto lanes = [&](auto number) {
+      in_order(order, count - begin < kLanes ? count - begin : kLanes,
+               [&](int64_t l) { body(begin + int(l), number); });
+    };
+    for (; begin + least < count; begin += S * kLanes) lanes(Constant<S>{});
+    if (begin < count) lanes(Constant<1>{});
+#endif
+  }
+
+  // store(i, Σ_part term(i, part, parts)) for all i of `shares`.
+  template <class V, class Term, class Store>
+  PK_FN void sums(const Shares& shares, Term term, Store store) const {
+    const int count = shares.count, parts = shares.parts;
+#if defined(__CUDA_ARCH__)
+    const int lane = int(threadIdx.x) % kLanes, part = parts > 1 ? shares.by_count.quotient(lane) : 0;
+    PK_ROLLED
+    for (int begin = 0; begin < count; begin += kLanes) {
+      const int i = begin + lane - part * count;
+      const bool busy = i < count && part < parts;
       V sum{};
-      if (i < int(count)) sum = term(i, lane / width, parts);
+      if (busy) sum = term(i, part, parts);
       PK_ROLLED
-      for (int offset = width; offset < kLanes; offset *= 2) sum = sum + shuffled(sum, offset);
-      if (i < int(count) && lane < width) store(i, sum);
+      for (int left = parts; left > 1;) {
+        const int half = (left + 1) / 2;
+        const V other = exchanged<Exchange::down>(sum, half * count);
+        if (part + half < left) sum = sum + other;
+        left = half;
+      }
+      if (busy && part == 0) store(i, sum);
     }
     __syncwarp();
 #else
     in_order(order, count, [&](int64_t i) {
       V of_part[kLanes];
-      for (int part = 0; part < parts; ++part) of_part[part] = term(i, part, parts);
-      for (int offset = 1; offset < parts; offset *= 2) {
-        for (int part = 0; part < parts; part += 2 * offset) of_part[part] = of_part[part] + of_part[part + offset];
+      for (int part = 0; part < parts; ++part) of_part[part] = term(int(i), part, parts);
+      for (int left = parts; left > 1;) {
+        const int half = (left + 1) / 2;
+        for (int part = 0; part + half < left; ++part) of_part[part] = of_part[part] + of_part[part + half];
+        left = half;
       }
-      store(i, of_part[0]);
+      store(int(i), of_part[0]);
     });
 #endif
   }

@@ -5,6 +5,8 @@
 // written through another pointer would be read again.
 #pragma once
 
+#include <utility>
+
 #include "po_kernels/math.hpp"
 
 namespace po_kernels {
@@ -18,26 +20,37 @@ struct Constant {
 
 inline namespace PK_LEVEL {
 
+template <class Body, int... I>
+PK_FN void unrolled_over(const Body& body, std::integer_sequence<int, I...>) {
+  (body(Constant<I>{}), ...);
+}
 // body(Constant<0>{}), ..., body(Constant<N - 1>{}): arrays indexed by such constants need no memory.
 template <int N, class Body>
-PK_FN void unrolled(Body body) {
-  if constexpr (N > 0) {
-    unrolled<N - 1>(body);
-    body(Constant<N - 1>{});
-  }
+PK_FN void unrolled(const Body& body) {
+  unrolled_over(body, std::make_integer_sequence<int, N>{});
+}
+
+// The same as long as body returns true.
+template <class Body, int... I>
+PK_FN void unrolled_while_over(const Body& body, std::integer_sequence<int, I...>) {
+  (void)(body(Constant<I>{}) && ...);
+}
+template <int N, class Body>
+PK_FN void unrolled_while(const Body& body) {
+  unrolled_while_over(body, std::make_integer_sequence<int, N>{});
 }
 
 // body(g, Constant<S>{}) for blocks of S samples from g on, S being kBlock while there are as many, then 1.
 template <class Body>
-PK_FN void in_blocks(int64_t count, Body body) {
-  int64_t g = 0;
+PK_FN void in_blocks(Index count, Body body) {
+  Index g = 0;
   for (; g + kBlock <= count; g += kBlock) body(g, Constant<kBlock>{});
   for (; g < count; ++g) body(g, Constant<1>{});
 }
 
 // A tile of the sum below: rows i..i+4, columns j..j+4, on the diagonal (i = j) its lower triangle.
 template <int S, bool diagonal, class V, class R, class Rows>
-PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, const R* right, Rows row) {
+PK_FN void add_outer_tile(Index dim, Index i, Index j, const V* left, const R* right, Rows row) {
   using P = Primal<V>;
   P tile[4][4];
   unrolled<4>([&](auto r) PK_LAMBDA {
@@ -64,11 +77,11 @@ PK_FN void add_outer_tile(int64_t dim, int64_t i, int64_t j, const V* left, cons
 
 // row(i)[j] += Σ_s left[s][i] right[s][j] for first <= j <= i < dim; left and right are (S, dim).
 template <int S, class V, class R, class Rows>
-PK_FN void add_outer(int64_t dim, int64_t first, const V* left, const R* right, Rows row) {
-  int64_t i = first;
+PK_FN void add_outer(Index dim, Index first, const V* left, const R* right, Rows row) {
+  Index i = first;
   if constexpr (S > 1) {  // a sum of one term has nothing to keep in registers
     for (; i + 4 <= dim; i += 4) {
-      for (int64_t j = first; j < i; j += 4) add_outer_tile<S, false>(dim, i, j, left, right, row);
+      for (Index j = first; j < i; j += 4) add_outer_tile<S, false>(dim, i, j, left, right, row);
       add_outer_tile<S, true>(dim, i, i, left, right, row);
     }
   }
@@ -76,7 +89,7 @@ PK_FN void add_outer(int64_t dim, int64_t first, const V* left, const R* right, 
     Primal<V>* to = row(i);
     V factor[S];
     unrolled<S>([&](auto s) PK_LAMBDA { factor[decltype(s)::value] = left[decltype(s)::value * dim + i]; });
-    for (int64_t j = first; j <= i; ++j) {
+    for (Index j = first; j <= i; ++j) {
       Primal<V> sum = to[j];
       unrolled<S>([&](auto s) PK_LAMBDA {
         sum = sum + output(factor[decltype(s)::value] * right[decltype(s)::value * dim + j]);

@@ -12,45 +12,54 @@ struct DiagonalScale {
   using P = Primal<V>;
   static constexpr bool triangular = false;
 
-  int64_t dim;
+  Index dim;
   const V* log_std;
   V* std = nullptr;
   V* inverse_std = nullptr;
 
-  PK_FN DiagonalScale(int64_t dim, const V* parameter) : dim(dim), log_std(parameter) {}
+  PK_FN DiagonalScale(Index dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
-  PK_FN static int64_t size(int64_t dim) { return dim; }
-  PK_FN static int64_t work(int64_t dim) { return 2 * dim; }
-  PK_FN static int64_t team_work(int64_t dim) { return 2 * dim; }
-  PK_FN int64_t size() const { return dim; }
+  PK_FN static Index size(Index dim) { return dim; }
+  PK_FN static Index work(Index dim) { return 2 * padded(dim); }
+  PK_FN static Index team_work(Index dim) { return 2 * padded(dim); }
+  PK_FN static Index padded(Index dim) { return (dim + 3) / 4 * 4; }  // of std and inverse_std
+  PK_FN Index size() const { return dim; }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
-    inverse_std = scratch + dim;
-    team.each(dim, [&](int64_t j) PK_LAMBDA { std[j] = exp(log_std[j]); });
-    if (whitens) team.each(dim, [&](int64_t j) PK_LAMBDA { inverse_std[j] = exp(-log_std[j]); });
+    inverse_std = scratch + padded(dim);
+    team.each(dim, [&](Index j) PK_LAMBDA {
+      std[j] = exp(log_std[j]);
+      if (whitens) inverse_std[j] = exp(-log_std[j]);
+    });
   }
 
   template <class Team = Alone>
   PK_FN V log_determinant(Team team = {}) const {
-    return team.template sum<V>(dim, [&](int64_t j) PK_LAMBDA { return log_std[j]; });
+    return team.template sum<V>(dim, [&](Index j) PK_LAMBDA { return log_std[j]; });
+  }
+
+  // Of one dimension.
+  template <class R>
+  PK_FN static R stretched(R base, R std, P eps) {
+    return base + std * eps;
   }
 
   template <int S, class R>
   PK_FN void stretch(const R* base, const P* eps, R* y) const {
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       const R from = base[j], scale = as<R>(std[j]);
       unrolled<S>([&](auto s) PK_LAMBDA {
         constexpr int at = decltype(s)::value;
-        y[at * dim + j] = from + scale * eps[at * dim + j];
+        y[at * dim + j] = stretched(from, scale, eps[at * dim + j]);
       });
     }
   }
 
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       const V inverse = inverse_std[j];
       unrolled<S>([&](auto s) PK_LAMBDA {
         z[decltype(s)::value * dim + j] = residual[decltype(s)::value * dim + j] * inverse;
@@ -63,15 +72,23 @@ struct DiagonalScale {
     whiten<S>(z, a);
   }
 
+  // Of one dimension, from μ̇/σ and the derivative of log σ.
+  PK_FN static V whitened(P shift, P growth, P eps) {
+    if constexpr (is_dual<V>) {
+      return {eps, -(shift + eps * growth)};
+    } else {
+      return eps;
+    }
+  }
+
   template <int S>
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
-      for (int64_t j = 0; j < dim; ++j) {
-        const P shift = mean[j].t * inverse_std[j].v, stretched = log_std[j].t;
+      for (Index j = 0; j < dim; ++j) {
+        const P shift = mean[j].t * inverse_std[j].v, growth = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = decltype(s)::value;
-          const P e = eps[at * dim + j];
-          z[at * dim + j] = V{e, -(shift + e * stretched)};
+          z[at * dim + j] = whitened(shift, growth, eps[at * dim + j]);
         });
       }
     }
@@ -86,7 +103,7 @@ struct DiagonalScale {
 
   template <int S>
   PK_FN void add_score(const V (&f)[S], const V* z, P* mean, P* scale) const {
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       V to_mean{}, to_scale{};
       unrolled<S>([&](auto s) PK_LAMBDA {
         constexpr int at = decltype(s)::value;
@@ -99,7 +116,7 @@ struct DiagonalScale {
 
   template <int S>
   PK_FN void add_path(const V* slope, const P* eps, P* scale) const {
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       V sum{};
       unrolled<S>([&](auto s) PK_LAMBDA {
         sum = sum + slope[decltype(s)::value * dim + j] * eps[decltype(s)::value * dim + j];
@@ -110,17 +127,17 @@ struct DiagonalScale {
 
   template <class Team = Alone>
   PK_FN void add_entropy(V f, P* scale, Team team = {}) const {
-    team.each(dim, [&](int64_t j) PK_LAMBDA { scale[j] = scale[j] + output(f); });
+    team.each(dim, [&](Index j) PK_LAMBDA { scale[j] = scale[j] + output(f); });
   }
 
   PK_FN V trace(Precision<V> precision, V weight, P* scale, P* precision_out) const {
     V sum{};
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       sum = sum + trace_at(j, precision, weight, scale);
       if (precision_out) {
         const V variance = square(std[j]);
         const int kind = precision.kind;
-        const int64_t at = kind == kScalar ? 0 : kind == kDiagonal ? j : j * (j + 1) / 2 + j;
+        const Index at = kind == kScalar ? 0 : kind == kDiagonal ? j : j * (j + 1) / 2 + j;
         precision_out[at] = precision_out[at] + output(weight * variance);
       }
     }
@@ -128,7 +145,7 @@ struct DiagonalScale {
   }
 
   // The term of dimension j, without the gradient in U.
-  PK_FN V trace_at(int64_t j, Precision<V> precision, V weight, P* scale, V* = nullptr, V* = nullptr) const {
+  PK_FN V trace_at(Index j, Precision<V> precision, V weight, P* scale, V* = nullptr, V* = nullptr) const {
     const V spread = square(std[j]) * precision_diagonal(precision, dim, j);
     if (scale) scale[j] = scale[j] + output(weight * spread * T(2));
     return spread;
@@ -136,15 +153,15 @@ struct DiagonalScale {
 
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
     V sum{};
-    for (int64_t i = 0; i < dim; ++i) sum = sum + reward_variance_at(i, precision, x);
+    for (Index i = 0; i < dim; ++i) sum = sum + reward_variance_at(i, precision, x);
     return sum;
   }
 
   // The terms of dimension i with those before it.
-  PK_FN V reward_variance_at(int64_t i, Precision<V> precision, const V* x, V* = nullptr, V* = nullptr) const {
+  PK_FN V reward_variance_at(Index i, Precision<V> precision, const V* x, V* = nullptr, V* = nullptr) const {
     const V variance = square(std[i]);
     V sum = square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
-    for (int64_t j = 0; precision.kind == kFull && j < i; ++j) {
+    for (Index j = 0; precision.kind == kFull && j < i; ++j) {
       const Shared<V> off = precision.u[i * dim + j];
       sum = sum + variance * square(std[j]) * (off * off) * T(4);
     }

@@ -43,12 +43,12 @@ struct GaussianGradients {
 };
 
 template <class V>
-PK_FN void clear(int64_t count, V* x) {
-  for (int64_t i = 0; x != nullptr && i < count; ++i) x[i] = V{};
+PK_FN void clear(Index count, V* x) {
+  for (Index i = 0; x != nullptr && i < count; ++i) x[i] = V{};
 }
 
 template <class V>
-PK_FN V gaussian_entropy(int64_t dim, V log_determinant) {
+PK_FN V gaussian_entropy(Index dim, V log_determinant) {
   return log_determinant + Element<V>((kHalfLog2Pi + 0.5) * double(dim));
 }
 template <class V, template <class> class Scale>
@@ -58,13 +58,13 @@ PK_FN V gaussian_entropy(const Scale<V>& scale) {
 
 // log p from z, less what depends on the scale alone.
 template <class V>
-PK_FN V gaussian_log_kernel(int64_t dim, const V* z) {
+PK_FN V gaussian_log_kernel(Index dim, const V* z) {
   V sum{};
-  for (int64_t j = 0; j < dim; ++j) sum = sum + square(z[j]);
+  for (Index j = 0; j < dim; ++j) sum = sum + square(z[j]);
   return sum * Element<V>(-0.5);
 }
 template <class V>
-PK_FN V gaussian_log_density(int64_t dim, const V* z, V log_determinant) {
+PK_FN V gaussian_log_density(Index dim, const V* z, V log_determinant) {
   return gaussian_log_kernel(dim, z) - log_determinant - Element<V>(kHalfLog2Pi * double(dim));
 }
 template <class V, template <class> class Scale>
@@ -77,19 +77,19 @@ template <class V, template <class> class Scale>
 PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
                              double entropy_coef, GaussianGradients<V> out, V* scratch) {
   using T = Element<V>;
-  const int64_t dim = scale.dim;
+  const Index dim = scale.dim;
   V* delta = scratch;
   V* weighted = scratch + dim;
-  for (int64_t j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
+  for (Index j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
   if (out.precision) {
-    for (int64_t j = 0; j < dim; ++j) weighted[j] = out.weight * delta[j];
+    for (Index j = 0; j < dim; ++j) weighted[j] = out.weight * delta[j];
     accumulate_outer<1>(precision.kind, dim, weighted, delta, out.precision);
   }
   clear(scale.size(), out.scale);
   V loss = scale.trace(precision, out.weight, out.scale, out.precision);
   if (out.scale) scale.add_entropy(out.weight * T(-entropy_coef), out.scale);
   apply<1>(precision, dim, delta, weighted);
-  for (int64_t j = 0; j < dim; ++j) {
+  for (Index j = 0; j < dim; ++j) {
     loss = loss + delta[j] * weighted[j];
     const V pull = out.weight * weighted[j] * T(2);
     if (out.mean) out.mean[j] = output(pull);
@@ -108,7 +108,7 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
       return;
     }
     const Primal<V> common = scale.log_determinant().t;
-    in_blocks(s.samples, [&](int64_t g, auto block) PK_LAMBDA {
+    in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
       const V* z = z_of(g, block);
       for (int k = 0; k < decltype(block)::value; ++k) {
         const Primal<V> tangent = gaussian_log_kernel(scale.dim, z + k * scale.dim).t - common;
@@ -121,7 +121,7 @@ template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
                           GaussianGradients<V> out) {
   const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
-  in_blocks(s.samples, [&](int64_t g, auto block) PK_LAMBDA {
+  in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = decltype(block)::value;
     const V* z = z_of(g, block);
     V f[S];
@@ -131,7 +131,7 @@ PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> gr
 }
 
 // Scratch of the two losses below, besides 4 G for the group.
-PK_FN int64_t gaussian_work(int64_t dim) {
+PK_FN Index gaussian_work(Index dim) {
   return (2 + 2 * kBlock) * dim;
 }
 
@@ -142,7 +142,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
                          Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
                          V* scratch, Group<V>& group) {
   using T = Element<V>;
-  const int64_t dim = scale.dim, count = s.samples;
+  const Index dim = scale.dim, count = s.samples;
   const bool pathwise = s.estimator == kReparam;
   group = group_in(scratch, count);
   V* sum = scratch + 4 * count;
@@ -150,20 +150,20 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   R* residual = reinterpret_cast<R*>(sum + 2 * dim);
   V* other = sum + (2 + kBlock) * dim;
   // ŷ - y. Score-function samples are constants, so that only y carries a derivative.
-  for (int64_t j = 0; j < dim; ++j) {
+  for (Index j = 0; j < dim; ++j) {
     base[j] = (pathwise ? as<R>(mean[j]) : constant<R>(stop(mean[j]))) - as<R>(target[j]);
   }
-  const auto residuals = [&](int64_t g, auto block) PK_LAMBDA {
+  const auto residuals = [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = decltype(block)::value;
     scale.template stretch<S>(static_cast<const R*>(base), noise + g * dim, residual);
     if constexpr (is_dual<R>) {
-      for (int64_t j = 0; !pathwise && j < dim; ++j) {
+      for (Index j = 0; !pathwise && j < dim; ++j) {
         const Primal<V> tangent = base[j].t;
         unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = tangent; });
       }
     }
   };
-  const auto z_of = [&](int64_t g, auto block) PK_LAMBDA {
+  const auto z_of = [&](Index g, auto block) PK_LAMBDA {
     if constexpr (is_dual<V>) {
       scale.template whiten_noise<decltype(block)::value>(mean, noise + g * dim, other);
       return static_cast<const V*>(other);
@@ -171,7 +171,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
       return noise + g * dim;
     }
   };
-  in_blocks(count, [&](int64_t g, auto block) PK_LAMBDA {
+  in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = decltype(block)::value;
     R squares[S];
     residuals(g, block);
@@ -197,12 +197,12 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   const bool need_sum = out.target || (pathwise && out.mean);
   const V unit = out.weight * T(1.0 / double(count));
   if (need_sum || need_path || out.precision) {
-    in_blocks(count, [&](int64_t g, auto block) PK_LAMBDA {
+    in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
       constexpr int S = decltype(block)::value;
       residuals(g, block);
       V pull[S];
       unrolled<S>([&](auto k) PK_LAMBDA { pull[decltype(k)::value] = unit * group.pull[g + decltype(k)::value]; });
-      for (int64_t j = 0; j < dim; ++j) {
+      for (Index j = 0; j < dim; ++j) {
         V total = sum[j];
         unrolled<S>([&](auto k) PK_LAMBDA {
           constexpr int at = decltype(k)::value;
@@ -216,7 +216,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
       if constexpr (std::is_same<R, V>::value) {
         if (need_path) {
           apply<S>(precision, dim, other, residual);
-          for (int64_t j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
+          for (Index j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
           scale.template add_path<S>(residual, noise + g * dim, out.scale);
         }
       }
@@ -224,7 +224,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   }
   if (need_sum) {
     apply<1>(precision, dim, sum, other);
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       const V pull = other[j] * T(2);
       if (out.target) out.target[j] = output(-pull);
       if (pathwise && out.mean) out.mean[j] = output(pull);
@@ -242,14 +242,14 @@ template <class V, template <class> class Scale>
 PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, const Primal<V>* samples,
                        const Surrogate& s, GaussianGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
-  const int64_t dim = scale.dim, count = s.samples;
+  const Index dim = scale.dim, count = s.samples;
   group = group_in(scratch, count);
   V* residual = scratch + 4 * count;
   V* z = residual + kBlock * dim;
-  for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
-  const auto z_of = [&](int64_t g, auto block) PK_LAMBDA {
+  for (Index g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
+  const auto z_of = [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = decltype(block)::value;
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       unrolled<S>([&](auto k) PK_LAMBDA {
         constexpr int at = decltype(k)::value;
         residual[at * dim + j] = constant<V>(samples[(g + at) * dim + j]) - mean[j];
@@ -265,7 +265,7 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
   if (out.scale) scale.add_entropy(out.weight * T(-s.entropy_coef), out.scale);
   if (s.estimator != kReparam && (out.mean || out.scale)) gaussian_score(scale, s, group, z_of, out);
   const V unit = out.weight * T(-1.0 / double(count));
-  for (int64_t g = 0; out.rewards && g < count; ++g) out.rewards[g] = output(unit * group.pull[g]);
+  for (Index g = 0; out.rewards && g < count; ++g) out.rewards[g] = output(unit * group.pull[g]);
   return -objective - gaussian_entropy(scale) * T(s.entropy_coef);
 }
 
@@ -273,20 +273,20 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
 template <class V, template <class> class Scale>
 PK_FN RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
                                         const Surrogate& s, const Group<V>& group, V* scratch) {
-  const int64_t dim = scale.dim;
+  const Index dim = scale.dim;
   V* delta = scratch;
   V* other = scratch + dim;
   RowStats<V> stats{};
   if (s.estimator != kClosedForm) {
     stats = group_stats(s, group);
   } else {
-    for (int64_t j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
+    for (Index j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
     apply<1>(precision, dim, delta, other);
-    for (int64_t j = 0; j < dim; ++j) stats.reward_mean = stats.reward_mean - delta[j] * other[j];
+    for (Index j = 0; j < dim; ++j) stats.reward_mean = stats.reward_mean - delta[j] * other[j];
     stats.reward_mean = stats.reward_mean - scale.trace(precision, V{}, nullptr, nullptr);
     stats.reward_std = stats.advantage_std = square_root(scale.reward_variance(precision, other));
   }
-  for (int64_t j = 0; j < dim; ++j) delta[j] = target[j] - mean[j];
+  for (Index j = 0; j < dim; ++j) delta[j] = target[j] - mean[j];
   scale.template whiten<1>(delta, other);
   stats.log_prob = gaussian_log_density(scale, other);
   stats.entropy = gaussian_entropy(scale);
@@ -297,10 +297,10 @@ PK_FN RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, co
 template <class V, template <class> class Scale>
 PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, const Primal<V>* samples,
                                        const Surrogate& s, const Group<V>& group, V* scratch) {
-  const int64_t dim = scale.dim;
+  const Index dim = scale.dim;
   RowStats<V> stats = group_stats(s, group);
-  for (int64_t g = 0; g < s.samples; ++g) {
-    for (int64_t j = 0; j < dim; ++j) scratch[j] = constant<V>(samples[g * dim + j]) - mean[j];
+  for (Index g = 0; g < s.samples; ++g) {
+    for (Index j = 0; j < dim; ++j) scratch[j] = constant<V>(samples[g * dim + j]) - mean[j];
     scale.template whiten<1>(scratch, scratch + dim);
     stats.log_prob = stats.log_prob + gaussian_log_density(scale, scratch + dim);
   }
@@ -313,10 +313,10 @@ PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, con
 template <class V, template <class> class Scale>
 PK_FN V gaussian_log_prob(const Scale<V>& scale, const V* mean, const V* value, V weight, Primal<V>* mean_out,
                           Primal<V>* scale_out, Primal<V>* value_out, V* scratch) {
-  const int64_t dim = scale.dim;
+  const Index dim = scale.dim;
   V* residual = scratch;
   V* z = scratch + dim;
-  for (int64_t j = 0; j < dim; ++j) residual[j] = value[j] - mean[j];
+  for (Index j = 0; j < dim; ++j) residual[j] = value[j] - mean[j];
   scale.template whiten<1>(residual, z);
   const V factor[1] = {weight}, opposite[1] = {-weight};
   if (mean_out || scale_out) scale.template add_score<1>(factor, z, mean_out, scale_out);

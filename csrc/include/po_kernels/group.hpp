@@ -25,19 +25,19 @@ constexpr double kStandardizedEpsilon = 1e-6;
 
 // Mean over the group, relative to its first member, so that equal members have no rounding between them.
 template <class V, class Team = Alone>
-PK_FN V group_mean_from_first(int64_t count, const V* x, Team team = {}) {
-  const V sum = team.template sum<V>(count - 1, [&](int64_t g) PK_LAMBDA { return x[g + 1] - x[0]; });
-  return sum * Element<V>(1.0 / double(count));
+PK_FN V group_mean_from_first(Index count, const V* x, Team team = {}) {
+  const V sum = team.template sum<V>(count - 1, [&](Index g) PK_LAMBDA { return x[g + 1] - x[0]; });
+  return sum * ratio<Element<V>>(1, count);
 }
 
 // Standard deviation with the count in the denominator; zero, with no derivative, for equal members. Deviations are
 // squared relative to the largest, so that they neither overflow nor vanish.
 template <class V, class Team = Alone>
-PK_FN V group_std(int64_t count, const V* x, Team team = {}) {
+PK_FN V group_std(Index count, const V* x, Team team = {}) {
   using T = Element<V>;
   using P = Primal<V>;
   const V mean = group_mean_from_first(count, x, team);
-  const auto size = [&](int64_t g) PK_LAMBDA {
+  const auto size = [&](Index g) PK_LAMBDA {
     const P deviation = stop(x[g] - x[0] - mean);
     return select(deviation < T(0), -deviation, deviation);
   };
@@ -46,27 +46,26 @@ PK_FN V group_std(int64_t count, const V* x, Team team = {}) {
   const auto varies = largest != T(0);
   const P unit = select(varies, largest, broadcast<P>(T(1)));
   const P inverse = broadcast<P>(T(1)) / unit;
-  const V sum =
-      team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
-  const V variance = select(varies, sum * T(1.0 / double(count)), constant<V>(T(1)));
+  const V sum = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
+  const V variance = select(varies, sum * ratio<T>(1, count), constant<V>(T(1)));
   return select(varies, square_root(variance) * unit, V{});
 }
 
 // A over the G rewards of a row, which may be written in their place.
 template <class V, class Team = Alone>
-PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage, Team team = {}) {
+PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team team = {}) {
   using T = Element<V>;
   using P = Primal<V>;
   const V first = reward[0];
   if (kind == kNone) {
-    team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = reward[g]; });
+    team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g]; });
     return;
   }
   if (kind == kMin) {
     const P least = team.template fold<P>(
-        count, stop(first), [&](int64_t g) PK_LAMBDA { return stop(reward[g]); },
+        count, stop(first), [&](Index g) PK_LAMBDA { return stop(reward[g]); },
         [](P a, P b) PK_LAMBDA { return select(b < a, b, a); });
-    team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = reward[g] - least; });
+    team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g] - least; });
     return;
   }
   const V mean = group_mean_from_first(count, reward, team);
@@ -75,23 +74,23 @@ PK_FN void advantages(int kind, int64_t count, const V* reward, V* advantage, Te
     const auto varies = stop(std) != T(0);
     const V inverse = constant<V>(T(1)) / (std + T(kStandardizedEpsilon));
     team.each(count,
-              [&](int64_t g) PK_LAMBDA { advantage[g] = select(varies, (reward[g] - first - mean) * inverse, V{}); });
+              [&](Index g) PK_LAMBDA { advantage[g] = select(varies, (reward[g] - first - mean) * inverse, V{}); });
     return;
   }
-  const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
-  team.each(count, [&](int64_t g) PK_LAMBDA { advantage[g] = (reward[g] - first - mean) * scale; });
+  const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
+  team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = (reward[g] - first - mean) * scale; });
 }
 
 // u <- Jᵀ u with J the Jacobian of the advantages in the rewards.
 template <class V, class Team = Alone>
-PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u, Team team = {}) {
+PK_FN void advantages_transposed(int kind, Index count, const V* reward, V* u, Team team = {}) {
   using T = Element<V>;
   if (kind == kNone || kind == kMin) return;
-  const T inverse_count = T(1.0 / double(count));
-  const V mean = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return u[g]; }) * inverse_count;
+  const T inverse_count = ratio<T>(1, count);
+  const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * inverse_count;
   if (kind != kStandardized) {
-    const T scale = kind == kLoo ? T(double(count) / double(count - 1)) : T(1);
-    team.each(count, [&](int64_t g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
+    const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
+    team.each(count, [&](Index g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
     return;
   }
   const V reward_mean = group_mean_from_first(count, reward, team);
@@ -99,11 +98,11 @@ PK_FN void advantages_transposed(int kind, int64_t count, const V* reward, V* u,
   const auto varies = stop(std) != T(0);
   const V safe = select(varies, std, constant<V>(T(1)));
   const V inverse = constant<V>(T(1)) / (safe + T(kStandardizedEpsilon));
-  const auto centred = [&](int64_t g) PK_LAMBDA { return reward[g] - reward[0] - reward_mean; };
-  const V dot = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return u[g] * centred(g); });
+  const auto centred = [&](Index g) PK_LAMBDA { return reward[g] - reward[0] - reward_mean; };
+  const V dot = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g] * centred(g); });
   const V slope = dot * inverse * inverse / safe * inverse_count;
   team.each(count,
-            [&](int64_t g) PK_LAMBDA { u[g] = select(varies, (u[g] - mean) * inverse - centred(g) * slope, V{}); });
+            [&](Index g) PK_LAMBDA { u[g] = select(varies, (u[g] - mean) * inverse - centred(g) * slope, V{}); });
 }
 
 // A group in the making: rewards and, for score-function estimators, w - 1, whose value is zero and whose tangent is
@@ -118,7 +117,7 @@ struct Group {
 
 // A group in scratch: 4 count lane values.
 template <class V>
-PK_FN Group<V> group_in(V* scratch, int64_t count) {
+PK_FN Group<V> group_in(V* scratch, Index count) {
   return {scratch, scratch + count, scratch + 2 * count, scratch + 3 * count};
 }
 
@@ -127,31 +126,30 @@ PK_FN V transformed_reward(const Surrogate& s, V reward) {
   return s.has_rbf ? exp(reward * Element<V>(s.rbf_gamma)) : reward;
 }
 
-// Returns (1/G) Σ_g [r_g + (w_g - 1) A_g].
+// Returns (1/G) Σ_g [r_g + (w_g - 1) A_g]. Without `pulls`, leaves out `pull` where it is one for all.
 template <class V, class Team = Alone>
-PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}) {
+PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = true) {
   using T = Element<V>;
-  const int64_t count = s.samples;
+  const Index count = s.samples;
   const bool score = s.estimator != kReparam;
-  V sum = team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return group.reward[g]; });
+  V sum = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return group.reward[g]; });
   if (score) advantages(s.advantage, count, group.reward, group.advantage, team);
   if constexpr (is_dual<V>) {
     if (score) {
-      sum =
-          sum + team.template sum<V>(count, [&](int64_t g) PK_LAMBDA { return group.excess[g] * group.advantage[g]; });
-      team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.excess[g]; });
+      sum = sum + team.template sum<V>(count, [&](Index g) PK_LAMBDA { return group.excess[g] * group.advantage[g]; });
+      team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = group.excess[g]; });
       advantages_transposed(s.advantage, count, group.reward, group.pull, team);
     } else {
-      team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = V{}; });
+      team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = V{}; });
     }
-    team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.pull[g] + T(1); });
-  } else {
-    team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = constant<V>(T(1)); });
+    team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = group.pull[g] + T(1); });
+  } else if (pulls || s.has_rbf) {
+    team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = constant<V>(T(1)); });
   }
   if (s.has_rbf) {
-    team.each(count, [&](int64_t g) PK_LAMBDA { group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma); });
+    team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma); });
   }
-  return sum * T(1.0 / double(count));
+  return sum * ratio<T>(1, count);
 }
 
 // Statistics of a row, in the order of LossStats.
@@ -173,7 +171,7 @@ PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group, Team team = {}
 
 // w_g A_g, the factor of the score ∇ log p.
 template <class V>
-PK_FN V score_factor(Group<V> group, int64_t g) {
+PK_FN V score_factor(Group<V> group, Index g) {
   if constexpr (is_dual<V>) {
     return group.advantage[g] + group.excess[g] * group.advantage[g];
   } else {

@@ -28,6 +28,13 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
+// Of loops over what one row has: on a device all of it is in shared memory.
+#if defined(__CUDACC__)
+using Index = int;
+#else
+using Index = int64_t;
+#endif
+
 // ---- Scalars as lane values ----
 
 template <class T>
@@ -64,6 +71,19 @@ PK_FN float square_root(float x) {
 PK_FN double square_root(double x) {
   return ::sqrt(x);
 }
+// Of a positive normal number: the same value, on a device without the branch for others.
+template <class V>
+PK_FN V square_root_of_normal(V x) {
+  return square_root(x);
+}
+#if defined(__CUDA_ARCH__)
+PK_FN float square_root_of_normal(float x) {
+  float inverse;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+  const float root = x * inverse;
+  return ::fmaf(::fmaf(-root, root, x), inverse * 0.5f, root);
+}
+#endif
 
 // The float or double with these bits, and back.
 PK_FN float from_bits(int32_t bits) {
@@ -113,9 +133,14 @@ PK_FN uint32_t narrow(uint32_t word) {
   return word;
 }
 PK_FN void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#if defined(__CUDA_ARCH__)
+  high = __umulhi(a, b);  // of a 64-bit product nvcc also adds up the halves
+  low = a * b;
+#else
   const uint64_t product = static_cast<uint64_t>(a) * b;
   high = static_cast<uint32_t>(product >> 32);
   low = static_cast<uint32_t>(product);
+#endif
 }
 template <class V>
 PK_FN V gather(const V* table, uint32_t index) {
@@ -151,15 +176,18 @@ PK_FN V polynomial(V x, T c0, T c1, Rest... rest) {
   return y;
 }
 
-// log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], with a relative error of about an ulp also where f is small.
-template <class V>
+// log(1 + f), times a power of two, for f in [sqrt(1/2) - 1, sqrt(2) - 1], with a relative error of about an ulp also
+// where f is small.
+template <int times = 1, class V>
 PK_FN V log1p_reduced(V f) {
   using T = Element<V>;
   const V square = f * f;
   if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, logf
-    const V p = polynomial(f, 7.0376836292e-2f, -1.1514610310e-1f, 1.1676998740e-1f, -1.2420140846e-1f,
-                           1.4249322787e-1f, -1.6668057665e-1f, 2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f);
-    return f + (f * square * p - square * T(0.5));
+    constexpr T m = times;
+    const V p = polynomial(f, m * 7.0376836292e-2f, m * -1.1514610310e-1f, m * 1.1676998740e-1f, m * -1.2420140846e-1f,
+                           m * 1.4249322787e-1f, m * -1.6668057665e-1f, m * 2.0000714765e-1f, m * -2.4999993993e-1f,
+                           m * 3.3333331174e-1f);
+    return f * m + (f * square * p - square * (m * T(0.5)));
   } else {  // coefficients: fdlibm, log
     const V s = f / (f + T(2));
     const V z = s * s;
@@ -167,7 +195,7 @@ PK_FN V log1p_reduced(V f) {
                                2.222219843214978396e-1, 2.857142874366239149e-1, 3.999999999940941908e-1,
                                6.666666666666735130e-1);
     const V half = square * T(0.5);
-    return f - (half - s * (half + r));
+    return (f - (half - s * (half + r))) * T(times);
   }
 }
 
@@ -388,6 +416,21 @@ PK_FN V output(V a) {
 template <class V>
 PK_FN V output(Dual<V> a) {
   return a.t;
+}
+
+// a / b, of counts.
+template <class T>
+PK_FN T ratio(int64_t a, int64_t b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == 4) {  // the same up to rounding, and without a division in double
+    const float x = float(a), y = float(b);
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(y));
+    const float quotient = x * inverse;
+    return ::fmaf(::fmaf(-quotient, y, x), inverse, quotient);
+  }
+#endif
+  return T(double(a) / double(b));
 }
 
 template <class V>

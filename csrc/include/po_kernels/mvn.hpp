@@ -12,38 +12,38 @@ struct TriangularScale {
   using P = Primal<V>;
   static constexpr bool triangular = true;
 
-  int64_t dim;
+  Index dim;
   const V* tril;              // (dim, dim)
   V* inverse_diag = nullptr;  // 1 / L_jj
   V* work_ = nullptr;         // 2 kBlock dim
 
-  PK_FN TriangularScale(int64_t dim, const V* parameter) : dim(dim), tril(parameter) {}
+  PK_FN TriangularScale(Index dim, const V* parameter) : dim(dim), tril(parameter) {}
 
-  PK_FN static int64_t size(int64_t dim) { return dim * dim; }
-  PK_FN static int64_t work(int64_t dim) { return (1 + 2 * kBlock) * dim; }
-  PK_FN static int64_t team_work(int64_t dim) { return dim; }
-  PK_FN int64_t size() const { return dim * dim; }
+  PK_FN static Index size(Index dim) { return dim * dim; }
+  PK_FN static Index work(Index dim) { return (1 + 2 * kBlock) * dim; }
+  PK_FN static Index team_work(Index dim) { return dim; }
+  PK_FN Index size() const { return dim * dim; }
 
-  PK_FN const V* row(int64_t i) const { return tril + i * dim; }
+  PK_FN const V* row(Index i) const { return tril + i * dim; }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool, Team team = {}) {
     inverse_diag = scratch;
     work_ = scratch + dim;
-    team.each(dim, [&](int64_t j) PK_LAMBDA { inverse_diag[j] = constant<V>(T(1)) / row(j)[j]; });
+    team.each(dim, [&](Index j) PK_LAMBDA { inverse_diag[j] = constant<V>(T(1)) / row(j)[j]; });
   }
 
   template <class Team = Alone>
   PK_FN V log_determinant(Team team = {}) const {
-    return team.template sum<V>(dim, [&](int64_t j) PK_LAMBDA { return log(row(j)[j]); });
+    return team.template sum<V>(dim, [&](Index j) PK_LAMBDA { return log(row(j)[j]); });
   }
 
   template <int S, class R>
   PK_FN void stretch(const R* base, const P* eps, R* y) const {
-    for (int64_t i = 0; i < dim; ++i) {
+    for (Index i = 0; i < dim; ++i) {
       R sum[S];
       unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = base[i]; });
-      for (int64_t j = 0; j <= i; ++j) {
+      for (Index j = 0; j <= i; ++j) {
         const R l = as<R>(row(i)[j]);
         unrolled<S>([&](auto s) PK_LAMBDA {
           sum[decltype(s)::value] = sum[decltype(s)::value] + l * eps[decltype(s)::value * dim + j];
@@ -56,10 +56,10 @@ struct TriangularScale {
   // L z = residual.
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
-    for (int64_t i = 0; i < dim; ++i) {
+    for (Index i = 0; i < dim; ++i) {
       V sum[S];
       unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = residual[decltype(s)::value * dim + i]; });
-      for (int64_t j = 0; j < i; ++j) {
+      for (Index j = 0; j < i; ++j) {
         const V l = row(i)[j];
         unrolled<S>([&](auto s) PK_LAMBDA {
           sum[decltype(s)::value] = sum[decltype(s)::value] - l * z[decltype(s)::value * dim + j];
@@ -73,10 +73,10 @@ struct TriangularScale {
   // Lᵀ a = z.
   template <int S>
   PK_FN void whiten_transposed(const V* z, V* a) const {
-    for (int64_t i = dim - 1; i >= 0; --i) {
+    for (Index i = dim - 1; i >= 0; --i) {
       V sum[S];
       unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = z[decltype(s)::value * dim + i]; });
-      for (int64_t k = i + 1; k < dim; ++k) {
+      for (Index k = i + 1; k < dim; ++k) {
         const V l = row(k)[i];
         unrolled<S>([&](auto s) PK_LAMBDA {
           sum[decltype(s)::value] = sum[decltype(s)::value] - l * a[decltype(s)::value * dim + k];
@@ -91,13 +91,13 @@ struct TriangularScale {
   template <int S>
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
-      for (int64_t i = 0; i < dim; ++i) {
+      for (Index i = 0; i < dim; ++i) {
         P sum[S];
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = decltype(s)::value;
           sum[at] = -mean[i].t - row(i)[i].t * eps[at * dim + i];
         });
-        for (int64_t j = 0; j < i; ++j) {
+        for (Index j = 0; j < i; ++j) {
           const V l = row(i)[j];
           unrolled<S>([&](auto s) PK_LAMBDA {
             constexpr int at = decltype(s)::value;
@@ -119,7 +119,7 @@ struct TriangularScale {
     whiten_transposed<S>(z, a);
     V all{};
     unrolled<S>([&](auto s) PK_LAMBDA { all = all + f[decltype(s)::value]; });
-    for (int64_t i = 0; i < dim; ++i) {
+    for (Index i = 0; i < dim; ++i) {
       P sum{};
       unrolled<S>([&](auto s) PK_LAMBDA {
         V& to = a[decltype(s)::value * dim + i];
@@ -129,19 +129,19 @@ struct TriangularScale {
       if (mean) mean[i] = mean[i] + sum;
       if (scale) scale[i * dim + i] = scale[i * dim + i] - output(all * inverse_diag[i]);
     }
-    if (scale) add_outer<S>(dim, 0, a, z, [&](int64_t i) PK_LAMBDA { return scale + i * dim; });
+    if (scale) add_outer<S>(dim, 0, a, z, [&](Index i) PK_LAMBDA { return scale + i * dim; });
   }
 
   template <int S>
   PK_FN void add_path(const V* slope, const P* eps, P* scale) const {
     V* constants = work_;
-    for (int64_t j = 0; j < S * dim; ++j) constants[j] = constant<V>(eps[j]);
-    add_outer<S>(dim, 0, slope, static_cast<const V*>(constants), [&](int64_t i) PK_LAMBDA { return scale + i * dim; });
+    for (Index j = 0; j < S * dim; ++j) constants[j] = constant<V>(eps[j]);
+    add_outer<S>(dim, 0, slope, static_cast<const V*>(constants), [&](Index i) PK_LAMBDA { return scale + i * dim; });
   }
 
   template <class Team = Alone>
   PK_FN void add_entropy(V f, P* scale, Team team = {}) const {
-    team.each(dim, [&](int64_t j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(f * inverse_diag[j]); });
+    team.each(dim, [&](Index j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(f * inverse_diag[j]); });
   }
 
   // Column by column of L: tr(U L Lᵀ) = Σ_j l_jᵀ U l_j.
@@ -149,10 +149,10 @@ struct TriangularScale {
     V* column = work_;
     V* other = work_ + dim;
     V sum{};
-    for (int64_t j = 0; j < dim; ++j) {
+    for (Index j = 0; j < dim; ++j) {
       sum = sum + trace_at(j, precision, weight, scale, column, other);
       if (precision_out) {
-        for (int64_t i = j; i < dim; ++i) other[i] = weight * column[i];
+        for (Index i = j; i < dim; ++i) other[i] = weight * column[i];
         accumulate_outer<1>(precision.kind, dim, other, column, precision_out, j);
       }
     }
@@ -160,11 +160,11 @@ struct TriangularScale {
   }
 
   // The term of column j, without the gradient in U; from row j on, leaves the column and U times it.
-  PK_FN V trace_at(int64_t j, Precision<V> precision, V weight, P* scale, V* column, V* weighted) const {
+  PK_FN V trace_at(Index j, Precision<V> precision, V weight, P* scale, V* column, V* weighted) const {
     V sum{};
-    for (int64_t i = j; i < dim; ++i) column[i] = row(i)[j];
+    for (Index i = j; i < dim; ++i) column[i] = row(i)[j];
     apply<1>(precision, dim, column, weighted, j);
-    for (int64_t i = j; i < dim; ++i) {
+    for (Index i = j; i < dim; ++i) {
       sum = sum + column[i] * weighted[i];
       if (scale) scale[i * dim + j] = scale[i * dim + j] + output(weight * weighted[i] * T(2));
     }
@@ -174,22 +174,22 @@ struct TriangularScale {
   // 2 ‖LᵀUL‖² + 4 ‖Lᵀx‖².
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
     V sum{};
-    for (int64_t j = 0; j < dim; ++j) sum = sum + reward_variance_at(j, precision, x, work_, work_ + dim);
+    for (Index j = 0; j < dim; ++j) sum = sum + reward_variance_at(j, precision, x, work_, work_ + dim);
     return sum;
   }
 
   // The terms of column j.
-  PK_FN V reward_variance_at(int64_t j, Precision<V> precision, const V* x, V* column, V* weighted) const {
+  PK_FN V reward_variance_at(Index j, Precision<V> precision, const V* x, V* column, V* weighted) const {
     V along{};
-    for (int64_t i = 0; i < dim; ++i) {
+    for (Index i = 0; i < dim; ++i) {
       column[i] = i < j ? V{} : row(i)[j];
       along = along + column[i] * x[i];
     }
     apply<1>(precision, dim, column, weighted);
     V sum = square(along) * T(4);
-    for (int64_t k = 0; k < dim; ++k) {
+    for (Index k = 0; k < dim; ++k) {
       V product{};
-      for (int64_t i = k; i < dim; ++i) product = product + row(i)[k] * weighted[i];
+      for (Index i = k; i < dim; ++i) product = product + row(i)[k] * weighted[i];
       sum = sum + square(product) * T(2);
     }
     return sum;

@@ -32,34 +32,38 @@ PK_FN void philox4x32(W& c0, W& c1, W& c2, W& c3, uint64_t key) {
   c3 = narrow(w3);
 }
 
-// ln u for u = ((word >> 8) + 1/2) 2^-24. Both n = 2 (word >> 8) + 1 and 2^25 - n are exact in float up to 2^24,
-// so u above 1/2 is taken as 1 - (2^25 - n) 2^-25 and nothing is rounded before the logarithm.
+// -2 ln u for u = (w + 1/2) 2^-24, w = word >> 8. As 2^exponent (1 + f), u is taken apart without rounding: w + 1/2,
+// which is rounded above 2^23, only decides on the exponent.
 template <class V>
-PK_FN V log_uniform(Word<V> word) {
+PK_FN V minus_twice_log_uniform(Word<V> word) {
   using T = Element<V>;
-  const Word<V> n = ((word >> 8) << 1) | 1u;
-  const auto upper = element_mask<V>(n > uint32_t(1u << 24));
-  const Word<V> m = select(n > uint32_t(1u << 24), Word<V>{} + uint32_t(1u << 25) - n, n);
-  const V w = from_word<V>(m) * T(1.0 / 33554432.0);
-  // Lower half: u = w. Upper half: u = 1 - w, or halved, (1 - 2 w) + 1 = 2 u, where that is nearer to 1.
-  V exponent, f;
-  split(w, exponent, f);
-  const auto near_one = w < T(0.29289321881345247560);
-  const V upper_f = select(near_one, -w, broadcast<V>(T(1)) - w * T(2));
-  const V upper_exponent = select(near_one, V{}, broadcast<V>(T(-1)));
-  f = select(upper, upper_f, f);
-  exponent = select(upper, upper_exponent, exponent);
-  return exponent * T(0.69314718055994530942) + log1p_reduced(f);
+  using Bits = typename LaneTraits<V>::Bits;
+  constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
+  constexpr int64_t bias = sizeof(T) == 4 ? 127 : 1023;
+  constexpr int64_t sqrt_half = sizeof(T) == 4 ? int64_t(0x3f3504f3) : int64_t(0x3fe6a09e667f3bcd);
+  const V w = from_word<V>(word >> 8);
+  const Bits bits = to_bits(w + T(0.5)) - (sqrt_half + (int64_t(24) << mantissa_bits));
+  const Bits whole = bits & -(int64_t(1) << mantissa_bits);
+  const V power = from_bits(Bits(whole + ((bias + 24) << mantissa_bits)));  // 2^(24 + exponent)
+  const V inverse = from_bits(Bits(Bits{} + ((bias - 24) << mantissa_bits) - whole));
+  const V f = (w - power) * inverse + inverse * T(0.5);
+  const V exponent = from_integer<V>(Bits(bits >> mantissa_bits));
+#if defined(__CUDA_ARCH__)
+  return exponent * T(-2 * 0.69314718055994530942) + log1p_reduced<-2>(f);  // two operations less
+#else                                                                       // with which compilers fuse others
+  return (exponent * T(0.69314718055994530942) + log1p_reduced(f)) * T(-2);
+#endif
 }
 
 // cos and sin of 2 pi u. The quadrant and the remainder are exact integers.
 template <class V>
 PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   using T = Element<V>;
-  const Word<V> n = ((word >> 8) << 1) | 1u;
-  const Word<V> quadrant = (n + uint32_t(1u << 22)) >> 23;
-  // n - quadrant 2^23 lies in [-2^22, 2^22]; the shift keeps the conversion that of a non-negative integer.
-  const V remainder = from_word<V>(n + uint32_t(1u << 22) - (quadrant << 23)) - T(4194304);
+  // 2^25 u = n, odd: of n + 2^22 the first bits are the quadrant, up to a turn, and the others the remainder, plus 2^22
+  // so that it converts as a non-negative integer.
+  const Word<V> turned = word + uint32_t(1u << 29);
+  const Word<V> quadrant = turned >> 30;
+  const V remainder = from_word<V>(((turned >> 7) & uint32_t((1u << 23) - 1)) | 1u) - T(4194304);
   const V x = remainder * T(6.28318530717958647692 / 33554432.0);
   const V z = x * x;
   V s, c;
@@ -86,18 +90,17 @@ PK_FN void circle(Word<V> word, V& cosine, V& sine) {
   sine = select(sine_negative, -b, b);
 }
 
-// Standard normals of a block of dimensions for S samples from `sample` on: z (S, stride), of which the block's first
-// 2 P are written.
+// Standard normals of S blocks of dimensions, each of a sample: z (S, stride), of which each block's first 2 P are
+// written.
 template <int S, int P, class V>
-PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word<V> row_low, Word<V> row_high, V* z,
-                            int64_t stride) {
-  using T = Element<V>;
+PK_FN void normals_of_blocks(uint64_t seed, const uint32_t (&block)[S], const uint32_t (&sample)[S], Word<V> row_low,
+                             Word<V> row_high, V* z, int64_t stride) {
   using W = Word<V>;
   Several<W, S> c[4];
   unrolled<S>([&](auto s) PK_LAMBDA {
     constexpr int at = decltype(s)::value;
-    c[0].v[at] = W{} + block;
-    c[1].v[at] = W{} + (sample + uint32_t(at));
+    c[0].v[at] = W{} + block[at];
+    c[1].v[at] = W{} + sample[at];
     c[2].v[at] = row_low;
     c[3].v[at] = row_high;
   });
@@ -109,7 +112,7 @@ PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word
     });
   };
   using All = Several<V, S * P>;
-  const All radius = square_root(log_uniform<All>(words(Constant<0>{})) * T(-2));
+  const All radius = square_root_of_normal(minus_twice_log_uniform<All>(words(Constant<0>{})));
   All cosine, sine;
   circle(words(Constant<1>{}), cosine, sine);
   unrolled<S * P>([&](auto i) PK_LAMBDA {
@@ -118,6 +121,18 @@ PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word
     to[0] = cosine.v[at] * radius.v[at];
     to[1] = sine.v[at] * radius.v[at];
   });
+}
+
+// Of one block for S samples from `sample` on.
+template <int S, int P, class V>
+PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word<V> row_low, Word<V> row_high, V* z,
+                            int64_t stride) {
+  uint32_t blocks[S], samples[S];
+  unrolled<S>([&](auto s) PK_LAMBDA {
+    blocks[decltype(s)::value] = block;
+    samples[decltype(s)::value] = sample + uint32_t(decltype(s)::value);
+  });
+  normals_of_blocks<S, P>(seed, blocks, samples, row_low, row_high, z, stride);
 }
 
 // The standard normals of S samples of the rows in the lanes: out (S, dim), dimension 4 k + i from block k.

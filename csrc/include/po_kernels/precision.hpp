@@ -16,29 +16,28 @@ struct Precision {
   const Shared<V>* u;
 };
 
-PK_FN int64_t precision_size(int kind, int64_t dim) {
+PK_FN Index precision_size(int kind, Index dim) {
   return kind == kScalar ? 1 : kind == kDiagonal ? dim : dim * dim;
 }
 
 // Numbers to accumulate for its gradient: of a symmetric matrix the lower triangle.
-PK_FN int64_t precision_terms(int kind, int64_t dim) {
+PK_FN Index precision_terms(int kind, Index dim) {
   return kind == kScalar ? 1 : kind == kDiagonal ? dim : dim * (dim + 1) / 2;
 }
 
 // U_jj.
 template <class V>
-PK_FN Shared<V> precision_diagonal(Precision<V> p, int64_t dim, int64_t j) {
+PK_FN Shared<V> precision_diagonal(Precision<V> p, Index dim, Index j) {
   return p.kind == kScalar ? p.u[0] : p.kind == kDiagonal ? p.u[j] : p.u[j * dim + j];
 }
 
 // Rows i..i+R of y = U x for the S vectors of x (S, dim), which are zero before `first`: sums[r][s].
 template <int S, int R, class V>
-PK_FN void multiply_rows(Precision<V> p, int64_t dim, int64_t first, int64_t end, int64_t i, const V* x,
-                         V (&sums)[R][S]) {
+PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Index i, const V* x, V (&sums)[R][S]) {
   unrolled<R>([&](auto r) PK_LAMBDA {
     unrolled<S>([&](auto s) PK_LAMBDA { sums[decltype(r)::value][decltype(s)::value] = V{}; });
   });
-  for (int64_t j = first; j < end; ++j) {
+  for (Index j = first; j < end; ++j) {
     Shared<V> u[R];
     unrolled<R>([&](auto r) PK_LAMBDA { u[decltype(r)::value] = p.u[(i + decltype(r)::value) * dim + j]; });
     unrolled<S>([&](auto s) PK_LAMBDA {
@@ -53,15 +52,15 @@ PK_FN void multiply_rows(Precision<V> p, int64_t dim, int64_t first, int64_t end
 
 // y = U x for S vectors, (S, dim), that are zero before `first`, where y is not wanted either.
 template <int S, class V>
-PK_FN void apply(Precision<V> p, int64_t dim, const V* x, V* y, int64_t first = 0) {
+PK_FN void apply(Precision<V> p, Index dim, const V* x, V* y, Index first = 0) {
   if (p.kind != kFull) {
-    for (int64_t i = first; i < dim; ++i) {
+    for (Index i = first; i < dim; ++i) {
       const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
       unrolled<S>([&](auto s) PK_LAMBDA { y[decltype(s)::value * dim + i] = x[decltype(s)::value * dim + i] * u; });
     }
     return;
   }
-  const auto rows = [&](int64_t i, auto count) PK_LAMBDA {
+  const auto rows = [&](Index i, auto count) PK_LAMBDA {
     constexpr int R = decltype(count)::value;
     V sums[R][S];
     multiply_rows<S, R>(p, dim, first, dim, i, x, sums);
@@ -72,14 +71,14 @@ PK_FN void apply(Precision<V> p, int64_t dim, const V* x, V* y, int64_t first = 
     });
   };
   constexpr int R = S == 1 ? 4 : 2;  // as many sums at once as keep the processor busy
-  int64_t i = first;
+  Index i = first;
   for (; i + R <= dim; i += R) rows(i, Constant<R>{});
   for (; i < dim; ++i) rows(i, Constant<1>{});
 }
 
 // (U x)_i.
 template <class V>
-PK_FN V apply_at(Precision<V> p, int64_t dim, const V* x, int64_t i) {
+PK_FN V apply_at(Precision<V> p, Index dim, const V* x, Index i) {
   if (p.kind != kFull) return x[i] * (p.kind == kScalar ? p.u[0] : p.u[i]);
   V sum[1][1];
   multiply_rows<1, 1>(p, dim, 0, dim, i, x, sum);
@@ -88,11 +87,11 @@ PK_FN V apply_at(Precision<V> p, int64_t dim, const V* x, int64_t i) {
 
 // xᵀ U x of S vectors, (S, dim).
 template <int S, class V>
-PK_FN void quadratic(Precision<V> p, int64_t dim, const V* x, V (&total)[S]) {
+PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
   using T = Element<V>;
   unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = V{}; });
   if (p.kind != kFull) {
-    for (int64_t i = 0; i < dim; ++i) {
+    for (Index i = 0; i < dim; ++i) {
       const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
       unrolled<S>([&](auto s) PK_LAMBDA {
         total[decltype(s)::value] = total[decltype(s)::value] + square(x[decltype(s)::value * dim + i]) * u;
@@ -101,7 +100,7 @@ PK_FN void quadratic(Precision<V> p, int64_t dim, const V* x, V (&total)[S]) {
     return;
   }
   // Twice what is below the diagonal, and the diagonal.
-  int64_t i = 0;
+  Index i = 0;
   for (; i + 2 <= dim; i += 2) {
     V below[2][S];
     multiply_rows<S, 2>(p, dim, 0, i, i, x, below);
@@ -129,13 +128,13 @@ PK_FN void quadratic(Precision<V> p, int64_t dim, const V* x, V (&total)[S]) {
 // acc += Σ_s weighted_s x_sᵀ, as the gradient in U, for weighted_s a multiple of x_s, both (S, dim) and zero before
 // `first`.
 template <int S, class V, class R>
-PK_FN void accumulate_outer(int kind, int64_t dim, const V* weighted, const R* x, Primal<V>* acc, int64_t first = 0) {
+PK_FN void accumulate_outer(int kind, Index dim, const V* weighted, const R* x, Primal<V>* acc, Index first = 0) {
   if (kind == kFull) {
-    add_outer<S>(dim, first, weighted, x, [&](int64_t i) PK_LAMBDA { return acc + i * (i + 1) / 2; });
+    add_outer<S>(dim, first, weighted, x, [&](Index i) PK_LAMBDA { return acc + i * (i + 1) / 2; });
     return;
   }
   Primal<V> all{};
-  for (int64_t j = first; j < dim; ++j) {
+  for (Index j = first; j < dim; ++j) {
     Primal<V> sum = kind == kScalar ? all : acc[j];
     unrolled<S>([&](auto s) PK_LAMBDA {
       sum = sum + output(weighted[decltype(s)::value * dim + j] * x[decltype(s)::value * dim + j]);

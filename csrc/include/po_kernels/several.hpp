@@ -71,6 +71,7 @@ PK_FN Several<V, M> operator-(const Several<V, M>& a) {
     return each_of<M>([&](auto i) PK_LAMBDA { return name(a.v[decltype(i)::value]); }); \
   }
 PK_SEVERAL_FUNCTION(square_root)
+PK_SEVERAL_FUNCTION(square_root_of_normal)
 PK_SEVERAL_FUNCTION(from_bits)
 PK_SEVERAL_FUNCTION(to_bits)
 PK_SEVERAL_FUNCTION(widen)
