@@ -31,7 +31,9 @@ class Resources(NamedTuple):
     shared: int
 
 
-def tensors(op: str, rows: int, dim: int, group: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def tensors(
+    op: str, rows: int, dim: int, group: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Inputs and constants of an op; of their values only those matter that would be refused."""
 
     def empty(*shape: int) -> torch.Tensor:

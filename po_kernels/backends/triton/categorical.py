@@ -34,7 +34,10 @@ from .tally import HEAD, no_stats, report, report_stats, row_weight, store_tally
 
 @triton.jit
 def softmax(logits, c, classes):
-    """p, log p (any number where masked, as p is 0), both (1, B, BLOCK_C), the entropy and the log of the normaliser, both (1, B, 1)."""
+    """p, log p, both (1, B, BLOCK_C), the entropy and the log of the normaliser, both (1, B, 1).
+
+    Where masked, p is 0 and log p any finite number.
+    """
     seen = (c < classes) & (value(logits) != float("-inf"))
     top = tl.max(tl.where(seen, value(logits), float("-inf")), axis=2, keep_dims=True)
     shifted = masked(seen, plus(logits, -top))
@@ -194,7 +197,7 @@ def policy_loss(
     c = tl.arange(0, BLOCK_C)[None, None, :]
     coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
     partial += tl.program_id(0).to(tl.int64) * partial_stride
-    IN_REGISTERS: tl.constexpr = NEED_TABLE and T == tl.float32 and BLOCK_B >= 16 and 16 <= BLOCK_C <= 64
+    IN_REGISTERS: tl.constexpr = NEED_TABLE and tl.float32 == T and BLOCK_B >= 16 and 16 <= BLOCK_C <= 64
     table_sum = no_table(IN_REGISTERS, BLOCK_C, T)
     loss_sum = tl.zeros((1, BLOCK_B, 1), T)
     stats_sum = no_stats(BLOCK_B, T)

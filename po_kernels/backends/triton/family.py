@@ -12,7 +12,22 @@ import triton.language as tl
 from . import gaussian, mvn
 from .group import finish_group, place, take
 from .lanes import (
-    add, constant, dimensions, load, load_vector, masked, mul, negative, nothing, number, output, square, sub, times, total, value,
+    add,
+    constant,
+    dimensions,
+    load,
+    load_vector,
+    masked,
+    mul,
+    negative,
+    nothing,
+    number,
+    output,
+    square,
+    sub,
+    times,
+    total,
+    value,
 )  # fmt: skip
 from .philox import normals
 from .precision import MOST_IN_REGISTERS, MOST_UNROLLED, add_outer, apply, apply_to_sum, no_sums, quadratic, store_sums
@@ -22,7 +37,17 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
 
 @triton.jit
-def read_scale(pointer, tangent, offset, inside, d, dim: tl.constexpr, TRIANGULAR: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def read_scale(
+    pointer,
+    tangent,
+    offset,
+    inside,
+    d,
+    dim: tl.constexpr,
+    TRIANGULAR: tl.constexpr,
+    DUAL: tl.constexpr,
+    T: tl.constexpr,
+):
     if TRIANGULAR:
         return mvn.read(pointer, tangent, offset, inside, d, dim, DUAL, T)
     else:
@@ -82,7 +107,7 @@ def add_gradients(
 ):  # fmt: skip
     """Adds samples' terms of the gradient in μ and S of Σ_g [leftᵀ (μ + S right) + inner · log det S].
 
-    left, right (BLOCK_D, B, G), inner (1, B, G). WHITE: left is given as Sᵀ left. That in a triangular S goes to memory.
+    left, right (BLOCK_D, B, G), inner (1, B, G). WHITE: given is Sᵀ left. What is in a triangular S goes to memory.
     """
     mean_sum, product_sum, inner_sum = sums
     if TRIANGULAR:
@@ -153,7 +178,9 @@ def trace(
 
 
 @triton.jit
-def reward_variance(scale, along, u, d, dim: tl.constexpr, TRIANGULAR: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr):
+def reward_variance(
+    scale, along, u, d, dim: tl.constexpr, TRIANGULAR: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr
+):
     if TRIANGULAR:
         return mvn.reward_variance(scale, along, u, d, dim, KIND, T)
     else:
@@ -161,8 +188,10 @@ def reward_variance(scale, along, u, d, dim: tl.constexpr, TRIANGULAR: tl.conste
 
 
 @triton.jit
-def residual(mean, scale, target, eps, dim: tl.constexpr, PATHWISE: tl.constexpr, TRIANGULAR: tl.constexpr, DUAL: tl.constexpr,
-             T: tl.constexpr):  # fmt: skip
+def residual(
+    mean, scale, target, eps, dim: tl.constexpr, PATHWISE: tl.constexpr, TRIANGULAR: tl.constexpr,
+    DUAL: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """ŷ - y. Score-function samples are constants, so that only y carries a derivative."""
     if TRIANGULAR:
         sample = add(mvn.stretch(scale, eps, dim, DUAL, T), mean)
@@ -183,9 +212,9 @@ def policy_loss(
     rows: tl.int64, blocks: tl.int64, row_offset: tl.int64, dim: tl.constexpr, count: tl.constexpr,
     entropy_coef: tl.float64, rbf_gamma: tl.float64, loss_unit: tl.float64, stats_unit: tl.float64,
     TRIANGULAR: tl.constexpr, KIND: tl.constexpr, CLOSED_FORM: tl.constexpr, PATHWISE: tl.constexpr,
-    EACH: tl.constexpr, ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, HAS_COTANGENT: tl.constexpr, REDUCED: tl.constexpr,
-    WANT_STATS: tl.constexpr, NEED_MEAN: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_TARGET: tl.constexpr,
-    NEED_PRECISION: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr,
+    EACH: tl.constexpr, ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, HAS_COTANGENT: tl.constexpr,
+    REDUCED: tl.constexpr, WANT_STATS: tl.constexpr, NEED_MEAN: tl.constexpr, NEED_SCALE: tl.constexpr,
+    NEED_TARGET: tl.constexpr, NEED_PRECISION: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """mean, target (rows, dim), scale (rows, dim) or (rows, dim, dim), precision contiguous; gradients contiguous."""
@@ -227,17 +256,19 @@ def policy_loss(
                 else:
                     sums = add_outer(sums, to_precision, weight, delta, d, dim, KIND, IN_MEMORY, EACH, DUAL)
             along = apply(precision, precision_t, delta, d, dim, KIND, DUAL, T)
-            spread, sums = trace(
-                s, weight, None if ALIKE else weight, inner, precision, precision_t, sums, to_precision, to_scale, row, inside, d, dim,
-                TRIANGULAR, KIND, IN_MEMORY, NEED_SCALE, NEED_PRECISION, DUAL, T,
-            )  # fmt: skip
-            objective = negative(add(total(mul(delta, along), 0), spread))
-            reward_mean = objective
+            distance = total(mul(delta, along), 0)
             slope = output(times(mul(weight, along), 2), DUAL)
             if NEED_MEAN:
                 tl.store(to_mean + row * dim + each, slope, here)
             if NEED_TARGET:
                 tl.store(to_target + row * dim + each, -slope, here)
+            spread, sums = trace(
+                s, weight, None if ALIKE else weight, inner, precision, precision_t, sums, to_precision,
+                to_scale, row, inside, d, dim,
+                TRIANGULAR, KIND, IN_MEMORY, NEED_SCALE, NEED_PRECISION, DUAL, T,
+            )  # fmt: skip
+            objective = negative(add(distance, spread))
+            reward_mean = objective
             if WANT_STATS:
                 reward_std = tl.sqrt(reward_variance(s, along, precision, d, dim, TRIANGULAR, KIND, T))
                 advantage_std = reward_std

@@ -193,8 +193,8 @@ def product(before, a, b):
 def add_products(before, a, b, EACH: tl.constexpr, DUAL: tl.constexpr):
     """before + Σ_bg a bᵀ, (BLOCK_D, BLOCK_D), for float32 tiles (BLOCK_D, B, G); on pairs that of the tangent.
 
-    Of the products of what `split` makes, the one left out is at most 2^-22 of the whole, and so is what tensor cores do
-    not read of the rest of either factor: at most 3 2^-22 = 6 eps of each product.
+    Of the products of what `split` makes, the one left out is at most 2^-22 of the whole, and so is what tensor cores
+    do not read of the rest of either factor: at most 3 2^-22 = 6 eps of each product.
     """
     if DUAL:
         if isinstance(a, tl.tensor):

@@ -46,17 +46,16 @@ def tile(group: int, dim: int, matrix: bool = False) -> Tile:
     """For `group` samples of a row of `dim` dimensions, of which a warp has neighbours: tiles of all three.
 
     Args:
-        matrix: a matrix is summed over rows in registers. With many of its elements a thread, ptxas takes minutes and
-            spills.
+        matrix: a matrix is summed over rows in registers, of which fewer threads have more.
     """
     block_d = max(4, triton.next_power_of_2(dim))
     whole = triton.next_power_of_2(group)
     block_g = min(whole, max(1, _LARGEST_TILE // block_d))
     rows = max(1, _SMALLEST_TILE // (block_g * block_d), _LEAST_MULTIPLIED // block_g if matrix else 1)
-    elements = rows * block_g * block_d
-    if matrix and 32 < block_d <= 64:
-        elements = max(elements, block_d**2)
-    return Tile(rows, block_g, whole // block_g, block_d, _warps(elements))
+    warps = _warps(rows * block_g * block_d)
+    if matrix and block_d <= 64:
+        warps = max(1, warps // 2) if block_d <= 32 else 4
+    return Tile(rows, block_g, whole // block_g, block_d, warps)
 
 
 def drawn_tile(group: int, dim: int, dtype: torch.dtype = torch.float32, matrix: bool = False) -> Tile:

@@ -8,18 +8,32 @@ import triton
 import triton.language as tl
 
 from .lanes import (
-    add, choose, constant, inverse, is_thin, load, log, masked, mul, mul_add, nothing, output, sub, times, total, value,
+    add,
+    choose,
+    constant,
+    inverse,
+    is_thin,
+    load,
+    log,
+    masked,
+    mul,
+    mul_add,
+    nothing,
+    output,
+    sub,
+    times,
+    total,
+    value,
 )  # fmt: skip
 from .precision import add_outer, apply, pick
-
 
 MOST_UNROLLED = tl.constexpr(16)  # dimensions: code grows with their square, and the time to compile it faster
 
 
 @triton.constexpr_function
-def unrolled(dim):
-    """How many turns of the loop over rows of a gradient are compiled apart: for few dimensions, all."""
-    return dim if dim <= 8 else 1
+def unrolled(dim, dual):
+    """How many turns of the loop over rows of a gradient are compiled apart: all, where that takes seconds only."""
+    return dim if dim <= 8 and not dual else 1
 
 
 @triton.jit
@@ -166,7 +180,7 @@ def add_gradient(
     """
     inner = total(inner, 2)
     each = tl.arange(0, value(left).shape[0])[:, None, None]
-    for i in tl.range(0, dim, loop_unroll_factor=unrolled(dim)):
+    for i in tl.range(0, dim, loop_unroll_factor=unrolled(dim, DUAL)):
         at = to + offset + i * dim
         own = mul(inner, inverse_diagonal(scale, i, dim, DUAL, T))
         if is_thin(d):

@@ -11,8 +11,22 @@ import triton
 import triton.language as tl
 
 from .lanes import (
-    accumulate, add, add_products, add_squares, alone, choose, constant, is_thin, load, mul, mul_add, nothing, output, square,
-    times, total, value,
+    accumulate,
+    add_products,
+    add_squares,
+    alone,
+    choose,
+    constant,
+    is_thin,
+    load,
+    mul,
+    mul_add,
+    nothing,
+    output,
+    square,
+    times,
+    total,
+    value,
 )  # fmt: skip
 
 SCALAR = tl.constexpr(0)
