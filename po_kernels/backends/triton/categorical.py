@@ -197,7 +197,7 @@ def policy_loss(
     c = tl.arange(0, BLOCK_C)[None, None, :]
     coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
     partial += tl.program_id(0).to(tl.int64) * partial_stride
-    IN_REGISTERS: tl.constexpr = NEED_TABLE and tl.float32 == T and BLOCK_B >= 16 and 16 <= BLOCK_C <= 64
+    IN_REGISTERS: tl.constexpr = NEED_TABLE and tl.float32 == T and BLOCK_B >= 16 and BLOCK_C >= 16 and BLOCK_C <= 64
     table_sum = no_table(IN_REGISTERS, BLOCK_C, T)
     loss_sum = tl.zeros((1, BLOCK_B, 1), T)
     stats_sum = no_stats(BLOCK_B, T)
