@@ -171,12 +171,13 @@ def split(x):
 
 @triton.jit
 def matrices(x, EACH: tl.constexpr):
-    """The samples of x (BLOCK_D, B, G) as columns of a matrix, and None; of two of them with a thread's two in each."""
+    """The samples of x (BLOCK_D, B, G) as columns of two matrices, with a thread's two in each, or of one, given twice."""
     COUNT: tl.constexpr = x.shape[1] * x.shape[2]
     if EACH == 2:
         return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, COUNT // 2)), (0, 2, 1)))
     else:
-        return tl.reshape(x, (x.shape[0], COUNT)), None
+        whole = tl.reshape(x, (x.shape[0], COUNT))
+        return whole, whole
 
 
 @triton.jit
@@ -207,7 +208,7 @@ def add_products(before, a, b, EACH: tl.constexpr, DUAL: tl.constexpr):
         a0, a1 = matrices(a, EACH)
         b0, b1 = matrices(b, EACH)
         before = product(before, a0, b0)
-        if a1 is not None:
+        if EACH == 2:
             before = product(before, a1, b1)
         return before
 
@@ -224,7 +225,7 @@ def add_squares(before, x, EACH: tl.constexpr):
     """before + Σ_bg x xᵀ as far as its symmetric part, with the error of `add_products`."""
     x0, x1 = matrices(x, EACH)
     before = square_product(before, x0)
-    if x1 is not None:
+    if EACH == 2:
         before = square_product(before, x1)
     return before
 
