@@ -132,16 +132,11 @@ def random_numbers_only(rows: int, dim: int, group: int, seed: Tensor) -> Tensor
     """The standard normals that a loss draws, with one sum a row stored."""
     import triton
 
-    from benchmarks.noise import row_sums
-    from po_kernels.backends.triton import launch
+    from benchmarks import noise
 
-    tile = launch.tile(group, dim)
-    out = torch.empty(rows, device=seed.device)
-    row_sums[(triton.cdiv(rows, tile.rows),)](
-        seed, out, rows, dim, group, BLOCK_B=tile.rows, BLOCK_G=tile.group, CHUNKS=tile.chunks, BLOCK_D=tile.dim,
-        num_warps=tile.warps, enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
+    arguments, tile = noise.arguments(rows, dim, group, seed)
+    noise.row_sums[(triton.cdiv(rows, tile.rows),)](**arguments, num_warps=tile.warps, enable_fp_fusion=False)
+    return arguments["out"]
 
 
 class Clock:

@@ -18,7 +18,7 @@ from .cases import LOG_PROBS, LOSSES, POLICY_LOSSES, SAMPLES
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from . import triton_aot
+from benchmarks import ahead_of_time
 
 FOLDER = Path(__file__).parent
 
@@ -55,48 +55,21 @@ SHAPES = {"gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def tensors(op: str, dim: int, group: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Inputs and constants of an op; of their values only those matter that would be refused."""
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
-
-    family = op.split("_")[0]
-    labels = {"policy": (ROWS,), "surrogate": (group, ROWS), "log": (group, ROWS)}
-    seed = torch.tensor(1)
-    if op == "group_advantage":
-        return [empty(group, ROWS)], []
-    if family == "categorical":
-        what = op.split("_")[1]
-        extra = {"policy": [empty(dim, dim)], "surrogate": [empty(group, ROWS)]}.get(what, [])
-        constants = [torch.zeros(labels[what], dtype=torch.int64)] if what in labels else []
-        return [empty(ROWS, dim), *extra], [*constants, *([seed] if what in ("policy", "sample") else [])]
-    unit = torch.eye(dim, dtype=dtype)
-    policy = [empty(ROWS, dim), unit.repeat(ROWS, 1, 1) if family == "mvn" else empty(ROWS, dim)]
-    if op.endswith("policy_loss"):
-        return [*policy, empty(ROWS, dim), unit], [seed]
-    if op.endswith("surrogate_loss"):
-        return [*policy, empty(group, ROWS)], [empty(group, ROWS, dim)]
-    if op.endswith("log_prob"):
-        return [*policy, empty(group, ROWS, dim)], []
-    return policy, [seed]
-
-
 def compile_all(
-    monkeypatch, op: str, order: str, shape: tuple[int, int], dtype: torch.dtype, config: OpConfig, *capabilities: int
+    op: str, order: str, shape: tuple[int, int], dtype: torch.dtype, config: OpConfig, *capabilities: int
 ) -> list:
     dim, group = shape
-    inputs, constants = tensors(op, dim, group, dtype)
+    inputs, constants = ahead_of_time.tensors(op, ROWS, dim, group, dtype)
     if config.estimator in ("analytic", "exact"):
         constants = constants[:-1]
     compute = torch.float32 if dtype == torch.bfloat16 else dtype
     wide = op in LOG_PROBS or op == "group_advantage"
     cotangent = torch.ones((group, ROWS, dim) if op in SAMPLES else (group, ROWS) if wide else (), dtype=compute)
-    launches = triton_aot.launches_of(
-        monkeypatch, op, order, inputs, constants, config, cotangent, want_stats=order == "first" and op in LOSSES
+    launches = ahead_of_time.launches_of(
+        op, order, inputs, constants, config, cotangent, want_stats=order == "first" and op in LOSSES
     )
     assert launches
-    return [triton_aot.compiled(each, capability) for each in launches for capability in capabilities]
+    return [ahead_of_time.compiled(each, capability) for each in launches for capability in capabilities]
 
 
 def config_of(op: str, estimator: str, group: int) -> OpConfig:
@@ -117,7 +90,7 @@ CALLS = [
 ]
 
 
-def record(request, shape: tuple[int, int], kernel, resources: triton_aot.Resources) -> None:
+def record(request, shape: tuple[int, int], kernel, resources: ahead_of_time.Resources) -> None:
     """In the report of --junitxml; the fixture for it warns of the format."""
     name = f"{shape} {kernel.metadata.name} sm_{kernel.metadata.target.arch}"
     request.node.user_properties.append((name, resources._asdict()))
@@ -128,11 +101,11 @@ FEW_BYTES = 16
 
 
 @pytest.mark.parametrize(("op", "estimator"), CALLS)
-def test_first_order_compiles_without_spills(op, estimator, monkeypatch, request):
+def test_first_order_compiles_without_spills(op, estimator, request):
     order = "sample" if op == "categorical_sample" else "first"
     for shape in SHAPES[op.split("_")[0]][: 2 if estimator == "dice" else 1]:
         config = config_of(op, estimator, shape[1])
-        for kernel, resources in compile_all(monkeypatch, op, order, shape, torch.float32, config, 80, 90):
+        for kernel, resources in compile_all(op, order, shape, torch.float32, config, 80, 90):
             record(request, shape, kernel, resources)
             assert resources.spills <= (FEW_BYTES if resources.registers < 255 else 0), (shape, resources)
 
@@ -140,10 +113,10 @@ def test_first_order_compiles_without_spills(op, estimator, monkeypatch, request
 @pytest.mark.parametrize(
     ("op", "estimator"), [call for call in CALLS if call[0] != "categorical_sample" and call[1] != "reparam"]
 )
-def test_second_order_compiles(op, estimator, monkeypatch, request):
+def test_second_order_compiles(op, estimator, request):
     shape = SHAPES[op.split("_")[0]][0]
     config = config_of(op, estimator, shape[1])
-    for kernel, resources in compile_all(monkeypatch, op, "second", shape, torch.float32, config, 80, 90):
+    for kernel, resources in compile_all(op, "second", shape, torch.float32, config, 80, 90):
         record(request, shape, kernel, resources)
 
 
@@ -153,19 +126,18 @@ OTHERS += [(op, torch.float16, (80,)) for op in POLICY_LOSSES]
 
 
 @pytest.mark.parametrize(("op", "dtype", "capabilities"), OTHERS, ids=str)
-def test_other_dtypes_compile(op, dtype, capabilities, monkeypatch):
+def test_other_dtypes_compile(op, dtype, capabilities):
     order = "sample" if op == "categorical_sample" else "first"
-    compile_all(monkeypatch, op, order, (4, 4), dtype, config_of(op, "dice", 4), *capabilities)
+    compile_all(op, order, (4, 4), dtype, config_of(op, "dice", 4), *capabilities)
 
 
-def test_a_row_more_takes_no_new_kernel(monkeypatch):
+def test_a_row_more_takes_no_new_kernel():
     """What a launch is specialised on does not change with the number of rows."""
     keys = set()
     for rows in (1, 2, 16, 1000, 4096):
-        monkeypatch.setattr(sys.modules[__name__], "ROWS", rows)
-        inputs, constants = tensors("gaussian_surrogate_loss", 5, 4, torch.float32)
-        for each in triton_aot.launches_of(
-            monkeypatch, "gaussian_surrogate_loss", "first", inputs, constants, config_of("", "dice", 4)
+        inputs, constants = ahead_of_time.tensors("gaussian_surrogate_loss", rows, 5, 4, torch.float32)
+        for each in ahead_of_time.launches_of(
+            "gaussian_surrogate_loss", "first", inputs, constants, config_of("", "dice", 4)
         ):
-            keys.add(triton_aot.specialisation(each))
+            keys.add(ahead_of_time.specialisation(each))
     assert len(keys) == 2  # the loss, and the sum over programs

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 
 from po_kernels.backends.contract import OpConfig
 from po_kernels.backends.triton import launch
@@ -69,10 +70,15 @@ def test_values(op):
         agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2], dim=1 + 2 * seed), seed)
 
 
+def in_chunks_of_two(group: int, dim: int, *_: object, **__: object) -> launch.Tile:
+    block_d, whole = (triton.next_power_of_2(size) for size in (dim, group))
+    return launch.Tile(1, 2, whole // 2, max(4, block_d), 1)
+
+
 @pytest.mark.parametrize("op", [op for op in LOSSES if "categorical" not in op])
 def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
-    monkeypatch.setattr(launch, "_LARGEST_TILE", 8)
-    monkeypatch.setattr(launch, "_SMALLEST_TILE", 8)
+    for name in ("tile", "drawn_tile"):
+        monkeypatch.setattr(launch, name, in_chunks_of_two)
     monkeypatch.setattr(launch, "_MOST_PROGRAMS", 2)
     options = {"precision_kind": "full", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
     agrees(draw(op, 2, lead=(3,), dim=2, group=3, **options))
@@ -82,7 +88,8 @@ def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
 
 @pytest.mark.parametrize("op", ["gaussian_log_prob", "mvn_log_prob", "gaussian_sample", "mvn_sample"])
 def test_values_in_chunks(op, monkeypatch):
-    monkeypatch.setattr(launch, "_LARGEST_TILE", 8)
+    for name in ("tile", "drawn_tile"):
+        monkeypatch.setattr(launch, name, in_chunks_of_two)
     for seed in range(3):
         agrees(draw(op, seed, lead=(2,), dim=3, group=5), seed)
 

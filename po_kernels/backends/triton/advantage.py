@@ -17,7 +17,7 @@ def group_advantage(
     """rewards (count, rows) and, with a cotangent of that shape, the gradient; a program has BLOCK_B rows."""
     gamma, size = number(rbf_gamma, T), number(count, T)
     g = tl.arange(0, BLOCK_G)[None, None, :]
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
     inside = (row < rows) & (g < count)
     at = g.to(tl.int64) * rows + row
     given = load(rewards, rewards_t, g.to(tl.int64) * rewards_stride_g + row * rewards_stride, inside, 0, DUAL, T)

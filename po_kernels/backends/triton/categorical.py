@@ -1,13 +1,13 @@
 """Rows of categorical policies, in Triton.
 
-A program takes blocks of BLOCK_B rows, one after the other, as tiles (BLOCK_B, 1, BLOCK_C) of all classes; groups of
-samples are (BLOCK_B, 1, BLOCK_G), and what a row has one of, (BLOCK_B, 1, 1).
+A program takes blocks of BLOCK_B rows, one after the other, as tiles (1, BLOCK_B, BLOCK_C) of all classes; groups of
+samples are (1, BLOCK_B, BLOCK_G), and what a row has one of, (1, BLOCK_B, 1).
 """
 
 import triton
 import triton.language as tl
 
-from .group import finish_chunks, transformed
+from .group import finish_group, transformed
 from .lanes import (
     accumulate,
     add,
@@ -22,6 +22,7 @@ from .lanes import (
     number,
     output,
     plus,
+    split,
     sub,
     times,
     total,
@@ -33,13 +34,16 @@ from .tally import HEAD, no_stats, report, report_stats, row_weight, store_tally
 
 @triton.jit
 def softmax(logits, c, classes):
-    """p, log p (0 where masked), both (B, 1, BLOCK_C), the entropy and the log of the normaliser, both (B, 1, 1)."""
+    """p, log p, both (1, B, BLOCK_C), the entropy and the log of the normaliser, both (1, B, 1).
+
+    Where masked, p is 0 and log p any finite number.
+    """
     seen = (c < classes) & (value(logits) != float("-inf"))
     top = tl.max(tl.where(seen, value(logits), float("-inf")), axis=2, keep_dims=True)
     shifted = masked(seen, plus(logits, -top))
     weight = masked(seen, exp(shifted))
     normaliser = total(weight, 2)
-    log_p = masked(seen, sub(shifted, log(normaliser)))
+    log_p = sub(shifted, log(normaliser))
     p = mul(weight, inverse(normaliser))
     return p, log_p, negative(total(mul(p, log_p), 2)), plus(log(normaliser), top)
 
@@ -61,7 +65,7 @@ def load_of(pointer, tangent, offsets, label, inside, classes, DUAL: tl.constexp
 
 @triton.jit
 def log_prob_of(logits, logits_t, offset, label, log_normaliser, inside, classes, DUAL: tl.constexpr, T: tl.constexpr):
-    """log p of labels (B, 1, G) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
+    """log p of labels (1, B, G) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
     x = load_of(logits, logits_t, offset + label, label, inside, classes, DUAL, T)
     seen = value(x) != float("-inf")
     return plus(masked(seen, sub(x, log_normaliser)), tl.where(seen, 0.0, float("-inf")).to(T))
@@ -69,14 +73,14 @@ def log_prob_of(logits, logits_t, offset, label, log_normaliser, inside, classes
 
 @triton.jit
 def first_words(seed, g, row):
-    """24 random bits for each sample (B, 1, G) of g (1, 1, G) and row (B, 1, 1)."""
+    """24 random bits for each sample (1, B, G) of g (1, 1, G) and row (1, B, 1)."""
     word, _, _, _ = words(seed, tl.zeros_like(g).to(tl.uint32), g.to(tl.uint32), row)
     return word >> 8
 
 
 @triton.jit
 def draw(logits, c, word, classes):
-    """Labels (B, 1, G) from words of 24 bits, by inversion: the thresholds are integers, computed in float64."""
+    """Labels (1, B, G) from words of 24 bits, by inversion: the thresholds are integers, computed in float64."""
     x = tl.where(c < classes, logits.to(tl.float64), float("-inf"))
     top = tl.max(x, axis=2, keep_dims=True)
     weight = tl.where(x == float("-inf"), 0, tl.exp(x - top))
@@ -94,9 +98,9 @@ def draw(logits, c, word, classes):
 
 @triton.jit
 def scattered(label, x, c, count, DUAL: tl.constexpr):
-    """Σ_g x_g [label_g = c], (B, 1, BLOCK_C), in the order of the samples; label and x (B, 1, G)."""
+    """Σ_g x_g [label_g = c], (1, B, BLOCK_C), in the order of the samples; label and x (1, B, G)."""
     g = tl.arange(0, value(x).shape[2])[None, None, :]
-    result = constant(tl.zeros((value(x).shape[0], 1, c.shape[2]), value(x).dtype), DUAL)
+    result = constant(tl.zeros((1, value(x).shape[1], c.shape[2]), value(x).dtype), DUAL)
     for i in range(0, count):
         chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
         result = add(result, masked(c == chosen, total(masked(g == i, x), 2)))
@@ -104,14 +108,54 @@ def scattered(label, x, c, count, DUAL: tl.constexpr):
 
 
 @triton.jit
-def add_to_table(to, x, label, inside, c, classes):
-    """Adds x_b (B, 1, BLOCK_C) to row label_b of a table, one b after the other."""
-    b = tl.arange(0, x.shape[0])[:, None, None]
+def no_table(IN_REGISTERS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr):
+    SIZE: tl.constexpr = BLOCK_C if IN_REGISTERS else 1
+    return tl.zeros((SIZE, SIZE), T)
+
+
+@triton.jit
+def add_to_table(sums, to, x, label, inside, c, classes, IN_REGISTERS: tl.constexpr):
+    """Adds x_b (1, B, BLOCK_C) to row label_b of a table, which is the sum of `sums` and what is in memory."""
     known = inside & is_label(label, classes)
-    for i in range(0, x.shape[0]):
-        chosen = tl.sum(tl.where((b == i) & known, label, 0), axis=0, keep_dims=True)
-        row = tl.sum(tl.where((b == i) & known, x, 0), axis=0, keep_dims=True)
-        accumulate(to, chosen * classes + c, c < classes, row)
+    x = tl.where(known, x, 0)
+    label = label.to(tl.int32)
+    if IN_REGISTERS:
+        # What is not finite would be in all rows of a product.
+        if tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1)) == 0:
+            sums = add_by_label(sums, label, x, c)
+        else:
+            add_in_memory(to, x, label, known, c, classes)
+    else:
+        add_in_memory(to, x, label, known, c, classes)
+    return sums
+
+
+@triton.jit
+def add_by_label(sums, label, x, c):
+    """By a product with zeros and ones, which are exact, as are x in two parts but for 2^-22: 2 eps."""
+    SHAPE: tl.constexpr = (x.shape[1], x.shape[2])
+    high, low = split(tl.reshape(x, SHAPE))
+    chosen = tl.trans(tl.reshape((label == c).to(tl.float32), SHAPE))
+    sums = tl.dot(chosen, low, sums, input_precision="tf32")
+    return tl.dot(chosen, high, sums, input_precision="tf32")
+
+
+@triton.jit
+def add_in_memory(to, x, label, known, c, classes):
+    """One row after the other."""
+    b = tl.arange(0, x.shape[1])[None, :, None]
+    for i in range(0, x.shape[1]):
+        here = (b == i) & known
+        chosen = tl.sum(tl.where(here, label, 0), axis=1, keep_dims=True).to(tl.int64)
+        accumulate(to, chosen * classes + c, c < classes, tl.sum(tl.where(here, x, 0), axis=1, keep_dims=True))
+
+
+@triton.jit
+def store_table(sums, to, classes, IN_REGISTERS: tl.constexpr, BLOCK_C: tl.constexpr):
+    if IN_REGISTERS:
+        each = tl.arange(0, BLOCK_C)
+        inside = (each[:, None] < classes) & (each[None, :] < classes)
+        accumulate(to, each[:, None] * classes + each[None, :], inside, sums)
 
 
 @triton.jit
@@ -120,13 +164,13 @@ def score_loss(
     ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, WANT_STATS: tl.constexpr, NEED_LOGITS: tl.constexpr,
     DUAL: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """The score-function surrogate of labels (B, 1, G), their rewards and log p; stores the gradient in the logits.
+    """The score-function surrogate of labels (1, B, G), their rewards and log p; stores the gradient in the logits.
 
     Returns:
-        the surrogate; mean reward, standard deviations of rewards and advantages; the rewards' gradient (B, 1, G).
+        the surrogate; mean reward, standard deviations of rewards and advantages; the rewards' gradient (1, B, G).
     """
     size = number(count, T)
-    objective, reward_mean, reward_std, advantage_std, factor, pull = finish_chunks(
+    objective, reward_mean, reward_std, advantage_std, factor, pull = finish_group(
         rewards, output(density, DUAL), gamma, size, True, ADVANTAGE, HAS_RBF, WANT_STATS, DUAL
     )
     share = negative(times(weight, 1.0 / size))
@@ -153,10 +197,12 @@ def policy_loss(
     c = tl.arange(0, BLOCK_C)[None, None, :]
     coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
     partial += tl.program_id(0).to(tl.int64) * partial_stride
-    loss_sum = tl.zeros((BLOCK_B, 1, 1), T)
+    IN_REGISTERS: tl.constexpr = NEED_TABLE and tl.float32 == T and BLOCK_B >= 16 and BLOCK_C >= 16 and BLOCK_C <= 64
+    table_sum = no_table(IN_REGISTERS, BLOCK_C, T)
+    loss_sum = tl.zeros((1, BLOCK_B, 1), T)
     stats_sum = no_stats(BLOCK_B, T)
-    for block in range(0, blocks):
-        row = (tl.program_id(0).to(tl.int64) * blocks + block) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
+    for block in tl.range(0, blocks, num_stages=1):
+        row = (tl.program_id(0).to(tl.int64) * blocks + block) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
         inside = row < rows
         here = inside & (c < classes)
         x = load(logits, logits_t, row * logits_stride + c, here, 0, DUAL, T)
@@ -193,7 +239,9 @@ def policy_loss(
             if NEED_TABLE:
                 by_class = scattered(label, to_rewards, c, count, DUAL)
         if NEED_TABLE:
-            add_to_table(partial + HEAD, output(by_class, DUAL), y, inside, c, classes)
+            table_sum = add_to_table(
+                table_sum, partial + HEAD, output(by_class, DUAL), y, inside, c, classes, IN_REGISTERS
+            )
         if WANT_STATS:
             log_prob = log_prob_of(logits, logits_t, row * logits_stride, y, log_normaliser, inside, classes, DUAL, T)
             stats_sum = report_stats(
@@ -203,6 +251,8 @@ def policy_loss(
         loss = output(negative(add(objective, times(entropy, coef))), DUAL)
         loss_sum = report(loss, loss_sum, losses, row, inside, unit, REDUCED)
     store_tally(loss_sum, stats_sum, partial)
+    if NEED_TABLE:
+        store_table(table_sum, partial + HEAD, classes, IN_REGISTERS, BLOCK_C)
 
 
 @triton.jit(
@@ -224,10 +274,10 @@ def surrogate_loss(
     g = tl.arange(0, BLOCK_G)[None, None, :].to(tl.int64)
     coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
     partial += tl.program_id(0).to(tl.int64) * partial_stride
-    loss_sum = tl.zeros((BLOCK_B, 1, 1), T)
+    loss_sum = tl.zeros((1, BLOCK_B, 1), T)
     stats_sum = no_stats(BLOCK_B, T)
     for block in range(0, blocks):
-        row = (tl.program_id(0).to(tl.int64) * blocks + block) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
+        row = (tl.program_id(0).to(tl.int64) * blocks + block) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
         inside = row < rows
         here = inside & (c < classes)
         there = inside & (g < count)
@@ -264,11 +314,11 @@ def log_prob(
 ):  # fmt: skip
     """log p of labels (count, rows) and, with a cotangent so, the gradient; `chunks` of BLOCK_G a program."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
     inside = row < rows
     x = load(logits, logits_t, row * logits_stride + c, inside & (c < classes), 0, DUAL, T)
     p, _, _, log_normaliser = softmax(x, c, classes)
-    sums = tl.zeros((BLOCK_B, 1, BLOCK_C), T)
+    sums = tl.zeros((1, BLOCK_B, BLOCK_C), T)
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, :]
         there = inside & (g < count)
@@ -289,7 +339,7 @@ def sample(
 ):  # fmt: skip
     """Labels (count, rows), int64; `chunks` of BLOCK_G a program."""
     c = tl.arange(0, BLOCK_C)[None, None, :]
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[:, None, None]
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
     inside = row < rows
     x = tl.load(logits + row * logits_stride + c, inside & (c < classes), 0).to(T)
     for chunk in range(0, chunks):

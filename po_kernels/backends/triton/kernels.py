@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import checks
 from ..contract import BothOrders, OpConfig, Request
-from . import advantage, categorical, family, launch
+from . import advantage, categorical, family, launch, mvn
+from . import precision as precision_
 from .launch import Call
 
 Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
@@ -40,9 +41,12 @@ def _policy_loss(triangular: bool) -> Evaluate:
     def evaluate(call: Call) -> tuple[Tensor, Tensor]:
         mean, precision = call.pairs[0][0], call.pairs[3][0]
         dim, kind = mean.shape[1], precision.ndim
-        blocks = launch.tile(call.whole_group(max(call.config.num_samples, 1)), dim, matrix=kind == 2)
-        # A gradient in one number is summed over rows by dimensions.
-        shared = (0,) if not call.needs[3] else (dim, dim) if kind == 2 else (dim,)
+        group = call.whole_group(max(call.config.num_samples, 1))
+        if dim <= (mvn if triangular else precision_).MOST_UNROLLED.value:
+            blocks = launch.drawn_tile(group, dim, call.dtype, matrix=kind == 2)
+        else:
+            blocks = launch.tile(group, dim, matrix=kind == 2)
+        shared = ((1,), (dim,), (dim, dim))[kind] if call.needs[3] else (0,)
         u, tangent = (None if x is None else _symmetric(x) for x in call.pairs[3])
         value, stats, sums = launch.loss(
             call, family.policy_loss, blocks, shared,
@@ -50,13 +54,13 @@ def _policy_loss(triangular: bool) -> Evaluate:
             precision=u, precision_t=tangent,
             seed=call.seed(call.constants[0]) if call.config.num_samples else None,
             **call.outputs("mean", "scale", "target"), NEED_PRECISION=bool(call.needs[3]),
-            row_offset=call.config.row_offset, dim=dim, count=max(call.config.num_samples, 1),
+            row_offset=call.config.row_offset, dim=dim, count=group,
             TRIANGULAR=triangular, KIND=kind, CLOSED_FORM=call.config.estimator == "analytic",
-            PATHWISE=call.config.estimator == "reparam",
+            PATHWISE=call.config.estimator == "reparam", EACH=blocks.each,
             BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
         )  # fmt: skip
         if call.needs[3]:
-            found = _symmetric(sums) if kind == 2 else sums.sum() if kind == 0 else sums
+            found = _symmetric(sums) if kind == 2 else sums[0] if kind == 0 else sums
             call.gradients[3] = found.to(precision.dtype)
         return value, stats
 
@@ -131,7 +135,8 @@ def _sample(triangular: bool) -> Evaluate:
 def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     classes = call.pairs[0][0].shape[1]
     count = call.whole_group(max(call.config.num_samples, 1))
-    blocks = launch.class_tile(count, classes)
+    exact = call.config.estimator == "exact"
+    blocks = launch.expected_tile(classes, call.needs[1]) if exact else launch.class_tile(count, classes)
     # By label first, for the rewards of a row to be neighbours.
     table, tangent = (None if x is None else x.t().contiguous() for x in call.pairs[1])
     value, stats, sums = launch.loss(
@@ -140,7 +145,7 @@ def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
         **call.rows("logits", 0), table=table, table_t=tangent, target=call.constants[0].contiguous(),
         seed=call.seed(call.constants[1]) if call.config.num_samples else None,
         **call.outputs("logits"), NEED_TABLE=bool(call.needs[1]),
-        row_offset=call.config.row_offset, classes=classes, count=count, CLOSED_FORM=call.config.estimator == "exact",
+        row_offset=call.config.row_offset, classes=classes, count=count, CLOSED_FORM=exact,
         BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
     )  # fmt: skip
     if call.needs[1]:

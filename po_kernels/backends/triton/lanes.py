@@ -81,6 +81,23 @@ def add(a, b):
 
 
 @triton.jit
+def mul_add(a, b, c):
+    """a b + c, of tensors rounded once. A compiler that may fuse at will would let threads differ in the same sum."""
+    if isinstance(a, tl.tensor) and isinstance(b, tl.tensor) and isinstance(c, tl.tensor):
+        return tl.fma(a, b, c)
+    elif isinstance(a, tl.tensor) and isinstance(b, tl.tensor):
+        return tl.fma(a, b, c[0]), c[1]
+    elif isinstance(c, tl.tensor):
+        return add(mul(a, b), c)
+    elif isinstance(b, tl.tensor):
+        return tl.fma(a[0], b, c[0]), tl.fma(a[1], b, c[1])
+    elif isinstance(a, tl.tensor):
+        return tl.fma(b[0], a, c[0]), tl.fma(b[1], a, c[1])
+    else:
+        return tl.fma(a[0], b[0], c[0]), tl.fma(a[0], b[1], tl.fma(a[1], b[0], c[1]))
+
+
+@triton.jit
 def negative(a):
     if isinstance(a, tl.tensor):
         return -a
@@ -146,6 +163,74 @@ def total(a, AXIS: tl.constexpr):
 
 
 @triton.jit
+def split(x):
+    """x as a sum of 11 bits, which tensor cores read, and the rest, which is none where x is not finite."""
+    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, tl.where(high == x, 0, x - high)
+
+
+@triton.jit
+def matrices(x, EACH: tl.constexpr):
+    """The samples of x (BLOCK_D, B, G) as columns of two matrices, with a thread's two in each, or of one, given twice."""
+    COUNT: tl.constexpr = x.shape[1] * x.shape[2]
+    if EACH == 2:
+        return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, COUNT // 2)), (0, 2, 1)))
+    else:
+        whole = tl.reshape(x, (x.shape[0], COUNT))
+        return whole, whole
+
+
+@triton.jit
+def product(before, a, b):
+    """before + a bᵀ of float32 matrices."""
+    high, low = split(a)
+    b_high, b_low = split(b)
+    before = tl.dot(low, tl.trans(b_high), before, input_precision="tf32")
+    before = tl.dot(high, tl.trans(b_low), before, input_precision="tf32")
+    return tl.dot(high, tl.trans(b_high), before, input_precision="tf32")
+
+
+@triton.jit
+def add_products(before, a, b, EACH: tl.constexpr, DUAL: tl.constexpr):
+    """before + Σ_bg a bᵀ, (BLOCK_D, BLOCK_D), for float32 tiles (BLOCK_D, B, G); on pairs that of the tangent.
+
+    Of the products of what `split` makes, the one left out is at most 2^-22 of the whole, and so is what tensor cores
+    do not read of the rest of either factor: at most 3 2^-22 = 6 eps of each product.
+    """
+    if DUAL:
+        if isinstance(a, tl.tensor):
+            return add_products(before, a, b[1], EACH, False)
+        elif isinstance(b, tl.tensor):
+            return add_products(before, a[1], b, EACH, False)
+        else:
+            return add_products(add_products(before, a[0], b[1], EACH, False), a[1], b[0], EACH, False)
+    else:
+        a0, a1 = matrices(a, EACH)
+        b0, b1 = matrices(b, EACH)
+        before = product(before, a0, b0)
+        if EACH == 2:
+            before = product(before, a1, b1)
+        return before
+
+
+@triton.jit
+def square_product(before, x):
+    high, low = split(x)
+    before = tl.dot(high, tl.trans(2 * low), before, input_precision="tf32")
+    return tl.dot(high, tl.trans(high), before, input_precision="tf32")
+
+
+@triton.jit
+def add_squares(before, x, EACH: tl.constexpr):
+    """before + Σ_bg x xᵀ as far as its symmetric part, with the error of `add_products`."""
+    x0, x1 = matrices(x, EACH)
+    before = square_product(before, x0)
+    if EACH == 2:
+        before = square_product(before, x1)
+    return before
+
+
+@triton.jit
 def choose(mask, a, b):
     """a and b of one kind."""
     if isinstance(a, tl.tensor):
@@ -164,20 +249,27 @@ def masked(mask, a):
 
 
 @triton.jit
+def nothing(SHAPE: tl.constexpr, T: tl.constexpr):
+    """Where sums begin: -0, to which a compiler adds by doing nothing, as 0 + -0 is 0."""
+    return tl.full(SHAPE, -0.0, T)
+
+
+@triton.jit
+def alone(mask, a):
+    """`masked` for a sum over a single entry."""
+    if isinstance(a, tl.tensor):
+        return tl.where(mask, a, -0.0)
+    else:
+        return tl.where(mask, a[0], -0.0), tl.where(mask, a[1], -0.0)
+
+
+@triton.jit
 def or_one(mask, a):
     """The constant 1 where the mask is not set."""
     if isinstance(a, tl.tensor):
         return tl.where(mask, a, 1)
     else:
         return tl.where(mask, a[0], 1), tl.where(mask, a[1], 0)
-
-
-@triton.jit
-def shaped(a, SHAPE: tl.constexpr):
-    if isinstance(a, tl.tensor):
-        return tl.reshape(a, SHAPE)
-    else:
-        return tl.reshape(a[0], SHAPE), tl.reshape(a[1], SHAPE)
 
 
 @triton.jit
@@ -190,6 +282,36 @@ def load(pointer, tangent, offsets, mask, OTHER: tl.constexpr, DUAL: tl.constexp
         )
     else:
         return tl.load(pointer + offsets, mask, OTHER).to(T)
+
+
+@triton.jit
+def dimensions(SHAPE: tl.constexpr):
+    """The number of its dimension for each entry of a tile."""
+    return tl.arange(0, SHAPE[0])[:, None, None] + tl.zeros(SHAPE, tl.int32)
+
+
+@triton.constexpr_function
+def is_thin(d):
+    """Whether dimensions (BLOCK_D, 1, 1) are not those of each sample."""
+    return d.shape[1] * d.shape[2] == 1
+
+
+@triton.jit
+def load_vector(
+    pointer, tangent, offset, inside, d, dim: tl.constexpr, OTHER: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """A vector of each row, which begins at `offset` (1, B, 1), as a tile of the shape of d; OTHER beyond `dim`.
+
+    Where d has a number for each sample, the vector is read by components: read as a whole it would lie across threads,
+    and Triton would lay the tiles of samples likewise.
+    """
+    if is_thin(d):
+        return load(pointer, tangent, offset + d, inside & (d < dim), OTHER, DUAL, T)
+    else:
+        x = constant(tl.full(d.shape, OTHER, T), DUAL)
+        for i in tl.static_range(dim):
+            x = choose(d == i, load(pointer, tangent, offset + i, inside, OTHER, DUAL, T), x)
+        return x
 
 
 @triton.jit

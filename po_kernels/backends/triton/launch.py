@@ -14,9 +14,13 @@ from . import tally
 # Numbered as in group.py.
 ADVANTAGES = {"none": 0, "min": 1, "mean": 2, "loo": 3, "standardized": 4}
 
-# Elements of a tile of samples: more would not fit the registers, fewer would leave a warp without work.
+# Elements of a tile of samples in memory: more would not fit the registers, fewer would leave a warp without work.
 _LARGEST_TILE = 4096
 _SMALLEST_TILE = 512
+# Dimensions of a drawn sample that leave a thread room for a second one of a large group.
+_DIMENSIONS_OF_TWO = 20
+_MOST_WARPS = 8
+_LEAST_MULTIPLIED = 16  # rows and columns of a matrix, on tensor cores
 # Registers hold the rewards of a whole group.
 _LARGEST_GROUP = 2**16
 # Programs whose sums over rows are added up afterwards, and numbers that these sums may take together.
@@ -35,23 +39,41 @@ class Tile(NamedTuple):
     chunks: int
     dim: int
     warps: int
+    each: int = 1  # samples of a thread
 
 
 def tile(group: int, dim: int, matrix: bool = False) -> Tile:
-    """For `group` samples of a row of `dim` dimensions: tiles of rows by samples by dimensions.
+    """For `group` samples of a row of `dim` dimensions, of which a warp has neighbours: tiles of all three.
 
     Args:
-        matrix: a matrix is summed over rows in registers. With many of its elements a thread, ptxas takes minutes and
-            spills.
+        matrix: a matrix is summed over rows in registers, of which fewer threads have more.
     """
     block_d = max(4, triton.next_power_of_2(dim))
     whole = triton.next_power_of_2(group)
     block_g = min(whole, max(1, _LARGEST_TILE // block_d))
-    rows = max(1, _SMALLEST_TILE // (block_g * block_d))
-    elements = rows * block_g * block_d
+    rows = max(1, _SMALLEST_TILE // (block_g * block_d), _LEAST_MULTIPLIED // block_g if matrix else 1)
+    warps = _warps(rows * block_g * block_d)
     if matrix and block_d <= 64:
-        elements = max(elements, block_d**2)
-    return Tile(rows, block_g, whole // block_g, block_d, _warps(elements))
+        warps = max(1, warps // 2) if block_d <= 32 else 4
+    return Tile(rows, block_g, whole // block_g, block_d, warps)
+
+
+def drawn_tile(group: int, dim: int, dtype: torch.dtype = torch.float32, matrix: bool = False) -> Tile:
+    """For samples of few dimensions that are drawn and never in memory: a thread is alone with one of them, or two.
+
+    Triton lays threads along the last axis of a tile first, then along those before: along all samples here. What is
+    done over dimensions then needs no other thread. A warp has whole rows of groups of up to 64, so that what is done
+    over samples stays within it.
+
+    Args:
+        matrix: tensor cores take matrices of at least 16 dimensions.
+    """
+    block_d = max(_LEAST_MULTIPLIED if matrix else 4, triton.next_power_of_2(dim))
+    whole = triton.next_power_of_2(group)
+    each = 2 if dim <= _DIMENSIONS_OF_TWO and dtype != torch.float64 and whole > 32 else 1
+    block_g = min(whole, _MOST_WARPS * 32 * each)
+    rows = max(1, 32 // block_g)
+    return Tile(rows, block_g, whole // block_g, block_d, rows * block_g // (32 * each), each)
 
 
 def class_tile(group: int, classes: int) -> Tile:
@@ -59,6 +81,17 @@ def class_tile(group: int, classes: int) -> Tile:
     block_c, block_g = triton.next_power_of_2(max(classes, 2)), triton.next_power_of_2(group)
     rows = max(1, _SMALLEST_TILE // max(block_c, block_g))
     return Tile(rows, block_g, 1, block_c, _warps(rows * max(block_c, block_g)))
+
+
+def expected_tile(classes: int, table: bool) -> Tile:
+    """For expectations over the classes of a row: of few classes a warp has rows of its own.
+
+    Args:
+        table: a gradient of that shape, by products of matrices with at least 16 rows.
+    """
+    block_c = triton.next_power_of_2(max(classes, _LEAST_MULTIPLIED if table else 2))
+    rows = max(1, _SMALLEST_TILE // block_c)
+    return Tile(rows, 1, 1, block_c, 1 if block_c <= 32 else _warps(rows * block_c))
 
 
 def _warps(elements: int) -> int:
@@ -145,10 +178,10 @@ class Call:
         return {"DUAL": self.dual, "T": self.triton_dtype}
 
     def run(self, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
-        """Launches on the device of the tensors. Products and sums may be fused: nothing rests on their rounding."""
+        """Launches on the device of the tensors. Nothing is fused but what says so, see `lanes.mul_add`."""
         guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with guard:
-            kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=True)
+            kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=False)
 
 
 def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:

@@ -36,16 +36,17 @@ def log_uniform(word, T: tl.constexpr):
         lower_f = (bits - (k << 23)).to(T, bitcast=True) - 1
         f = tl.where(upper, tl.where(near_one, -w, 1 - 2 * w), lower_f)
         # ln(1 + f), coefficients: Cephes, logf.
-        p = 7.0376836292e-2 * f - 1.1514610310e-1
-        p = p * f + 1.1676998740e-1
-        p = p * f - 1.2420140846e-1
-        p = p * f + 1.4249322787e-1
-        p = p * f - 1.6668057665e-1
-        p = p * f + 2.0000714765e-1
-        p = p * f - 2.4999993993e-1
-        p = p * f + 3.3333331174e-1
+        p = tl.fma(f, 7.0376836292e-2, -1.1514610310e-1)
+        p = tl.fma(p, f, 1.1676998740e-1)
+        p = tl.fma(p, f, -1.2420140846e-1)
+        p = tl.fma(p, f, 1.4249322787e-1)
+        p = tl.fma(p, f, -1.6668057665e-1)
+        p = tl.fma(p, f, 2.0000714765e-1)
+        p = tl.fma(p, f, -2.4999993993e-1)
+        p = tl.fma(p, f, 3.3333331174e-1)
         square = f * f
-        return exponent * 0.69314718055994530942 + (f + (f * square * p - square * 0.5))
+        rest = tl.fma(f * square, p, square * -0.5)
+        return tl.fma(exponent, 0.69314718055994530942, f + rest)
 
 
 @triton.jit
@@ -61,9 +62,12 @@ def circle(word, T: tl.constexpr):
         x = (n - (quadrant << 23)).to(tl.int32, bitcast=True).to(T) * 1.8725351414619643e-07
         z = x * x
         # Coefficients: Cephes, sinf and cosf.
-        s = ((-1.9515295891e-4 * z + 8.3321608736e-3) * z - 1.6666654611e-1) * z * x + x
-        c = (2.443315711809948e-5 * z - 1.388731625493765e-3) * z + 4.166664568298827e-2
-        c = c * z * z - 0.5 * z + 1
+        s = tl.fma(z, -1.9515295891e-4, 8.3321608736e-3)
+        s = tl.fma(s, z, -1.6666654611e-1)
+        s = tl.fma(s * z, x, x)
+        c = tl.fma(z, 2.443315711809948e-5, -1.388731625493765e-3)
+        c = tl.fma(c, z, 4.166664568298827e-2)
+        c = tl.fma(c * z, z, tl.fma(z, -0.5, 1.0))
         swapped = (quadrant & 1) != 0
         cosine = tl.where(swapped, s, c)
         sine = tl.where(swapped, c, s)
@@ -81,10 +85,11 @@ def normal_pair(radius_word, angle_word, T: tl.constexpr):
 
 @triton.jit
 def normals(seed, sample, row, dim, BLOCK_D: tl.constexpr, T: tl.constexpr):
-    """Standard normals (B, G, BLOCK_D) of sample (1, G, 1) and row (B, 1, 1); zero from dimension `dim` on."""
-    block = tl.arange(0, BLOCK_D // 4).to(tl.uint32)[None, None, :]
+    """Standard normals (BLOCK_D, B, G) of sample (1, 1, G) and row (1, B, 1); zero from dimension `dim` on."""
+    block = tl.arange(0, BLOCK_D // 4).to(tl.uint32)[:, None, None]
     x0, x1, x2, x3 = words(seed, block, sample.to(tl.uint32), row)
     z0, z1 = normal_pair(x0, x1, T)
     z2, z3 = normal_pair(x2, x3, T)
-    z = tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (row.shape[0], sample.shape[1], BLOCK_D))
-    return tl.where(tl.arange(0, BLOCK_D)[None, None, :] < dim, z, 0)
+    z = tl.permute(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (0, 3, 4, 1, 2))
+    z = tl.reshape(z, (BLOCK_D, row.shape[1], sample.shape[2]))
+    return tl.where(tl.arange(0, BLOCK_D)[:, None, None] < dim, z, 0)

@@ -26,13 +26,13 @@ def row_weight(
 
 @triton.jit
 def no_stats(BLOCK_B: tl.constexpr, T: tl.constexpr):
-    zero = tl.zeros((BLOCK_B, 1, 1), T)
+    zero = tl.zeros((1, BLOCK_B, 1), T)
     return zero, zero, zero, zero, zero
 
 
 @triton.jit
 def report(x, before, to, row, inside, unit, REDUCED: tl.constexpr):
-    """Stores x (B, 1, 1) in `to`, or adds it times `unit` to the sum `before`."""
+    """Stores x (1, B, 1) in `to`, or adds it times `unit` to the sum `before`."""
     if REDUCED:
         return before + tl.where(inside, x * unit, 0)
     else:

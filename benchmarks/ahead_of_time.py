@@ -1,8 +1,9 @@
-"""Compiles the launches that a call of an op would make, without a GPU."""
+"""Compiles the launches that a call of a Triton op would make, without a GPU."""
 
 import contextlib
 import io
 import re
+import unittest.mock
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +31,36 @@ class Resources(NamedTuple):
     shared: int
 
 
+def tensors(
+    op: str, rows: int, dim: int, group: int, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Inputs and constants of an op; of their values only those matter that would be refused."""
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    family = op.split("_")[0]
+    labels = {"policy": (rows,), "surrogate": (group, rows), "log": (group, rows)}
+    seed = torch.tensor(1)
+    if op == "group_advantage":
+        return [empty(group, rows)], []
+    if family == "categorical":
+        what = op.split("_")[1]
+        extra = {"policy": [empty(dim, dim)], "surrogate": [empty(group, rows)]}.get(what, [])
+        constants = [torch.zeros(labels[what], dtype=torch.int64)] if what in labels else []
+        return [empty(rows, dim), *extra], [*constants, *([seed] if what in ("policy", "sample") else [])]
+    unit = torch.eye(dim, dtype=dtype)
+    policy = [empty(rows, dim), unit.repeat(rows, 1, 1) if family == "mvn" else empty(rows, dim)]
+    if op.endswith("policy_loss"):
+        return [*policy, empty(rows, dim), unit], [seed]
+    if op.endswith("surrogate_loss"):
+        return [*policy, empty(group, rows)], [empty(group, rows, dim)]
+    if op.endswith("log_prob"):
+        return [*policy, empty(group, rows, dim)], []
+    return policy, [seed]
+
+
 def launches_of(
-    monkeypatch: Any,
     op: str,
     order: str,
     inputs: Sequence[Tensor],
@@ -47,16 +76,16 @@ def launches_of(
         assert all(0 < size < 2**31 for size in grid)
         found.append(Launch(kernel, arguments, warps))
 
-    monkeypatch.setattr(launch.Call, "run", record)
-    needs = [True] * len(inputs)
-    functions = kernels.KERNELS[op]
-    if order == "sample":
-        functions["sample"](*inputs, *constants, config.num_samples, config.row_offset)
-    elif order == "first":
-        functions["first"](inputs, constants, cotangent, needs, want_stats, config)
-    else:
-        tangents = [torch.ones_like(x) for x in inputs]
-        functions["second"](inputs, constants, tangents, cotangent, torch.ones_like(cotangent), needs, config)
+    with unittest.mock.patch.object(launch.Call, "run", record):
+        needs = [True] * len(inputs)
+        functions = kernels.KERNELS[op]
+        if order == "sample":
+            functions["sample"](*inputs, *constants, config.num_samples, config.row_offset)
+        elif order == "first":
+            functions["first"](inputs, constants, cotangent, needs, want_stats, config)
+        else:
+            tangents = [torch.ones_like(x) for x in inputs]
+            functions["second"](inputs, constants, tangents, cotangent, torch.ones_like(cotangent), needs, config)
     return found
 
 
@@ -90,7 +119,7 @@ def compiled(launched: Launch, capability: int) -> tuple[Any, Resources]:
         constexprs=dict(constants),
         attrs={index: [list(pair) for pair in pairs] for index, pairs in attributes},
     )
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
