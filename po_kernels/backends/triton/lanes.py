@@ -171,7 +171,7 @@ def split(x):
 
 @triton.jit
 def matrices(x, EACH: tl.constexpr):
-    """The samples of x (BLOCK_D, B, G) as columns of two matrices, with a thread's two in each, or of one, given twice."""
+    """The samples of x (BLOCK_D, B, G) as columns of two matrices, a thread's two in each, or of one, given twice."""
     COUNT: tl.constexpr = x.shape[1] * x.shape[2]
     if EACH == 2:
         return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, COUNT // 2)), (0, 2, 1)))
