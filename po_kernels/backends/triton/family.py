@@ -30,10 +30,19 @@ from .lanes import (
     value,
 )  # fmt: skip
 from .philox import normals
-from .precision import MOST_IN_REGISTERS, MOST_UNROLLED, add_outer, apply, apply_to_sum, no_sums, quadratic, store_sums
+from .precision import MOST_IN_REGISTERS, add_outer, apply, apply_to_sum, no_sums, quadratic, store_sums
 from .tally import HEAD, no_stats, report, report_stats, row_weight, store_tally
 
 HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
+
+
+@triton.constexpr_function
+def taken_apart(dim, triangular, dual):
+    """Whether a thread has all dimensions of a drawn sample, and loops over them are unrolled.
+
+    Code grows with their square, and the time to compile it faster: at these limits it is about a minute.
+    """
+    return dim <= ((8 if dual else 16) if triangular else (20 if dual else 32))
 
 
 @triton.jit
@@ -220,7 +229,7 @@ def policy_loss(
     """mean, target (rows, dim), scale (rows, dim) or (rows, dim, dim), precision contiguous; gradients contiguous."""
     IN_MEMORY: tl.constexpr = BLOCK_D > MOST_IN_REGISTERS
     each = tl.arange(0, BLOCK_D)[:, None, None]
-    APART: tl.constexpr = dim <= (mvn.MOST_UNROLLED if TRIANGULAR else MOST_UNROLLED)
+    APART: tl.constexpr = taken_apart(dim, TRIANGULAR, DUAL)
     d = dimensions((BLOCK_D, BLOCK_B, BLOCK_G)) if APART else each
     size, extent = number(count, T), number(dim, T)
     coef, gamma = number(entropy_coef, T), number(rbf_gamma, T)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .. import checks
 from ..contract import BothOrders, OpConfig, Request
-from . import advantage, categorical, family, launch, mvn
-from . import precision as precision_
+from . import advantage, categorical, family, launch
 from .launch import Call
 
 Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
@@ -42,7 +41,7 @@ def _policy_loss(triangular: bool) -> Evaluate:
         mean, precision = call.pairs[0][0], call.pairs[3][0]
         dim, kind = mean.shape[1], precision.ndim
         group = call.whole_group(max(call.config.num_samples, 1))
-        if dim <= (mvn if triangular else precision_).MOST_UNROLLED.value:
+        if bool(family.taken_apart(dim, triangular, call.dual)):
             blocks = launch.drawn_tile(group, dim, call.dtype, matrix=kind == 2)
         else:
             blocks = launch.tile(group, dim, matrix=kind == 2)

@@ -27,8 +27,6 @@ from .lanes import (
 )  # fmt: skip
 from .precision import add_outer, apply, pick
 
-MOST_UNROLLED = tl.constexpr(16)  # dimensions: code grows with their square, and the time to compile it faster
-
 
 @triton.constexpr_function
 def unrolled(dim, dual):

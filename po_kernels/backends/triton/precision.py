@@ -33,7 +33,6 @@ SCALAR = tl.constexpr(0)
 DIAGONAL = tl.constexpr(1)
 FULL = tl.constexpr(2)
 
-MOST_UNROLLED = tl.constexpr(32)  # dimensions
 MOST_IN_REGISTERS = tl.constexpr(64)  # of a matrix of sums
 
 
