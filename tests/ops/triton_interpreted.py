@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 
+import po_kernels as pk
 from po_kernels.backends.contract import OpConfig
 from po_kernels.backends.triton import launch
 from po_kernels.backends.triton.kernels import KERNELS
@@ -149,6 +150,19 @@ def test_extreme_and_masked_logits():
     case = draw("categorical_policy_loss", 1, torch.float32, lead=(4,), dim=3, group=3, estimator="dice", mask=False)
     case.tensors["logits"] = logits
     test_numbers.as_good_as_the_reference(case, BACKEND, alike=True)
+
+
+def test_a_row_that_is_not_a_number_stays_in_its_part_of_the_table():
+    """Of 16 classes and more the table's gradient is a matrix product, which would spread it."""
+    logits, target = torch.randn(5, 17), torch.tensor([0, 3, 3, 16, 7])
+    logits[1, 2] = float("nan")
+    gradients = {}
+    for backend in ("reference", BACKEND):
+        table = torch.linspace(-1, 1, 17 * 17).reshape(17, 17).requires_grad_()
+        loss = pk.categorical_policy_loss(logits, target, table, entropy_coef=0.5, reduction="sum", backend=backend)
+        (gradients[backend],) = torch.autograd.grad(loss, table)
+    assert gradients[BACKEND][:, 3].isnan().all()
+    torch.testing.assert_close(gradients[BACKEND], gradients["reference"], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

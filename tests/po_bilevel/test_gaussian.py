@@ -130,7 +130,8 @@ def test_figure_3_on_a_device(estimator):
         return sum("synchroniz" in str(each.message) for each in caught)
 
     assert waits(20) == waits(60)
-    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-2, atol=0)
+    # The CPU's backends, which round otherwise than one another, differ by 2e-6 after as many steps.
+    torch.testing.assert_close(found["cuda"], found["cpu"], rtol=1e-4, atol=0)
 
 
 def test_full_precision_by_option():

@@ -28,7 +28,7 @@ from .lanes import (
     times,
     total,
     value,
-)  # fmt: skip
+)
 from .philox import normals
 from .precision import MOST_IN_REGISTERS, add_outer, apply, apply_to_sum, no_sums, quadratic, store_sums
 from .tally import HEAD, no_stats, report, report_stats, row_weight, store_tally
@@ -40,23 +40,16 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 def taken_apart(dim, triangular, dual):
     """Whether a thread has all dimensions of a drawn sample, and loops over them are unrolled.
 
-    Code grows with their square, and the time to compile it faster: at these limits it is about a minute.
+    Code grows with their square, and the time to compile it faster: at these limits it is less than a minute.
     """
-    return dim <= ((8 if dual else 16) if triangular else (20 if dual else 32))
+    return dim <= ((8 if dual else 16) if triangular else (17 if dual else 32))
 
 
 @triton.jit
 def read_scale(
-    pointer,
-    tangent,
-    offset,
-    inside,
-    d,
-    dim: tl.constexpr,
-    TRIANGULAR: tl.constexpr,
-    DUAL: tl.constexpr,
-    T: tl.constexpr,
-):
+    pointer, tangent, offset, inside, d, dim: tl.constexpr,
+    TRIANGULAR: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     if TRIANGULAR:
         return mvn.read(pointer, tangent, offset, inside, d, dim, DUAL, T)
     else:

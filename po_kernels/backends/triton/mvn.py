@@ -24,7 +24,7 @@ from .lanes import (
     times,
     total,
     value,
-)  # fmt: skip
+)
 from .precision import add_outer, apply, pick
 
 

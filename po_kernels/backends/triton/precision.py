@@ -27,7 +27,7 @@ from .lanes import (
     times,
     total,
     value,
-)  # fmt: skip
+)
 
 SCALAR = tl.constexpr(0)
 DIAGONAL = tl.constexpr(1)
