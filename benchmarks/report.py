@@ -9,6 +9,7 @@ python -m benchmarks.report page RUN.json RUN.json     docs/benchmarks.md and it
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +70,15 @@ def table(document: dict[str, Any]) -> str:
         case, peer = name.rsplit(": ", 1)
         lines.append(f"| {case.removeprefix('bench_')} | {NAMES.get(peer, peer)} | {value} |")
     return "\n".join(lines)
+
+
+def missing(found: Iterable[str], baseline: Iterable[str]) -> list[str]:
+    """A line for each name of the baseline that a run has not got, and the other way round."""
+    found, baseline = set(found), set(baseline)
+    return [
+        *(f"{name}: in the baseline, missing from the run" for name in sorted(baseline - found)),
+        *(f"{name}: in the run, missing from the baseline" for name in sorted(found - baseline)),
+    ]
 
 
 def fallen(document: dict[str, Any], baseline: dict[str, list[float]]) -> list[str]:
