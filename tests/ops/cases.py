@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -253,8 +254,13 @@ def cotangent_like(output: Tensor, seed: int) -> Tensor:
     return normal(rng, *output.shape).to(output.dtype)
 
 
-def derivatives(case: Case, backend: str, seed: int = 0, *, second: bool = True) -> dict[str, list[Tensor]]:
-    """Value, statistics, gradients, and the gradient of gradients·directions in all inputs and the cotangent."""
+def derivatives(
+    case: Case, backend: str, seed: int = 0, *, second: bool = True, move: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[str, list[Tensor]]:
+    """Value, statistics, gradients, and the gradient of gradients·directions in all inputs and the cotangent.
+
+    `move` changes cotangent and directions.
+    """
     inputs = case.inputs
     if case.op in LOSSES:
         output, stats = case(*inputs, backend=backend, return_stats=True)
@@ -264,11 +270,11 @@ def derivatives(case: Case, backend: str, seed: int = 0, *, second: bool = True)
     if stats:
         assert not any(x.requires_grad for x in stats)
         result["statistics"] = list(stats)
-    cotangent = cotangent_like(output, seed).requires_grad_()
+    cotangent = move(cotangent_like(output, seed)).requires_grad_()
     gradients = torch.autograd.grad(output, inputs, cotangent, create_graph=second, materialize_grads=True)
     result["first"] = [x.detach() for x in gradients]
     if second:
-        product = sum((g * v).sum() for g, v in zip(gradients, directions(case, seed), strict=True))
+        product = sum((g * move(v)).sum() for g, v in zip(gradients, directions(case, seed), strict=True))
         wanted = (*inputs, cotangent)
         result["second"] = list(torch.autograd.grad(product, wanted, materialize_grads=True))
     for name, order in result.items():
