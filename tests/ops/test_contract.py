@@ -23,7 +23,6 @@ from .cases import (
     fused,
     fused_pairs,
     largest,
-    pairs,
     seeds,
     serving,
 )
@@ -214,18 +213,6 @@ def compiled_agrees(case: Case, backend: str, compiler: str) -> None:
 
 # Dynamo itself makes an instance of a Function to trace its forward, of which torch warns.
 TRACED = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-
-
-@TRACED
-@pytest.mark.parametrize(("op", "backend"), pairs(LOSSES))
-def test_compiled_training_step(op, backend):
-    closed = "exact" if op == "categorical_policy_loss" else "analytic" if "policy" in op else None
-    options = {"advantage": "loo", "reduction": "mean", "rbf_gamma": None}
-    case = draw(op, 1, lead=(3,), dim=2, group=3, mask=False, estimator="dice", **options)
-    compiled_agrees(case, backend, "aot_eager")
-    if closed:
-        case = draw(op, 1, lead=(3,), dim=2, mask=False, estimator=closed, **{**options, "reduction": "none"})
-        compiled_agrees(case, backend, "aot_eager")
 
 
 @TRACED

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import po_kernels as pk
 
+from . import bounds
 from .bounds import agrees
 from .cases import (
     DIFFERENTIABLE,
@@ -21,12 +22,12 @@ from .cases import (
     POLICY_LOSSES,
     REDUCTIONS,
     Case,
+    cotangent_like,
     derivatives,
     distance,
     draw,
     fused,
     fused_pairs,
-    largest,
     pairs,
     repeats_second_order,
     serving,
@@ -228,20 +229,21 @@ def test_expanded_inputs(op, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "backend"), pairs(LOSSES))
-def test_half_precision_is_read_as_such_and_computed_in_float32(op, backend, dtype):
+def test_half_precision_is_computed_in_float32(op, backend, dtype):
     for seed in range(8):
-        case = draw(op, seed, lead=(4,), dim=3, group=3, precision_kind=("scalar", "diagonal")[seed % 2]).to(dtype)
-        results = []
-        for chosen in (case, case.to(torch.float32)):
-            inputs = chosen.inputs
-            loss = chosen(*inputs, backend=backend)
-            assert loss.dtype == torch.float32
-            results.append((loss, torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)))
-        (loss, gradients), (expected_loss, expected) = results
-        assert torch.equal(loss, expected_loss)
-        for found, right in zip(gradients, expected, strict=True):
+        half = draw(op, seed, lead=(4,), dim=3, group=3, precision_kind=("scalar", "diagonal")[seed % 2]).to(dtype)
+        right = bounds.expected(half.to(torch.float32), seed, second=False)
+        inputs = half.inputs
+        loss = half(*inputs, backend=backend)
+        assert loss.dtype == torch.float32
+        assert distance([loss], right.exact["value"]) <= right.bound("value", 0)
+        gradients = torch.autograd.grad(loss, inputs, cotangent_like(loss, seed), materialize_grads=True)
+        for index, (found, exact) in enumerate(zip(gradients, right.exact["first"], strict=True)):
             assert found.dtype == dtype
-            assert torch.equal(found, right.to(dtype))
+            # Rounded once to the half precision, where it may be subnormal.
+            info = torch.finfo(dtype)
+            rounding = info.eps / 2 * exact.abs() + info.tiny * info.eps
+            assert ((found.double() - exact).abs() <= rounding + right.bound("first", index)).all(), half
 
 
 @pytest.mark.parametrize(("op", "backend"), pairs(DIFFERENTIABLE))
@@ -319,7 +321,8 @@ def test_a_forked_child_may_use_threads_too(backend):
     assert torch.equal(case(backend=backend), expected)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(GAUSSIAN_LOSSES))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(0, 5),
     dim=st.integers(1, 19),
@@ -330,9 +333,8 @@ def test_a_forked_child_may_use_threads_too(backend):
     seed=st.integers(-(2**63), 2**64 - 1),
     row_offset=st.integers(0, 2**40),
     estimator=st.sampled_from(["analytic", "reparam", "dice"]),
-    op=st.sampled_from(GAUSSIAN_LOSSES),
 )
-def test_any_shape_stride_and_value(rows, dim, group, step, scale, log_std, seed, row_offset, estimator, op):
+def test_any_shape_stride_and_value(op, backend, rows, dim, group, step, scale, log_std, seed, row_offset, estimator):
     case = draw(op, rows + 7 * dim, lead=(rows,), dim=dim, group=group, estimator=estimator, rbf_gamma=None)
     if estimator != "analytic":
         case = case.with_options(seed=seed, row_offset=row_offset, num_samples=group)
@@ -342,11 +344,6 @@ def test_any_shape_stride_and_value(rows, dim, group, step, scale, log_std, seed
         tensors["log_std"] = tensors["log_std"] + log_std
     else:
         tensors["scale_tril"] = tensors["scale_tril"] * torch.tensor(log_std, dtype=torch.float64).exp()
-    case = replace(case, tensors=tensors)
-    for backend in fused(op):
-        exact, found = derivatives(case, "reference"), derivatives(case, backend)
-        for order, tensors in exact.items():
-            # A difference of samples and mean loses the digits that the noise has below the mean's last one.
-            lost = 1 + 10 * scale * max(1.0, float(torch.tensor(-log_std).exp())) * dim
-            bound = 4 * (case.terms + 16) * torch.finfo(torch.float64).eps * lost * (largest(tensors) + 1e-300)
-            assert distance(found[order], tensors) <= bound, (order, str(case))
+    # Far from the target, rewards of millions have a spread of some thousands: in their deviation the rounding of each
+    # is magnified, which moving the inputs does not show.
+    agrees(replace(case, tensors=tensors), backend, factor=16)
