@@ -34,11 +34,12 @@ GROUPS = (1, 2, 3, 4, 5, 8, 13)
 
 # Where the cases' tensors are: pytest's --device.
 DEVICE = os.environ.get("PO_KERNELS_TEST_DEVICE", "cpu")
+FAST = bool(os.environ.get("PO_KERNELS_TEST_FAST"))
 
 
 def seeds(count: int) -> range:
-    """Of random cases; fewer on a GPU, where most of them have to compile kernels of their own."""
-    return range(count if DEVICE == "cpu" else count // 8)
+    """Of random cases; fewer in a hurry, and on a GPU, where most of them have to compile kernels of their own."""
+    return range(count // 8 if FAST or DEVICE != "cpu" else count)
 
 
 def fused(op: str) -> list[str]:
