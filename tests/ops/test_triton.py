@@ -32,11 +32,13 @@ def interpreted(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-@pytest.mark.slow
 def test_in_the_interpreter():
-    """With the random numbers, but those of half precisions, which are drawn from the same thresholds."""
-    files = [str(FOLDER / name) for name in ("triton_interpreted.py", "test_philox.py")]
-    interpreted(*files, "-k", "triton and not distribution and not dtype2 and not dtype3")
+    interpreted(str(FOLDER / "triton_interpreted.py"))
+
+
+def test_random_numbers_in_the_interpreter():
+    """Integers to the bit; of the half precisions, which draw from the same thresholds, none again."""
+    interpreted(str(FOLDER / "test_philox.py"), "-k", "triton and not distribution and not dtype2 and not dtype3")
 
 
 def test_the_interpreter_serves_cpu_tensors_by_name_only(monkeypatch):
