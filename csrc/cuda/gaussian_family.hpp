@@ -186,13 +186,13 @@ PK_FN void load(const V* from, V (&to)[N]) {
   using T = Element<V>;
   T flat[C::elements];
   unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
-    constexpr int begin = decltype(c)::value * C::size;
+    constexpr int begin = c * C::size;
     T chunk[C::size];
     load_chunk(reinterpret_cast<const T*>(from) + begin, chunk);
-    unrolled<C::size>([&](auto i) PK_LAMBDA { flat[begin + decltype(i)::value] = chunk[decltype(i)::value]; });
+    unrolled<C::size>([&](auto i) PK_LAMBDA { flat[begin + i] = chunk[i]; });
   });
   unrolled<N>([&](auto i) PK_LAMBDA {
-    constexpr int at = decltype(i)::value;
+    constexpr int at = i;
     if constexpr (is_dual<V>) {
       to[at] = V{flat[2 * at], flat[2 * at + 1]};
     } else {
@@ -206,7 +206,7 @@ PK_FN void store(const V (&from)[N], V* to) {
   using T = Element<V>;
   T flat[C::elements];
   unrolled<N>([&](auto i) PK_LAMBDA {
-    constexpr int at = decltype(i)::value;
+    constexpr int at = i;
     if constexpr (is_dual<V>) {
       flat[2 * at] = from[at].v;
       flat[2 * at + 1] = from[at].t;
@@ -215,9 +215,9 @@ PK_FN void store(const V (&from)[N], V* to) {
     }
   });
   unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
-    constexpr int begin = decltype(c)::value * C::size;
+    constexpr int begin = c * C::size;
     T chunk[C::size];
-    unrolled<C::size>([&](auto i) PK_LAMBDA { chunk[decltype(i)::value] = flat[begin + decltype(i)::value]; });
+    unrolled<C::size>([&](auto i) PK_LAMBDA { chunk[i] = flat[begin + i]; });
     store_chunk(chunk, reinterpret_cast<T*>(to) + begin);
   });
 }
@@ -307,27 +307,27 @@ PK_FN void add_quadratic_of_rows(const Shared<V>* u, int stride, int i, const V*
   const auto add = [&](int j, const V(&from)[S][kTile]) PK_LAMBDA {
     unrolled<kTile>([&](auto r) PK_LAMBDA {
       Shared<V> entries[kTile];
-      load(u + (i + decltype(r)::value) * stride + j, entries);
+      load(u + (i + r) * stride + j, entries);
       unrolled<S * kTile>([&](auto a) PK_LAMBDA {
-        constexpr int s = decltype(a)::value / kTile, c = decltype(a)::value % kTile;
-        V& sum = sums[s][decltype(r)::value];
+        constexpr int s = a / kTile, c = a % kTile;
+        V& sum = sums[s][r];
         sum = plus_product(sum, from[s][c], entries[c]);
       });
     });
   };
   PK_ROLLED
   for (int j = 0; j < i; j += kTile) {
-    unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + j, here[decltype(s)::value]); });
+    unrolled<S>([&](auto s) PK_LAMBDA { load(x[s] + j, here[s]); });
     add(j, here);
   }
-  unrolled<S>([&](auto s) PK_LAMBDA { load(x[decltype(s)::value] + i, here[decltype(s)::value]); });
+  unrolled<S>([&](auto s) PK_LAMBDA { load(x[s] + i, here[s]); });
   unrolled<S * kTile>([&](auto a) PK_LAMBDA {  // a tile below the diagonal stands for two
-    V& sum = sums[decltype(a)::value / kTile][decltype(a)::value % kTile];
+    V& sum = sums[a / kTile][a % kTile];
     sum = sum * T(2);
   });
   add(i, here);
   unrolled<S * kTile>([&](auto a) PK_LAMBDA {
-    constexpr int s = decltype(a)::value / kTile, r = decltype(a)::value % kTile;
+    constexpr int s = a / kTile, r = a % kTile;
     total[s] = plus_product(total[s], here[s][r], sums[s][r]);
   });
 }
@@ -338,29 +338,28 @@ constexpr int kPacked = 24;
 template <int S, class T>
 PK_FN void quadratic_packed(const T* u, int dim, const T* const (&x)[S], T (&total)[S]) {
   T values[S][kPacked], entries[kTile];
-  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = T{}; });
+  unrolled<S>([&](auto s) PK_LAMBDA { total[s] = T{}; });
   unrolled_while<kPacked>([&](auto row) PK_LAMBDA {
-    constexpr int i = decltype(row)::value;
+    constexpr int i = row;
     if (i >= dim) return false;
     if constexpr (i % kTile == 0) {
       unrolled<S>([&](auto s) PK_LAMBDA {
         T tile[kTile];
-        load(x[decltype(s)::value] + i, tile);
-        unrolled<kTile>(
-            [&](auto c) PK_LAMBDA { values[decltype(s)::value][i + decltype(c)::value] = tile[decltype(c)::value]; });
+        load(x[s] + i, tile);
+        unrolled<kTile>([&](auto c) PK_LAMBDA { values[s][i + c] = tile[c]; });
       });
     }
     T sums[S] = {};
     unrolled<i + 1>([&](auto column) PK_LAMBDA {
-      constexpr int j = decltype(column)::value, at = i * (i + 1) / 2 + j;
+      constexpr int j = column, at = i * (i + 1) / 2 + j;
       if constexpr (at % kTile == 0) load(u + at, entries);
       unrolled<S>([&](auto s) PK_LAMBDA {
-        constexpr int of = decltype(s)::value;
+        constexpr int of = s;
         sums[of] = sums[of] + values[of][j] * entries[at % kTile];
       });
     });
     unrolled<S>([&](auto s) PK_LAMBDA {
-      constexpr int of = decltype(s)::value;
+      constexpr int of = s;
       total[of] = total[of] + values[of][i] * sums[of];
     });
     return true;
@@ -392,12 +391,12 @@ PK_FN void add_products(int i, int j, int first, int step, int count, Vectors<V>
     R r[kTile];
     load(from_left, l);
     load(from_right, r);
-    if constexpr (decltype(weighted)::value) {
+    if constexpr (weighted) {
       const V factor = weight[k];
-      unrolled<kTile>([&](auto a) PK_LAMBDA { l[decltype(a)::value] = factor * l[decltype(a)::value]; });
+      unrolled<kTile>([&](auto a) PK_LAMBDA { l[a] = factor * l[a]; });
     }
     unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
-      constexpr int at = decltype(a)::value;
+      constexpr int at = a;
       sum.v[at] = plus_output(sum.v[at], l[at / kTile], r[at % kTile]);
     });
     from_left += step_left;
@@ -435,7 +434,7 @@ PK_FN void outer(Warp team, const Shares& tiles, int dim, int count, Vectors<V> 
         int i, j;
         corner(tile, i, j);
         unrolled<kTile * kTile>([&](auto a) PK_LAMBDA {
-          constexpr int at = decltype(a)::value;
+          constexpr int at = a;
           const int row = i * kTile + at / kTile, column = j * kTile + at % kTile;
           if (row < dim && column <= row) add(row, column, sum.v[at]);
         });
@@ -465,26 +464,22 @@ struct Tally {
       corner(int(lane) - part * tiles.count, i, j);
       Tile<P> sum;
       unrolled<kTile>([&](auto r) PK_LAMBDA {
-        constexpr int row = decltype(r)::value * kTile;
+        constexpr int row = r * kTile;
         constexpr int chunk = 16 / sizeof(P);
         unrolled<kTile / chunk>([&](auto c) PK_LAMBDA {
           P some[chunk];
-          load(at(int(lane), row + decltype(c)::value * chunk), some);
-          unrolled<chunk>([&](auto n) PK_LAMBDA {
-            sum.v[row + decltype(c)::value * chunk + decltype(n)::value] = some[decltype(n)::value];
-          });
+          load(at(int(lane), row + c * chunk), some);
+          unrolled<chunk>([&](auto n) PK_LAMBDA { sum.v[row + c * chunk + n] = some[n]; });
         });
       });
       add_products(i * kTile, j * kTile, part, tiles.parts, count, x, x, weight, sum);
       unrolled<kTile>([&](auto r) PK_LAMBDA {
-        constexpr int row = decltype(r)::value * kTile;
+        constexpr int row = r * kTile;
         constexpr int chunk = 16 / sizeof(P);
         unrolled<kTile / chunk>([&](auto c) PK_LAMBDA {
           P some[chunk];
-          unrolled<chunk>([&](auto n) PK_LAMBDA {
-            some[decltype(n)::value] = sum.v[row + decltype(c)::value * chunk + decltype(n)::value];
-          });
-          store(some, at(int(lane), row + decltype(c)::value * chunk));
+          unrolled<chunk>([&](auto n) PK_LAMBDA { some[n] = sum.v[row + c * chunk + n]; });
+          store(some, at(int(lane), row + c * chunk));
         });
       });
     });
@@ -540,7 +535,7 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
           if constexpr (sum) {
             load(from_x, at);
             from_x += parts * x.stride;
-            if constexpr (decltype(weighted)::value) {
+            if constexpr (weighted) {
               const V factor = weight[k];
               at[0] = factor * at[0];
               at[1] = factor * at[1];
@@ -553,7 +548,7 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
             from_z += parts * z.stride;
             const V factor = f[k];
             unrolled<2>([&](auto i) PK_LAMBDA {
-              constexpr int one = decltype(i)::value;
+              constexpr int one = i;
               const V product = factor * at[one];
               add_to(sums.v + first_z + one * of_v, product);
               sums.v[square + one] = plus_output(sums.v[square + one], product, at[one]);
@@ -570,7 +565,7 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
         int k = part;
         PK_ROLLED
         for (; k + (at_once - 1) * parts < count; k += at_once * parts) {
-          unrolled<at_once>([&](auto i) PK_LAMBDA { add(k + decltype(i)::value * parts, Constant<false>{}); });
+          unrolled<at_once>([&](auto i) PK_LAMBDA { add(k + i * parts, Constant<false>{}); });
         }
         PK_ROLLED
         for (; k < count; k += parts) add(k, Constant<false>{});
@@ -578,7 +573,7 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
       },
       [&](int pair, const Sums& sums) PK_LAMBDA {
         unrolled<2>([&](auto i) PK_LAMBDA {
-          constexpr int one = decltype(i)::value;
+          constexpr int one = i;
           if (2 * pair + one >= dim) return;
           V of_x{}, of_z{};
           P of_square{};
@@ -665,11 +660,11 @@ template <class P, class Store>
 PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int count, const Drawing& drawing, Store store) {
   constexpr int S = sizeof(P) == sizeof(float) ? 2 : 1;  // at once, as far as registers last
   const auto drawn = [&](int i, int begin, int end, auto number, auto pairs) PK_LAMBDA {
-    constexpr int N = decltype(number)::value, pair = decltype(pairs)::value;
+    constexpr int N = number, pair = pairs;
     uint32_t blocks[N], samples[N];
     int of[N];
     unrolled<N>([&](auto n) PK_LAMBDA {
-      constexpr int at = decltype(n)::value;
+      constexpr int at = n;
       const int block = pair == 1 ? 0 : drawing.by_count.quotient(i + at * kLanes);
       of[at] = i + at * kLanes - block * count;
       blocks[at] = uint32_t(begin + block);
@@ -678,7 +673,7 @@ PK_FN void draw(Warp team, uint64_t seed, int64_t first, uint64_t row, int count
     P z[4 * N] = {};
     normals_of_blocks<N, pair>(seed, blocks, samples, uint32_t(row), uint32_t(row >> 32), z, 4);
     unrolled<N>([&](auto n) PK_LAMBDA {
-      constexpr int at = decltype(n)::value;
+      constexpr int at = n;
       const P some[4] = {z[4 * at], z[4 * at + 1], z[4 * at + 2], z[4 * at + 3]};
       if (at == 0 || (pair == 1 ? of[at] < count : int(blocks[at]) < end)) store(of[at], int(blocks[at]), some);
     });
@@ -915,15 +910,15 @@ struct PolicyLossRows {
     }
     if (tiled) {
       const int stride = whole_tiles(dim);
-      unrolled<S>([&](auto s) PK_LAMBDA { squares[decltype(s)::value] = V{}; });
+      unrolled<S>([&](auto s) PK_LAMBDA { squares[s] = V{}; });
       PK_ROLLED
       for (int i = 0; i < stride; i += kTile) add_quadratic_of_rows<S>(tiled, stride, i, x, squares);
       return;
     }
     unrolled<S>([&](auto s) PK_LAMBDA {
       V square[1];
-      quadratic<1>(precision(), dim, x[decltype(s)::value], square);
-      squares[decltype(s)::value] = square[0];
+      quadratic<1>(precision(), dim, x[s], square);
+      squares[s] = square[0];
     });
   }
 
@@ -962,8 +957,7 @@ struct PolicyLossRows {
         for (int j = 0; j < dim; j += kTile) {
           V pulled[kTile];
           load(held.pulled_sum + j, pulled);
-          unrolled<kTile>([&](auto c)
-                              PK_LAMBDA { sum = sum + pulled[decltype(c)::value] * entries[j + decltype(c)::value]; });
+          unrolled<kTile>([&](auto c) PK_LAMBDA { sum = sum + pulled[c] * entries[j + c]; });
         }
       } else {
         sum = apply_at(precision(), dim, held.pulled_sum, i);
@@ -1041,7 +1035,7 @@ struct PolicyLossRows {
                 load(held.base + j, base);
                 load(scale.std + j, std);
                 unrolled<kTile>([&](auto i) PK_LAMBDA {
-                  constexpr int at = decltype(i)::value;
+                  constexpr int at = i;
                   residual[at] = Scale<V>::stretched(base[at], std[at], noise[at]);
                   if constexpr (is_dual<V>) {
                     if (!pathwise) residual[at].t = base[at].t;
@@ -1055,7 +1049,7 @@ struct PolicyLossRows {
                   load(held.policy.parameter + j, parameter);
                   load(scale.inverse_std + j, inverse);
                   unrolled<kTile>([&](auto i) PK_LAMBDA {
-                    constexpr int at = decltype(i)::value;
+                    constexpr int at = i;
                     white[at] = Scale<V>::whitened(mean[at].t * inverse[at].v, parameter[at].t, noise[at]);
                   });
                   store(white, z[k] + j);
@@ -1102,17 +1096,17 @@ struct PolicyLossRows {
       return;
     }
     team.many<at_once>(samples, [&](int k, auto number) PK_LAMBDA {
-      constexpr int S = decltype(number)::value;
+      constexpr int S = number;
       const V* x[S];
       V squares[S];
       unrolled<S>([&](auto i) PK_LAMBDA {
-        const int of = k + decltype(i)::value * kLanes;
-        x[decltype(i)::value] = held.at[of < samples ? of : k];
+        const int of = k + i * kLanes;
+        x[i] = held.at[of < samples ? of : k];
       });
       squared<S>(x, squares);
       unrolled<S>([&](auto i) PK_LAMBDA {
-        const int of = k + decltype(i)::value * kLanes;
-        if (of < samples) set(of, squares[decltype(i)::value]);
+        const int of = k + i * kLanes;
+        if (of < samples) set(of, squares[i]);
       });
     });
   }

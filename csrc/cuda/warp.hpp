@@ -45,7 +45,7 @@ __device__ __forceinline__ Dual<V> exchanged(Dual<V> x, int by) {
 template <Exchange how, class V, int M>
 __device__ __forceinline__ Several<V, M> exchanged(const Several<V, M>& x, int by) {
   Several<V, M> y;
-  unrolled<M>([&](auto i) { y.v[decltype(i)::value] = exchanged<how>(x.v[decltype(i)::value], by); });
+  unrolled<M>([&](auto i) { y.v[i] = exchanged<how>(x.v[i], by); });
   return y;
 }
 #endif

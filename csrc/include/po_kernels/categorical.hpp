@@ -109,7 +109,7 @@ PK_FN void categorical_labels(uint64_t seed, uint32_t sample, W row_low, W row_h
                               const W* thresholds, W* labels) {
   Several<W, S> c0, c1, c2, c3, label;
   unrolled<S>([&](auto s) PK_LAMBDA {
-    constexpr int at = decltype(s)::value;
+    constexpr int at = s;
     c0.v[at] = label.v[at] = W{};
     c1.v[at] = W{} + (sample + uint32_t(at));
     c2.v[at] = row_low;
@@ -120,11 +120,11 @@ PK_FN void categorical_labels(uint64_t seed, uint32_t sample, W row_low, W row_h
   for (int64_t c = 0; c < classes; ++c) {
     const W threshold = thresholds[c];
     unrolled<S>([&](auto s) PK_LAMBDA {
-      W& to = label.v[decltype(s)::value];
-      to = to + select(bits.v[decltype(s)::value] >= threshold, W{} + 1u, W{});
+      W& to = label.v[s];
+      to = to + select(bits.v[s] >= threshold, W{} + 1u, W{});
     });
   }
-  unrolled<S>([&](auto s) PK_LAMBDA { labels[decltype(s)::value] = label.v[decltype(s)::value]; });
+  unrolled<S>([&](auto s) PK_LAMBDA { labels[s] = label.v[s]; });
 }
 
 // Up to so many classes it is faster to compare a label with each than to go to memory where it points.
@@ -146,19 +146,19 @@ template <class V>
 PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, const V* x, V* sums) {
   int64_t c = 0;
   const auto of_classes = [&](auto several) PK_LAMBDA {
-    constexpr int N = decltype(several)::value;
+    constexpr int N = several;
     V sum[N];
-    unrolled<N>([&](auto n) PK_LAMBDA { sum[decltype(n)::value] = V{}; });
+    unrolled<N>([&](auto n) PK_LAMBDA { sum[n] = V{}; });
     for (int64_t g = 0; g < count; ++g) {
       const Word<V> label = labels[g];
       const V term = x[g];
       unrolled<N>([&](auto n) PK_LAMBDA {
-        const auto here = element_mask<Primal<V>>(label == uint32_t(c + decltype(n)::value));
-        V& to = sum[decltype(n)::value];
+        const auto here = element_mask<Primal<V>>(label == uint32_t(c + n));
+        V& to = sum[n];
         to = select(here, to + term, to);
       });
     }
-    unrolled<N>([&](auto n) PK_LAMBDA { sums[c + decltype(n)::value] = sum[decltype(n)::value]; });
+    unrolled<N>([&](auto n) PK_LAMBDA { sums[c + n] = sum[n]; });
     c += N;
   };
   if (classes <= kFewClasses) {

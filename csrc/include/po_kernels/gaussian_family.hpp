@@ -110,7 +110,7 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
     const Primal<V> common = scale.log_determinant().t;
     in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
       const V* z = z_of(g, block);
-      for (int k = 0; k < decltype(block)::value; ++k) {
+      for (int k = 0; k < block; ++k) {
         const Primal<V> tangent = gaussian_log_kernel(scale.dim, z + k * scale.dim).t - common;
         group.excess[g + k] = V{Primal<V>{}, tangent};
       }
@@ -122,10 +122,10 @@ PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> gr
                           GaussianGradients<V> out) {
   const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
   in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     const V* z = z_of(g, block);
     V f[S];
-    unrolled<S>([&](auto k) PK_LAMBDA { f[decltype(k)::value] = unit * score_factor(group, g + decltype(k)::value); });
+    unrolled<S>([&](auto k) PK_LAMBDA { f[k] = unit * score_factor(group, g + k); });
     scale.template add_score<S>(f, z, out.mean, out.scale);
   });
 }
@@ -154,30 +154,30 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
     base[j] = (pathwise ? as<R>(mean[j]) : constant<R>(stop(mean[j]))) - as<R>(target[j]);
   }
   const auto residuals = [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     scale.template stretch<S>(static_cast<const R*>(base), noise + g * dim, residual);
     if constexpr (is_dual<R>) {
       for (Index j = 0; !pathwise && j < dim; ++j) {
         const Primal<V> tangent = base[j].t;
-        unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = tangent; });
+        unrolled<S>([&](auto k) PK_LAMBDA { residual[k * dim + j].t = tangent; });
       }
     }
   };
   const auto z_of = [&](Index g, auto block) PK_LAMBDA {
     if constexpr (is_dual<V>) {
-      scale.template whiten_noise<decltype(block)::value>(mean, noise + g * dim, other);
+      scale.template whiten_noise<block>(mean, noise + g * dim, other);
       return static_cast<const V*>(other);
     } else {
       return noise + g * dim;
     }
   };
   in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     R squares[S];
     residuals(g, block);
     quadratic<S>(rewarding, dim, static_cast<const R*>(residual), squares);
     unrolled<S>([&](auto k) PK_LAMBDA {
-      constexpr int at = decltype(k)::value;
+      constexpr int at = k;
       const R reward = transformed_reward(s, -squares[at]);
       if constexpr (std::is_same<R, V>::value) {
         group.reward[g + at] = reward;
@@ -198,14 +198,14 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   const V unit = out.weight * T(1.0 / double(count));
   if (need_sum || need_path || out.precision) {
     in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
-      constexpr int S = decltype(block)::value;
+      constexpr int S = block;
       residuals(g, block);
       V pull[S];
-      unrolled<S>([&](auto k) PK_LAMBDA { pull[decltype(k)::value] = unit * group.pull[g + decltype(k)::value]; });
+      unrolled<S>([&](auto k) PK_LAMBDA { pull[k] = unit * group.pull[g + k]; });
       for (Index j = 0; j < dim; ++j) {
         V total = sum[j];
         unrolled<S>([&](auto k) PK_LAMBDA {
-          constexpr int at = decltype(k)::value;
+          constexpr int at = k;
           const V pulled = pull[at] * residual[at * dim + j];
           other[at * dim + j] = pulled;
           total = total + pulled;
@@ -248,10 +248,10 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
   V* z = residual + kBlock * dim;
   for (Index g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
   const auto z_of = [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     for (Index j = 0; j < dim; ++j) {
       unrolled<S>([&](auto k) PK_LAMBDA {
-        constexpr int at = decltype(k)::value;
+        constexpr int at = k;
         residual[at * dim + j] = constant<V>(samples[(g + at) * dim + j]) - mean[j];
       });
     }
