@@ -696,7 +696,8 @@ PK_FN V excess_of(int64_t dim, const V* z, V log_determinant) {
 }
 
 PK_FN Surrogate surrogate_of(const LossCall& call) {
-  return {call.estimator, call.advantage, call.samples, call.entropy_coef, call.rbf_gamma, call.has_rbf};
+  return {call.estimator,    call.advantage,       call.num_samples,
+          call.entropy_coef, call.rbf_gamma.value, call.rbf_gamma.given};
 }
 
 // What a warp sums over its rows, in double: so many numbers, kept in shared memory.
@@ -716,7 +717,7 @@ struct Sums {
     team.each(1, [&](int64_t) PK_LAMBDA {
       total[number] += double(value);
       if (call.reduction != kNoReduction) return;
-      static_cast<P*>(number == 0 ? call.loss : call.stats)[number == 0 ? row : (number - 1) * call.rows + row] = value;
+      static_cast<P*>(number == 0 ? call.out : call.stats)[number == 0 ? row : (number - 1) * call.rows + row] = value;
     });
   }
 };
@@ -743,11 +744,11 @@ struct PolicyLossRows {
   static constexpr bool is_loss = true;
 
   // What a row has so many of: samples, or the columns of S in the closed form.
-  PK_FN static int64_t samples(const Call& call) { return closed ? call.dim : call.samples; }
+  PK_FN static int64_t samples(const Call& call) { return closed ? call.dim : call.num_samples; }
   PK_FN static int64_t summed(const Call& call) {
-    return call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
+    return call.precision.gradient ? summed_terms(call.precision_ndim, call.dim) : 0;
   }
-  PK_FN static int64_t stored(const Call& call) { return stored_terms(call.precision_kind, summed(call)); }
+  PK_FN static int64_t stored(const Call& call) { return stored_terms(call.precision_ndim, summed(call)); }
 
   static constexpr int at_once = sizeof(V) <= 8 ? 2 : 1;  // samples of a thread, as far as registers last
 
@@ -764,11 +765,11 @@ struct PolicyLossRows {
         dim(int(work.call.dim)),
         count(int(samples(work.call))),
         pathwise(work.call.estimator == kReparam),
-        full(work.call.precision_kind == kFull),
-        uniform(!is_dual<V> && !work.call.has_rbf &&
+        full(work.call.precision_ndim == kFull),
+        uniform(!is_dual<V> && !work.call.rbf_gamma.given &&
                 (work.call.cotangent.value == nullptr || work.call.reduction != kNoReduction)) {
     const int stride = whole_tiles(dim);
-    u = memory.take<Shared<V>>(precision_size(work.call.precision_kind, dim) + kTile);
+    u = memory.take<Shared<V>>(precision_size(work.call.precision_ndim, dim) + kTile);
     tiled = packed = nullptr;
     if (closed || !full) return;
     if (packs && dim <= kPacked) {
@@ -802,7 +803,7 @@ struct PolicyLossRows {
           group(memory.take<V>(4 * k.count)),
           mean_sum(memory.take<P>(k.dim)),
           scale_sum(memory.take<P>(triangular ? 0 : k.dim)),
-          tally{!closed && k.work.call.grad_precision && k.full && tiles_of(k.dim) <= kLanes
+          tally{!closed && k.work.call.precision.gradient && k.full && tiles_of(k.dim) <= kLanes
                     ? memory.take<P>(Tally<P>::size)
                     : nullptr},
           noise(memory, k.dim, closed || (is_dual<V> && !triangular && !k.pathwise) ? 0 : k.work.held),
@@ -813,7 +814,7 @@ struct PolicyLossRows {
   // U, symmetrised.
   PK_FN void load_shared(Block team) const {
     const Call& call = work.call;
-    const int size = int(precision_size(call.precision_kind, dim));
+    const int size = int(precision_size(call.precision_ndim, dim));
     const auto entry = [&](int at, int mirrored) PK_LAMBDA {
       return (value_at<Shared<V>>(call.precision, at) + value_at<Shared<V>>(call.precision, mirrored)) * T(0.5);
     };
@@ -848,8 +849,8 @@ struct PolicyLossRows {
       const Scale<V> scale =
           held.policy.load(team, work.call, row, !closed || work.call.stats != nullptr, &work.call.target, held.target);
       // A gradient of dim numbers is added up in memory of the warp. Never one or the other: nvcc has to know which.
-      P* scale_sum = triangular ? row_of<P>(work.call.grad_scale, row, scale.size()) : held.scale_sum;
-      if (work.call.grad_scale == nullptr) scale_sum = nullptr;
+      P* scale_sum = triangular ? row_of<P>(work.call.scale.gradient, row, scale.size()) : held.scale_sum;
+      if (work.call.scale.gradient == nullptr) scale_sum = nullptr;
       const V weight = weight_of<V>(work.call, row);
       if (scale_sum) {
         team.each(scale.size(), [&](int64_t i) PK_LAMBDA { scale_sum[i] = P{}; });
@@ -869,8 +870,8 @@ struct PolicyLossRows {
       } else {
         loss = sampled(team, held, scale, row, weight, scale_sum, log_determinant);
       }
-      if (!triangular && work.call.grad_scale) {
-        P* to_scale = row_of<P>(work.call.grad_scale, row, dim);
+      if (!triangular && work.call.scale.gradient) {
+        P* to_scale = row_of<P>(work.call.scale.gradient, row, dim);
         team.each(dim, [&](int64_t j) PK_LAMBDA { to_scale[j] = held.scale_sum[j]; });
       }
       loss = loss - entropy * T(work.call.entropy_coef);
@@ -897,7 +898,7 @@ struct PolicyLossRows {
   // Samples after which sums in the precision of V go on in double.
   static constexpr int kTallied = 512;
 
-  PK_FN Precision<V> precision() const { return {work.call.precision_kind, u}; }
+  PK_FN Precision<V> precision() const { return {work.call.precision_ndim, u}; }
 
   // xᵀ U x of S vectors.
   template <int S>
@@ -947,7 +948,7 @@ struct PolicyLossRows {
 
   // The gradients in the mean and the target from U times what is in pulled_sum.
   PK_FN void store_pull(Warp team, const Warps& held, int64_t row, P* to_mean) const {
-    P* to_target = row_of<P>(work.call.grad_target, row, dim);
+    P* to_target = row_of<P>(work.call.target.gradient, row, dim);
     team.each(dim, [&](int64_t at) PK_LAMBDA {
       const int i = int(at);
       V sum{};
@@ -984,7 +985,7 @@ struct PolicyLossRows {
         for (int64_t i = 0; i < first + k; ++i) column[i] = V{};
         return scale.trace_at(first + k, precision(), weight, to_scale, column, held.other[k]);
       });
-      if (work.call.grad_precision == nullptr) continue;
+      if (work.call.precision.gradient == nullptr) continue;
       if constexpr (Scale<V>::triangular) {
         add_precision(team, held, columns, held.at, weights, P{} + T(1));
       } else {
@@ -994,12 +995,12 @@ struct PolicyLossRows {
         });
       }
     }
-    if (work.call.grad_precision) {
+    if (work.call.precision.gradient) {
       Vectors<V> delta = held.at;
       delta.first = held.base;
       add_precision(team, held, 1, delta, weights, P{} + T(1));
     }
-    store_pull(team, held, row, row_of<P>(work.call.grad_mean, row, dim));
+    store_pull(team, held, row, row_of<P>(work.call.mean.gradient, row, dim));
     team.each(dim, [&](int64_t i) PK_LAMBDA { held.pulled_sum[i] = apply_at(precision(), dim, held.base, i); });
     loss = loss + team.template sum<V>(dim, [&](int64_t i) PK_LAMBDA { return held.base[i] * held.pulled_sum[i]; });
     if constexpr (!is_dual<V>) {
@@ -1116,8 +1117,8 @@ struct PolicyLossRows {
     const Call& call = work.call;
     const Surrogate s = surrogate_of(call);
     const Group<V> group = group_in(held.group, count);
-    const bool need_sum = call.grad_target || (pathwise && call.grad_mean);
-    const bool need_score = !pathwise && (call.grad_mean || to_scale);
+    const bool need_sum = call.target.gradient || (pathwise && call.mean.gradient);
+    const bool need_score = !pathwise && (call.mean.gradient || to_scale);
     const V unit = weight * ratio<T>(1, count);
     team.each(dim, [&](int64_t j) PK_LAMBDA {
       const V mean = held.policy.mean[j];
@@ -1141,7 +1142,7 @@ struct PolicyLossRows {
         const V* pull = uniform ? nullptr : group.pull + first;
         const V* f = group.excess + first;
         const P each = uniform ? output(unit) : P{} + T(1);
-        if (call.grad_precision) add_precision(team, held, samples, held.at, pull, each);
+        if (call.precision.gradient) add_precision(team, held, samples, held.at, pull, each);
         const auto add_pull = [&](int j, V sum) PK_LAMBDA { held.pulled_sum[j] = held.pulled_sum[j] + sum * each; };
         if (!triangular && need_sum && need_score) {
           add_moments<true, true>(team, work.shape.pairs, dim, samples, held.at, pull, f, z,
@@ -1176,9 +1177,9 @@ struct PolicyLossRows {
         if (!pathwise) group.excess[g] = -(unit * score_factor(group, g));
         if (!uniform) group.pull[g] = unit * group.pull[g];
       });
-      if (!need_sum && !need_score && !call.grad_precision && to_scale == nullptr) return -objective;
+      if (!need_sum && !need_score && !call.precision.gradient && to_scale == nullptr) return -objective;
     }
-    P* to_mean = row_of<P>(call.grad_mean, row, dim);
+    P* to_mean = row_of<P>(call.mean.gradient, row, dim);
     if (need_sum) store_pull(team, held, row, pathwise ? to_mean : nullptr);
     if (!pathwise && to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     return -objective;
@@ -1199,7 +1200,7 @@ struct SurrogateLossRows {
   static constexpr bool triangular = Scale<V>::triangular;
   static constexpr bool is_loss = true;
 
-  PK_FN static int64_t samples(const Call& call) { return call.samples; }
+  PK_FN static int64_t samples(const Call& call) { return call.num_samples; }
   PK_FN static int64_t summed(const Call&) { return 0; }
   PK_FN static int64_t stored(const Call&) { return 0; }
 
@@ -1207,7 +1208,7 @@ struct SurrogateLossRows {
   const int dim, count;
 
   PK_FN SurrogateLossRows(const Work<Call>& work, Memory&)
-      : work(work), dim(int(work.call.dim)), count(int(work.call.samples)) {}
+      : work(work), dim(int(work.call.dim)), count(int(work.call.num_samples)) {}
 
   struct Warps {
     Sums sums;
@@ -1242,8 +1243,8 @@ struct SurrogateLossRows {
     const V weight = weight_of<V>(call, row);
     const V log_determinant = scale.log_determinant(team);
     const V entropy = gaussian_entropy(dim, log_determinant);
-    P* to_mean = row_of<P>(call.grad_mean, row, dim);
-    P* to_scale = row_of<P>(call.grad_scale, row, scale.size());
+    P* to_mean = row_of<P>(call.mean.gradient, row, dim);
+    P* to_scale = row_of<P>(call.scale.gradient, row, scale.size());
     team.each(count, [&](int64_t g) PK_LAMBDA {
       group.reward[g] = transformed_reward(s, value_at<V>(call.rewards, g * call.rows + row));
     });
@@ -1259,7 +1260,7 @@ struct SurrogateLossRows {
         if (pass == 0 || work.held < count) {
           team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
             const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
-            const V sample = constant<V>(static_cast<const T*>(call.given)[place.at]);
+            const V sample = constant<V>(static_cast<const T*>(call.samples)[place.at]);
             held.at[place.k][place.j] = sample - held.policy.mean[place.j];
           });
           team.each(samples, [&](int64_t k) PK_LAMBDA { scale.template whiten<1>(held.at[k], held.white[k]); });
@@ -1292,7 +1293,8 @@ struct SurrogateLossRows {
       const V unit = weight * -ratio<T>(1, count);
       team.each(count, [&](int64_t g) PK_LAMBDA {
         if (score) group.excess[g] = unit * score_factor(group, g);
-        if (call.grad_rewards) static_cast<P*>(call.grad_rewards)[g * call.rows + row] = output(unit * group.pull[g]);
+        if (call.rewards.gradient)
+          static_cast<P*>(call.rewards.gradient)[g * call.rows + row] = output(unit * group.pull[g]);
       });
       if (!score || (to_mean == nullptr && to_scale == nullptr)) break;
     }
@@ -1340,8 +1342,8 @@ struct LogProbRows {
     for (int64_t row = first_row; row < call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, call, row, true);
       const V log_determinant = scale.log_determinant(team);
-      P* to_mean = row_of<P>(call.grad_mean, row, dim);
-      P* to_scale = row_of<P>(call.grad_scale, row, scale.size());
+      P* to_mean = row_of<P>(call.mean.gradient, row, dim);
+      P* to_scale = row_of<P>(call.scale.gradient, row, scale.size());
       team.each(dim, [&](int64_t j) PK_LAMBDA { held.mean_sum[j] = P{}; });
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
       for (int64_t first = 0; first < call.count; first += work.held) {
@@ -1361,7 +1363,7 @@ struct LogProbRows {
           add_scores(team, work.shape, scale, samples, static_cast<const V*>(held.factor), held.white, held.at,
                      held.mean_sum, to_scale);
         }
-        if (call.grad_value == nullptr) continue;
+        if (call.value.gradient == nullptr) continue;
         // ∂/∂value is minus ∂/∂μ of the sample.
         team.each(samples, [&](int64_t k) PK_LAMBDA {
           scale.template whiten_transposed<1>(held.white[k], held.at[k]);
@@ -1369,7 +1371,7 @@ struct LogProbRows {
         });
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
           const Place place(work.shape.by_dim, int(i), dim, first, call.rows, row);
-          static_cast<P*>(call.grad_value)[place.at] = output(held.at[place.k][place.j]);
+          static_cast<P*>(call.value.gradient)[place.at] = output(held.at[place.k][place.j]);
         });
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
@@ -1386,7 +1388,7 @@ struct SampleRows {
   static constexpr bool triangular = Scale<V>::triangular;
   static constexpr bool is_loss = false;
 
-  PK_FN static int64_t samples(const Call& call) { return call.samples; }
+  PK_FN static int64_t samples(const Call& call) { return call.num_samples; }
 
   const Work<Call>& work;
   const int dim;
@@ -1414,12 +1416,12 @@ struct SampleRows {
     held.policy.clear(team);
     for (int64_t row = first_row; row < call.rows; row += work.step()) {
       const Scale<V> scale = held.policy.load(team, call, row, false);
-      P* to_mean = row_of<P>(call.grad_mean, row, dim);
-      P* to_scale = row_of<P>(call.grad_scale, row, scale.size());
+      P* to_mean = row_of<P>(call.mean.gradient, row, dim);
+      P* to_scale = row_of<P>(call.scale.gradient, row, scale.size());
       team.each(dim, [&](int64_t j) PK_LAMBDA { held.mean_sum[j] = P{}; });
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
-      for (int64_t first = 0; first < call.samples; first += work.held) {
-        const int samples = int(call.samples - first < work.held ? call.samples - first : work.held);
+      for (int64_t first = 0; first < call.num_samples; first += work.held) {
+        const int samples = int(call.num_samples - first < work.held ? call.num_samples - first : work.held);
         draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
                 samples == work.held ? work.shape.drawing : Drawing(dim, samples),
                 [&](int k, int block, const P(&noise)[kTile])
@@ -1509,7 +1511,7 @@ struct Finish {
   PK_FN void store_number(int64_t number, double total) const {
     if (call.reduction == kNoReduction || (number > 0 && call.stats == nullptr)) return;
     if (number > 0 || call.reduction == kMeanOverRows) total /= call.rows > 0 ? double(call.rows) : 1.0;
-    *(number == 0 ? static_cast<T*>(call.loss) : static_cast<T*>(call.stats) + number - 1) = T(total);
+    *(number == 0 ? static_cast<T*>(call.out) : static_cast<T*>(call.stats) + number - 1) = T(total);
   }
 
   template <class T>

@@ -59,9 +59,9 @@ Plan plan(Work<C>& work) {
 
 inline Finish finish_of(const Work<GaussianPolicyLoss>& work) {
   const GaussianPolicyLoss& call = work.call;
-  const int64_t summed = call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
-  const int64_t terms = stored_terms(call.precision_kind, summed);
-  return {call, work.partials, work.blocks, terms, call.precision_kind, call.dim, call.grad_precision};
+  const int64_t summed = call.precision.gradient ? summed_terms(call.precision_ndim, call.dim) : 0;
+  const int64_t terms = stored_terms(call.precision_ndim, summed);
+  return {call, work.partials, work.blocks, terms, call.precision_ndim, call.dim, call.precision.gradient};
 }
 inline Finish finish_of(const Work<GaussianSurrogateLoss>& work) {
   return {work.call, work.partials, work.blocks, 0, 0, 0, nullptr};

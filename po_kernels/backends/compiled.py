@@ -70,7 +70,7 @@ class Kernel(BothOrders):
         arguments = self.options(inputs, constants, config)
         arguments["is_double"] = head.dtype == torch.float64
         arguments["dual"] = tangents is not None
-        arguments["value"] = outputs[0].data_ptr()
+        arguments["out"] = outputs[0].data_ptr()
         if want_stats:
             arguments["stats"] = outputs[1].data_ptr()
         for names, x, needed in zip(self.names, inputs, needs, strict=True):
@@ -122,7 +122,7 @@ def loss(inputs: Sequence[Tensor], config: OpConfig) -> Arguments:
         "reduction": _REDUCTIONS[config.reduction],
         "estimator": _ESTIMATORS[config.estimator],
         "advantage": ADVANTAGES[config.advantage],
-        "samples": config.num_samples,
+        "num_samples": config.num_samples,
         "entropy_coef": config.entropy_coef,
         "rbf_gamma": config.rbf_gamma,
     }
@@ -136,9 +136,9 @@ def loss_shape(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: Op
     return (inputs[0].shape[0],) if config.reduction == "none" else ()
 
 
-def gaussian(kernel: Callable[..., Kernel], family: str, scale: str) -> dict[str, Kernel]:
-    """The ops of one Gaussian, whose scale parameter has this name; `kernel` takes what Kernel does."""
-    mean, scale_rows = rows("mean"), rows(scale)
+def gaussian(kernel: Callable[..., Kernel], family: str) -> dict[str, Kernel]:
+    """The ops of one Gaussian; `kernel` takes what Kernel does."""
+    mean, scale_rows = rows("mean"), rows("scale")
     return {
         f"{family}_policy_loss": kernel(
             f"{family}_policy_loss",
@@ -148,7 +148,7 @@ def gaussian(kernel: Callable[..., Kernel], family: str, scale: str) -> dict[str
                 **loss(inputs, config),
                 **random(constants, config),
                 "dim": inputs[0].shape[1],
-                "precision_kind": inputs[3].ndim,
+                "precision_ndim": inputs[3].ndim,
             },
         ),
         f"{family}_surrogate_loss": kernel(
@@ -156,11 +156,11 @@ def gaussian(kernel: Callable[..., Kernel], family: str, scale: str) -> dict[str
             (mean, scale_rows, whole("rewards")),
             loss_shape,
             lambda inputs, constants, config: {**loss(inputs, config), "dim": inputs[0].shape[1]},
-            labels=("given",),
+            labels=("samples",),
         ),
         f"{family}_log_prob": kernel(
             f"{family}_log_prob",
-            (mean, scale_rows, whole("at")),
+            (mean, scale_rows, whole("value")),
             lambda inputs, constants, config: inputs[2].shape[:-1],
             lambda inputs, constants, config: {
                 "rows": inputs[0].shape[0],
@@ -176,7 +176,7 @@ def gaussian(kernel: Callable[..., Kernel], family: str, scale: str) -> dict[str
                 **random(constants, config),
                 "rows": inputs[0].shape[0],
                 "dim": inputs[0].shape[1],
-                "samples": config.num_samples,
+                "num_samples": config.num_samples,
             },
         ),
     }

@@ -66,7 +66,8 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
       const V slope = p[c] * (reward - mean) + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
     }
-    if (out.column) out.column[c] = output(-(out.weight * (s.has_rbf ? p[c] * reward * T(s.rbf_gamma) : p[c])));
+    if (out.column)
+      out.column[c] = output(-(out.weight * (s.rbf_gamma.given ? p[c] * reward * T(s.rbf_gamma.value) : p[c])));
   }
   return -mean - entropy * T(s.entropy_coef);
 }
@@ -185,7 +186,7 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   if constexpr (is_dual<V>) {
     P mean{};
     for (int64_t c = 0; c < classes; ++c) mean = mean + p[c].v * row.logits[c].t;
-    for (int64_t g = 0; g < s.samples; ++g) {
+    for (int64_t g = 0; g < s.num_samples; ++g) {
       group.excess[g] = V{P{}, pick(classes, row.logits, labels[g]).t - mean};
     }
   }
@@ -193,11 +194,11 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   if (out.logits) {
     V* factor = scratch + 3 * classes;
     V total{};
-    for (int64_t g = 0; g < s.samples; ++g) {
-      factor[g] = score_factor(group, g) * T(1.0 / double(s.samples));
+    for (int64_t g = 0; g < s.num_samples; ++g) {
+      factor[g] = score_factor(group, g) * T(1.0 / double(s.num_samples));
       total = total + factor[g];
     }
-    sum_by_label(classes, s.samples, labels, factor, score);
+    sum_by_label(classes, s.num_samples, labels, factor, score);
     for (int64_t c = 0; c < classes; ++c) {
       const V slope = score[c] - p[c] * total + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
@@ -212,7 +213,7 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
                             CategoricalGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
   using P = Primal<V>;
-  const int64_t count = s.samples;
+  const int64_t count = s.num_samples;
   group = group_in(scratch, count);
   for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, pick(row.classes, row.column, labels[g]));
   const V loss = categorical_group(row, s, labels, out, scratch + 4 * count, group);
@@ -229,11 +230,11 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
 template <class V>
 PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
                           CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
-  group = group_in(scratch, s.samples);
-  for (int64_t g = 0; g < s.samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
-  const V loss = categorical_group(row, s, labels, out, scratch + 4 * s.samples, group);
-  const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
-  for (int64_t g = 0; rewards_out && g < s.samples; ++g) rewards_out[g] = output(unit * group.pull[g]);
+  group = group_in(scratch, s.num_samples);
+  for (int64_t g = 0; g < s.num_samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
+  const V loss = categorical_group(row, s, labels, out, scratch + 4 * s.num_samples, group);
+  const V unit = out.weight * Element<V>(-1.0 / double(s.num_samples));
+  for (int64_t g = 0; rewards_out && g < s.num_samples; ++g) rewards_out[g] = output(unit * group.pull[g]);
   return loss;
 }
 
@@ -276,8 +277,8 @@ PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V> row, const Surrogate
   V* log_p = scratch + row.classes;
   RowStats<V> stats = group_stats(s, group);
   stats.entropy = softmax(row.classes, row.logits, scratch, log_p);
-  for (int64_t g = 0; g < s.samples; ++g) stats.log_prob = stats.log_prob + label_log_prob(row, log_p, labels[g]);
-  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.samples));
+  for (int64_t g = 0; g < s.num_samples; ++g) stats.log_prob = stats.log_prob + label_log_prob(row, log_p, labels[g]);
+  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.num_samples));
   return stats;
 }
 

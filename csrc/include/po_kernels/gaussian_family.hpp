@@ -104,11 +104,11 @@ template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of) {
   if constexpr (is_dual<V>) {
     if (s.estimator == kReparam) {
-      clear(s.samples, group.excess);
+      clear(s.num_samples, group.excess);
       return;
     }
     const Primal<V> common = scale.log_determinant().t;
-    in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
+    in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
       const V* z = z_of(g, block);
       for (int k = 0; k < block; ++k) {
         const Primal<V> tangent = gaussian_log_kernel(scale.dim, z + k * scale.dim).t - common;
@@ -120,8 +120,8 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
 template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
                           GaussianGradients<V> out) {
-  const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
-  in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
+  const V unit = out.weight * Element<V>(-1.0 / double(s.num_samples));
+  in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = block;
     const V* z = z_of(g, block);
     V f[S];
@@ -142,7 +142,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
                          Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
                          V* scratch, Group<V>& group) {
   using T = Element<V>;
-  const Index dim = scale.dim, count = s.samples;
+  const Index dim = scale.dim, count = s.num_samples;
   const bool pathwise = s.estimator == kReparam;
   group = group_in(scratch, count);
   V* sum = scratch + 4 * count;
@@ -242,7 +242,7 @@ template <class V, template <class> class Scale>
 PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, const Primal<V>* samples,
                        const Surrogate& s, GaussianGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
-  const Index dim = scale.dim, count = s.samples;
+  const Index dim = scale.dim, count = s.num_samples;
   group = group_in(scratch, count);
   V* residual = scratch + 4 * count;
   V* z = residual + kBlock * dim;
@@ -299,12 +299,12 @@ PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, con
                                        const Surrogate& s, const Group<V>& group, V* scratch) {
   const Index dim = scale.dim;
   RowStats<V> stats = group_stats(s, group);
-  for (Index g = 0; g < s.samples; ++g) {
+  for (Index g = 0; g < s.num_samples; ++g) {
     for (Index j = 0; j < dim; ++j) scratch[j] = constant<V>(samples[g * dim + j]) - mean[j];
     scale.template whiten<1>(scratch, scratch + dim);
     stats.log_prob = stats.log_prob + gaussian_log_density(scale, scratch + dim);
   }
-  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.samples));
+  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.num_samples));
   stats.entropy = gaussian_entropy(scale);
   return stats;
 }

@@ -17,7 +17,7 @@ from ..contract import Request
 _BLOCKS_PER_MULTIPROCESSOR = 12
 _MOST_BLOCKS = 4096
 _MOST_SUMS = 2**20
-_HEAD = 6  # the loss and its statistics, as in csrc/cuda/gaussian_family.hpp
+_HEAD = 6  # the loss and its statistics, as in csrc/cuda/loss_sums.hpp
 
 _CHECKS: dict[str, Callable[..., None]] = {
     "gaussian_policy_loss": checks.gaussian_policy_loss,
@@ -50,7 +50,7 @@ class _Kernel(Kernel):
         rows, terms = arguments["rows"], 0
         if "grad_precision" in arguments:
             dim = arguments["dim"]
-            terms = (1, dim, dim * (dim + 1) // 2)[arguments["precision_kind"]]
+            terms = (1, dim, dim * (dim + 1) // 2)[arguments["precision_ndim"]]
         most = _MOST_BLOCKS
         if device.type == "cuda":
             most = _BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
@@ -72,5 +72,5 @@ class _Kernel(Kernel):
 
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     op: {"first": kernel.first, "second": kernel.second}
-    for op, kernel in (gaussian(_Kernel, "gaussian", "log_std") | gaussian(_Kernel, "mvn", "scale_tril")).items()
+    for op, kernel in (gaussian(_Kernel, "gaussian") | gaussian(_Kernel, "mvn")).items()
 }

@@ -28,10 +28,10 @@ def categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offse
         "dual": False,
         "rows": rows,
         "classes": classes,
-        "samples": num_samples,
+        "num_samples": num_samples,
         "seed": seed,
         "row_offset": row_offset,
-        "value": labels.data_ptr(),
+        "out": labels.data_ptr(),
     }
     compiled.pass_input(arguments, compiled.rows("logits"), logits, keep)
     _call("categorical_sample", arguments)
@@ -43,7 +43,7 @@ def _call(op: str, arguments: Arguments, labels_name: str = "target") -> None:
     arguments["threads"] = torch.get_num_threads()
     if "seed" in arguments:
         arguments["seed"] = int(arguments["seed"])
-    samples = arguments.get("samples", 0)
+    samples = arguments.get("num_samples", 0)
     per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
     try:
         if samples * per_sample > _MOST_SCRATCH:
@@ -75,7 +75,7 @@ _CATEGORICAL = {
         (compiled.rows("logits"), compiled.whole("rewards")),
         compiled.loss_shape,
         lambda inputs, constants, config: {**compiled.loss(inputs, config), "classes": inputs[0].shape[1]},
-        labels=("given",),
+        labels=("samples",),
         labels_name="samples",
     ),
     "categorical_log_prob": _Kernel(
@@ -87,7 +87,7 @@ _CATEGORICAL = {
             "classes": inputs[0].shape[1],
             "count": constants[0].shape[0],
         },
-        labels=("at",),
+        labels=("value",),
         labels_name="value",
     ),
 }
@@ -99,7 +99,7 @@ _ADVANTAGE = {
         lambda inputs, constants, config: inputs[0].shape,
         lambda inputs, constants, config: {
             "rows": inputs[0].shape[1],
-            "samples": inputs[0].shape[0],
+            "num_samples": inputs[0].shape[0],
             "advantage": compiled.ADVANTAGES[config.advantage],
             "rbf_gamma": config.rbf_gamma,
         },
@@ -109,8 +109,8 @@ _ADVANTAGE = {
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     op: {"first": kernel.first, "second": kernel.second}
     for op, kernel in (
-        compiled.gaussian(_Kernel, "gaussian", "log_std")
-        | compiled.gaussian(_Kernel, "mvn", "scale_tril")
+        compiled.gaussian(_Kernel, "gaussian")
+        | compiled.gaussian(_Kernel, "mvn")
         | _CATEGORICAL
         | _ADVANTAGE
     ).items()
