@@ -119,6 +119,7 @@ struct Warp {
   // more, or 1 where no more than kLanes are left, unless that is not worth a second copy of the body.
   template <int S, bool always = false, class Body>
   PK_FN void many(int count, Body body) const {
+    static_assert(S <= 2, "of more than 32 and fewer than 32 S left, body would be called for 32 alone");
     constexpr int least = S == 1 || always ? 0 : kLanes * (S - 1);
     int begin = 0;
 #if defined(__CUDA_ARCH__)

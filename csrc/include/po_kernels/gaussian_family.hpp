@@ -98,6 +98,16 @@ PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* targ
   return loss - gaussian_entropy(scale) * T(entropy_coef);
 }
 
+// w - 1 of a sample: no more than the derivative of log p, and without derivatives nothing.
+template <class V>
+PK_FN V gaussian_excess(Index dim, const V* z, V log_determinant) {
+  if constexpr (is_dual<V>) {
+    return {Primal<V>{}, gaussian_log_kernel(dim, z).t - log_determinant.t};
+  } else {
+    return V{};
+  }
+}
+
 // The score-function part of a group, for score estimators: first w - 1 on duals, then, once the group is finished, the
 // gradients in the policy. z_of(g, block) gives the whitened samples of a block.
 template <class V, template <class> class Scale, class Whitened>
@@ -107,12 +117,11 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
       clear(s.num_samples, group.excess);
       return;
     }
-    const Primal<V> common = scale.log_determinant().t;
+    const V log_determinant = scale.log_determinant();
     in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
       const V* z = z_of(g, block);
       for (int k = 0; k < block; ++k) {
-        const Primal<V> tangent = gaussian_log_kernel(scale.dim, z + k * scale.dim).t - common;
-        group.excess[g + k] = V{Primal<V>{}, tangent};
+        group.excess[g + k] = gaussian_excess(scale.dim, z + k * scale.dim, log_determinant);
       }
     });
   }
