@@ -55,84 +55,29 @@ PK_FN V weight_of(const LossCall& call, int64_t row) {
 
 // ---- What a warp holds ----
 
-// So many elements at once, of 8 or 16 bytes, as nvcc loads and stores them with one instruction.
-#if defined(__CUDACC__)
-PK_FN void load_chunk(const float* from, float (&to)[2]) {
-  const float2 chunk = *reinterpret_cast<const float2*>(from);
-  to[0] = chunk.x, to[1] = chunk.y;
-}
-PK_FN void load_chunk(const float* from, float (&to)[4]) {
-  const float4 chunk = *reinterpret_cast<const float4*>(from);
-  to[0] = chunk.x, to[1] = chunk.y, to[2] = chunk.z, to[3] = chunk.w;
-}
-PK_FN void load_chunk(const double* from, double (&to)[2]) {
-  const double2 chunk = *reinterpret_cast<const double2*>(from);
-  to[0] = chunk.x, to[1] = chunk.y;
-}
-PK_FN void store_chunk(const float (&from)[4], float* to) {
-  *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
-}
-PK_FN void store_chunk(const double (&from)[2], double* to) {
-  *reinterpret_cast<double2*>(to) = make_double2(from[0], from[1]);
-}
-#else
-template <class T, int N>
-PK_FN void load_chunk(const T* from, T (&to)[N]) {
-  memcpy(to, from, sizeof to);
-}
-template <class T, int N>
-PK_FN void store_chunk(const T (&from)[N], T* to) {
-  memcpy(to, from, sizeof from);
-}
-#endif
+// Of N numbers, as many as one instruction loads or stores: 16 bytes, unless all are less.
+template <class V, int N>
+struct Chunk {
+  static constexpr int size = N * sizeof(V) < 16 ? N : int(16 / sizeof(V));
+  alignas(size * sizeof(V)) V v[size];
+};
 
 // N numbers at an address that is a multiple of their size, or of 16 bytes.
 template <class V, int N>
-struct Chunks {
-  using T = Element<V>;
-  static constexpr int per = int(sizeof(V) / sizeof(T));
-  static constexpr int elements = N * per;
-  static constexpr int size = elements * sizeof(T) < 16 ? elements : int(16 / sizeof(T));
-};
-template <class V, int N>
 PK_FN void load(const V* from, V (&to)[N]) {
-  using C = Chunks<V, N>;
-  using T = Element<V>;
-  T flat[C::elements];
-  unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
-    constexpr int begin = c * C::size;
-    T chunk[C::size];
-    load_chunk(reinterpret_cast<const T*>(from) + begin, chunk);
-    unrolled<C::size>([&](auto i) PK_LAMBDA { flat[begin + i] = chunk[i]; });
-  });
-  unrolled<N>([&](auto i) PK_LAMBDA {
-    constexpr int at = i;
-    if constexpr (is_dual<V>) {
-      to[at] = V{flat[2 * at], flat[2 * at + 1]};
-    } else {
-      to[at] = flat[at];
-    }
+  using C = Chunk<V, N>;
+  unrolled<N / C::size>([&](auto c) PK_LAMBDA {
+    const C chunk = reinterpret_cast<const C*>(from)[c];
+    unrolled<C::size>([&](auto i) PK_LAMBDA { to[c * C::size + i] = chunk.v[i]; });
   });
 }
 template <class V, int N>
 PK_FN void store(const V (&from)[N], V* to) {
-  using C = Chunks<V, N>;
-  using T = Element<V>;
-  T flat[C::elements];
-  unrolled<N>([&](auto i) PK_LAMBDA {
-    constexpr int at = i;
-    if constexpr (is_dual<V>) {
-      flat[2 * at] = from[at].v;
-      flat[2 * at + 1] = from[at].t;
-    } else {
-      flat[at] = from[at];
-    }
-  });
-  unrolled<C::elements / C::size>([&](auto c) PK_LAMBDA {
-    constexpr int begin = c * C::size;
-    T chunk[C::size];
-    unrolled<C::size>([&](auto i) PK_LAMBDA { chunk[i] = flat[begin + i]; });
-    store_chunk(chunk, reinterpret_cast<T*>(to) + begin);
+  using C = Chunk<V, N>;
+  unrolled<N / C::size>([&](auto c) PK_LAMBDA {
+    C chunk;
+    unrolled<C::size>([&](auto i) PK_LAMBDA { chunk.v[i] = from[c * C::size + i]; });
+    reinterpret_cast<C*>(to)[c] = chunk;
   });
 }
 
