@@ -1,7 +1,8 @@
 // The kernels, and what each of them is called with on the CPU and by CUDA.
 //
-// A struct names its members in `fields`: these names are the keyword arguments of the Python function that fill them
-// (csrc/bindings/arguments.hpp), an input `x` taking `x`, `x_tangent`, `grad_x` and, with rows, `x_stride`.
+// PK_FIELDS names the bases of a struct and its members: these names are the keyword arguments of the Python function
+// that fill them (csrc/bindings/arguments.hpp), an input `x` taking `x`, `x_tangent`, `grad_x` and, with rows,
+// `x_stride`.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,19 @@
 #include "po_kernels/group.hpp"
 
 #define PK_NAMED(...) #__VA_ARGS__, __VA_ARGS__
+#define PK_FIELDS(bases, ...)                                     \
+  template <class Visitor>                                        \
+  void fields(Visitor& visit) {                                   \
+    fields_of(*this, visit, static_cast<void(*) bases>(nullptr)); \
+    visit(PK_NAMED(__VA_ARGS__));                                 \
+  }
 
 namespace po_kernels {
+
+template <class Struct, class Visitor, class... Bases>
+void fields_of(Struct& all, Visitor& visit, void (*)(Bases...)) {
+  (static_cast<Bases&>(all).fields(visit), ...);
+}
 
 enum Reduction : int { kMeanOverRows = 0, kSumOverRows = 1, kNoReduction = 2 };
 constexpr std::pair<const char*, int> kReductions[] = {
@@ -54,21 +66,14 @@ struct LossCall : Call, Surrogate {
   void* out = nullptr;    // likewise
   void* stats = nullptr;  // (5) or (5, rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    Call::fields(visit);
-    visit(PK_NAMED(reduction, estimator, advantage, num_samples, entropy_coef, rbf_gamma, cotangent, out, stats));
-  }
+  PK_FIELDS((Call), reduction, estimator, advantage, num_samples, entropy_coef, rbf_gamma, cotangent, out, stats)
 };
 
 struct RandomNumbers {
   int64_t seed = 0;
   uint64_t row_offset = 0;
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    visit(PK_NAMED(seed, row_offset));
-  }
+  PK_FIELDS((), seed, row_offset)
 };
 
 // Both Gaussians: `scale` holds dim logarithms of standard deviations, or a lower triangular (dim, dim).
@@ -76,10 +81,7 @@ struct GaussianPolicy {
   int64_t dim = 0;
   RowInput mean, scale;
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    visit(PK_NAMED(dim, mean, scale));
-  }
+  PK_FIELDS((), dim, mean, scale)
 };
 
 struct GaussianPolicyLoss : LossCall, RandomNumbers, GaussianPolicy {
@@ -87,25 +89,14 @@ struct GaussianPolicyLoss : LossCall, RandomNumbers, GaussianPolicy {
   RowInput target;
   Differentiable precision;
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    LossCall::fields(visit);
-    RandomNumbers::fields(visit);
-    GaussianPolicy::fields(visit);
-    visit(PK_NAMED(precision_ndim, target, precision));
-  }
+  PK_FIELDS((LossCall, RandomNumbers, GaussianPolicy), precision_ndim, target, precision)
 };
 
 struct GaussianSurrogateLoss : LossCall, GaussianPolicy {
   Differentiable rewards;         // (num_samples, rows)
   const void* samples = nullptr;  // (num_samples, rows, dim)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    LossCall::fields(visit);
-    GaussianPolicy::fields(visit);
-    visit(PK_NAMED(rewards, samples));
-  }
+  PK_FIELDS((LossCall, GaussianPolicy), rewards, samples)
 };
 
 struct GaussianLogProb : Call, GaussianPolicy {
@@ -114,12 +105,7 @@ struct GaussianLogProb : Call, GaussianPolicy {
   Input cotangent;       // (count, rows)
   void* out = nullptr;   // (count, rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    Call::fields(visit);
-    GaussianPolicy::fields(visit);
-    visit(PK_NAMED(count, value, cotangent, out));
-  }
+  PK_FIELDS((Call, GaussianPolicy), count, value, cotangent, out)
 };
 
 struct GaussianSample : Call, RandomNumbers, GaussianPolicy {
@@ -127,13 +113,7 @@ struct GaussianSample : Call, RandomNumbers, GaussianPolicy {
   Input cotangent;      // (num_samples, rows, dim)
   void* out = nullptr;  // (num_samples, rows, dim)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    Call::fields(visit);
-    RandomNumbers::fields(visit);
-    GaussianPolicy::fields(visit);
-    visit(PK_NAMED(num_samples, cotangent, out));
-  }
+  PK_FIELDS((Call, RandomNumbers, GaussianPolicy), num_samples, cotangent, out)
 };
 
 struct CategoricalPolicyLoss : LossCall, RandomNumbers {
@@ -142,12 +122,7 @@ struct CategoricalPolicyLoss : LossCall, RandomNumbers {
   Differentiable reward_table;      // (classes, classes)
   const int64_t* target = nullptr;  // (rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    LossCall::fields(visit);
-    RandomNumbers::fields(visit);
-    visit(PK_NAMED(classes, logits, reward_table, target));
-  }
+  PK_FIELDS((LossCall, RandomNumbers), classes, logits, reward_table, target)
 };
 
 struct CategoricalSurrogateLoss : LossCall {
@@ -156,11 +131,7 @@ struct CategoricalSurrogateLoss : LossCall {
   Differentiable rewards;            // (num_samples, rows)
   const int64_t* samples = nullptr;  // (num_samples, rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    LossCall::fields(visit);
-    visit(PK_NAMED(classes, logits, rewards, samples));
-  }
+  PK_FIELDS((LossCall), classes, logits, rewards, samples)
 };
 
 struct CategoricalLogProb : Call {
@@ -171,11 +142,7 @@ struct CategoricalLogProb : Call {
   Input cotangent;                 // (count, rows)
   void* out = nullptr;             // (count, rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    Call::fields(visit);
-    visit(PK_NAMED(classes, count, logits, value, cotangent, out));
-  }
+  PK_FIELDS((Call), classes, count, logits, value, cotangent, out)
 };
 
 struct CategoricalSample : Call, RandomNumbers {
@@ -184,12 +151,7 @@ struct CategoricalSample : Call, RandomNumbers {
   RowInput logits;
   int64_t* out = nullptr;  // (num_samples, rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    Call::fields(visit);
-    RandomNumbers::fields(visit);
-    visit(PK_NAMED(classes, num_samples, logits, out));
-  }
+  PK_FIELDS((Call, RandomNumbers), classes, num_samples, logits, out)
 };
 
 struct GroupAdvantage : Call {
@@ -200,11 +162,7 @@ struct GroupAdvantage : Call {
   Input cotangent;         // (num_samples, rows)
   void* out = nullptr;     // (num_samples, rows)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    Call::fields(visit);
-    visit(PK_NAMED(advantage, rbf_gamma, num_samples, rewards, cotangent, out));
-  }
+  PK_FIELDS((Call), advantage, rbf_gamma, num_samples, rewards, cotangent, out)
 };
 
 // Every kernel and what it is called with: `both` for one that CUDA has too, `cpu` for one that only the CPU has.

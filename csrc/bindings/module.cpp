@@ -27,14 +27,11 @@ void define(py::module_& module, const char* name, Verdict (*kernel)(const C&)) 
 
 #if defined(PK_CUDA)
 template <class C>
-struct Launched {
-  C call;
-  CudaLaunch launch;
-
+struct Launched : C, CudaLaunch {
   template <class Visitor>
   void fields(Visitor& visit) {
-    call.fields(visit);
-    launch.fields(visit);
+    C::fields(visit);
+    CudaLaunch::fields(visit);
   }
 };
 
@@ -43,12 +40,12 @@ template <class C>
 void define_cuda(py::module_& module, const char* name, CudaOutcome (*on_device)(const C&, const CudaLaunch&),
                  CudaOutcome (*emulated)(const C&, const CudaLaunch&)) {
   module.def(name, [on_device, emulated, fields = Fields::of<Launched<C>>()](const py::kwargs& given) {
-    Launched<C> of;
-    fields.fill(&of, given);
+    Launched<C> call;
+    fields.fill(&call, given);
     CudaOutcome outcome;
     {
       py::gil_scoped_release release;
-      outcome = (of.launch.emulate ? emulated : on_device)(of.call, of.launch);
+      outcome = (call.emulate ? emulated : on_device)(call, call);
     }
     return py::make_tuple(outcome.refused, outcome.failed);
   });

@@ -12,8 +12,7 @@ Verdict group_advantage(const GroupAdvantage& call) {
     using P = Primal<V>;
     const int64_t count = call.num_samples;
     Surrogate s{};
-    s.rbf_gamma.given = call.rbf_gamma.given;
-    s.rbf_gamma.value = call.rbf_gamma.value;
+    s.rbf_gamma = call.rbf_gamma;
     return for_each_tile<V>(
         call, 8 * count, sizeof(V) * size_t(3 * count) + 1024, [&](Tile tile, Arena<V> arena) -> Verdict {
           V* reward = arena.take(count);

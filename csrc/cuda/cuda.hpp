@@ -27,10 +27,7 @@ struct CudaLaunch {
   int64_t blocks = 0;                    // at least one if there are rows
   double* partials = nullptr;            // of a loss: (blocks, 6 and the terms of the gradient in the precision)
 
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    visit(PK_NAMED(emulate, backward, device, stream, device_seed, blocks, partials));
-  }
+  PK_FIELDS((), emulate, backward, device, stream, device_seed, blocks, partials)
 };
 
 struct CudaOutcome {
