@@ -200,41 +200,40 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     const Surrogate s = call;
     const size_t bytes = sizeof(V) * size_t(5 * classes + 6 * samples) + sizeof(P) * size_t(2 * classes + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
-    return for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
-                            [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
-                              Verdict verdict = check_labels(tile, samples, call.rows, classes, call.samples);
-                              if (verdict.code == kAccepted)
-                                verdict = check_logits<T>(tile, classes, call.logits, false);
-                              if (verdict.code == kAccepted)
-                                verdict = check_unmasked<T>(tile, samples, call.rows, call.logits, call.samples);
-                              if (verdict.code != kAccepted) return verdict;
-                              V* logits = arena.take(classes);
-                              V* rewards = arena.take(samples);
-                              V* work = arena.take(4 * classes + 5 * samples);
-                              P* rewards_out = arena.template take_for<P>(call.rewards.gradient, samples);
-                              Word<V>* labels = arena.template take<Word<V>>(samples);
-                              load(tile, call.logits, classes, logits);
-                              for (int64_t g = 0; g < samples; ++g) {
-                                load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
-                                labels[g] = load_labels<Word<V>>(tile, call.samples + g * call.rows);
-                              }
-                              const CategoricalRow<V> row{classes, logits, nullptr};
-                              const CategoricalGradients<V> out{
-                                  load_weight<V>(call, tile), arena.template take_for<P>(call.logits.gradient, classes),
-                                  nullptr};
-                              Group<V> group{};
-                              loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
-                              if constexpr (!is_dual<V>) {
-                                if (call.stats)
-                                  stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
-                              }
-                              store(tile, out.logits, classes, call.logits.gradient, arena);
-                              for (int64_t g = 0; rewards_out && g < samples; ++g) {
-                                store(tile, rewards_out[g], slice<T>(call.rewards.gradient, g, call.rows, 1));
-                              }
-                              return {};
-                            })
-        .verdict;
+    const int64_t operations = 8 * classes + 8 * samples;
+    const Totals totals = for_each_tile<V>(
+        call, operations, SharedSums{}, bytes,
+        [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
+          Verdict verdict = check_labels(tile, samples, call.rows, classes, call.samples);
+          if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
+          if (verdict.code == kAccepted)
+            verdict = check_unmasked<T>(tile, samples, call.rows, call.logits, call.samples);
+          if (verdict.code != kAccepted) return verdict;
+          V* logits = arena.take(classes);
+          V* rewards = arena.take(samples);
+          V* work = arena.take(4 * classes + 5 * samples);
+          P* rewards_out = arena.template take_for<P>(call.rewards.gradient, samples);
+          Word<V>* labels = arena.template take<Word<V>>(samples);
+          load(tile, call.logits, classes, logits);
+          for (int64_t g = 0; g < samples; ++g) {
+            load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+            labels[g] = load_labels<Word<V>>(tile, call.samples + g * call.rows);
+          }
+          const CategoricalRow<V> row{classes, logits, nullptr};
+          const CategoricalGradients<V> out{load_weight<V>(call, tile),
+                                            arena.template take_for<P>(call.logits.gradient, classes), nullptr};
+          Group<V> group{};
+          loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
+          if constexpr (!is_dual<V>) {
+            if (call.stats) stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
+          }
+          store(tile, out.logits, classes, call.logits.gradient, arena);
+          for (int64_t g = 0; rewards_out && g < samples; ++g) {
+            store(tile, rewards_out[g], slice<T>(call.rewards.gradient, g, call.rows, 1));
+          }
+          return {};
+        });
+    return totals.verdict;
   });
 }
 
@@ -284,18 +283,17 @@ Verdict categorical_sample(const CategoricalSample& call) {
     using T = Element<V>;
     const int64_t classes = call.classes;
     const size_t bytes = sizeof(Word<V>) * size_t(call.num_samples) + sample_bytes<V>(classes) + 1024;
-    return for_each_tile<V>(call, 8 * classes + call.num_samples * (16 + classes), bytes,
-                            [&](Tile tile, Arena<V> arena) -> Verdict {
-                              const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
-                              if (verdict.code != kAccepted) return verdict;
-                              Word<V>* labels = arena.template take<Word<V>>(call.num_samples);
-                              sample_labels(call, call.logits, call.num_samples, classes, tile, arena, labels);
-                              for (int64_t g = 0; g < call.num_samples; ++g) {
-                                for (int l = 0; l < tile.count; ++l)
-                                  call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
-                              }
-                              return {};
-                            });
+    const int64_t operations = 8 * classes + call.num_samples * (16 + classes);
+    return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+      const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
+      if (verdict.code != kAccepted) return verdict;
+      Word<V>* labels = arena.template take<Word<V>>(call.num_samples);
+      sample_labels(call, call.logits, call.num_samples, classes, tile, arena, labels);
+      for (int64_t g = 0; g < call.num_samples; ++g) {
+        for (int l = 0; l < tile.count; ++l) call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
+      }
+      return {};
+    });
   });
 }
 

@@ -258,9 +258,9 @@ constexpr int64_t kSumsBeforeShared = 6;
 // What a kernel adds up over rows for a shared input: lane values that are summed over their lanes at the end, or
 // plain elements. `terms` is their number whether or not they are wanted, for the order of sums to be the same.
 struct SharedSums {
-  int64_t terms;
-  bool wanted;
-  bool by_lane;
+  int64_t terms = 0;
+  bool wanted = false;
+  bool by_lane = true;
 };
 
 // The totals over all rows, unless one was refused.

@@ -11,13 +11,13 @@ inline namespace PK_LEVEL {
 // diagonal.
 constexpr int64_t kHead = 6;
 
-PK_FN int64_t summed_terms(int precision_kind, int64_t dim) {
-  return precision_kind == kFull ? dim * (dim + 1) / 2 : dim;
+PK_FN int64_t summed_terms(int precision_ndim, int64_t dim) {
+  return precision_ndim == kFull ? dim * (dim + 1) / 2 : dim;
 }
 
 // Of these, what a block puts out: for a U of one number, their sum.
-PK_FN int64_t stored_terms(int precision_kind, int64_t terms) {
-  return precision_kind == kScalar && terms > 0 ? 1 : terms;
+PK_FN int64_t stored_terms(int precision_ndim, int64_t terms) {
+  return precision_ndim == kScalar && terms > 0 ? 1 : terms;
 }
 
 // What a warp sums over its rows, in double: so many numbers, kept in shared memory.
@@ -76,7 +76,7 @@ struct Finish {
   LossCall call;
   const double* partials;
   int64_t blocks, terms;  // terms that a block stores
-  int precision_kind;
+  int precision_ndim;
   int64_t dim;
   void* grad_precision;
 
@@ -114,7 +114,7 @@ struct Finish {
   template <class T>
   PK_FN void store_term(int64_t term, T value) const {
     T* to = static_cast<T*>(grad_precision);
-    if (precision_kind != kFull) {
+    if (precision_ndim != kFull) {
       to[term] = value;
       return;
     }
