@@ -19,7 +19,7 @@ itself, with a ValueError; a backend with such limits has to be asked for by nam
 """
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class Request(NamedTuple):
     config: OpConfig
 
 
-Kernel = Callable[[Request], list[Tensor | None]]
+Kernel = Callable[[Request], Sequence[Tensor | None]]
 
 
 class Op:

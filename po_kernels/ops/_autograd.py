@@ -57,7 +57,7 @@ def run(
     *,
     needs: Sequence[bool],
     want_stats: bool = False,
-) -> list[Any]:
+) -> Sequence[Any]:
     """[value, statistics, *gradients] of the kernel, or their derivatives: `po_kernels.backends.contract`."""
     op, moved = call.op, tangents or ()
     if not torch.compiler.is_compiling():
@@ -76,7 +76,7 @@ def run(
 
 def _direct(
     call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Any, moved: Any, needs: Any, want_stats: bool
-) -> list[Any]:
+) -> Sequence[Any]:
     request = OPS[call.op].request(inputs, constants, tangents, cotangent, moved, needs, want_stats, call.config)
     return dispatch.kernel(call.op, call.backend)(request)
 

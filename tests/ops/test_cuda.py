@@ -62,6 +62,7 @@ def test_what_it_refuses():
 
 def test_triton_or_the_reference_is_chosen_unasked(monkeypatch):
     monkeypatch.setattr(backend, "unavailable", lambda: None)
+    monkeypatch.setattr(backend, "KERNELS", {"gaussian_policy_loss": None})  # also where there is no nvcc
     monkeypatch.setattr(dispatch, "_decisions", {})
     decision = dispatch._automatic("gaussian_policy_loss", "cuda", torch.float32)
     assert decision.backend in ("triton", "reference")
