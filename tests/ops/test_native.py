@@ -7,9 +7,6 @@ import pytest
 import torch
 
 from po_kernels import extension
-from po_kernels.backends import compiled, contract
-
-from .cases import ADVANTAGES, REDUCTIONS
 
 pytestmark = pytest.mark.skipif(extension.module is None, reason="the extension was not built")
 
@@ -19,18 +16,6 @@ def run(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def test_python_and_the_extension_number_alike():
-    enums = extension.module.enums()
-    assert enums["Estimator"] == compiled._ESTIMATORS
-    assert enums["Advantage"] == compiled.ADVANTAGES
-    assert enums["Reduction"] == compiled._REDUCTIONS
-    assert tuple(enums["Advantage"]) == ADVANTAGES
-    assert tuple(enums["Reduction"]) == REDUCTIONS
-    assert sorted(enums["Refusal"].values()) == sorted(contract._REFUSALS)
-    for name, number in enums["Refusal"].items():
-        assert getattr(contract, name.upper()) == number
 
 
 def test_keywords_are_checked():
