@@ -61,7 +61,8 @@ def _define(op: Op) -> None:
         moved, _, *tangents = cotangents
         tangents = [v if needed else None for v, needed in zip(tangents, ctx.needs, strict=True)]
         needs = ctx.needs_input_grad[0]
-        along, found = None, [None] * count
+        along: Tensor | None = None
+        found: list[Any] = [None] * count
 
         def again(tangents: Any, g: Tensor | None, moved: Tensor | None, needs: list[bool]) -> list[Tensor]:
             return OPERATORS[op.name](inputs, constants, tangents, g, moved, needs, False, ctx.backend, *ctx.options)
