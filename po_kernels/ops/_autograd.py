@@ -178,7 +178,7 @@ class _PlainValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, needs, constants, *inputs):
         row, config = OPS[call.op], call.config
-        early = _library.known_early(row, needs, config)
+        early = needs if config.reduction != "none" else _library.known_early(row, needs, config)
         request = row.request(inputs, constants, None, None, None, early, call.want_stats, config)
         value, stats, *known = dispatch.kernel(row.name, call.backend)(request)
         ctx.call, ctx.known = call, known

@@ -21,22 +21,21 @@ def shape_of(tensor: Tensor) -> str:
 
 def floating(op: str, **tensors: Tensor) -> None:
     """Every tensor is one of FLOATING, and all have one dtype and one device."""
-    first_name, first = None, None
+    first: str = ""
+    kind: Any = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{op}: {name}: expected a floating tensor (float32, float64, bfloat16 or float16), got {tensor.dtype}"
-            )
-        if first is None:
-            first_name, first = name, tensor
-        elif tensor.dtype != first.dtype:
-            raise TypeError(f"{op}: {name}: expected {first.dtype} like {first_name}, got {tensor.dtype}")
-        elif tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name}: expected a tensor on {first.device} like {first_name}, got one on {tensor.device}"
-            )
+        found = dtype, device = tensor.dtype, tensor.device
+        if kind is None and dtype in FLOATING:
+            first, kind = name, found
+        elif found != kind:
+            if dtype not in FLOATING:
+                names = "float32, float64, bfloat16 or float16"
+                raise TypeError(f"{op}: {name}: expected a floating tensor ({names}), got {dtype}")
+            if dtype != kind[0]:
+                raise TypeError(f"{op}: {name}: expected {kind[0]} like {first}, got {dtype}")
+            raise ValueError(f"{op}: {name}: expected a tensor on {kind[1]} like {first}, got one on {device}")
 
 
 def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
 
 def known_early(op: Op, needs: Sequence[bool], config: OpConfig) -> Sequence[bool]:
     """Which of the gradients needed the forward pass can compute, not knowing the cotangent."""
-    if op.is_loss and config.reduction != "none":
+    if config.reduction != "none":
         return needs
     return [needed and axis is not None for needed, axis in zip(needs, op.row_axis, strict=True)]
 
