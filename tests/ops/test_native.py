@@ -50,10 +50,10 @@ def test_keywords_are_checked():
     sample = extension.module.categorical_sample
     assert sample(**arguments) == (0, 0)
     assert sample(**arguments, threads=2, logits_tangent=0) == (0, 0)
-    with pytest.raises(TypeError, match="unexpected keyword argument classe$"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument classe$"):
         sample(**arguments, classe=2)
     del arguments["seed"]
-    with pytest.raises(TypeError, match="missing keyword argument seed$"):
+    with pytest.raises(TypeError, match=r"missing keyword argument seed$"):
         sample(**arguments)
 
 
@@ -86,8 +86,8 @@ rows = 2**17
 rewards = array.array("d", [0.0] * rows + [1.0] * rows)
 out = array.array("d", bytes(8 * 2 * rows))
 pointers = {{"rewards": rewards.buffer_info()[0], "out": out.buffer_info()[0]}}
-mean = native.enums()["Advantage"]["mean"]
-print(native.group_advantage(is_double=True, dual=False, rows=rows, threads=4, num_samples=2, advantage=mean, **pointers))
+options = {{"num_samples": 2, "advantage": native.enums()["Advantage"]["mean"]}}
+print(native.group_advantage(is_double=True, dual=False, rows=rows, threads=4, **options, **pointers))
 assert set(out[:rows]) == {{-0.5}} and set(out[rows:]) == {{0.5}}
 assert "torch" not in sys.modules
 """
