@@ -109,10 +109,7 @@ _ADVANTAGE = {
 KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
     op: {"first": kernel.first, "second": kernel.second}
     for op, kernel in (
-        compiled.gaussian(_Kernel, "gaussian")
-        | compiled.gaussian(_Kernel, "mvn")
-        | _CATEGORICAL
-        | _ADVANTAGE
+        compiled.gaussian(_Kernel, "gaussian") | compiled.gaussian(_Kernel, "mvn") | _CATEGORICAL | _ADVANTAGE
     ).items()
 }
 KERNELS["categorical_sample"] = {"sample": categorical_sample}
