@@ -16,18 +16,17 @@ from typing import Any
 
 import tyro
 
-from . import plots, results
 from .errors import MissingDependencyError, NonFiniteError, UsageError
-from .experiments import gaussian
+from .experiments import gaussian, plots, results
 from .experiments.classification import ClassifyConfig
 from .experiments.gaussian import GaussianConfig
 from .experiments.registry import EXPERIMENTS
+from .experiments.report import ReportConfig, report
+from .experiments.reproduce import ReproduceConfig, plan
 from .experiments.runs import Outcome
+from .experiments.sweep import SweepConfig, sweep
+from .experiments.sweep import check as check_sweep
 from .optional import require
-from .report import ReportConfig, report
-from .reproduce import ReproduceConfig, plan
-from .sweep import SweepConfig, sweep
-from .sweep import check as check_sweep
 
 PROGRAM = "po-bilevel"
 # What the files of an experiment are called after, by its command.

@@ -8,7 +8,8 @@ from urllib.error import URLError
 import numpy as np
 import pandas as pd
 import pytest
-from po_bilevel import UsageError, cli, data
+from po_bilevel import UsageError, cli
+from po_bilevel.experiments import data
 
 FRAME = pd.DataFrame({
     "length": np.arange(40) % 7, "width": np.linspace(0, 1, 40), "kind": ["rose", "tulip"] * 20,

@@ -8,8 +8,8 @@ import minari
 import numpy as np
 import pytest
 import torch
-from po_bilevel import UsageError, cli, planner, transitions
-from po_bilevel.experiments import dynamics
+from po_bilevel import UsageError, cli
+from po_bilevel.experiments import dynamics, planner, transitions
 from po_bilevel.experiments.dynamics import DynamicsConfig
 from po_bilevel.experiments.runs import Outcome
 

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from po_bilevel import UsageError, data
-from po_bilevel.experiments import forgetting, generalisation
+from po_bilevel import UsageError
+from po_bilevel.experiments import data, forgetting, generalisation
 from po_bilevel.experiments.forgetting import ForgettingConfig
 from po_bilevel.experiments.generalisation import GeneraliseConfig, disturbed
 

@@ -9,9 +9,10 @@ import time
 
 import pandas as pd
 import pytest
-from po_bilevel import UsageError, cli, sweep
-from po_bilevel.report import ReportConfig, report
-from po_bilevel.sweep import read, runs_of
+from po_bilevel import UsageError, cli
+from po_bilevel.experiments import sweep
+from po_bilevel.experiments.report import ReportConfig, report
+from po_bilevel.experiments.sweep import read, runs_of
 
 CONTENT = {
     "experiment": "classify", "seeds": 4,

@@ -26,7 +26,6 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from .. import data, metrics
 from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
@@ -36,6 +35,7 @@ from ..optional import require
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
 from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
+from . import data, metrics
 from .runs import Outcome, check_counts, check_reals, first_step_of_torch, threads
 
 Method = Literal[

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
-from .. import planner, transitions
 from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
@@ -31,8 +30,9 @@ from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, GaussianPolicy, MLPFullGaussian, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, PrecisionKind
 from ..trainer import BatchStream, BilevelTrainer, InnerLoss, train, train_policy_gradient
-from ..transitions import Behaviour, Transitions
+from . import planner, transitions
 from .runs import Outcome, check_counts, check_reals, each_run, threads
+from .transitions import Behaviour, Transitions
 
 Method = Literal[
     "mse", "nll", "nll_state", "beta_nll", "pg_identity", "pg_isotropic_marginal", "pg_isotropic_residual",

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import data
 from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
@@ -29,6 +28,7 @@ from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..policies import GaussianPolicy, MLPCategorical, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, OneHotMahalanobisReward
 from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
+from . import data
 from .runs import Outcome, check_counts, check_reals, each_run, first_step_of_torch, threads
 
 Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay"]

@@ -27,9 +27,9 @@ from ..heuristics import marginal_covariance, optimal_precision, residual_covari
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, LinearFullGaussian, MLPFullGaussian, MLPGaussian
-from ..results import Row
 from ..rewards import MahalanobisReward, PrecisionKind
 from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
+from .results import Row
 from .runs import Outcome, check_counts, check_device, check_reals, first_step_of_torch, threads
 
 Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .. import data
 from ..errors import UsageError
 from ..losses import Batch
-from . import classification
+from . import classification, data
 from .classification import ClassifyConfig, Method
 from .runs import Outcome, check_counts, check_reals, each_run, first_step_of_torch, threads
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import UsageError
-from ..results import Row
+from .results import Row
 
 
 def flag(option: str) -> str:

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .experiments.classification import ClassifyConfig, Method
-from .experiments.dynamics import DynamicsConfig
-from .experiments.forgetting import ForgettingConfig
-from .experiments.gaussian import GaussianConfig
-from .experiments.generalisation import GeneraliseConfig
+from .classification import ClassifyConfig, Method
+from .dynamics import DynamicsConfig
+from .forgetting import ForgettingConfig
+from .gaussian import GaussianConfig
+from .generalisation import GeneraliseConfig
 
 # All methods of the table of classification.
 CLASSIFY: tuple[Method, ...] = (

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import UsageError
-from .optional import require
+from ..errors import UsageError
+from ..optional import require
 
 Behaviour = Literal["random", "controller"]
 

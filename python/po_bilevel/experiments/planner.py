@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UsageError
+from ..errors import UsageError
 from .transitions import environment
 
 # s (N, O), a (N, A) -> s' (N, O).

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import UsageError
-from .losses import Batch
-from .optional import require
+from ..errors import UsageError
+from ..losses import Batch
+from ..optional import require
 
 BUILT_IN = ("wine", "iris", "breast_cancer", "digits")
 # Numbers of data sets at openml.org, which are versions too: spambase, default-of-credit-card-clients, poker-hand.

@@ -28,13 +28,13 @@ from typing import Any, Literal
 import tyro
 from tqdm import tqdm
 
+from ..errors import UsageError
+from ..files import atomic
+from ..optional import require
 from . import results
-from .errors import UsageError
-from .experiments.registry import EXPERIMENTS
-from .experiments.runs import check_counts, check_reals
-from .files import atomic
-from .optional import require
+from .registry import EXPERIMENTS
 from .results import Row
+from .runs import check_counts, check_reals
 
 
 @dataclasses.dataclass(frozen=True)

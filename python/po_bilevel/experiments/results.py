@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import atomic
+from ..files import atomic
 
 Row = dict[str, Any]
 KEYS = ("dataset", "method", "seed")

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import atomic
-from .optional import require
+from ..files import atomic
+from ..optional import require
 
 if TYPE_CHECKING:
-    from .experiments.runs import Outcome
+    from .runs import Outcome
 
 
 # Rows of panels in a figure: more take minutes to draw, and no one looks at them.

@@ -8,10 +8,10 @@ from typing import Any
 
 import tyro
 
+from ..errors import UsageError
+from ..files import atomic
+from ..optional import require
 from . import plots, results
-from .errors import UsageError
-from .files import atomic
-from .optional import require
 from .results import KEYS, Row
 
 
