@@ -46,12 +46,14 @@ from .rewards import (
     MLPReward,
     OneHotMahalanobisReward,
     PositivePrecision,
+    Reward,
     SampledReward,
     TableReward,
     TabularReward,
     one_hot_table,
 )
-from .trainer import BatchStream, BilevelTrainer, OuterStep, train, train_nll, train_policy_gradient
+from .trainer import BilevelTrainer, OuterStep
+from .training import BatchStream, train, train_nll, train_policy_gradient
 
 if TYPE_CHECKING:
     from .estimators import BilevelClassifier as BilevelClassifier
@@ -98,6 +100,7 @@ __all__ = [
     "PolicyGradient",
     "PositivePrecision",
     "Recompute",
+    "Reward",
     "SampledReward",
     "SingleLoop",
     "TableReward",

@@ -45,7 +45,8 @@ from .rewards import (
     TableReward,
     one_hot_table,
 )
-from .trainer import BatchStream, BilevelTrainer, train
+from .trainer import BilevelTrainer
+from .training import BatchStream, train
 
 RowLoss = Callable[[Policy, Batch], Tensor]
 

@@ -38,6 +38,7 @@ from po_bilevel import (
     train_policy_gradient,
 )
 from po_bilevel import trainer as trainer_module
+from po_bilevel import training as training_module
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -276,7 +277,7 @@ def test_a_step_waits_for_no_number(regression):
 
 @pytest.mark.parametrize("options", [{}, {"patience": 500}])
 def test_a_loss_that_is_not_finite_is_found_by_its_step(regression, monkeypatch, options):
-    monkeypatch.setattr(trainer_module, "_READ_TOGETHER", 4)
+    monkeypatch.setattr(training_module, "_READ_TOGETHER", 4)
     policy, steps = seeded(LinearGaussian, 3, 2), []
 
     def loss(policy, batch, seed):
@@ -286,7 +287,7 @@ def test_a_loss_that_is_not_finite_is_found_by_its_step(regression, monkeypatch,
 
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
     with pytest.raises(NonFiniteError, match="step 5"):
-        trainer_module.train(policy, loss, BatchStream(regression, None, 0), optimizer, 20, **options)
+        training_module.train(policy, loss, BatchStream(regression, None, 0), optimizer, 20, **options)
     assert len(steps) == (6 if options else 8)
 
 

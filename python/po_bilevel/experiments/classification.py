@@ -34,7 +34,8 @@ from ..optimizers import SOLVED, lbfgs
 from ..optional import require
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
-from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
+from ..trainer import BilevelTrainer, OuterStep
+from ..training import train_nll, train_policy_gradient
 from . import data, metrics
 from .runs import Outcome, check_counts, check_reals, first_step_of_torch, threads
 

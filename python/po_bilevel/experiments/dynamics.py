@@ -29,7 +29,8 @@ from ..losses import Batch, PolicyGradient
 from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, GaussianPolicy, MLPFullGaussian, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, PrecisionKind
-from ..trainer import BatchStream, BilevelTrainer, InnerLoss, train, train_policy_gradient
+from ..trainer import BilevelTrainer
+from ..training import BatchStream, InnerLoss, train, train_policy_gradient
 from . import planner, transitions
 from .runs import Outcome, check_counts, check_reals, each_run, threads
 from .transitions import Behaviour, Transitions

@@ -27,7 +27,8 @@ from ..hypergradients import ImplicitCG
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..policies import GaussianPolicy, MLPCategorical, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, OneHotMahalanobisReward
-from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
+from ..trainer import BilevelTrainer
+from ..training import train_nll, train_policy_gradient
 from . import data
 from .runs import Outcome, check_counts, check_reals, each_run, first_step_of_torch, threads
 

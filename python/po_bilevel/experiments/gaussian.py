@@ -28,7 +28,8 @@ from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, LinearFullGaussian, MLPFullGaussian, MLPGaussian
 from ..rewards import MahalanobisReward, PrecisionKind
-from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
+from ..trainer import BilevelTrainer
+from ..training import train_nll, train_policy_gradient
 from .results import Row
 from .runs import Outcome, check_counts, check_device, check_reals, first_step_of_torch, threads
 
