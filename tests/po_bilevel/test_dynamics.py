@@ -11,7 +11,7 @@ import torch
 from po_bilevel import UsageError, cli
 from po_bilevel.experiments import dynamics, planner, transitions
 from po_bilevel.experiments.dynamics import DynamicsConfig
-from po_bilevel.experiments.runs import Outcome
+from po_bilevel.experiments.runs import Clock, Outcome
 
 SMALL = {
     "transitions": 300, "horizon": 30, "seeds": 1, "steps": 40, "outer_steps": 2, "inner_steps": 5, "hidden": (16,),
@@ -182,8 +182,10 @@ def test_a_learned_reward_is_the_closed_form_of_the_held_out_residuals(kind):
     )  # fmt: skip
     problem = dynamics._Problem(DynamicsConfig(steps=300, hidden=(32,), progress=False), data, 0)
     outcome = Outcome([], {}, [])
-    learned = problem._precision(f"pg_learned_{kind}", outcome)
-    torch.testing.assert_close(learned, problem._precision(f"pg_{kind}_residual", outcome), rtol=0.01, atol=1e-3)
+    learned, residual = (
+        problem._precision(method, outcome, Clock()) for method in (f"pg_learned_{kind}", f"pg_{kind}_residual")
+    )
+    torch.testing.assert_close(learned, residual, rtol=0.01, atol=1e-3)
     assert outcome.warnings == []
 
 

@@ -7,7 +7,7 @@ import torch
 from po_bilevel import UsageError
 from po_bilevel.experiments import data, forgetting, generalisation
 from po_bilevel.experiments.forgetting import ForgettingConfig
-from po_bilevel.experiments.generalisation import GeneraliseConfig, disturbed
+from po_bilevel.experiments.generalisation import GeneraliseConfig, Setting, disturbed
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def splits():
 
 
 def test_noise_is_in_the_training_labels_only(splits):
-    noisy = disturbed(splits, "noise 0.3", 10, 0)
+    noisy = disturbed(splits, Setting("noise", 0.3), 10, 0)
     for part, share in (("fit", 0.3), ("held_out", 0.3), ("test", 0.0)):
         clean, found = getattr(splits, part), getattr(noisy, part)
         torch.testing.assert_close(found.inputs, clean.inputs)
@@ -24,11 +24,11 @@ def test_noise_is_in_the_training_labels_only(splits):
         # Three standard deviations of a share of 287 rows.
         assert float(changed) == pytest.approx(share, abs=0.08 if share else 0.0)
     assert len(noisy.train.target) == len(noisy.fit.target) + len(noisy.held_out.target)
-    assert torch.equal(disturbed(splits, "noise 0.3", 10, 0).fit.target, noisy.fit.target)
+    assert torch.equal(disturbed(splits, Setting("noise", 0.3), 10, 0).fit.target, noisy.fit.target)
 
 
 def test_fractions_keep_every_class(splits):
-    few = disturbed(splits, "fraction 0.01", 10, 0)
+    few = disturbed(splits, Setting("fraction", 0.01), 10, 0)
     assert torch.bincount(few.fit.target).tolist() == [2] * 10
     assert torch.bincount(few.held_out.target).tolist() == [1] * 10
     assert len(few.test.target) == len(splits.test.target)
@@ -36,7 +36,7 @@ def test_fractions_keep_every_class(splits):
 
 
 def test_a_shift_is_of_the_test_inputs_only(splits):
-    moved = disturbed(splits, "shift 2", 10, 0)
+    moved = disturbed(splits, Setting("shift", 2), 10, 0)
     torch.testing.assert_close(moved.fit.inputs, splits.fit.inputs)
     step = moved.test.inputs - splits.test.inputs
     torch.testing.assert_close(step, step[:1].expand_as(step))
