@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import po_bilevel
 import pytest
-from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError, estimators
+from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError, crossfit
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_blobs, make_regression
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -124,7 +124,7 @@ def test_rows_that_repeat_are_observations(features):
 )
 def test_folds_share_out_the_weight(weight):
     strata = np.arange(len(weight)) % 2
-    dealt = estimators._deal(strata, weight, 5, np.random.RandomState(0))
+    dealt = crossfit.deal(strata, weight, 5, np.random.RandomState(0))
     np.testing.assert_allclose(dealt.sum(axis=0), weight, rtol=1e-12)
     assert (dealt >= 0).all()
     shares = dealt.sum(axis=1) / min(1.0, weight.mean())
