@@ -85,10 +85,8 @@ class ImplicitProblem:
         curvature: of what was multiplied so far.
     """
 
-    def __init__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor], damping: float
-    ) -> None:
-        self._theta, self._phi = inner_parameters(theta), parameters("phi", phi)
+    def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
+        self._theta, self._phi = theta, phi
         self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
         self._inner, self._gradient = _differentiable_gradient(inner_loss, self._theta, self._phi)
         self._damping = damping
@@ -152,10 +150,7 @@ class ImplicitProblem:
             )
         if next_step is not None:
             solution = solution + next_step * residual
-        gradient = tuple(
-            (torch.zeros_like(p) if d is None else d) - m
-            for p, d, m in zip(self._phi, self._direct, mixed, strict=True)
-        )
+        gradient = tuple(d - m for d, m in zip(filled(self._direct, self._phi), mixed, strict=True))
         return Hypergradient(
             gradient=all_finite(gradient),
             inner_loss=float(self._inner.detach()),
@@ -205,10 +200,10 @@ def outer_gradients(
     by_theta, by_phi = gradients[: len(theta)], gradients[len(theta) :]
     if all(g is None for g in by_theta):
         raise ValueError("outer_loss: expected a loss that depends on theta, got one that does not")
-    filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, by_theta, strict=True))
-    if not _finite(filled):
+    by_theta = filled(by_theta, theta)
+    if not _finite(by_theta):
         raise NonFiniteError("the gradient of the outer loss is not finite")
-    return loss, filled, by_phi
+    return loss, by_theta, by_phi
 
 
 def inner_gradient(
@@ -226,10 +221,10 @@ def inner_gradient(
         gradients = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True)
     if all(g is None for g in gradients):
         raise ValueError("inner_loss: expected a loss that depends on theta, got one that does not")
-    filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, gradients, strict=True))
-    if not _finite(filled):
+    gradients = filled(gradients, theta)
+    if not _finite(gradients):
         raise NonFiniteError("the gradient of the inner loss is not finite")
-    return loss, filled
+    return loss, gradients
 
 
 def scalar(name: str, loss: Tensor) -> None:
@@ -286,9 +281,12 @@ def started(start: Tensors, theta: Tensors) -> Tensors:
 
 def flat(tensors: Sequence[Tensor | None], like: Tensors) -> Tensor:
     """One vector, (P,), with zeros for None."""
-    return torch.cat(
-        [(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, like, strict=True)]
-    )
+    return torch.cat([t.reshape(-1) for t in filled(tensors, like)])
+
+
+def filled(tensors: Sequence[Tensor | None], like: Tensors) -> Tensors:
+    """The tensors, with zeros for None."""
+    return tuple(torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True))
 
 
 def unflat(vector: Tensor, like: Tensors) -> Tensors:
