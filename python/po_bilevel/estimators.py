@@ -227,23 +227,17 @@ class _Bilevel(BaseEstimator):
         """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""
         outer = torch.optim.Adam(reward.parameters(), lr=self.outer_learning_rate, betas=(0.8, 0.9))
         batch, inner = crossfit.repeated(rows, len(inside)), self._objective(rows, outside)
+        # What L-BFGS remembers of the curvature belongs to the reward of before.
         trainer = BilevelTrainer(
-            policy,
-            reward,
-            inner_data=batch,
-            outer_data=batch,
-            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol),
-            outer_optimizer=outer,
+            policy, reward, inner_data=batch, outer_data=batch,
+            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol), outer_optimizer=outer,
             outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, self.outer_steps),
             inner_steps=self.max_iter,
             inner_loss=lambda policy, reward, batch, _: inner(policy, batch, policy_gradient(reward)),
             outer_loss=lambda policy, batch: (inside * likelihood(policy, batch)).sum() / rows.weight.sum(),
-            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS),
-            inner_tolerance=ROUGHLY * self.tol,
-            # What L-BFGS remembers of the curvature belongs to the reward of before.
-            keep_inner_state=False,
-            progress=False,
-        )
+            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=ROUGHLY * self.tol,
+            keep_inner_state=False, progress=False,
+        )  # fmt: skip
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
 
             def solved(step: OuterStep) -> bool:
@@ -258,13 +252,10 @@ class _Bilevel(BaseEstimator):
         """Trains all members at once, each on its row of weight (M, N); returns how many steps it took."""
         objective = self._objective(rows, weight)
         _, steps = train(
-            policy,
-            lambda policy, batch, _: objective(policy, batch, loss),
-            BatchStream(crossfit.repeated(rows, len(weight)), None, 0),
-            lbfgs(policy.parameters(), tolerance),
-            self.max_iter,
-            tolerance=tolerance,
-        )
+            policy, lambda policy, batch, _: objective(policy, batch, loss),
+            BatchStream(crossfit.repeated(rows, len(weight)), None, 0), lbfgs(policy.parameters(), tolerance),
+            self.max_iter, tolerance=tolerance,
+        )  # fmt: skip
         return steps
 
     def _objective(self, rows: Rows, weight: Tensor) -> Callable[[Policy, Batch, RowLoss], Tensor]:

@@ -7,7 +7,7 @@ training code is the same for all of them.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,23 @@ class Policy(nn.Module, ABC):
         """
 
 
+class _Ops(NamedTuple):
+    sample: Any
+    log_prob: Any
+    policy_loss: Any
+    surrogate_loss: Any
+
+
 class _Gaussian(Policy):
     """What Gaussians have in common. `forward` gives the mean, and a spread that the family's ops take."""
 
-    _sample: ClassVar[Any]
-    _log_prob: ClassVar[Any]
-    _policy_loss: ClassVar[Any]
-    _surrogate_loss: ClassVar[Any]
+    _ops: ClassVar["_Ops"]
     # Of a spread that is the same for all rows.
     _spread_ndim: ClassVar[int]
 
     def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Joint log-density of target (*, D) or (R, *, D), a sum over dimensions, (*) or (R, *)."""
-        return self._log_prob(*self(inputs), target)
+        return self._ops.log_prob(*self(inputs), target)
 
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
         """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
@@ -76,9 +80,9 @@ class _Gaussian(Policy):
             if spread.ndim > self._spread_ndim:
                 spread = spread.expand(*target.shape[:-1], *spread.shape[-self._spread_ndim :])
         if isinstance(reward, MatrixReward):
-            return self._policy_loss(mean, spread, target, reward.precision(), **options)
-        samples, rewards, options = _scored(self, self._sample, (mean, spread), inputs, target, reward, options)
-        return self._surrogate_loss(mean, spread, samples, rewards, **options)
+            return self._ops.policy_loss(mean, spread, target, reward.precision(), **options)
+        samples, rewards, options = _scored(self, self._ops.sample, (mean, spread), inputs, target, reward, options)
+        return self._ops.surrogate_loss(mean, spread, samples, rewards, **options)
 
 
 class GaussianPolicy(_Gaussian):
@@ -99,8 +103,7 @@ class GaussianPolicy(_Gaussian):
             initial_log_std outside.
     """
 
-    _sample, _log_prob = staticmethod(pk.gaussian_sample), staticmethod(pk.gaussian_log_prob)
-    _policy_loss, _surrogate_loss = staticmethod(pk.gaussian_policy_loss), staticmethod(pk.gaussian_surrogate_loss)
+    _ops = _Ops(pk.gaussian_sample, pk.gaussian_log_prob, pk.gaussian_policy_loss, pk.gaussian_surrogate_loss)
     _spread_ndim = 1
 
     def __init__(
@@ -195,8 +198,7 @@ class FullGaussianPolicy(_Gaussian):
         dim: D.
     """
 
-    _sample, _log_prob = staticmethod(pk.mvn_sample), staticmethod(pk.mvn_log_prob)
-    _policy_loss, _surrogate_loss = staticmethod(pk.mvn_policy_loss), staticmethod(pk.mvn_surrogate_loss)
+    _ops = _Ops(pk.mvn_sample, pk.mvn_log_prob, pk.mvn_policy_loss, pk.mvn_surrogate_loss)
     _spread_ndim = 2
 
     def __init__(self, mean_network: nn.Module, dim: int) -> None:

@@ -109,33 +109,16 @@ class BilevelTrainer:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        reward: nn.Module,
-        *,
-        inner_data: Batch,
-        outer_data: Batch,
-        inner_optimizer: OptimizerFactory,
-        outer_optimizer: Optimizer,
-        inner_steps: int,
-        inner_loss: InnerLoss | None = None,
-        outer_loss: OuterLoss | None = None,
-        hypergradient: HypergradientMethod | None = None,
-        inner_tolerance: float = 0.0,
-        patience: int | None = None,
-        min_delta: float = 0.0,
-        max_grad_norm: float | None = None,
-        max_outer_grad_norm: float | None = None,
-        inner_scheduler: SchedulerFactory | None = None,
-        outer_scheduler: LRScheduler | None = None,
-        keep_inner_state: bool = True,
-        batch_size: int | None = None,
-        seed: int = 0,
-        checkpoint: Path | str | None = None,
-        checkpoint_every: int = 1,
-        progress: bool = True,
+        self, policy: Policy, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
+        inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer, inner_steps: int,
+        inner_loss: InnerLoss | None = None, outer_loss: OuterLoss | None = None,
+        hypergradient: HypergradientMethod | None = None, inner_tolerance: float = 0.0, patience: int | None = None,
+        min_delta: float = 0.0, max_grad_norm: float | None = None, max_outer_grad_norm: float | None = None,
+        inner_scheduler: SchedulerFactory | None = None, outer_scheduler: LRScheduler | None = None,
+        keep_inner_state: bool = True, batch_size: int | None = None, seed: int = 0,
+        checkpoint: Path | str | None = None, checkpoint_every: int = 1, progress: bool = True,
         description: str = "outer steps",
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
         check_norm("max_outer_grad_norm", max_outer_grad_norm)
         check_count("checkpoint_every", checkpoint_every, 1)
@@ -301,19 +284,12 @@ class BilevelTrainer:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
         phi = _named(self.reward, self._phi)
         done = OuterStep(
-            step=number,
-            inner_loss=result.inner_loss,
-            outer_loss=result.outer_loss,
-            inner_steps=inner_steps,
+            step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss, inner_steps=inner_steps,
             reward=self.reward.shown() if isinstance(self.reward, Reward) else None,
-            reward_norm=norm_of([p.detach() for p in phi]),
-            gradient_norm=norm_of(result.gradient),
-            residual_norm=result.residual_norm,
-            num_products=result.num_products,
-            converged=result.converged,
-            negative_curvature=result.negative_curvature,
-            problems=result.problems,
-        )
+            reward_norm=norm_of([p.detach() for p in phi]), gradient_norm=norm_of(result.gradient),
+            residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
+            negative_curvature=result.negative_curvature, problems=result.problems,
+        )  # fmt: skip
         self._update_reward(phi, result)
         check_finite(
             f"outer step {number}: the norm of the reward's parameters", norm_of([p.detach() for p in phi]),

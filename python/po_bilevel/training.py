@@ -59,19 +59,11 @@ class BatchStream:
 
 
 def train(
-    policy: Policy,
-    loss: Callable[[Policy, Batch, int], Tensor],
-    stream: BatchStream,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    tolerance: float = 0.0,
-    patience: int | None = None,
-    min_delta: float = 0.0,
-    max_grad_norm: float | None = None,
-    scheduler: LRScheduler | None = None,
+    policy: Policy, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream, optimizer: Optimizer,
+    steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
+    max_grad_norm: float | None = None, scheduler: LRScheduler | None = None,
     callback: Callable[[int, float], Any] | None = None,
-) -> tuple[float, int]:
+) -> tuple[float, int]:  # fmt: skip
     """Takes optimiser steps on the policy until there is a reason to stop.
 
     Args:
@@ -147,16 +139,9 @@ def train(
 
 
 def train_nll(
-    policy: Policy,
-    data: Batch,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    loss: NegativeLogLikelihood | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[float, int]:
+    policy: Policy, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
+    batch_size: int | None = None, seed: int = 0, **options: Any,
+) -> tuple[float, int]:  # fmt: skip
     """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
     objective = NegativeLogLikelihood() if loss is None else loss
     return train(
@@ -166,17 +151,9 @@ def train_nll(
 
 
 def train_policy_gradient(
-    policy: Policy,
-    reward: nn.Module,
-    data: Batch,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    loss: InnerLoss | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[float, int]:
+    policy: Policy, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
+    loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
+) -> tuple[float, int]:  # fmt: skip
     """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
     objective = PolicyGradient() if loss is None else loss
     with under(reward, objective) as fixed:

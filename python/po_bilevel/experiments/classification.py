@@ -301,23 +301,15 @@ class _Run:
         else:
             reward = OneHotMahalanobisReward(self.num_classes, cast(PrecisionKind, form)).double()
         trainer = BilevelTrainer(
-            self._policy(),
-            reward,
-            inner_data=self.splits.fit,
-            outer_data=self.splits.held_out,
+            self._policy(), reward, inner_data=self.splits.fit, outer_data=self.splits.held_out,
             inner_optimizer=self._optimizer,
             outer_optimizer=torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate),
             inner_steps=config.inner_steps or DEFAULT_INNER_STEPS[self.optimizer],
-            inner_loss=self._inner_loss(self.splits.fit),
-            outer_loss=NegativeLogLikelihood(),
+            inner_loss=self._inner_loss(self.splits.fit), outer_loss=NegativeLogLikelihood(),
             hypergradient=ImplicitCG(self.damping, config.cg_tolerance, config.cg_iterations),
-            inner_tolerance=self.tolerance,
-            keep_inner_state=self.optimizer == "adam",
-            batch_size=config.batch_size,
-            seed=self.seed,
-            progress=config.progress,
-            description=f"{self.name}, seed {self.seed}: reward",
-        )
+            inner_tolerance=self.tolerance, keep_inner_state=self.optimizer == "adam", batch_size=config.batch_size,
+            seed=self.seed, progress=config.progress, description=f"{self.name}, seed {self.seed}: reward",
+        )  # fmt: skip
         self._record_path(trainer.fit(config.outer_steps))
         return reward
 
@@ -356,11 +348,9 @@ class _Run:
     def _inner_loss(self, rows: Batch) -> PolicyGradient:
         config = self.config
         return PolicyGradient(
-            entropy_coef=config.entropy_coef,
-            estimator=config.estimator,
-            num_samples=config.num_samples,
+            entropy_coef=config.entropy_coef, estimator=config.estimator, num_samples=config.num_samples,
             l2=config.entropy_coef * self._l2(rows),
-        )
+        )  # fmt: skip
 
     def _l2(self, rows: Batch) -> float:
         return self.config.l2 / rows.inputs.shape[0]

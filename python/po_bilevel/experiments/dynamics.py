@@ -264,21 +264,12 @@ class _Problem:
         _spread_under(policy, start, config.entropy_coef)
         outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
         trainer = BilevelTrainer(
-            policy,
-            reward,
-            inner_data=fit,
-            outer_data=held_out,
-            inner_optimizer=lambda parameters: lbfgs(parameters, SOLVED),
-            outer_optimizer=outer,
-            outer_scheduler=LinearLR(outer, 1.0, 0.1, config.outer_steps),
-            inner_steps=config.inner_steps,
-            inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)),
-            inner_tolerance=SOLVED,
-            keep_inner_state=False,
-            hypergradient=ImplicitCG(0.0, 1e-3, 50),
-            seed=self.seed,
-            progress=False,
-        )
+            policy, reward, inner_data=fit, outer_data=held_out,
+            inner_optimizer=lambda parameters: lbfgs(parameters, SOLVED), outer_optimizer=outer,
+            outer_scheduler=LinearLR(outer, 1.0, 0.1, config.outer_steps), inner_steps=config.inner_steps,
+            inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)), inner_tolerance=SOLVED,
+            keep_inner_state=False, hypergradient=ImplicitCG(0.0, 1e-3, 50), seed=self.seed, progress=False,
+        )  # fmt: skip
         history = trainer.fit(config.outer_steps)
         warnings = imperfect(history)
         if history[-1].gradient_norm > LEARNED:

@@ -27,13 +27,8 @@ def document(experiment: str, config: Mapping[str, Any], rows: Sequence[Row]) ->
     Returns:
         {"experiment", "config", "versions", "rows", "summary"}, see `summarise`.
     """
-    return {
-        "experiment": experiment,
-        "config": dict(config),
-        "versions": versions(),
-        "rows": list(rows),
-        "summary": summarise(rows),
-    }
+    parts = {"experiment": experiment, "config": dict(config), "versions": versions()}
+    return parts | {"rows": list(rows), "summary": summarise(rows)}
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:

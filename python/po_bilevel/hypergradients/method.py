@@ -27,11 +27,11 @@ class Method(ABC):
             if name == "seed" or (value is None and field.default is None):
                 continue
             if name in COUNTS:
-                right = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+                right = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
                 expected = "an integer of at least 1"
             else:
                 zero = name == "damping"
-                right = isinstance(value, Real) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+                right = isinstance(value, Real) and math.isfinite(value) and (float(value) > 0 or (zero and value == 0))
                 expected = "a finite number of at least 0" if zero else "a finite positive number"
             if not right:
                 raise ValueError(f"{type(self).__name__}: {name}: expected {expected}, got {value!r}")

@@ -152,16 +152,10 @@ class ImplicitProblem:
             solution = solution + next_step * residual
         gradient = tuple(d - m for d, m in zip(filled(self._direct, self._phi), mixed, strict=True))
         return Hypergradient(
-            gradient=all_finite(gradient),
-            inner_loss=float(self._inner.detach()),
-            outer_loss=float(self._outer.detach()),
-            residual_norm=residual_norm,
-            num_products=self.num_products,
-            converged=converged,
-            min_curvature=least,
-            problems=tuple(found),
-            solution=unflat(solution, self._theta),
-        )
+            gradient=all_finite(gradient), inner_loss=float(self._inner.detach()),
+            outer_loss=float(self._outer.detach()), residual_norm=residual_norm, num_products=self.num_products,
+            converged=converged, min_curvature=least, problems=tuple(found), solution=unflat(solution, self._theta),
+        )  # fmt: skip
 
 
 def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
