@@ -102,7 +102,7 @@ def check_counts(config: Any, *options: str) -> None:
     """Refuses counts below 1, also in lists of them, and threads by the thousand; None passes.
 
     Raises:
-        UsageError: naming the option, what was expected and what came.
+        UsageError: naming the option, what was expected and what came, as all checks do.
     """
     for option in options:
         value = getattr(config, option)
@@ -114,11 +114,7 @@ def check_counts(config: Any, *options: str) -> None:
 
 
 def check_reals(config: Any, *options: str, zero: bool = False) -> None:
-    """Refuses numbers that are not finite and positive, or zero if that is allowed, also in lists; None passes.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
+    """Refuses numbers that are not finite and positive, or zero if that is allowed, also in lists; None passes."""
     expected = "a finite number of at least 0" if zero else "a finite positive number"
     for option in options:
         values = getattr(config, option)
@@ -128,22 +124,14 @@ def check_reals(config: Any, *options: str, zero: bool = False) -> None:
 
 
 def check_fractions(config: Any, *options: str) -> None:
-    """Refuses numbers that are not between 0 and 1.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
+    """Refuses numbers that are not between 0 and 1."""
     for option in options:
         if not 0 < getattr(config, option) < 1:
             raise UsageError(f"{flag(option)}: expected a number between 0 and 1, got {getattr(config, option)}")
 
 
 def check_lists(config: Any, *options: str, empty: bool = False) -> None:
-    """Refuses lists that name something twice, and empty ones unless they are allowed.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
+    """Refuses lists that name something twice, and empty ones unless they are allowed."""
     for option in options:
         values = getattr(config, option)
         if len(set(values)) < len(values) or not (values or empty):
@@ -152,11 +140,7 @@ def check_lists(config: Any, *options: str, empty: bool = False) -> None:
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that torch does not see.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
+    """Refuses a device that torch does not see."""
     try:
         found = torch.device(device)
     except RuntimeError:
