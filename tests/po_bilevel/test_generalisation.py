@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from po_bilevel import UsageError
-from po_bilevel.experiments import data, forgetting, generalisation
+from po_bilevel.experiments import data, forgetting, generalisation, runs
 from po_bilevel.experiments.forgetting import ForgettingConfig
 from po_bilevel.experiments.generalisation import GeneraliseConfig, Setting, disturbed
 
@@ -52,6 +52,38 @@ def test_generalise_runs_every_setting():
     assert [(row["dataset"], row["method"]) for row in outcome.rows] == [
         (f"iris, {setting}", method) for setting in ("noise 0.2", "fraction 0.5") for method in config.methods
     ]
+
+
+def test_levels_that_agree_to_six_digits_are_two():
+    noise = (0.1, 0.1 + 1e-9)
+    config = GeneraliseConfig(
+        dataset="iris", noise=noise, fractions=(), shifts=(), seeds=1, methods=("nll",), progress=False
+    )
+    assert [setting.amount for setting in generalisation.settings(config)] == list(noise)
+    rows = generalisation.run(config).rows
+    assert [row["dataset"] for row in rows] == ["iris, noise 0.1", "iris, noise 0.100000001"]
+
+
+def test_forgetting_counts_the_training_of_both_tasks(monkeypatch):
+    """A clock that ticks once for each step, and that looks at the tests would stop by an hour."""
+    ticks = [0.0]
+    train, score = forgetting.train_nll, forgetting._Run._score
+
+    def counted(*arguments, **options):
+        found = train(*arguments, **options)
+        ticks[0] += found[1]
+        return found
+
+    def slow(*arguments):
+        ticks[0] += 3600.0
+        return score(*arguments)
+
+    monkeypatch.setattr(forgetting, "train_nll", counted)
+    monkeypatch.setattr(forgetting._Run, "_score", slow)
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: ticks[0])
+    config = ForgettingConfig(tasks=("regression",), seeds=1, steps=5, methods=("nll", "pg_heuristic"), progress=False)
+    # Of the second the regression on each task, too; its policy gradient does not tick here.
+    assert [row["seconds"] for row in forgetting.run(config).rows] == [10.0, 10.0]
 
 
 def test_forgetting_digits():

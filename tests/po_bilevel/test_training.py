@@ -141,6 +141,15 @@ def test_early_stopping_counts_steps_without_improvement(classes):
     assert taken == 50
 
 
+def test_a_callback_stops_the_loop(classes):
+    policy = seeded(LinearCategorical, 2, 3)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    _, taken = train_nll(policy, classes, optimizer, 50, callback=lambda step, _: step == 3)
+    assert taken == 4
+    # Only True does.
+    assert train_nll(policy, classes, optimizer, 5, callback=lambda *_: 1.0)[1] == 5
+
+
 def test_gradients_are_clipped(classes):
     policy = seeded(LinearCategorical, 2, 3)
     before = [p.detach().clone() for p in policy.parameters()]

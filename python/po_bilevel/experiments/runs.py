@@ -200,7 +200,7 @@ class Clock:
 
 
 class Once(Generic[T]):
-    """What several methods need and is computed when the first asks; each is charged the time that it took.
+    """What several methods need and is computed when the first asks; each is charged the time that it took, once.
 
     Args:
         compute: what to call once.
@@ -209,6 +209,7 @@ class Once(Generic[T]):
     def __init__(self, compute: Callable[[], T]) -> None:
         self._compute = compute
         self._found: tuple[T, float] | None = None
+        self._charged: set[Clock] = set()
 
     def __call__(self, clock: Clock) -> T:
         """What was computed.
@@ -221,7 +222,9 @@ class Once(Generic[T]):
                 with Clock() as own:
                     value = self._compute()
                 self._found = value, own.seconds
-        clock.seconds += self._found[1]
+        if clock not in self._charged:
+            self._charged.add(clock)
+            clock.seconds += self._found[1]
         return self._found[0]
 
 
