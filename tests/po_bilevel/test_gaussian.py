@@ -60,9 +60,8 @@ def test_figure_2(tmp_path):
     assert (tmp_path / "out" / "gaussian_figure2.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("estimator", ["reparam", "dice"])
-def test_sampled_estimators_of_figure_2(estimator):
-    outcome = gaussian.run(GaussianConfig(figure=2, estimator=estimator, num_samples=16, **QUIET))
+def test_sampled_estimators_of_figure_2():
+    outcome = gaussian.run(GaussianConfig(figure=2, estimator="dice", num_samples=16, **QUIET))
     nll, _, _, optimal = outcome.rows
     assert optimal["nll"] == pytest.approx(nll["nll"], abs=0.05)
 

@@ -127,11 +127,11 @@ def test_of_the_runs_of_a_broken_pool_only_the_one_that_breaks_it_fails(monkeypa
     assert counts == [2, 2, 1, 1]
 
 
+# Its processes leave pipes and threads to the garbage collector.
+@pytest.mark.filterwarnings("ignore")
 def test_ray(tmp_path):
     config = written(tmp_path, CONTENT | {"seeds": 2, "grid": {"dataset": ["iris"]}})
-    process = command("sweep", config, "--out", str(tmp_path / "out"), "--engine", "ray", "--workers", "2")
-    _, error = process.communicate()
-    assert process.returncode == 0, error
+    assert cli.main(["sweep", config, "--out", str(tmp_path / "out"), "--engine", "ray", "--workers", "1"]) == 0
     assert len(values(tmp_path / "out")) == 4
 
 
