@@ -1,7 +1,7 @@
 """The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`, `po-bilevel sweep FILE`, ...
 
 Exit codes: 0 done; 1 training diverged; 2 something about the command, a file or the installation is wrong;
-130 interrupted.
+130 interrupted. The functions of the commands raise, and `main` makes a line of that.
 """
 
 import dataclasses
@@ -62,11 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_experiment(experiment: Experiment, config: Options) -> None:
-    """Runs an experiment: writes curves.json, its figure and results.json, and prints its table.
-
-    Raises:
-        UsageError, MissingDependencyError, NonFiniteError: as its `run`, or --out cannot be written to.
-    """
+    """Runs an experiment: writes curves.json, its figure and results.json, and prints its table."""
     experiment.check(config)
     if config.plot:
         # Better said now than after the run.
@@ -97,11 +93,7 @@ def run_experiment(experiment: Experiment, config: Options) -> None:
 
 
 def run_sweep(config: SweepConfig) -> int:
-    """Runs a sweep; returns 1 if a run failed.
-
-    Raises:
-        UsageError, MissingDependencyError: as `sweep.sweep`, or --out cannot be written to.
-    """
+    """Runs a sweep; returns 1 if a run failed."""
     check_sweep(config)
     _make_folder(config.out)
     failures = sweep(config)
@@ -114,22 +106,14 @@ def run_sweep(config: SweepConfig) -> int:
 
 
 def write_report(config: ReportConfig) -> None:
-    """Writes the report of a folder.
-
-    Raises:
-        UsageError, MissingDependencyError: as `report.report`.
-    """
+    """Writes the report of a folder."""
     if config.plot:
         require("matplotlib", "plots")
     print(f"wrote {report(config)}", flush=True)
 
 
 def reproduce(config: ReproduceConfig) -> None:
-    """Runs every experiment of docs/experiments.md into a folder of its own, then reports on all.
-
-    Raises:
-        UsageError, MissingDependencyError, NonFiniteError: as the experiments.
-    """
+    """Runs every experiment of docs/experiments.md into a folder of its own, then reports on all."""
     for experiment, options in plan(config):
         print(f"{options.out.name}:", flush=True)
         run_experiment(experiment, options)

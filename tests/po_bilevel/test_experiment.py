@@ -1,5 +1,6 @@
 """An experiment that is entered in the registry, and nowhere else, is a command, in sweeps and in reports."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ from po_bilevel import UsageError, cli
 from po_bilevel.experiments import sweep
 from po_bilevel.experiments.registry import EXPERIMENTS
 from po_bilevel.experiments.reproduce import ReproduceConfig, plan
-from po_bilevel.experiments.runs import Experiment, OptionsInParts, Outcome, check_reals, each_run
+from po_bilevel.experiments.runs import Experiment, OptionsInParts, Outcome, check_options, each_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class TossConfig(OptionsInParts):
 
 
 def check(config: TossConfig) -> None:
-    check_reals(config, "bias")
+    check_options(config, zero=("first_seed",))
 
 
 def run(config: TossConfig) -> Outcome:
@@ -79,7 +80,7 @@ def test_reproduce():
 
 
 def test_a_sweep_whose_worker_is_killed_and_its_report(tmp_path, capsys):
-    """A real process, which is killed in its last run: the other five are kept, and the next start does what is left."""
+    """A real process, which is killed in its last run: the other five are kept, and the next start does the sixth."""
     file, out = tmp_path / "sweep.json", tmp_path / "out"
     options = {"coin": str(tmp_path / "coin"), "sides": "nll"}
     file.write_text(json.dumps({"experiment": "toss", "seeds": 3, "options": options, "grid": {"bias": [2, 0.5]}}))
@@ -98,6 +99,18 @@ def test_a_sweep_whose_worker_is_killed_and_its_report(tmp_path, capsys):
     text = (out / "report.md").read_text()
     assert "| coin, bias=2 | nll | 3 |" in text
     assert (out / "out.png").exists()
+
+
+def test_the_library_knows_nothing_of_experiments():
+    package = Path(cli.__file__).parent
+    library = [path for path in package.rglob("*.py") if path.parent.name != "experiments"]
+    imports = {
+        path.name
+        for path in library
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "experiments" in ast.unparse(node)
+    }
+    assert imports == {"cli.py"}
 
 
 @pytest.mark.parametrize(

@@ -105,14 +105,8 @@ class ClassifyConfig(OptionsInParts):
 
 def check(config: ClassifyConfig) -> None:
     """See `Experiment`."""
-    runs.check_lists(config, "dataset", "methods")
-    runs.check_counts(
-        config, "seeds", "max_rows", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads",
-        "hidden",
-    )  # fmt: skip
-    runs.check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance")
-    runs.check_reals(config, "l2", "damping", "first_seed", zero=True)
-    runs.check_fractions(config, "test_fraction", "held_out_fraction")
+    fractions = ("test_fraction", "held_out_fraction")
+    runs.check_options(config, fractions=fractions, zero=("l2", "damping", "first_seed"))
     if config.l2 == 0 and config.damping == 0 and any(method.startswith("pg_learned") for method in config.methods):
         raise UsageError(
             "--damping: expected a positive number with --l2 0, got 0: adding the same number to all logits changes "

@@ -107,14 +107,8 @@ class DynamicsConfig(OptionsInParts):
 
 def check(config: DynamicsConfig) -> None:
     """See `Experiment`."""
-    runs.check_lists(config, "methods")
-    runs.check_counts(
-        config, "transitions", "horizon", "seeds", "steps", "batch_size", "outer_steps", "inner_steps", "plan_steps",
-        "threads", "hidden",
-    )  # fmt: skip
-    runs.check_reals(config, "learning_rate", "outer_learning_rate", "entropy_coef")
-    runs.check_reals(config, "noise", "weight_decay", "plan_episodes", "first_seed", zero=True)
-    runs.check_fractions(config, "test_fraction", "held_out_fraction")
+    fractions = ("test_fraction", "held_out_fraction")
+    runs.check_options(config, fractions=fractions, zero=("noise", "weight_decay", "plan_episodes", "first_seed"))
     if config.plan_episodes > 0 and (config.minari is not None or config.env not in planner.REWARDS):
         raise UsageError(
             f"--plan-episodes: expected 0, or --env one of {', '.join(planner.REWARDS)}, "

@@ -80,10 +80,7 @@ class Task(NamedTuple):
 
 def check(config: ForgettingConfig) -> None:
     """See `Experiment`."""
-    runs.check_lists(config, "tasks", "methods")
-    runs.check_counts(config, "seeds", "steps", "outer_steps", "inner_steps", "threads", "hidden")
-    runs.check_reals(config, "learning_rate", "outer_learning_rate", "target_accuracy", "target_rmse")
-    runs.check_reals(config, "first_seed", zero=True)
+    runs.check_options(config, zero=("first_seed",))
 
 
 def run(config: ForgettingConfig) -> Outcome:

@@ -93,11 +93,7 @@ class GaussianConfig(Options):
 
 def check(config: GaussianConfig) -> None:
     """See `Experiment`."""
-    runs.check_counts(
-        config, "seeds", "targets", "dim", "num_samples", "inputs", "observations", "outer_steps", "inner_steps",
-        "threads", "hidden",
-    )  # fmt: skip
-    runs.check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate")
+    runs.check_options(config, free=("correlation",))
     if not -1 < config.correlation < 1:
         raise UsageError(f"--correlation: expected a number between -1 and 1, got {config.correlation}")
     if config.estimator == "analytic" and config.num_samples is not None:

@@ -57,13 +57,9 @@ class Setting(NamedTuple):
 
 def check(config: GeneraliseConfig) -> None:
     """See `Experiment`."""
-    runs.check_lists(config, "methods")
-    runs.check_lists(config, "noise", "fractions", "shifts", empty=True)
-    runs.check_counts(config, "seeds", "max_rows", "outer_steps", "threads")
-    runs.check_reals(config, "noise", "shifts", "first_seed", zero=True)
-    runs.check_reals(config, "fractions")
+    runs.check_options(config, zero=("noise", "fractions", "shifts", "first_seed"))
     for option in ("noise", "fractions"):
-        if any(value > 1 for value in getattr(config, option)):
+        if any(value > 1 or (value == 0 and option == "fractions") for value in getattr(config, option)):
             values = " ".join(map(str, getattr(config, option)))
             raise UsageError(f"--{option}: expected numbers from 0 to 1, got {values}")
     if not config.noise + config.fractions + config.shifts:

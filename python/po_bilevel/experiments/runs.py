@@ -93,50 +93,45 @@ class Experiment:
         return (self.title or self.name).format(**vars(config))
 
 
-def flag(option: str) -> str:
-    """The option as it is written on the command line."""
-    return "--" + option.replace("_", "-")
+Names = tuple[str, ...]
 
 
-def check_counts(config: Any, *options: str) -> None:
-    """Refuses counts below 1, also in lists of them, and threads by the thousand; None passes.
+def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free: Names = ()) -> None:
+    """Refuses counts below 1, reals that are not finite and positive, and lists that are empty or name a thing twice.
+
+    Lists of counts are sizes, and may.
+
+    Args:
+        config: of a run.
+        zero: options that may be zero, or empty.
+        fractions: options between 0 and 1.
+        free: options that are any number.
 
     Raises:
         UsageError: naming the option, what was expected and what came, as all checks do.
     """
-    for option in options:
-        value = getattr(config, option)
-        for count in value if isinstance(value, tuple) else (value,):
-            if count is not None and count < 1:
-                raise UsageError(f"{flag(option)}: expected an integer of at least 1, got {count}")
-            if option == "threads" and count > 4096:
-                raise UsageError(f"--threads: expected at most 4096, got {count}")
-
-
-def check_reals(config: Any, *options: str, zero: bool = False) -> None:
-    """Refuses numbers that are not finite and positive, or zero if that is allowed, also in lists; None passes."""
-    expected = "a finite number of at least 0" if zero else "a finite positive number"
-    for option in options:
-        values = getattr(config, option)
-        for value in values if isinstance(values, tuple) else (values,):
-            if value is not None and (not math.isfinite(value) or value < 0 or (value == 0 and not zero)):
-                raise UsageError(f"{flag(option)}: expected {expected}, got {value}")
-
-
-def check_fractions(config: Any, *options: str) -> None:
-    """Refuses numbers that are not between 0 and 1."""
-    for option in options:
-        if not 0 < getattr(config, option) < 1:
-            raise UsageError(f"{flag(option)}: expected a number between 0 and 1, got {getattr(config, option)}")
-
-
-def check_lists(config: Any, *options: str, empty: bool = False) -> None:
-    """Refuses lists that name something twice, and empty ones unless they are allowed."""
-    for option in options:
-        values = getattr(config, option)
-        if len(set(values)) < len(values) or not (values or empty):
-            came = " ".join(map(str, values)) or "none"
-            raise UsageError(f"{flag(option)}: expected {'' if empty else 'at least one and '}each once, got {came}")
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        sizes = field.type in ("tuple[int, ...]", tuple[int, ...])
+        if isinstance(value, tuple) and not sizes and (len(set(value)) < len(value) or not (value or name in zero)):
+            expected = "each once" if name in zero else "at least one and each once"
+            raise UsageError(f"{flag}: expected {expected}, got {' '.join(map(str, value)) or 'none'}")
+        for number in values:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or name in free:
+                continue
+            if name in fractions:
+                right, expected = 0 < number < 1, "a number between 0 and 1"
+            elif name in zero:
+                right, expected = 0 <= number < math.inf, "a finite number of at least 0"
+            elif isinstance(number, int):
+                right, expected = number >= 1, "an integer of at least 1"
+            else:
+                right, expected = 0 < number < math.inf, "a finite positive number"
+            if not right:
+                raise UsageError(f"{flag}: expected {expected}, got {number}")
+    if getattr(config, "threads", 1) > 4096:
+        raise UsageError(f"--threads: expected at most 4096, got {config.threads}")
 
 
 def check_device(device: str) -> None:

@@ -8,6 +8,9 @@ A sweep's file is JSON:
 A run is one point of the grid and one seed. The folder has manifest.json, which lists the runs; runs/ID.parquet for
 each that is finished, written as a whole by the one process that starts them; and results.parquet of all at the end.
 A run is finished if its file is there, so that a sweep that was killed goes on by being started again.
+
+What cannot be used is a UsageError that names the option or the key, what was expected and what came; a package that is
+not installed a MissingDependencyError.
 """
 
 import contextlib
@@ -36,7 +39,7 @@ from ..optional import require
 from . import results
 from .registry import EXPERIMENTS
 from .results import Row
-from .runs import OptionsInParts, Outcome, check_counts, check_reals
+from .runs import OptionsInParts, Outcome, check_options
 
 # A run, its rows, and what went wrong or None.
 Ended = tuple["Run", list[Row], str | None]
@@ -83,24 +86,15 @@ class Run:
 
 
 def check(config: SweepConfig) -> list[Run]:
-    """The runs of a sweep, or what is wrong with it.
-
-    Raises:
-        UsageError: naming the option or the key, what was expected and what came.
-    """
-    check_counts(config, "workers")
-    check_reals(config, "gpus", zero=True)
+    """The runs of a sweep, or what is wrong with it."""
+    check_options(config, zero=("gpus",))
     if config.engine == "processes" and (config.gpus > 0 or config.address is not None):
         raise UsageError("--engine: expected ray with --gpus or --address, got processes")
     return runs_of(read(config.config))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The contents of a sweep's file.
-
-    Raises:
-        UsageError: there is none, it is no JSON, or a key is missing or unknown.
-    """
+    """The contents of a sweep's file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -123,11 +117,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def runs_of(content: dict[str, Any]) -> list[Run]:
-    """The runs of a sweep's file, each checked.
-
-    Raises:
-        UsageError: an option that the experiment does not have, or a value that it cannot have.
-    """
+    """The runs of a sweep's file, each checked."""
     experiment = EXPERIMENTS[content["experiment"]]
     names = {field.name for field in dataclasses.fields(experiment.config)}
     own = {"seeds", "first_seed", "out", "plot", "progress"}
@@ -155,11 +145,7 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
 
 
 def configured(kind: type[Any], options: dict[str, Any]) -> Any:
-    """The dataclass with options from JSON: lists are tuples, and what is no list is one of one; texts are paths.
-
-    Raises:
-        UsageError: a value of another type than the option's.
-    """
+    """The dataclass with options from JSON: lists are tuples, and what is no list is one of one; texts are paths."""
     hints = get_type_hints(kind)
     return kind(**{name: _typed(hints[name], value, name) for name, value in options.items()})
 
@@ -187,10 +173,6 @@ def sweep(config: SweepConfig) -> list[str]:
 
     Returns:
         for people, one sentence for each run that failed; those are tried again next time.
-
-    Raises:
-        UsageError: an option that cannot be used, or a folder of another sweep.
-        MissingDependencyError: pandas, pyarrow or ray is not installed.
     """
     runs = check(config)
     pandas = require("pandas", "sklearn")

@@ -1,4 +1,7 @@
-"""Transitions of an environment, collected from gymnasium or read from a Minari data set."""
+"""Transitions of an environment, collected from gymnasium or read from a Minari data set.
+
+What cannot be used is a UsageError, what is not installed a MissingDependencyError.
+"""
 
 import contextlib
 import itertools
@@ -55,12 +58,7 @@ class Controller:
 
 @contextlib.contextmanager
 def environment(name: str) -> Iterator[Any]:
-    """A gymnasium environment with continuous observations (O,) and bounded actions (A,), closed at the end.
-
-    Raises:
-        UsageError: no environment of that name, or one of other spaces.
-        MissingDependencyError: gymnasium or MuJoCo is not installed.
-    """
+    """A gymnasium environment with continuous observations (O,) and bounded actions (A,), closed at the end."""
     gymnasium = require("gymnasium", "mbrl")
     with warnings.catch_warnings(), _elsewhere():
         # Of old versions of environments and of MuJoCo's deprecations: nothing that a user could do about.
@@ -116,9 +114,6 @@ def collect(
         noise: its standard deviation, in units of half the action's range.
         seed: of the environment and of the actions.
         controller: None to train one, see `train_controller`.
-
-    Raises:
-        UsageError, MissingDependencyError: as `environment`; a controller of another shape.
     """
     random = np.random.default_rng(seed)
     with environment(name) as env:
@@ -174,11 +169,7 @@ def train_controller(
 
 
 def load_controller(path: Path) -> Controller:
-    """A controller from a NumPy archive with `weight` (A, O) and `bias` (A,).
-
-    Raises:
-        UsageError: there is none at the path.
-    """
+    """A controller from a NumPy archive with `weight` (A, O) and `bias` (A,)."""
     try:
         with np.load(path) as archive:
             return Controller(np.asarray(archive["weight"], np.float64), np.asarray(archive["bias"], np.float64))
@@ -189,12 +180,7 @@ def load_controller(path: Path) -> Controller:
 
 
 def load_minari(name: str, count: int | None = None) -> Transitions:
-    """The first `count` transitions of a Minari data set, all for None; downloaded if it is not there.
-
-    Raises:
-        UsageError: no such data set, or one whose observations or actions are not vectors.
-        MissingDependencyError: minari is not installed.
-    """
+    """The first `count` transitions of a Minari data set, all for None; downloaded if it is not there."""
     minari = require("minari", "mbrl")
     try:
         with warnings.catch_warnings():

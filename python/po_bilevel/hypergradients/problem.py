@@ -1,4 +1,7 @@
-"""A bilevel problem at a point: losses, gradients and products, each checked once and for all methods."""
+"""A bilevel problem at a point: losses, gradients and products, each checked once and for all methods.
+
+What is not finite raises a NonFiniteError, a loss or a tensor that cannot be used a ValueError or a TypeError.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +22,7 @@ class Curvature:
         self._lowest: tuple[Tensor, Tensor] | None = None
 
     def observe(self, vector: Tensor, image: Tensor, squared: float | None = None) -> float:
-        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of a vector too short to square.
-
-        Raises:
-            NonFiniteError: it is infinite or not a number.
-        """
+        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of a vector too short to square."""
         squared = float(vector @ vector) if squared is None else squared
         if squared < torch.finfo(vector.dtype).tiny:
             return 0.0
@@ -96,11 +95,7 @@ class ImplicitProblem:
         self.curvature = Curvature()
 
     def start(self, start: Tensors | None) -> Tensor | None:
-        """A warm start, flat.
-
-        Raises:
-            ValueError: it has other shapes than θ.
-        """
+        """A warm start, flat."""
         return None if start is None else flat(started(start, self._theta), self._theta)
 
     def product(self, vector: Tensor) -> Tensor:
@@ -164,11 +159,7 @@ def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
 
 
 def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
-    """The tensors as a tuple.
-
-    Raises:
-        ValueError: there is none, or one does not require grad.
-    """
+    """The tensors as a tuple."""
     tensors = tuple(tensors)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, got none")
@@ -181,12 +172,7 @@ def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
 def outer_gradients(
     outer_loss: Loss, theta: Tensors, phi: Tensors
 ) -> tuple[Tensor, Tensors, tuple[Tensor | None, ...]]:
-    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there.
-
-    Raises:
-        ValueError: F depends on no θ at all, or is no scalar.
-        NonFiniteError: F or ∂F/∂θ is not finite.
-    """
+    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there."""
     with torch.enable_grad():
         loss = outer_loss(theta, phi)
     scalar("outer_loss", loss)
@@ -203,12 +189,7 @@ def outer_gradients(
 def inner_gradient(
     inner_loss: Loss, theta: Tensors, phi: Tensors, *, create_graph: bool = False
 ) -> tuple[Tensor, Tensors]:
-    """L and ∂L/∂θ, with zeros where L does not depend on it.
-
-    Raises:
-        ValueError: L depends on no θ at all, or is no scalar.
-        NonFiniteError: L or ∂L/∂θ is not finite.
-    """
+    """L and ∂L/∂θ, with zeros where L does not depend on it."""
     with torch.enable_grad():
         loss = inner_loss(theta, phi)
         scalar("inner_loss", loss)
@@ -234,11 +215,7 @@ def scalar(name: str, loss: Tensor) -> None:
 
 
 def all_reached(by_phi: Sequence[Tensor | None]) -> Tensors:
-    """The derivatives by φ of something that has to depend on all of φ.
-
-    Raises:
-        ValueError: one is None.
-    """
+    """The derivatives by φ of something that has to depend on all of φ."""
     reached = []
     for index, part in enumerate(by_phi):
         if part is None:
@@ -251,22 +228,14 @@ def all_reached(by_phi: Sequence[Tensor | None]) -> Tensors:
 
 
 def all_finite(gradient: Tensors) -> Tensors:
-    """The hypergradient.
-
-    Raises:
-        NonFiniteError: it is infinite or not a number somewhere.
-    """
+    """The hypergradient."""
     if not _finite(gradient):
         raise NonFiniteError("the hypergradient is not finite")
     return gradient
 
 
 def started(start: Tensors, theta: Tensors) -> Tensors:
-    """A warm start.
-
-    Raises:
-        ValueError: it has other shapes than θ.
-    """
+    """A warm start."""
     expected, came = ([tuple(t.shape) for t in tensors] for tensors in (theta, start))
     if came != expected:
         raise ValueError(f"start: expected shapes {expected} like theta, got {came}")
