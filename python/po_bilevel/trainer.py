@@ -14,25 +14,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from . import checkpoints
+from . import checkpoints, training
 from .errors import NonFiniteError
 from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
 from .rewards import Reward, diagonal
-from .training import (
-    BatchStream,
-    InnerLoss,
-    advance,
-    check_count,
-    check_finite,
-    check_loop,
-    check_norm,
-    norm_of,
-    train,
-    trained,
-    under,
-)
+from .training import BatchStream, InnerLoss, train, under
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -119,9 +107,9 @@ class BilevelTrainer:
         checkpoint: Path | str | None = None, checkpoint_every: int = 1, progress: bool = True,
         description: str = "outer steps",
     ) -> None:  # fmt: skip
-        check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
-        check_norm("max_outer_grad_norm", max_outer_grad_norm)
-        check_count("checkpoint_every", checkpoint_every, 1)
+        training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
+        training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
+        training.check_count("checkpoint_every", checkpoint_every, 1)
         self.policy = policy
         self.reward = reward
         self._phi = [name for name, p in reward.named_parameters() if p.requires_grad]
@@ -182,7 +170,7 @@ class BilevelTrainer:
             ValueError, RuntimeError: as the hypergradient method.
             OSError: the checkpoint cannot be written.
         """
-        check_count("outer_steps", outer_steps, 0)
+        training.check_count("outer_steps", outer_steps, 0)
         callbacks = [callback] if callable(callback) else list(callback)
         phi = _named(self.reward, self._phi)
         best, least, stopped = [p.detach().clone() for p in phi], float("inf"), False
@@ -286,15 +274,13 @@ class BilevelTrainer:
         done = OuterStep(
             step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss, inner_steps=inner_steps,
             reward=self.reward.shown() if isinstance(self.reward, Reward) else None,
-            reward_norm=norm_of([p.detach() for p in phi]), gradient_norm=norm_of(result.gradient),
+            reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
             residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
             negative_curvature=result.negative_curvature, problems=result.problems,
         )  # fmt: skip
         self._update_reward(phi, result)
-        check_finite(
-            f"outer step {number}: the norm of the reward's parameters", norm_of([p.detach() for p in phi]),
-            self._last_good(),
-        )  # fmt: skip
+        norm = training.norm_of([p.detach() for p in phi])
+        training.check_finite(f"outer step {number}: the norm of the reward's parameters", norm, self._last_good())
         self.history.append(done)
         return done
 
@@ -330,7 +316,7 @@ class BilevelTrainer:
             nn.utils.clip_grad_norm_(phi, self._max_outer_grad_norm)
         self._outer_optimizer.step()
         if self._outer_scheduler is not None:
-            advance(self._outer_scheduler, result.outer_loss)
+            training.advance(self._outer_scheduler, result.outer_loss)
 
     def _last_good(self) -> str:
         return "" if self._good is None else f"; the last good checkpoint is {self._good}"
@@ -383,7 +369,7 @@ def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Opt
     """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
     if isinstance(outer_optimizer, torch.optim.LBFGS):
         raise ValueError("outer_optimizer: expected one that takes a gradient at a time, got LBFGS")
-    moved = {id(p) for p in trained(outer_optimizer)}
+    moved = {id(p) for p in training.trained(outer_optimizer)}
     phi = {id(p): name for name, p in reward.named_parameters() if p.requires_grad}
     if moved != set(phi):
         missing = [name for key, name in phi.items() if key not in moved]

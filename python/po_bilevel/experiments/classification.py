@@ -314,8 +314,7 @@ class _Run:
         }
         key = self.name if self.method == "pg_learned" else f"{self.name}, {self.method}"
         self.outcome.curves["reward_paths"].setdefault(key, []).append(path)
-        where = f"{self.name}, seed {self.seed}, {self.method}"
-        self.outcome.warnings.extend(f"{where}: {each}" for each in imperfect(history))
+        self.outcome.warnings.extend(imperfect(f"{self.name}, seed {self.seed}, {self.method}", history))
 
     def _optimal(self, covariance: Tensor) -> Tensor:
         # One-hot labels sum to one, so the covariance is singular and "full" takes the pseudo-inverse.

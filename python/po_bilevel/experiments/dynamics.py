@@ -265,14 +265,13 @@ class _Problem:
             keep_inner_state=False, hypergradient=ImplicitCG(0.0, 1e-3, 50), seed=self.seed, progress=False,
         )  # fmt: skip
         history = trainer.fit(config.outer_steps)
-        warnings = imperfect(history)
-        if history[-1].gradient_norm > LEARNED:
-            warnings.append(
-                f"the reward is not at its optimum, where its gradient has norm {history[-1].gradient_norm:.2g}; raise "
-                "--outer-steps or --outer-learning-rate"
-            )
         where = f"{self.data.name}, seed {self.seed}, pg_learned_{kind}"
-        outcome.warnings.extend(f"{where}: {each}" for each in warnings)
+        outcome.warnings.extend(imperfect(where, history))
+        if history[-1].gradient_norm > LEARNED:
+            outcome.warnings.append(
+                f"{where}: the reward is not at its optimum, where its gradient has norm "
+                f"{history[-1].gradient_norm:.2g}; raise --outer-steps or --outer-learning-rate"
+            )
         u = reward.precision().detach()
         return u / (unit[0].square() if kind == "isotropic" else torch.outer(unit, unit) if kind == "full" else unit**2)
 

@@ -324,7 +324,7 @@ def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
             "another --outer-learning-rate may get it there"
         )
     # While the policy is being found the Hessian is indefinite and the damping is there for that.
-    outcome.warnings.extend(f"seed {seed}: {each}" for each in imperfect(history[len(history) // 2 :]))
+    outcome.warnings.extend(imperfect(f"seed {seed}", history[len(history) // 2 :]))
 
 
 def _summary(config: GaussianConfig, outcome: Outcome) -> str:

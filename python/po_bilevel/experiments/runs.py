@@ -247,12 +247,8 @@ def named(*parts: object) -> Iterator[None]:
         raise NonFiniteError(f"{', '.join(map(str, parts))}: {error}") from error
 
 
-def imperfect(history: Sequence[OuterStep]) -> list[str]:
-    """A warning if there were problems with hypergradients of these outer steps, or none."""
+def imperfect(where: str, history: Sequence[OuterStep]) -> list[str]:
+    """A warning if there were problems with hypergradients of these outer steps, or none; where says of what run."""
     flawed = [step for step in history if step.problems]
-    if not flawed:
-        return []
-    return [
-        f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient; the last: "
-        f"{flawed[-1].problems[0]}"
-    ]
+    many = f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient"
+    return [f"{where}: {many}; the last: {flawed[-1].problems[0]}"] if flawed else []
