@@ -1,14 +1,13 @@
 """The ops of this backend, as `po_kernels.backends.contract` describes them."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from .. import checks
-from ..contract import BothOrders, OpConfig, Request
+from .. import checks, contract
+from ..contract import OPS, Request
 from . import advantage, categorical, family, launch
 from .launch import Call
 
@@ -17,20 +16,19 @@ Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
 _LABELS_AT_ONCE = 256  # of a row
 
 
-class _Kernel(BothOrders):
+class _Kernel:
     """`first` and `second` of an op from one function.
 
     Args:
-        check: of values, made where they are at hand, which on a GPU they are not.
         evaluate: gives value and statistics, and writes call.gradients.
     """
 
-    def __init__(self, op: str, check: Callable[..., None], evaluate: Evaluate) -> None:
-        self.op, self.check, self.evaluate = op, check, evaluate
+    def __init__(self, op: str, evaluate: Evaluate) -> None:
+        self.op, self.evaluate = op, evaluate
 
-    def run(self, request: Request) -> list[Tensor]:
-        if request.inputs[0].device.type == "cpu":
-            self.check(self.op, *request.inputs, *request.constants)
+    def __call__(self, request: Request) -> list[Tensor]:
+        if request.inputs[0].device.type == "cpu":  # where values are at hand
+            checks.values(OPS[self.op], request.inputs, request.constants)
         call = Call(self.op, request)
         value, stats = self.evaluate(call)
         return [value, stats, *call.gradients]
@@ -181,10 +179,11 @@ def _categorical_log_prob(call: Call) -> tuple[Tensor, Tensor]:
     return value, call.empty(0)
 
 
-def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+def _categorical_sample(request: Request) -> list[Tensor]:
+    (logits,), num_samples, row_offset = request.inputs, request.config.num_samples, request.config.row_offset
     if logits.device.type == "cpu":
         checks.logits("categorical_sample", logits, sampled=True)
-    call = Call("categorical_sample", Request((logits,), (), None, None, None, (False,), False, OpConfig()))
+    call = Call("categorical_sample", request)
     rows, classes = logits.shape
     labels = torch.empty((num_samples, rows), dtype=torch.int64, device=logits.device)
     if rows:
@@ -193,11 +192,11 @@ def _categorical_sample(logits: Tensor, seed: Tensor, num_samples: int, row_offs
         logits = launch.with_contiguous_rows(logits, 1)
         call.run(
             categorical.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-            logits=logits, logits_stride=logits.stride(0), seed=call.seed(seed), out=labels, rows=rows,
+            logits=logits, logits_stride=logits.stride(0), seed=call.seed(call.constants[0]), out=labels, rows=rows,
             row_offset=row_offset, chunks=chunks, classes=classes, count=num_samples, T=call.triton_dtype,
             BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
         )  # fmt: skip
-    return labels
+    return [labels, logits.new_empty(0), logits.new_empty(0)]
 
 
 def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
@@ -217,21 +216,21 @@ def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
     return value, call.empty(0)
 
 
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    kernel.op: {"first": kernel.first, "second": kernel.second}
+KERNELS: dict[str, contract.Kernel] = {
+    kernel.op: kernel
     for kernel in (
-        _Kernel("gaussian_policy_loss", checks.gaussian_policy_loss, _policy_loss(False)),
-        _Kernel("gaussian_surrogate_loss", checks.nothing, _surrogate_loss(False)),
-        _Kernel("gaussian_log_prob", checks.nothing, _log_prob(False)),
-        _Kernel("gaussian_sample", checks.nothing, _sample(False)),
-        _Kernel("mvn_policy_loss", checks.mvn_policy_loss, _policy_loss(True)),
-        _Kernel("mvn_surrogate_loss", checks.mvn, _surrogate_loss(True)),
-        _Kernel("mvn_log_prob", checks.mvn, _log_prob(True)),
-        _Kernel("mvn_sample", checks.mvn, _sample(True)),
-        _Kernel("categorical_policy_loss", checks.categorical_policy_loss, _categorical_policy_loss),
-        _Kernel("categorical_surrogate_loss", checks.categorical_surrogate_loss, _categorical_surrogate_loss),
-        _Kernel("categorical_log_prob", checks.categorical_log_prob, _categorical_log_prob),
-        _Kernel("group_advantage", checks.nothing, _group_advantage),
+        _Kernel("gaussian_policy_loss", _policy_loss(False)),
+        _Kernel("gaussian_surrogate_loss", _surrogate_loss(False)),
+        _Kernel("gaussian_log_prob", _log_prob(False)),
+        _Kernel("gaussian_sample", _sample(False)),
+        _Kernel("mvn_policy_loss", _policy_loss(True)),
+        _Kernel("mvn_surrogate_loss", _surrogate_loss(True)),
+        _Kernel("mvn_log_prob", _log_prob(True)),
+        _Kernel("mvn_sample", _sample(True)),
+        _Kernel("categorical_policy_loss", _categorical_policy_loss),
+        _Kernel("categorical_surrogate_loss", _categorical_surrogate_loss),
+        _Kernel("categorical_log_prob", _categorical_log_prob),
+        _Kernel("group_advantage", _group_advantage),
     )
 }
-KERNELS["categorical_sample"] = {"sample": _categorical_sample}
+KERNELS["categorical_sample"] = _categorical_sample
