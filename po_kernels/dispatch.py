@@ -62,7 +62,8 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -
     else:
         source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or None  # type: ignore[assignment]
     if name is None:
-        return _automatic(op, device_type, dtype).backend
+        known = _decisions.get((op, device_type, dtype))
+        return known.backend if known is not None else _automatic(op, device_type, dtype).backend
     _known(op, source, name)
     reason = refusal(op, name, device_type, dtype)
     if reason is not None:
@@ -117,15 +118,11 @@ _decisions: dict[tuple[str, str, torch.dtype], Decision] = {}
 
 
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
-    key = (op, device_type, dtype)
-    known = _decisions.get(key)
-    if known is not None:
-        return known
     refused: dict[str, str] = {}
     for name in BACKENDS:
         reason = refusal(op, name, device_type, dtype) or module(name).must_be_asked(op, device_type)
         if reason is None:
-            return _decisions.setdefault(key, Decision(name, refused))
+            return _decisions.setdefault((op, device_type, dtype), Decision(name, refused))
         refused[name] = reason
     raise RuntimeError(f"{op}: no backend serves {dtype} on {device_type}: {refused}")
 

@@ -7,7 +7,7 @@
 
 namespace po_kernels {
 
-// Refusals of values. Python takes numbers and names from here (`_native.enums`).
+// Refusals of values, with the names of po_kernels/backends/contract.py, which a test holds to these numbers.
 enum Refusal : int {
   kAccepted = 0,
   kPrecisionNotPositive = 1,

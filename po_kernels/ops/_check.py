@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,21 @@ def shape_of(tensor: Tensor) -> str:
 
 def floating(op: str, **tensors: Tensor) -> None:
     """Every tensor is one of FLOATING, and all have one dtype and one device."""
-    first_name, first = None, None
+    first: str = ""
+    kind: Any = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{op}: {name}: expected a floating tensor (float32, float64, bfloat16 or float16), got {tensor.dtype}"
-            )
-        if first is None:
-            first_name, first = name, tensor
-        elif tensor.dtype != first.dtype:
-            raise TypeError(f"{op}: {name}: expected {first.dtype} like {first_name}, got {tensor.dtype}")
-        elif tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name}: expected a tensor on {first.device} like {first_name}, got one on {tensor.device}"
-            )
+        found = dtype, device = tensor.dtype, tensor.device
+        if kind is None and dtype in FLOATING:
+            first, kind = name, found
+        elif found != kind:
+            if dtype not in FLOATING:
+                names = "float32, float64, bfloat16 or float16"
+                raise TypeError(f"{op}: {name}: expected a floating tensor ({names}), got {dtype}")
+            if dtype != kind[0]:
+                raise TypeError(f"{op}: {name}: expected {kind[0]} like {first}, got {dtype}")
+            raise ValueError(f"{op}: {name}: expected a tensor on {kind[1]} like {first}, got one on {device}")
 
 
 def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -50,15 +49,19 @@ def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.long()
 
 
-def has_shape(op: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
-    if tensor.shape not in allowed:
-        expected = " or ".join(str(tuple(shape)) for shape in allowed)
-        raise ValueError(f"{op}: {name}: expected shape {expected}, got {shape_of(tensor)}")
+def has_shape(op: str, name: str, tensor: Tensor, *allowed: Sequence[int]) -> None:
+    shape = tensor.shape
+    for each in allowed:
+        # Lengths first: torch.compile would otherwise learn that a batch size differs from what it is compared with.
+        if len(shape) == len(each) and shape == each:
+            return
+    expected = " or ".join(str(tuple(each)) for each in allowed)
+    raise ValueError(f"{op}: {name}: expected shape {expected}, got {shape_of(tensor)}")
 
 
 def rows(tensor: Tensor, *shape: int) -> Tensor:
     """tensor.reshape(shape), without a node in the graph where it has that shape already."""
-    return tensor if tensor.shape == shape else tensor.reshape(shape)
+    return tensor if len(tensor.shape) == len(shape) and tensor.shape == shape else tensor.reshape(shape)
 
 
 def batch_before(op: str, name: str, tensor: Tensor, event: Iterable[int]) -> torch.Size:
@@ -94,7 +97,8 @@ def real(op: str, name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    # As a comparison, which torch.compile takes of a number that it knows by a symbol.
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name}: expected a finite number, got {value}")
     return number
 

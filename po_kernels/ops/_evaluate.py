@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.contract import OPS, OpConfig
-from . import _autograd
+from . import _autograd, _modes
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -33,8 +33,15 @@ def evaluate(
     head = inputs[0]
     name = dispatch.select(op, head.device.type, head.dtype, backend)
     row = OPS[op]
-    # Plain torch would differentiate `reinforce` twice, wrongly; a compiled function refuses that by itself.
-    if name == "reference" and (config.estimator != "reinforce" or torch.compiler.is_compiling()):
+    if torch.compiler.is_compiling() and _modes.traced_by_a_transform():
+        # The operators have no rules for transforms of torch.func, which torch.compile takes through plain torch.
+        if config.estimator == "reinforce":
+            raise RuntimeError(
+                f"{op}: estimator='reinforce' is not available to torch.func under torch.compile, which would "
+                "differentiate it twice without notice; use estimator='dice'"
+            )
+        name = "reference"
+    if name == "reference" and config.estimator != "reinforce":  # which plain torch would differentiate twice, wrongly
         return dispatch.plain(op, row.Inputs(*inputs), row.Constants(*constants), config)
     call = _autograd.Call(op, name, config, want_stats)
     if not row.differentiable:

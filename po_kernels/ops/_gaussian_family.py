@@ -1,5 +1,6 @@
 """What the diagonal and the full-covariance Gaussian share: all but the shape of the scale."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def log_prob(family: Family, mean: Tensor, scale: Tensor, value: Tensor, backend
     op = f"{family.name}_log_prob"
     mean, scale, lead = _policy(family, op, mean, scale, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
-    value = value.reshape(batch.numel(), *mean.shape)
+    value = value.reshape(math.prod(batch), *mean.shape)
     return evaluate(op, backend, (mean, scale, value), (), OpConfig())[0].reshape((*batch, *lead))
 
 
@@ -91,15 +92,17 @@ def _policy(
 ) -> tuple[Tensor, Tensor, torch.Size]:
     """mean (B, D), the scale (B, D) or (B, D, D), and the leading dimensions."""
     _check.floating(op, **{"mean": mean, family.scale: scale}, **others)
-    if mean.ndim < 1 or mean.shape[-1] < 1:
+    if not mean.shape or mean.shape[-1] < 1:
         raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
     lead, dim = mean.shape[:-1], mean.shape[-1]
     event = (dim,) * family.axes
     _check.has_shape(op, family.scale, scale, (*lead, *event), event)
-    rows = lead.numel()
     # Before the scale is expanded, for its gradient to be summed over rows in the dtype that is computed with.
     if mean.dtype in HALF:
         mean, scale = mean.float(), scale.float()
+    if len(lead) == 1 and scale.ndim > family.axes:
+        return mean, scale, lead
+    rows = math.prod(lead)
     if scale.ndim == family.axes:
         scale = scale.expand(rows, *event)
     return _check.rows(mean, rows, dim), _check.rows(scale, rows, *event), lead

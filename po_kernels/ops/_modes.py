@@ -30,6 +30,12 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
 
 
+# torch.compile asks once, when it traces.
+@torch.compiler.assume_constant_result
+def traced_by_a_transform() -> bool:
+    return transforms_active()
+
+
 def may_call_directly(*tensors: Tensor | None) -> bool:
     """A kernel may be called without torch's dispatcher.
 
@@ -42,3 +48,10 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
         if x is not None and (type(x) not in _ORDINARY or x._is_zerotensor() or x.is_neg()):
             return False
     return True
+
+
+def resolved(x: Tensor | None) -> Tensor | None:
+    """x with its values in memory, which a list of tensors does not get from torch."""
+    if x is None:
+        return None
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()

@@ -1,5 +1,7 @@
 """Categorical policies, given by logits; -inf masks a class."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     logits, lead = _policy(op, logits)
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
-    value = value.reshape(batch.numel(), logits.shape[0])
+    value = value.reshape(math.prod(batch), logits.shape[0])
     return evaluate(op, backend, (logits,), (value,), OpConfig())[0].reshape((*batch, *lead))
 
 
@@ -165,4 +167,4 @@ def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Tensor, torch.Si
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits: expected shape (*, C) with C of at least 1, got {_check.shape_of(logits)}")
     lead = logits.shape[:-1]
-    return _check.rows(logits, lead.numel(), logits.shape[-1]), lead
+    return _check.rows(logits, math.prod(lead), logits.shape[-1]), lead

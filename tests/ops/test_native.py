@@ -1,4 +1,4 @@
-"""The compiled extension itself: its numbers, its keywords, and where its threads are not."""
+"""The compiled extension itself: its keywords, and where its threads are not."""
 
 import subprocess
 import sys
@@ -35,10 +35,10 @@ def test_keywords_are_checked():
     sample = extension.module.categorical_sample
     assert sample(**arguments) == (0, 0)
     assert sample(**arguments, threads=2, logits_tangent=0) == (0, 0)
-    with pytest.raises(TypeError, match="unexpected keyword argument classe$"):
+    with pytest.raises(TypeError, match=r"unexpected keyword argument classe$"):
         sample(**arguments, classe=2)
     del arguments["seed"]
-    with pytest.raises(TypeError, match="missing keyword argument seed$"):
+    with pytest.raises(TypeError, match=r"missing keyword argument seed$"):
         sample(**arguments)
 
 
@@ -72,7 +72,8 @@ rewards = array.array("d", [0.0] * rows + [1.0] * rows)
 out = array.array("d", bytes(8 * 2 * rows))
 pointers = {{"rewards": rewards.buffer_info()[0], "out": out.buffer_info()[0]}}
 mean = native.enums()["Advantage"]["mean"]
-print(native.group_advantage(is_double=True, dual=False, rows=rows, threads=4, num_samples=2, advantage=mean, **pointers))
+sizes = {{"rows": rows, "num_samples": 2, "threads": 4}}
+print(native.group_advantage(is_double=True, dual=False, advantage=mean, **sizes, **pointers))
 assert set(out[:rows]) == {{-0.5}} and set(out[rows:]) == {{0.5}}
 assert "torch" not in sys.modules
 """
