@@ -12,6 +12,7 @@ import torch
 
 from .backends import reference
 from .backends.contract import Kernel, Request
+from .backends.reference import philox
 
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
@@ -102,6 +103,8 @@ def first_order_only() -> dict[str, str]:
 
 # The definition of an op, which autograd differentiates and torch.compile traces.
 plain = reference.evaluate
+entropy = reference.entropy
+stream_key = philox.stream_key
 
 
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:

@@ -9,8 +9,6 @@ from .. import dispatch
 from ..backends.contract import OPS, OpConfig
 from . import _autograd, _modes
 
-HALF = (torch.bfloat16, torch.float16)
-
 
 def evaluate(
     op: str,
@@ -24,12 +22,9 @@ def evaluate(
 
     Args:
         backend: the backend asked for by name.
-        inputs: the differentiable tensors in the order of the table. Half precision is computed with in float32.
+        inputs: the differentiable tensors in the order of the table, as `_check.floating` gives them.
         constants: the others in the order of the table.
     """
-    if inputs[-1].dtype in HALF:
-        inputs = [x.float() for x in inputs]
-        constants = [x.float() if x is not None and x.dtype in HALF else x for x in constants]
     head = inputs[0]
     name = dispatch.select(op, head.device.type, head.dtype, backend)
     row = OPS[op]
