@@ -47,8 +47,6 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-# torch.compile asks once, when it traces: a compiled function keeps its backend.
-@torch.compiler.assume_constant_result
 def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
     """The name of the backend for a call; `backend` is what the caller asked for by name.
 

@@ -9,6 +9,8 @@ from .. import dispatch
 from ..backends.contract import OPS, OpConfig
 from . import _autograd, _modes
 
+_select = _modes.asked_once(dispatch.select)  # a compiled function keeps its backend
+
 
 def evaluate(
     op: str,
@@ -26,7 +28,7 @@ def evaluate(
         constants: the others in the order of the table.
     """
     head = inputs[0]
-    name = dispatch.select(op, head.device.type, head.dtype, backend)
+    name = _select(op, head.device.type, head.dtype, backend)
     row = OPS[op]
     if torch.compiler.is_compiling() and _modes.traced_by_a_transform():
         # The operators have no rules for transforms of torch.func, which torch.compile takes through plain torch.
