@@ -12,6 +12,7 @@ import torch
 
 from .backends import reference
 from .backends.contract import Kernel, Request
+from .backends.reference import philox
 
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
@@ -46,8 +47,6 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-# torch.compile asks once, when it traces: a compiled function keeps its backend.
-@torch.compiler.assume_constant_result
 def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
     """The name of the backend for a call; `backend` is what the caller asked for by name.
 
@@ -102,6 +101,8 @@ def first_order_only() -> dict[str, str]:
 
 # The definition of an op, which autograd differentiates and torch.compile traces.
 plain = reference.evaluate
+entropy = reference.entropy
+stream_key = philox.stream_key
 
 
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:

@@ -1,7 +1,10 @@
 """Which of torch's modes and transforms is looking at a call: the only place that uses private symbols of torch.
 
-`PRIVATE` names them; a test asks the installed torch for each.
+`PRIVATE` names them, and `asked_once` has one more; a test asks the installed torch for each.
 """
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +17,8 @@ PRIVATE = (
     "torch.autograd.forward_ad._current_level",
     "torch.Tensor._is_zerotensor",
 )
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 transforms_active = torch._C._are_functorch_transforms_active
 is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
@@ -30,8 +35,16 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
 
 
-# torch.compile asks once, when it traces.
-@torch.compiler.assume_constant_result
+def asked_once(function: F) -> F:
+    """A function that torch.compile calls when it traces, and whose result is then a constant.
+
+    It is torch.compiler.assume_constant_result, which would import all of Dynamo: a second of every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@asked_once
 def traced_by_a_transform() -> bool:
     return transforms_active()
 

@@ -2,6 +2,8 @@
 
 import inspect
 import operator
+import subprocess
+import sys
 from functools import reduce
 
 import pytest
@@ -36,6 +38,16 @@ def test_numbers_are_unique(table):
 @pytest.mark.parametrize("name", _modes.PRIVATE)
 def test_private_symbols_of_torch(name):
     assert reduce(getattr, name.split(".")[1:], torch) is not None
+
+
+def test_functions_that_torch_compile_asks_once():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(_modes.asked_once(lambda: None)) == {"_dynamo_marked_constant": True}
+
+
+def test_dynamo_is_not_imported_before_it_is_used():
+    program = "import sys, po_kernels; assert not {'torch._dynamo', 'triton', 'numba'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_private_symbols_are_all_listed():
