@@ -249,3 +249,23 @@ def test_options_that_are_arrays_or_have_no_value():
         pk.gaussian_sample(mean, mean, 2, seed=torch.zeros((), dtype=torch.int64, device="meta"))
     with pytest.raises(ValueError, match=r"^gaussian_sample: stream: expected an integer of at least 0, got -1"):
         pk.gaussian_sample(mean, mean, 2, stream=-1)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, torch.func.grad, torch.func.hessian])
+@pytest.mark.parametrize("backend", serving("gaussian_policy_loss"))
+def test_values_are_refused_within_transforms(backend, transform):
+    """The one negative precision of three problems, and a label out of range."""
+    case = draw("gaussian_policy_loss", 1, lead=(3,), dim=2, estimator="analytic", reduction="mean")
+    mean, log_std, target, _ = case.tensors.values()
+    precisions = torch.tensor([[1.0, 2.0], [1.0, -1.0], [3.0, 1.0]], dtype=torch.float64)
+
+    def loss(u):
+        return case(mean, log_std, target, u, backend=backend)
+
+    found = torch.func.vmap(transform(loss))(precisions.abs())
+    agree(found, torch.stack([transform(loss)(u) for u in precisions.abs()]), case)
+    with pytest.raises(ValueError, match="precision: expected positive values"):
+        torch.func.vmap(transform(loss))(precisions)
+    labels = torch.tensor([[0, 1], [2, 1]])
+    with pytest.raises(ValueError, match="value: expected labels from 0"):
+        torch.func.vmap(lambda y: pk.categorical_log_prob(torch.zeros(2, 2), y, backend=backend))(labels)
