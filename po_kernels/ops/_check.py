@@ -37,7 +37,7 @@ def floating(op: str, **tensors: Tensor) -> Iterable[Tensor]:
         found = dtype, device, layout = tensor.dtype, tensor.device, tensor.layout
         if kind is None and dtype in FLOATING and layout is torch.strided and not tensor.is_nested:
             first, kind = name, found
-        elif found != kind:
+        elif found != kind or tensor.is_nested:
             if dtype not in FLOATING:
                 names = "float32, float64, bfloat16 or float16"
                 raise TypeError(f"{op}: {name}: expected a floating tensor ({names}), got {dtype}")

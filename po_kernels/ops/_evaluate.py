@@ -39,6 +39,8 @@ def evaluate(
             )
         name = "reference"
     if name == "reference" and config.estimator != "reinforce":  # which plain torch would differentiate twice, wrongly
+        if not torch.compiler.is_compiling() and _modes.transforms_active():
+            _autograd.refuse_hidden_values(op, inputs, constants)
         return dispatch.plain(op, row.Inputs(*inputs), row.Constants(*constants), config)
     call = _autograd.Call(op, name, config, want_stats)
     if not row.differentiable:
