@@ -24,13 +24,13 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unserved(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type == "cuda" or (device_type == "cpu" and _interpreted()):
         return None
     return f"it serves CUDA tensors, not {device_type}"
 
 
-def must_be_asked(device_type: str) -> str | None:
+def must_be_asked(op: str, device_type: str) -> str | None:
     return "the interpreter is slow" if device_type == "cpu" else None
 
 
