@@ -4,13 +4,14 @@ import contextlib
 import contextvars
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 
 from .backends import reference
+from .backends.contract import Kernel, Request
 
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
@@ -63,19 +64,43 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -
     if name is None:
         return _automatic(op, device_type, dtype).backend
     _known(op, source, name)
-    reason = _refusal(name, op, device_type, dtype)
+    reason = refusal(op, name, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"{op}: {source}: backend {name!r} was asked for, but {reason}")
     return name
 
 
-def kernel(backend: str, op: str, which: str) -> Callable[..., Any]:
-    return module(backend).KERNELS[op][which]
+def refusal(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the backend `name` cannot serve such a call, or None."""
+    backend = module(name)
+    reason = backend.unavailable() or backend.unserved(device_type, dtype)
+    if reason is None and op not in backend.KERNELS:
+        reason = f"it has no kernel for {op}"
+    return reason
 
 
-def plain(op: str) -> Callable[..., Any]:
-    """The reference's function, which torch.compile can trace."""
-    return reference.KERNELS[op]["plain"]
+@cache
+def kernel(op: str, name: str) -> Kernel:
+    """What serves `op` on a backend that does not refuse it, in both orders."""
+    found = module(name).KERNELS[op]
+    if name not in first_order_only():
+        return found
+    second = reference.KERNELS[op]
+
+    def both(request: Request) -> list[torch.Tensor]:
+        return found(request) if request.tangents is None else second(request)
+
+    return both
+
+
+def first_order_only() -> dict[str, str]:
+    """The backends whose second order the reference serves, and why."""
+    limits = {name: getattr(module(name), "FIRST_ORDER_ONLY", None) for name in BACKENDS}
+    return {name: reason for name, reason in limits.items() if reason is not None}
+
+
+# The definition of an op, which autograd differentiates and torch.compile traces.
+plain = reference.evaluate
 
 
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:
@@ -88,31 +113,21 @@ def module(name: str) -> Any:
     return importlib.import_module(f"po_kernels.backends.{name}")
 
 
-def unavailable(name: str) -> str | None:
-    """Why the backend cannot be used on this machine, or None."""
-    return module(name).unavailable()
-
-
 _decisions: dict[tuple[str, str, torch.dtype], Decision] = {}
 
 
-@cache
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
+    key = (op, device_type, dtype)
+    known = _decisions.get(key)
+    if known is not None:
+        return known
     refused: dict[str, str] = {}
     for name in BACKENDS:
-        reason = _refusal(name, op, device_type, dtype) or module(name).must_be_asked(device_type)
+        reason = refusal(op, name, device_type, dtype) or module(name).must_be_asked(op, device_type)
         if reason is None:
-            decision = Decision(name, refused)
-            _decisions[op, device_type, dtype] = decision
-            return decision
+            return _decisions.setdefault(key, Decision(name, refused))
         refused[name] = reason
     raise RuntimeError(f"{op}: no backend serves {dtype} on {device_type}: {refused}")
-
-
-@cache
-def _refusal(name: str, op: str, device_type: str, dtype: torch.dtype) -> str | None:
-    backend = module(name)
-    return backend.unavailable() or backend.refuses(op, device_type, dtype)
 
 
 def _known(op: str, source: str, name: str) -> None:

@@ -18,6 +18,7 @@ def status() -> dict[str, Any]:
         "build": what the installer built: compiler, SIMD levels, CUDA, and the reason for what it left out;
         "simd": the instruction-set level that the native kernels run at here, None without them;
         "backends": for each backend its reason for being unavailable here, or None;
+        "second_order": for each backend that leaves second derivatives to the reference, why;
         "decisions": for each (op, device, dtype) called so far without a backend asked for by name, the one
             chosen and why those before it were not.
     """
@@ -27,7 +28,8 @@ def status() -> dict[str, Any]:
         "torch": torch.__version__,
         "build": dict(extension.build),
         "simd": extension.module.simd_level() if extension.module else None,
-        "backends": {name: dispatch.unavailable(name) for name in dispatch.BACKENDS},
+        "backends": {name: dispatch.module(name).unavailable() for name in dispatch.BACKENDS},
+        "second_order": dispatch.first_order_only(),
         "decisions": {
             f"{op} on {device} in {str(dtype).removeprefix('torch.')}": decision._asdict()
             for (op, device, dtype), decision in dispatch.decisions().items()
@@ -47,5 +49,7 @@ def render(state: dict[str, Any]) -> str:
     lines.append("backends:")
     width = max(map(len, state["backends"]))
     for name, reason in state["backends"].items():
-        lines.append(f"  {name:<{width}}  " + ("usable" if reason is None else f"not usable: {reason}"))
+        limit = state["second_order"].get(name)
+        usable = "usable" if limit is None else f"usable; second order by the reference: {limit}"
+        lines.append(f"  {name:<{width}}  " + (usable if reason is None else f"not usable: {reason}"))
     return "\n".join(lines)

@@ -23,8 +23,7 @@ def usable() -> list[str]:
 
 
 def refusal(name: str) -> str | None:
-    backend = dispatch.module(name)
-    return backend.unavailable() or backend.refuses("gaussian_policy_loss", "cpu", torch.float32)
+    return dispatch.refusal("gaussian_policy_loss", name, "cpu", torch.float32)
 
 
 def selected(backend: str | None = None) -> str:

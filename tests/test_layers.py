@@ -66,7 +66,8 @@ def test_dispatch_imports_no_op():
 
 def test_ops_import_no_backend():
     for path in files(PACKAGE / "ops"):
-        assert not foreign(path, "po_kernels.ops", "po_kernels.dispatch", "po_kernels.backends.contract"), path
+        tables = ("po_kernels.backends.contract", "po_kernels.backends.advantages")
+        assert not foreign(path, "po_kernels.ops", "po_kernels.dispatch", *tables), path
 
 
 def test_the_extension_loader_imports_nothing_of_the_package():

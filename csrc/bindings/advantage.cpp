@@ -9,10 +9,10 @@ void register_advantage(py::module_& module) {
     arguments.call(call);
     call.advantage = arguments.take<int>("advantage");
     arguments.rbf(call.has_rbf, call.rbf_gamma);
-    call.samples = arguments.take<int64_t>("samples");
+    call.samples = arguments.take<int64_t>("num_samples");
     call.rewards = arguments.input("rewards");
     call.cotangent = arguments.input("cotangent");
-    call.out = arguments.address("value");
+    call.out = arguments.address("out");
     call.grad_rewards = arguments.address("grad_rewards");
     arguments.finish();
     return run(kernels().group_advantage, call);

@@ -57,11 +57,11 @@ class Arguments {
     call.reduction = take<int>("reduction");
     call.estimator = take<int>("estimator");
     call.advantage = take<int>("advantage");
-    call.samples = take<int64_t>("samples");
+    call.samples = take<int64_t>("num_samples");
     call.entropy_coef = take<double>("entropy_coef");
     rbf(call.has_rbf, call.rbf_gamma);
     call.cotangent = input("cotangent");
-    call.loss = address("value");
+    call.loss = address("out");
     call.stats = address("stats");
   }
 

@@ -24,7 +24,7 @@ void register_categorical(py::module_& module) {
     call.classes = arguments.take<int64_t>("classes");
     call.logits = arguments.rows("logits");
     call.rewards = arguments.input("rewards");
-    call.given = arguments.labels("given");
+    call.given = arguments.labels("samples");
     call.grad_logits = arguments.address("grad_logits");
     call.grad_rewards = arguments.address("grad_rewards");
     arguments.finish();
@@ -37,9 +37,9 @@ void register_categorical(py::module_& module) {
     call.classes = arguments.take<int64_t>("classes");
     call.count = arguments.take<int64_t>("count");
     call.logits = arguments.rows("logits");
-    call.value = arguments.labels("at");
+    call.value = arguments.labels("value");
     call.cotangent = arguments.input("cotangent");
-    call.out = arguments.address("value");
+    call.out = arguments.address("out");
     call.grad_logits = arguments.address("grad_logits");
     arguments.finish();
     return run(kernels().categorical_log_prob, call);
@@ -50,9 +50,9 @@ void register_categorical(py::module_& module) {
     arguments.call(call);
     arguments.random(call);
     call.classes = arguments.take<int64_t>("classes");
-    call.samples = arguments.take<int64_t>("samples");
+    call.samples = arguments.take<int64_t>("num_samples");
     call.logits = arguments.rows("logits");
-    call.out = static_cast<int64_t*>(arguments.address("value"));
+    call.out = static_cast<int64_t*>(arguments.address("out"));
     arguments.finish();
     return run(kernels().categorical_sample, call);
   });

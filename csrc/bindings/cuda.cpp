@@ -55,7 +55,7 @@ void register_cuda(py::module_& module) {
     const bool is_double = arguments.take<bool>("is_double");
     const auto seed = static_cast<uint64_t>(arguments.take<int64_t>("seed"));
     const auto row_offset = arguments.take<uint64_t>("row_offset");
-    const auto samples = arguments.take<int64_t>("samples");
+    const auto samples = arguments.take<int64_t>("num_samples");
     const auto rows = arguments.take<int64_t>("rows");
     const auto dim = arguments.take<int64_t>("dim");
     void* out = arguments.address("out");

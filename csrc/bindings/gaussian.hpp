@@ -9,16 +9,16 @@ template <class C>
 void take_policy(Arguments& arguments, C& call, const std::string& scale) {
   call.dim = arguments.take<int64_t>("dim");
   call.mean = arguments.rows("mean");
-  call.scale = arguments.rows(scale);
+  call.scale = arguments.rows("scale");
   call.grad_mean = arguments.address("grad_mean");
-  call.grad_scale = arguments.address("grad_" + scale);
+  call.grad_scale = arguments.address("grad_scale");
 }
 
 inline void take(Arguments& arguments, GaussianPolicyLoss& call, const std::string& scale) {
   arguments.loss(call);
   arguments.random(call);
   take_policy(arguments, call, scale);
-  call.precision_kind = arguments.take<int>("precision_kind");
+  call.precision_kind = arguments.take<int>("precision_ndim");
   call.target = arguments.rows("target");
   call.precision = arguments.input("precision");
   call.grad_target = arguments.address("grad_target");
@@ -29,7 +29,7 @@ inline void take(Arguments& arguments, GaussianSurrogateLoss& call, const std::s
   arguments.loss(call);
   take_policy(arguments, call, scale);
   call.rewards = arguments.input("rewards");
-  call.given = arguments.address("given");
+  call.given = arguments.address("samples");
   call.grad_rewards = arguments.address("grad_rewards");
 }
 
@@ -37,19 +37,19 @@ inline void take(Arguments& arguments, GaussianLogProb& call, const std::string&
   arguments.call(call);
   take_policy(arguments, call, scale);
   call.count = arguments.take<int64_t>("count");
-  call.value = arguments.input("at");
+  call.value = arguments.input("value");
   call.cotangent = arguments.input("cotangent");
-  call.out = arguments.address("value");
-  call.grad_value = arguments.address("grad_at");
+  call.out = arguments.address("out");
+  call.grad_value = arguments.address("grad_value");
 }
 
 inline void take(Arguments& arguments, GaussianSample& call, const std::string& scale) {
   arguments.call(call);
   arguments.random(call);
   take_policy(arguments, call, scale);
-  call.samples = arguments.take<int64_t>("samples");
+  call.samples = arguments.take<int64_t>("num_samples");
   call.cotangent = arguments.input("cotangent");
-  call.out = arguments.address("value");
+  call.out = arguments.address("out");
 }
 
 }  // namespace po_kernels

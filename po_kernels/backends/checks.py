@@ -1,5 +1,7 @@
 """Refusals that depend on values, made where the values can be read without synchronising a device."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -7,77 +9,61 @@ from torch import Tensor
 from . import contract
 
 
+def values(op: contract.Op, inputs: Any, constants: Any) -> None:
+    """All refusals of an op's values, by the names of its tensors."""
+    name = op.name
+    if op.axes.get("scale") == "BDD":
+        scale_tril(name, inputs.scale)
+    if "precision" in op.axes:
+        precision(name, inputs.precision)
+    if "logits" in op.axes:
+        if op.labels is not None:
+            labels(name, op.labels, getattr(constants, op.labels), inputs.logits.shape[-1])
+        logits(name, inputs.logits, sampled=getattr(constants, "seed", None) is not None)
+        if op.labels == "samples":
+            unmasked(name, op.labels, constants.samples, inputs.logits)
+
+
 def precision(op: str, value: Tensor) -> None:
     u = value.detach().double()
     if value.ndim == 2:
         asymmetry = (u - u.mT).abs().amax()
         if _is_true(asymmetry > contract.MATRIX_TOLERANCE * u.abs().amax()):
-            contract.refuse(op, contract.PRECISION_NOT_SYMMETRIC, 0)
+            contract.refuse(op, "precision_not_symmetric", 0)
         positive = _is_positive_definite(0.5 * (u + u.mT))
     else:
         positive = not _is_true(~(u > 0).all())
     if not positive or _is_true(~u.isfinite().all()):
-        contract.refuse(op, contract.PRECISION_NOT_POSITIVE, 0)
+        contract.refuse(op, "precision_not_positive", 0)
 
 
 def labels(op: str, name: str, value: Tensor, num_classes: int) -> None:
     """value: (..., B)."""
-    _any_row(op, contract.LABEL_OUT_OF_RANGE, (value < 0) | (value >= num_classes), name)
+    _any_row(op, "label_out_of_range", (value < 0) | (value >= num_classes), name)
 
 
 def logits(op: str, value: Tensor, sampled: bool = False) -> None:
     """value: (B, C). Samples can be drawn only where the largest logit is finite."""
     value = value.detach()
-    _any_row(op, contract.ALL_MASKED, torch.isneginf(value).all(dim=-1))
+    _any_row(op, "all_masked", torch.isneginf(value).all(dim=-1))
     if sampled:
-        _any_row(op, contract.LOGITS_NOT_FINITE, ~(value < float("inf")).all(dim=-1))
+        _any_row(op, "logits_not_finite", ~(value < float("inf")).all(dim=-1))
+
+
+def unmasked(op: str, name: str, value: Tensor, logits: Tensor) -> None:
+    """value: (..., B)."""
+    masked = torch.isneginf(logits.detach()).expand(*value.shape, -1)
+    _any_row(op, "label_masked", masked.gather(-1, value.unsqueeze(-1)).squeeze(-1), name)
 
 
 def scale_tril(op: str, value: Tensor) -> None:
     """value: (B, D, D)."""
     matrix = value.detach()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    _any_row(op, contract.SINGULAR, ~(diagonal > 0).all(dim=-1))
+    _any_row(op, "singular", ~(diagonal > 0).all(dim=-1))
     scale = (diagonal.unsqueeze(-1).double() * diagonal.unsqueeze(-2).double()).sqrt()
     small = torch.triu(matrix, diagonal=1).abs() <= contract.MATRIX_TOLERANCE * scale
-    _any_row(op, contract.NOT_TRIANGULAR, ~small.all(dim=-1).all(dim=-1))
-
-
-# By op, from its (*inputs, *constants) as in `contract`; a seed at the end is not looked at.
-
-
-def nothing(op: str, *tensors: Tensor) -> None:
-    pass
-
-
-def gaussian_policy_loss(op: str, mean: Tensor, log_std: Tensor, target: Tensor, u: Tensor, *seed: Tensor) -> None:
-    precision(op, u)
-
-
-def mvn(op: str, mean: Tensor, matrix: Tensor, *rest: Tensor) -> None:
-    scale_tril(op, matrix)
-
-
-def mvn_policy_loss(op: str, mean: Tensor, matrix: Tensor, target: Tensor, u: Tensor, *seed: Tensor) -> None:
-    scale_tril(op, matrix)
-    precision(op, u)
-
-
-def categorical_policy_loss(op: str, logit: Tensor, table: Tensor, target: Tensor, *seed: Tensor) -> None:
-    labels(op, "target", target, logit.shape[-1])
-    logits(op, logit, sampled=bool(seed))
-
-
-def categorical_surrogate_loss(op: str, logit: Tensor, rewards: Tensor, samples: Tensor) -> None:
-    labels(op, "samples", samples, logit.shape[-1])
-    logits(op, logit)
-    masked = torch.isneginf(logit.detach()).expand(*samples.shape, -1)
-    _any_row(op, contract.LABEL_MASKED, masked.gather(-1, samples.unsqueeze(-1)).squeeze(-1), "samples")
-
-
-def categorical_log_prob(op: str, logit: Tensor, value: Tensor) -> None:
-    labels(op, "value", value, logit.shape[-1])
-    logits(op, logit)
+    _any_row(op, "not_triangular", ~small.all(dim=-1).all(dim=-1))
 
 
 def _is_positive_definite(matrix: Tensor) -> bool:
@@ -94,10 +80,10 @@ def _is_positive_definite(matrix: Tensor) -> bool:
     return True
 
 
-def _any_row(op: str, code: int, bad: Tensor, name: str = "target") -> None:
+def _any_row(op: str, refusal: str, bad: Tensor, name: str = "target") -> None:
     if _is_true(bad.any()):
         row = int(bad.reshape(-1, bad.shape[-1]).any(dim=0).nonzero()[0])
-        contract.refuse(op, code, row, name)
+        contract.refuse(op, refusal, row, name)
 
 
 def _is_true(condition: Tensor) -> bool:

@@ -1,182 +1,102 @@
-"""How tensors and options reach the kernels of the compiled extension: what each op passes, and one way to pass it."""
+"""How a request reaches the kernels of the compiled extension: arguments by name, made from the table of ops."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contract import BothOrders, OpConfig, Request
-
-# Numbered as in csrc/include/po_kernels/group.hpp and csrc/calls.hpp.
-_ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3}
-ADVANTAGES = {"none": 0, "min": 1, "mean": 2, "loo": 3, "standardized": 4}
-_REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+from .advantages import ADVANTAGES
+from .contract import ESTIMATORS, NUM_STATS, REDUCTIONS, SIZES, Op, OpConfig, Request
 
 Arguments = dict[str, Any]
 
-
-class Input(NamedTuple):
-    """How the extension calls an input, and what goes with it."""
-
-    value: str
-    tangent: str
-    gradient: str
-    stride: str  # empty for an input that is passed contiguous
+_NUMBERS: dict[str, dict[str, int]] = {
+    "estimator": ESTIMATORS,
+    "advantage": {name: each.number for name, each in ADVANTAGES.items()},
+    "reduction": REDUCTIONS,
+}
 
 
-def rows(name: str) -> Input:
-    """A (B, ...) input, whose rows may be strided or expanded."""
-    return Input(name, f"{name}_tangent", f"grad_{name}", f"{name}_stride")
+class Kernel(ABC):
+    """One op: a function of the extension, which a backend's `call` runs.
 
-
-def whole(name: str) -> Input:
-    return Input(name, f"{name}_tangent", f"grad_{name}", "")
-
-
-class Kernel(BothOrders):
-    """One op: `first` and `second` of `contract` on a function of the extension, which a backend's `call` runs.
-
-    Args:
-        names: of the inputs.
-        value_shape: shape of the value, from (inputs, constants, config).
-        options: the op's own arguments, from (inputs, constants, config).
-        labels: the constants to pass, by name.
+    It is called with addresses, 0 or nothing for what is absent. An input `x` is `x`, its tangent `x_tangent` and its
+    gradient `grad_x`; one whose first axis counts rows may be strided along it, by `x_stride`; of one with several
+    shapes `x_ndim` tells which. Constants go by their names, sizes by those of `contract.SIZES`, the value is `out`.
     """
 
-    def __init__(
-        self,
-        op: str,
-        names: Sequence[Input],
-        value_shape: Callable[[Sequence[Tensor], Sequence[Tensor], OpConfig], Sequence[int]],
-        options: Callable[[Sequence[Tensor], Sequence[Tensor], OpConfig], Arguments],
-        labels: Sequence[str] = (),
-        labels_name: str = "target",
-    ) -> None:
+    def __init__(self, op: Op) -> None:
         self.op = op
-        self.names = names
-        self.value_shape = value_shape
-        self.options = options
-        self.labels = labels
-        self.labels_name = labels_name
+        fields = op.Inputs._fields
+        self.inputs = [
+            (name, f"{name}_tangent", f"grad_{name}", f"{name}_stride" if op.axes[name].startswith("B") else "")
+            for name in fields
+        ]
+        self.several = [(name, f"{name}_ndim") for name in fields if op.axes[name] == "*"]
+        self.constants = [name for name in op.Constants._fields if name != "seed"]
+        self.sizes = [(SIZES[letter], *place) for letter, place in op.places.items()]
+        self.base = lru_cache(maxsize=256)(self._base)
 
-    def run(self, request: Request) -> list[Tensor]:
+    def _base(self, config: OpConfig) -> Arguments:
+        chosen = {name: getattr(config, name) for name in self.op.options}
+        return {name: _NUMBERS[name][each] if name in _NUMBERS else each for name, each in chosen.items()}
+
+    def __call__(self, request: Request) -> list[Tensor]:
         inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
-        head = inputs[0]
-        shape = self.value_shape(inputs, constants, config)
-        outputs = [head.new_empty(shape), head.new_empty((5, *shape) if want_stats else 0)]
+        op, head = self.op, inputs[0]
+        shape = op.value_shape(inputs, constants, config)
+        out = head.new_empty(shape, dtype=head.dtype if op.differentiable else torch.int64)
+        stats = head.new_empty((NUM_STATS, *shape) if want_stats else 0)
+        outputs = [out, stats]
         keep: list[Tensor] = []  # what is copied for the call lives until its end
-        arguments = self.options(inputs, constants, config)
+        arguments = self.base(config).copy()
         arguments["is_double"] = head.dtype == torch.float64
         arguments["dual"] = tangents is not None
-        arguments["value"] = outputs[0].data_ptr()
+        arguments["out"] = out.data_ptr()
         if want_stats:
-            arguments["stats"] = outputs[1].data_ptr()
-        for names, x, needed in zip(self.names, inputs, needs, strict=True):
-            pass_input(arguments, names, x, keep)
+            arguments["stats"] = stats.data_ptr()
+        for size, name, axis in self.sizes:
+            arguments[size] = getattr(inputs if name in inputs._fields else constants, name).shape[axis]
+        for name, ndim in self.several:
+            arguments[ndim] = getattr(inputs, name).ndim
+        for (name, _, gradient_name, stride), x, needed in zip(self.inputs, inputs, needs, strict=True):
+            if stride:
+                if not x.is_contiguous() and not x[:1].is_contiguous():
+                    x = x.contiguous()
+                    keep.append(x)
+                arguments[stride] = x.stride(0)
+                arguments[name] = x.data_ptr()
+            else:
+                arguments[name] = _address(x, keep)
             if needed:
                 gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
-                arguments[names.gradient] = gradient.data_ptr()
+                arguments[gradient_name] = gradient.data_ptr()
             else:
                 gradient = x.new_empty(0)
             outputs.append(gradient)
-        for names, tangent in zip(self.names, tangents or (), strict=False):
+        for (_, name, _, _), tangent in zip(self.inputs, tangents or (), strict=False):
             if tangent is not None:
-                arguments[names.tangent] = address(tangent, keep)
-        for label, constant in zip(self.labels, constants, strict=False):
-            arguments[label] = address(constant, keep)
+                arguments[name] = _address(tangent, keep)
+        for name in self.constants:
+            arguments[name] = _address(getattr(constants, name), keep)
+        if "row_offset" in arguments:
+            arguments["seed"] = 0 if constants.seed is None else constants.seed
         if cotangent is not None:
-            arguments["cotangent"] = address(cotangent, keep)
+            arguments["cotangent"] = _address(cotangent, keep)
         if cotangent_tangent is not None:
-            arguments["cotangent_tangent"] = address(cotangent_tangent, keep)
-        self.call(arguments, head)
+            arguments["cotangent_tangent"] = _address(cotangent_tangent, keep)
+        self.call(arguments, request)
         return outputs
 
     @abstractmethod
-    def call(self, arguments: Arguments, head: Tensor) -> None:
-        """Runs the kernel on the device of `head`; raises what it refuses. A seed is still a tensor."""
+    def call(self, arguments: Arguments, request: Request) -> None:
+        """Runs the kernel on the device of the tensors; raises what it refuses. A seed is still a tensor."""
 
 
-def address(tensor: Tensor, keep: list[Tensor]) -> int:
+def _address(tensor: Tensor, keep: list[Tensor]) -> int:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
         keep.append(tensor)
     return tensor.data_ptr()
-
-
-def pass_input(arguments: Arguments, names: Input, x: Tensor, keep: list[Tensor]) -> None:
-    if names.stride:
-        if not x.is_contiguous() and not x[:1].is_contiguous():
-            x = x.contiguous()
-            keep.append(x)
-        arguments[names.stride] = x.stride(0)
-        arguments[names.value] = x.data_ptr()
-    else:
-        arguments[names.value] = address(x, keep)
-
-
-def loss(inputs: Sequence[Tensor], config: OpConfig) -> Arguments:
-    return {
-        "rows": inputs[0].shape[0],
-        "reduction": _REDUCTIONS[config.reduction],
-        "estimator": _ESTIMATORS[config.estimator],
-        "advantage": ADVANTAGES[config.advantage],
-        "samples": config.num_samples,
-        "entropy_coef": config.entropy_coef,
-        "rbf_gamma": config.rbf_gamma,
-    }
-
-
-def random(constants: Sequence[Tensor], config: OpConfig) -> Arguments:
-    return {"seed": constants[-1] if config.num_samples else 0, "row_offset": config.row_offset}
-
-
-def loss_shape(inputs: Sequence[Tensor], constants: Sequence[Tensor], config: OpConfig) -> Sequence[int]:
-    return (inputs[0].shape[0],) if config.reduction == "none" else ()
-
-
-def gaussian(kernel: Callable[..., Kernel], family: str, scale: str) -> dict[str, Kernel]:
-    """The ops of one Gaussian, whose scale parameter has this name; `kernel` takes what Kernel does."""
-    mean, scale_rows = rows("mean"), rows(scale)
-    return {
-        f"{family}_policy_loss": kernel(
-            f"{family}_policy_loss",
-            (mean, scale_rows, rows("target"), whole("precision")),
-            loss_shape,
-            lambda inputs, constants, config: {
-                **loss(inputs, config),
-                **random(constants, config),
-                "dim": inputs[0].shape[1],
-                "precision_kind": inputs[3].ndim,
-            },
-        ),
-        f"{family}_surrogate_loss": kernel(
-            f"{family}_surrogate_loss",
-            (mean, scale_rows, whole("rewards")),
-            loss_shape,
-            lambda inputs, constants, config: {**loss(inputs, config), "dim": inputs[0].shape[1]},
-            labels=("given",),
-        ),
-        f"{family}_log_prob": kernel(
-            f"{family}_log_prob",
-            (mean, scale_rows, whole("at")),
-            lambda inputs, constants, config: inputs[2].shape[:-1],
-            lambda inputs, constants, config: {
-                "rows": inputs[0].shape[0],
-                "dim": inputs[0].shape[1],
-                "count": inputs[2].shape[0],
-            },
-        ),
-        f"{family}_sample": kernel(
-            f"{family}_sample",
-            (mean, scale_rows),
-            lambda inputs, constants, config: (config.num_samples, *inputs[0].shape),
-            lambda inputs, constants, config: {
-                **random(constants, config),
-                "rows": inputs[0].shape[0],
-                "dim": inputs[0].shape[1],
-                "samples": config.num_samples,
-            },
-        ),
-    }

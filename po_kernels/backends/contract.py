@@ -1,51 +1,37 @@
-"""What a backend offers, and the options that reach it.
+"""The table of ops, and what a backend offers for them.
 
 A backend is a package `po_kernels.backends.<name>` with
 
 - `unavailable() -> str | None`: why it cannot be used on this machine at all;
-- `refuses(op, device_type, dtype) -> str | None`: why it cannot serve such a call;
-- `must_be_asked(device_type) -> str | None`: why it serves such tensors only when asked for by name;
-- `KERNELS`: for each op that it has, a dictionary of functions.
+- `unserved(device_type, dtype) -> str | None`: why it cannot serve such tensors;
+- `must_be_asked(op, device_type) -> str | None`: why it serves such a call only when asked for by name;
+- `KERNELS`: a `Kernel` for each op that it has, and no entry for one that it lacks;
+- `FIRST_ORDER_ONLY`, if its kernels take no tangents: why. The reference then serves second order.
 
-A differentiable op has two, on rows flattened to one axis:
-
-    first(inputs, constants, cotangent, needs, want_stats, config) -> [value, stats, *gradients]
-    second(inputs, constants, tangents, cotangent, cotangent_tangent, needs, config)
-        -> [value_tangent, *gradient_tangents]
-
-`inputs` are the differentiable tensors and `constants` the others (labels, samples, seed). With f the
-value and g the `cotangent` of its shape (None: ones), the gradients are g ∇f; `second` is the derivative
-of both along `tangents` and `cotangent_tangent` (None: zero): ∂f·v and g ∇²f v + ġ ∇f. A gradient that
-`needs` does not ask for is an empty tensor. `stats` is (5, *loss.shape), rows averaged, or empty unless
-wanted; only losses have them.
-
-| op | inputs | constants | value |
-| --- | --- | --- | --- |
-| gaussian_policy_loss, mvn_policy_loss | mean, log_std or scale_tril, target, precision | [seed] | () or (B,) |
-| gaussian_surrogate_loss, mvn_surrogate_loss | mean, log_std or scale_tril, rewards | samples | () or (B,) |
-| categorical_policy_loss | logits, reward_table | target, [seed] | () or (B,) |
-| categorical_surrogate_loss | logits, rewards | samples | () or (B,) |
-| gaussian_log_prob, mvn_log_prob | mean, log_std or scale_tril, value | | (N, B) |
-| categorical_log_prob | logits | value | (N, B) |
-| gaussian_sample, mvn_sample | mean, log_std or scale_tril | seed | (G, B, D) |
-| group_advantage | rewards | | (G, B) |
-
-mean, log_std and target are (B, D), scale_tril (B, D, D), logits (B, C), rewards (G, B), samples (G, B, D)
-or (G, B), value (N, B, D) or (N, B). `categorical_sample` is not differentiable and has one function,
-sample(logits, seed, num_samples, row_offset) -> (G, B).
+A `Kernel` is one function of one `Request`. It returns [value, stats, *gradients], on rows flattened to one axis.
+With f the value and g the `cotangent` of its shape (None: ones), the gradients are g ∇f. With `tangents`, each a
+tensor or None for zero, it returns the derivatives of value and gradients along them and along `cotangent_tangent`:
+∂f·v and g ∇²f v + ġ ∇f. A gradient that `needs` does not ask for is an empty tensor. `stats` is (5, *loss.shape),
+rows averaged, or empty unless wanted; only losses have them, and only without tangents.
 
 Dispatch knows op, device and dtype. A limit of shapes, such as the shared memory of a GPU, is refused by the call
 itself, with a ValueError; a backend with such limits has to be asked for by name.
-
-`reference` is plain torch and differentiated by autograd: in place of these two it has "plain", which takes
-(inputs, constants, config) and returns the value, or the row losses and statistics of a loss.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
+
+# With the numbers that compiled kernels know them by.
+ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3}
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+# Sizes of axes, by the letter that stands for them in `Op.axes`.
+SIZES = {"B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count"}
+
+NUM_STATS = 5
 
 
 class OpConfig(NamedTuple):
@@ -61,78 +47,182 @@ class OpConfig(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What `first` and `second` are asked for; of a first derivative the tangents are None."""
+    """What a kernel is asked for. Inputs, tangents and needs are named by `Op.Inputs`, constants by `Op.Constants`."""
 
-    inputs: Sequence[Tensor]
-    constants: Sequence[Tensor]
-    tangents: Sequence[Tensor | None] | None
+    inputs: Any
+    constants: Any
+    tangents: Any | None
     cotangent: Tensor | None
     cotangent_tangent: Tensor | None
-    needs: Sequence[bool]
+    needs: Any
     want_stats: bool
     config: OpConfig
 
 
-class BothOrders(ABC):
-    """`first` and `second` of an op from one function, `run`."""
+Kernel = Callable[[Request], list[Tensor]]
 
-    def first(
+
+class Op:
+    """A row of the table.
+
+    Attributes:
+        name: of the op.
+        axes: by name of tensor the letters of its axes, "*" where its shape is one of several.
+        Inputs: the differentiable tensors, a named tuple.
+        Constants: the others, a named tuple: labels, samples, and the seed, which is None where nothing is drawn.
+        value: the letters of the value's axes; empty for a loss, which is () or (B,) by its reduction.
+        estimators: of a loss.
+        closed_form: the one of them that draws no samples.
+        row_axis: for each input of a loss the axis along which a row's value depends on it alone, None if a
+            cotangent with an axis has to be known before its gradient can be.
+        options: the fields of `OpConfig` that it has a use for.
+        labels: the constant that holds classes of a categorical, if it has one.
+        differentiable: False for labels that are drawn.
+    """
+
+    def __init__(
         self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
+        name: str,
+        inputs: dict[str, str],
+        constants: dict[str, str],
+        value: str = "",
+        estimators: tuple[str, ...] = (),
+        options: tuple[str, ...] = (),
+        differentiable: bool = True,
+    ) -> None:
+        self.name = name
+        self.axes = {**inputs, **constants}
+        self.Inputs: Any = namedtuple("Inputs", tuple(inputs))  # type: ignore[misc]
+        self.Constants: Any = namedtuple(  # type: ignore[misc]
+            "Constants", tuple(constants), defaults=(None,) * len(constants)
+        )
+        self.value = value
+        self.estimators = estimators
+        self.closed_form = next((each for each in estimators if ESTIMATORS[each] == 0), None)
+        axes = [letters.find("B") if self.is_loss else -1 for letters in inputs.values()]
+        self.row_axis = tuple(None if axis < 0 else axis for axis in axes)
+        self.options = options
+        if self.is_loss:
+            self.options += ("estimator", "advantage", "rbf_gamma", "entropy_coef", "reduction", "num_samples")
+        if "seed" in constants:
+            self.options += ("num_samples", "row_offset")
+        self.labels = next((each for each in constants if "logits" in inputs and each != "seed"), None)
+        self.differentiable = differentiable
+        # Where each size is read: an axis of a tensor, or the configuration.
+        self.places: dict[str, tuple[str, int]] = {}
+        for tensor, letters in self.axes.items():
+            for axis, letter in enumerate(letters):
+                if letter not in ("*", "G"):
+                    self.places.setdefault(letter, (tensor, axis))
+
+    @property
+    def is_loss(self) -> bool:
+        return not self.value
+
+    def request(
+        self,
+        inputs: Iterable[Tensor],
+        constants: Iterable[Tensor | None],
+        tangents: Iterable[Tensor | None] | None,
         cotangent: Tensor | None,
-        needs: Sequence[bool],
+        cotangent_tangent: Tensor | None,
+        needs: Iterable[bool],
         want_stats: bool,
         config: OpConfig,
-    ) -> list[Tensor]:
-        return self.run(Request(inputs, constants, None, cotangent, None, needs, want_stats, config))
+    ) -> Request:
+        """A `Request` of tensors in the order of the table."""
+        Inputs = self.Inputs
+        return Request(
+            Inputs(*inputs), self.Constants(*constants), None if tangents is None else Inputs(*tangents), cotangent,
+            cotangent_tangent, Inputs(*needs), want_stats, config,
+        )  # fmt: skip
 
-    def second(
-        self,
-        inputs: Sequence[Tensor],
-        constants: Sequence[Tensor],
-        tangents: Sequence[Tensor | None],
-        cotangent: Tensor,
-        cotangent_tangent: Tensor | None,
-        needs: Sequence[bool],
-        config: OpConfig,
-    ) -> list[Tensor]:
-        value, _, *gradients = self.run(
-            Request(inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config)
-        )
-        return [value, *gradients]
+    def size(self, letter: str, inputs: Any, constants: Any, config: OpConfig) -> int:
+        if letter == "G":
+            return config.num_samples
+        tensor, axis = self.places[letter]
+        return getattr(inputs if tensor in inputs._fields else constants, tensor).shape[axis]
 
-    @abstractmethod
-    def run(self, request: Request) -> list[Tensor]:
-        """[value, stats, *gradients], or their derivatives along the tangents."""
+    def value_shape(self, inputs: Any, constants: Any, config: OpConfig) -> tuple[int, ...]:
+        letters = self.value
+        if self.is_loss:
+            letters = "B" if config.reduction == "none" else ""
+        return tuple([self.size(letter, inputs, constants, config) for letter in letters])
 
 
-# Refusals of values, by the code that a compiled kernel returns. A kernel reports the first row concerned.
-PRECISION_NOT_POSITIVE = 1
-PRECISION_NOT_SYMMETRIC = 2
-LABEL_OUT_OF_RANGE = 3
-ALL_MASKED = 4
-NOT_TRIANGULAR = 5
-SINGULAR = 6
-LABEL_MASKED = 7
-LOGITS_NOT_FINITE = 8
+_SAMPLED = ("reparam", "dice", "reinforce")
+_SEED = {"seed": ""}
+
+
+def _gaussian(family: str, scale: str) -> list[Op]:
+    policy = {"mean": "BD", "scale": scale}
+    return [
+        Op(
+            f"{family}_policy_loss",
+            {**policy, "target": "BD", "precision": "*"},
+            _SEED,
+            estimators=("analytic", *_SAMPLED),
+        ),
+        Op(f"{family}_surrogate_loss", {**policy, "rewards": "GB"}, {"samples": "GBD"}, estimators=_SAMPLED),
+        Op(f"{family}_log_prob", {**policy, "value": "NBD"}, {}, "NB"),
+        Op(f"{family}_sample", policy, _SEED, "GBD"),
+    ]
+
+
+_LOGITS = {"logits": "BC"}
+
+OPS = {
+    op.name: op
+    for op in (
+        *_gaussian("gaussian", "BD"),  # the scale is log σ
+        *_gaussian("mvn", "BDD"),  # the scale is L, lower triangular
+        Op(
+            "categorical_policy_loss",
+            {**_LOGITS, "reward_table": "CC"},
+            {"target": "B", **_SEED},
+            estimators=("exact", "dice", "reinforce"),
+        ),
+        Op("categorical_surrogate_loss", {**_LOGITS, "rewards": "GB"}, {"samples": "GB"}, estimators=_SAMPLED[1:]),
+        Op("categorical_log_prob", _LOGITS, {"value": "NB"}, "NB"),
+        Op("categorical_sample", _LOGITS, _SEED, "GB", differentiable=False),
+        Op("group_advantage", {"rewards": "GB"}, {}, "GB", options=("advantage", "rbf_gamma", "num_samples")),
+    )
+}
+
+
+class Refusal(NamedTuple):
+    """Why a value is refused. A compiled kernel returns the number, and the first row concerned."""
+
+    number: int
+    message: str
+
+
+REFUSALS = {
+    "precision_not_positive": Refusal(
+        1, "precision: expected positive values (as a matrix: positive definite), got others"
+    ),
+    "precision_not_symmetric": Refusal(2, "precision: expected a symmetric matrix, got one that is not"),
+    "label_out_of_range": Refusal(
+        3, "{name}: expected labels from 0 to the number of classes less one, got another in row {row}"
+    ),
+    "all_masked": Refusal(4, "logits: expected a logit above -inf in each row, got none in row {row}"),
+    "not_triangular": Refusal(
+        5, "scale_tril: expected a lower triangular matrix, got an entry above the diagonal in row {row}"
+    ),
+    "singular": Refusal(6, "scale_tril: expected a positive diagonal, got another in row {row}"),
+    "label_masked": Refusal(
+        7, "{name}: expected labels that the logits do not mask, got one of probability zero in row {row}"
+    ),
+    "logits_not_finite": Refusal(
+        8, "logits: expected numbers or -inf to draw samples from, got nan or inf in row {row}"
+    ),
+}
 
 # Entries that should be equal, or zero, may differ by this much of the largest: room for rounding and
 # for the finite differences of a gradient check, not for a wrong matrix.
 MATRIX_TOLERANCE = 1e-4
 
-_REFUSALS = {
-    PRECISION_NOT_POSITIVE: "precision: expected positive values (as a matrix: positive definite), got others",
-    PRECISION_NOT_SYMMETRIC: "precision: expected a symmetric matrix, got one that is not",
-    LABEL_OUT_OF_RANGE: "{name}: expected labels from 0 to the number of classes less one, got another in row {row}",
-    ALL_MASKED: "logits: expected a logit above -inf in each row, got none in row {row}",
-    NOT_TRIANGULAR: "scale_tril: expected a lower triangular matrix, got an entry above the diagonal in row {row}",
-    LABEL_MASKED: "{name}: expected labels that the logits do not mask, got one of probability zero in row {row}",
-    LOGITS_NOT_FINITE: "logits: expected numbers or -inf to draw samples from, got nan or inf in row {row}",
-    SINGULAR: "scale_tril: expected a positive diagonal, got another in row {row}",
-}
 
-
-def refuse(op: str, code: int, row: int, name: str = "target") -> NoReturn:
-    """Raises the ValueError for a refused value."""
-    raise ValueError(f"{op}: " + _REFUSALS[code].format(row=row, name=name))
+def refuse(op: str, refusal: str, row: int, name: str = "target") -> NoReturn:
+    """Raises the ValueError of a value refused, `name` being that of the labels."""
+    raise ValueError(f"{op}: " + REFUSALS[refusal].message.format(row=row, name=name))

@@ -17,117 +17,87 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import dispatch
-from ..backends.contract import OpConfig
-from . import _library
+from ..backends.contract import OPS, OpConfig
+from . import _library, _modes
 
 
 class Call(NamedTuple):
-    """Everything about a call of a kernel but its tensors.
-
-    Attributes:
-        row_axis: for each differentiable input the axis along which a row's value depends on it alone,
-            or None if a cotangent with an axis has to be known before its gradient can be.
-    """
+    """Everything about a call of a kernel but its tensors."""
 
     op: str
     backend: str
     config: OpConfig
     want_stats: bool
-    row_axis: tuple[int | None, ...]
 
 
-def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """The value and the statistics (5, ...) of a loss, the latter empty unless wanted."""
     track = torch.is_grad_enabled()
     needs = [track and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling():
         outputs = _CompiledValue.apply(call, needs, *inputs, *constants)
-    elif not _is_plain(*inputs, *constants):
+    elif not _modes.may_call_directly(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
-    elif True in needs or _in_forward_mode():
+    elif True in needs or _modes.in_forward_mode():
         outputs = _PlainValue.apply(call, needs, *inputs, *constants)
     else:
-        outputs = _kernel(call, "first")(inputs, constants, None, needs, call.want_stats, call.config)
+        outputs = _direct(call, inputs, constants, None, None, None, needs, call.want_stats)
     return outputs[0], outputs[1]
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
-    """The kernel may be called without torch's dispatcher.
-
-    No transform, mode or subclass of tensor is looking, and no tensor is one whose memory does not hold its values: a
-    zero without storage, as autograd hands out, or a view that is to be negated.
-    """
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return False
-    for x in tensors:  # noqa: SIM110, a generator takes longer than all of it
-        if x is not None and (type(x) not in _PLAIN or x._is_zerotensor() or x.is_neg()):
-            return False
-    return True
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def _in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0
-
-
-def _is_transformed() -> bool:
-    """A backward pass is differentiated, in whichever mode, or batched: it has to be made of Functions."""
-    return torch.is_grad_enabled() or _in_forward_mode() or torch._C._are_functorch_transforms_active()
-
-
-_is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
-
-
-def _no_legacy_batch(call: Call, *tensors: Tensor | None) -> None:
-    """Refuses what `is_grads_batched=True` and `vectorize=True` make, which no Function can have a rule for."""
-    if any(x is not None and _is_legacy_batch(x) for x in tensors):
-        raise RuntimeError(
-            f"{call.op}: batches of cotangents are not available through is_grads_batched=True or vectorize=True; "
-            "use torch.func.vmap, or torch.func.jacrev and torch.func.hessian"
-        )
-
-
-def _kernel(call: Call, which: str) -> Any:
-    return dispatch.kernel(call.backend, call.op, which)
-
-
-def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    count = len(call.row_axis)
-    return tensors[:count], tensors[count:]
-
-
-def _first(call: Call, inputs: Any, constants: Any, cotangent: Tensor | None, needs: Any, want_stats: bool) -> Any:
+def run(
+    call: Call,
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None] | None = None,
+    cotangent: Tensor | None = None,
+    cotangent_tangent: Tensor | None = None,
+    *,
+    needs: Sequence[bool],
+    want_stats: bool = False,
+) -> list[Tensor]:
+    """[value, statistics, *gradients] of the kernel, or their derivatives: `po_kernels.backends.contract`."""
+    op, moved = call.op, tangents or ()
     if not torch.compiler.is_compiling():
-        _no_legacy_batch(call, cotangent)
-        if _is_plain(*inputs, *constants, cotangent):
-            return _kernel(call, "first")(inputs, constants, cotangent, needs, want_stats, call.config)
-    return _library.FIRST[call.op](
-        list(inputs), list(constants), cotangent, list(needs), want_stats, call.backend, *call.config
-    )
-
-
-def _second(
-    call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Tensor, cotangent_tangent: Any, needs: Any
-) -> Any:
-    if not torch.compiler.is_compiling():
-        _no_legacy_batch(call, *tangents, cotangent)
-        if _is_plain(*inputs, *constants, *tangents, cotangent, cotangent_tangent):
-            return _kernel(call, "second")(
-                inputs, constants, tangents, cotangent, cotangent_tangent, needs, call.config
+        if any(map(_is_batched, (*moved, cotangent))):
+            raise RuntimeError(
+                f"{op}: batches of cotangents are not available through is_grads_batched=True or vectorize=True; "
+                "use torch.func.vmap, or torch.func.jacrev and torch.func.hessian"
             )
-    return _library.SECOND[call.op](
-        list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), False,
+        if _modes.may_call_directly(*inputs, *constants, *moved, cotangent, cotangent_tangent):
+            return _direct(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats)
+    return _library.OPERATORS[op](
+        list(inputs), list(constants), list(moved), cotangent, cotangent_tangent, list(needs), want_stats,
         call.backend, *call.config,
     )  # fmt: skip
 
 
+def _direct(
+    call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Any, moved: Any, needs: Any, want_stats: bool
+) -> list[Tensor]:
+    request = OPS[call.op].request(inputs, constants, tangents, cotangent, moved, needs, want_stats, call.config)
+    return dispatch.kernel(call.op, call.backend)(request)
+
+
+def _is_batched(x: Tensor | None) -> bool:
+    """What `is_grads_batched=True` and `vectorize=True` make, which no Function can have a rule for."""
+    return x is not None and _modes.is_legacy_batch(x)
+
+
+def _count(call: Call) -> int:
+    return len(OPS[call.op].row_axis)
+
+
+def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    count = _count(call)
+    return tensors[:count], tensors[count:]
+
+
 def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
-    return inputs[0].new_ones(_library.VALUE_SHAPE[call.op](inputs, constants, call.config))
+    op = OPS[call.op]
+    return inputs[0].new_ones(op.value_shape(op.Inputs(*inputs), op.Constants(*constants), call.config))
 
 
 def _no_second_derivative(call: Call) -> None:
@@ -160,14 +130,14 @@ def _known_early(call: Call, needs: Sequence[bool]) -> Sequence[bool]:
     """Which of the gradients needed the forward pass can compute, not knowing the cotangent."""
     if call.config.reduction != "none":
         return needs
-    return [needed and axis is not None for needed, axis in zip(needs, call.row_axis, strict=True)]
+    return [needed and axis is not None for needed, axis in zip(needs, OPS[call.op].row_axis, strict=True)]
 
 
 class _CompiledValue(torch.autograd.Function):
     @staticmethod
     def forward(call, needs, *tensors):
         inputs, constants = _split(call, tensors)
-        return tuple(_first(call, inputs, constants, None, _known_early(call, needs), call.want_stats))
+        return tuple(run(call, inputs, constants, needs=_known_early(call, needs), want_stats=call.want_stats))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -184,7 +154,7 @@ class _CompiledValue(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, cotangent, gradient):
         call, saved = ctx.call, ctx.saved_tensors
-        count = len(call.row_axis)
+        count = _count(call)
         needs = ctx.needs_input_grad[2 : 2 + count]
         found = (None,) * count
         if cotangent is not None:
@@ -201,11 +171,11 @@ class _Value(_CompiledValue):
 
     @staticmethod
     def backward(ctx, cotangent, *_):
-        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if _is_transformed() else _gradient)
+        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if _modes.is_differentiated() else _gradient)
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
-        count = len(ctx.call.row_axis)
+        count = _count(ctx.call)
         derivative = _directional(ctx.call, ctx.saved_tensors[:-count], tangents)
         return (derivative, *(None,) * (count + 1))
 
@@ -233,32 +203,32 @@ class _PlainValue(torch.autograd.Function):
     def forward(ctx, call, needs, *tensors):
         inputs, constants = _split(call, tensors)
         early = _known_early(call, needs)
-        value, stats, *ctx.known = _kernel(call, "first")(inputs, constants, None, early, call.want_stats, call.config)
+        value, stats, *ctx.known = _direct(call, inputs, constants, None, None, None, early, call.want_stats)
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats)
         ctx.save_for_backward(*tensors)
-        if _in_forward_mode():
+        if _modes.in_forward_mode():
             ctx.save_for_forward(*tensors)
         return value, stats
 
     @staticmethod
     def backward(ctx, cotangent, _):
         call = ctx.call
-        count = len(call.row_axis)
+        count = _count(call)
         needs = ctx.needs_input_grad[2 : 2 + count]
         others = (None,) * (len(ctx.needs_input_grad) - 2 - count)
         if cotangent is None:
             return (None, None, *(None,) * count, *others)
         known = ctx.known
-        if _is_transformed():
+        if _modes.is_differentiated():
             known = known or [cotangent.new_empty(0)] * count
             found = _Gradient.apply(call, needs, cotangent, *ctx.saved_tensors, *known)
         elif (
             known is not None
             and not cotangent.ndim
             and call.config.reduction != "none"
-            and not _is_legacy_batch(cotangent)
+            and not _modes.is_legacy_batch(cotangent)
         ):
             ctx.known = None
             found = [k if needed else None for k, needed in zip(known, needs, strict=True)]
@@ -277,14 +247,14 @@ class _PlainValue(torch.autograd.Function):
 
 def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """g ∇f(x), from (*x, *constants, *known): ∇f(x) where the forward pass had reason to compute it, else empty."""
-    count = len(call.row_axis)
+    count = _count(call)
     inputs, rest = _split(call, tensors)
     constants, known = rest[:-count], rest[-count:]
     missing = [needed and k.shape != x.shape for needed, k, x in zip(needs, known, inputs, strict=True)]
     result = list(known)
     if any(missing):
-        result = list(_first(call, inputs, constants, cotangent, missing, False)[2:])
-    for i, axis in enumerate(call.row_axis):
+        result = list(run(call, inputs, constants, None, cotangent, needs=missing)[2:])
+    for i, axis in enumerate(OPS[call.op].row_axis):
         if not needs[i]:
             result[i] = known[i].new_empty(0)
         elif not missing[i]:
@@ -311,7 +281,7 @@ class _Gradient(torch.autograd.Function):
         call, needs, *tensors = inputs
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
-        count = len(call.row_axis)
+        count = _count(call)
         ctx.count = len(tensors)
         tensors = tensors[:-count]
         ctx.save_for_backward(*tensors)
@@ -326,7 +296,7 @@ class _Gradient(torch.autograd.Function):
         inputs, constants = _split(call, tuple(tensors))
         tangents = [v if needed else None for v, needed in zip(cotangents, ctx.needs, strict=True)]
         needs = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        product = _Product.apply if _is_transformed() else _product
+        product = _Product.apply if _modes.is_differentiated() else _product
         derivative, *products = product(call, needs, cotangent, None, *tangents, *inputs, *constants)
         products = [p if needed else None for p, needed in zip(products, needs, strict=True)]
         return (None, None, derivative, *products, *(None,) * (ctx.count - 1 - len(products)))
@@ -355,7 +325,7 @@ class _Derivative(torch.autograd.Function):
         inputs, constants = _split(call, rest)
         needs = [False] * len(inputs)
         unit = _ones(call, inputs, constants)
-        return _second(call, inputs, constants, tangents, unit, None, needs)[0]
+        return run(call, inputs, constants, tangents, unit, needs=needs)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -409,7 +379,8 @@ def _product(
     """(∂f(x)·v, g ∇²f(x) v + ġ ∇f(x)), from (g, ġ, *v, *x, *constants); ġ and any of v may be None, for zero."""
     tangents, rest = _split(call, tensors)
     inputs, constants = _split(call, rest)
-    return tuple(_second(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs))
+    derivative, _, *products = run(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs=needs)
+    return derivative, *products
 
 
 class _Product(torch.autograd.Function):

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ADVANTAGES = ("none", "min", "mean", "loo", "standardized")
+from ..backends.advantages import ADVANTAGES
+
 # Samples have a word of the random numbers' counter to themselves.
 MOST_SAMPLES = 2**32
-REDUCTIONS = ("mean", "sum", "none")
-SURROGATES = ("dice", "reinforce", "reparam")
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -123,7 +122,7 @@ def seed_tensor(op: str, seed: int | Tensor | None) -> Tensor:
 
 
 def group_size(op: str, name: str, size: int, advantage: str) -> None:
-    if advantage == "loo" and size < 2:
-        raise ValueError(f"{op}: {name}: expected at least 2 samples for advantage='loo', got {size}")
-    if size < 1:
-        raise ValueError(f"{op}: {name}: expected at least 1 sample, got {size}")
+    least = ADVANTAGES[advantage].least
+    if size < least:
+        what = "1 sample" if least == 1 else f"{least} samples for advantage={advantage!r}"
+        raise ValueError(f"{op}: {name}: expected at least {what}, got {size}")

@@ -2,21 +2,20 @@
 
 from torch import Tensor
 
+from ..backends.advantages import ADVANTAGES
 from ..backends.contract import OpConfig
-from . import _check, _loss, _value
+from . import _check
+from ._evaluate import computed, evaluate
+
+__all__ = ["group_advantage"]
 
 
 def group_advantage(
     rewards: Tensor, kind: str = "loo", *, rbf_gamma: float | None = None, backend: str | None = None
 ) -> Tensor:
-    """Advantages of G samples against a baseline from their own group.
+    """Advantages of G samples against a baseline from their own group, of one of these kinds.
 
-    - "none": A = r;
-    - "min": A = r - min r, the minimum held constant;
-    - "mean": A = r - mean r;
-    - "loo": A = G/(G-1) (r - mean r), the leave-one-out baseline (Kool et al. 2019);
-    - "standardized": A = (r - mean r) / (std r + 1e-6), G in the denominator of std (GRPO, arXiv 2402.03300);
-      a group whose rewards are all equal has A = 0 and passes no derivative.
+    {kinds}
 
     Args:
         rewards: (G, *), one group along the first axis.
@@ -33,11 +32,17 @@ def group_advantage(
     """
     op = "group_advantage"
     _check.floating(op, rewards=rewards)
-    _check.choice(op, "kind", kind, _check.ADVANTAGES)
+    _check.choice(op, "kind", kind, tuple(ADVANTAGES))
     if rewards.ndim < 1:
         raise ValueError(f"{op}: rewards: expected shape (G, *), got ()")
     _check.group_size(op, "rewards", rewards.shape[0], kind)
     gamma = None if rbf_gamma is None else _check.real(op, "rbf_gamma", rbf_gamma)
-    (computed,) = _loss.computed(rewards.reshape(rewards.shape[0], rewards.shape[1:].numel()))
-    advantages = _value.evaluate(op, backend, (computed,), (), OpConfig(advantage=kind, rbf_gamma=gamma))
+    groups = computed(rewards.reshape(rewards.shape[0], rewards.shape[1:].numel()))
+    config = OpConfig(num_samples=rewards.shape[0], advantage=kind, rbf_gamma=gamma)
+    advantages, _ = evaluate(op, backend, (groups,), (), config)
     return advantages.reshape(rewards.shape).to(rewards.dtype)
+
+
+group_advantage.__doc__ = (group_advantage.__doc__ or "").format(
+    kinds="\n    ".join(f'- "{kind}": {advantage.formula}.' for kind, advantage in ADVANTAGES.items())
+)

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-from .. import dispatch
 from ..backends.contract import OpConfig
-from . import _check, _library, _loss, _value
+from . import _check, _loss
+from ._evaluate import computed, evaluate
 from ._loss import LossStats
 
-_ESTIMATORS = ("exact", "dice", "reinforce")
-_SURROGATES = ("dice", "reinforce")
+__all__ = ["categorical_log_prob", "categorical_policy_loss", "categorical_sample", "categorical_surrogate_loss"]
 
 
 def categorical_sample(
@@ -39,10 +38,8 @@ def categorical_sample(
     op = "categorical_sample"
     logits, lead = _policy(op, logits)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
-    row_offset = _check.integer(op, "row_offset", row_offset, 0)
-    (logits,) = _loss.computed(logits)
-    name = dispatch.select(op, logits.device.type, logits.dtype, backend)
-    labels = _library.categorical_sample(logits.detach(), _check.seed_tensor(op, seed), name, num_samples, row_offset)
+    config = OpConfig(num_samples=num_samples, row_offset=_check.integer(op, "row_offset", row_offset, 0))
+    labels, _ = evaluate(op, backend, (computed(logits),), (_check.seed_tensor(op, seed),), config)
     return labels.reshape(num_samples, *lead)
 
 
@@ -65,9 +62,8 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     logits, lead = _policy(op, logits)
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
-    (logits,) = _loss.computed(logits)
     value = value.reshape(batch.numel(), logits.shape[0])
-    return _value.evaluate(op, backend, (logits,), (value,), OpConfig()).reshape((*batch, *lead))
+    return evaluate(op, backend, (computed(logits),), (value,), OpConfig())[0].reshape((*batch, *lead))
 
 
 def categorical_policy_loss(
@@ -112,20 +108,16 @@ def categorical_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_policy_loss"
+    chosen = _loss.options(
+        op, entropy_coef, estimator, num_samples, advantage, rbf_gamma, reduction, row_offset, return_stats, backend
+    )
     logits, lead = _policy(op, logits, reward_table=reward_table)
-    classes = logits.shape[1]
+    rows, classes = logits.shape
     target = _check.integral(op, "target", target, logits)
     _check.has_shape(op, "target", target, lead)
     _check.has_shape(op, "reward_table", reward_table, (classes, classes))
-    options = _loss.options(
-        op, estimator=estimator, allowed=_ESTIMATORS, closed_form="exact", num_samples=num_samples,
-        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
-        row_offset=row_offset, return_stats=return_stats, backend=backend,
-    )  # fmt: skip
-    constants = [_check.rows(target, logits.shape[0])]
-    if options.config.num_samples:
-        constants.append(_check.seed_tensor(op, seed))
-    return _loss.evaluate(op, options, lead, (logits, reward_table), constants, (0, None))
+    constants = (_check.rows(target, rows), _loss.seed(op, chosen, seed))
+    return _loss.loss(op, chosen, lead, (logits, reward_table), constants)
 
 
 def categorical_surrogate_loss(
@@ -161,12 +153,10 @@ def categorical_surrogate_loss(
     op = "categorical_surrogate_loss"
     logits, lead = _policy(op, logits, rewards=rewards)
     samples = _check.integral(op, "samples", samples, logits)
-    options, samples, rewards = _loss.surrogate(
-        op, samples, rewards, lead, (), allowed=_SURROGATES, estimator=estimator,
-        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
-        return_stats=return_stats, backend=backend,
-    )  # fmt: skip
-    return _loss.evaluate(op, options, lead, (logits, rewards), (samples,), (0, 1))
+    chosen, samples, rewards = _loss.surrogate(
+        op, samples, rewards, lead, (), entropy_coef, estimator, advantage, rbf_gamma, reduction, return_stats, backend
+    )
+    return _loss.loss(op, chosen, lead, (logits, rewards), (samples,))
 
 
 def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Tensor, torch.Size]:

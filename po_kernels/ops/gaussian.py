@@ -1,14 +1,13 @@
 """Diagonal Gaussian policies."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from ..backends.contract import OpConfig
-from . import _check, _loss, _value
+from . import _gaussian_family
 from ._loss import LossStats
 
-_ESTIMATORS = ("analytic", "reparam", "dice", "reinforce")
+__all__ = ["gaussian_log_prob", "gaussian_policy_loss", "gaussian_sample", "gaussian_surrogate_loss"]
+
+_FAMILY = _gaussian_family.Family("gaussian", "log_std", axes=1)
 
 
 def gaussian_sample(
@@ -40,14 +39,7 @@ def gaussian_sample(
         TypeError, ValueError: an argument of another type, shape or range.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    op = "gaussian_sample"
-    dtype = mean.dtype if isinstance(mean, Tensor) else None
-    mean, log_std, lead = _policy(op, mean, log_std)
-    num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
-    row_offset = _check.integer(op, "row_offset", row_offset, 0)
-    config = OpConfig(num_samples=num_samples, row_offset=row_offset)
-    samples = _value.evaluate(op, backend, (mean, log_std), (_check.seed_tensor(op, seed),), config)
-    return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
+    return _gaussian_family.sample(_FAMILY, mean, log_std, num_samples, seed, row_offset, backend)
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
@@ -66,11 +58,7 @@ def gaussian_log_prob(mean: Tensor, log_std: Tensor, value: Tensor, *, backend: 
         TypeError, ValueError: an argument of another type or shape.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    op = "gaussian_log_prob"
-    mean, log_std, lead = _policy(op, mean, log_std, value=value)
-    batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
-    (value,) = _loss.computed(value.reshape(batch.numel(), *mean.shape))
-    return _value.evaluate(op, backend, (mean, log_std, value), (), OpConfig()).reshape((*batch, *lead))
+    return _gaussian_family.log_prob(_FAMILY, mean, log_std, value, backend)
 
 
 def gaussian_policy_loss(
@@ -129,20 +117,10 @@ def gaussian_policy_loss(
             are not read.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    op = "gaussian_policy_loss"
-    original = mean
-    mean, log_std, lead = _policy(op, mean, log_std, target=target)
-    _check.has_shape(op, "target", target, original.shape)
-    precision = _loss.precision_tensor(op, precision, original)
-    options = _loss.options(
-        op, estimator=estimator, allowed=_ESTIMATORS, closed_form="analytic", num_samples=num_samples,
-        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
-        row_offset=row_offset, return_stats=return_stats, backend=backend,
+    return _gaussian_family.policy_loss(
+        _FAMILY, mean, log_std, target, precision, seed, entropy_coef, estimator, num_samples, advantage, rbf_gamma,
+        reduction, row_offset, return_stats, backend,
     )  # fmt: skip
-    _loss.no_rbf_in_closed_form(op, options, "analytic")
-    constants = [_check.seed_tensor(op, seed)] if options.config.num_samples else []
-    inputs = (mean, log_std, _check.rows(target, *mean.shape), precision)
-    return _loss.evaluate(op, options, lead, inputs, constants, (0, 0, 0, None))
 
 
 def gaussian_surrogate_loss(
@@ -177,26 +155,7 @@ def gaussian_surrogate_loss(
         TypeError, ValueError: an argument of another type, shape, device or range.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    op = "gaussian_surrogate_loss"
-    mean, log_std, lead = _policy(op, mean, log_std, samples=samples, rewards=rewards)
-    options, samples, rewards = _loss.surrogate(
-        op, samples, rewards, lead, (mean.shape[1],), allowed=_check.SURROGATES, estimator=estimator,
-        advantage=advantage, rbf_gamma=rbf_gamma, entropy_coef=entropy_coef, reduction=reduction,
-        return_stats=return_stats, backend=backend,
+    return _gaussian_family.surrogate_loss(
+        _FAMILY, mean, log_std, samples, rewards, entropy_coef, estimator, advantage, rbf_gamma, reduction,
+        return_stats, backend,
     )  # fmt: skip
-    return _loss.evaluate(op, options, lead, (mean, log_std, rewards), (samples,), (0, 0, 1))
-
-
-def _policy(op: str, mean: Tensor, log_std: Tensor, **others: Tensor) -> tuple[Tensor, Tensor, Sequence[int]]:
-    """mean and log_std as (B, D), and the leading dimensions."""
-    _check.floating(op, mean=mean, log_std=log_std, **others)
-    if mean.ndim < 1 or mean.shape[-1] < 1:
-        raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
-    lead, dim = mean.shape[:-1], mean.shape[-1]
-    _check.has_shape(op, "log_std", log_std, mean.shape, (dim,))
-    # Before log_std is expanded, for its gradient to be summed over rows in the dtype that is computed with.
-    mean, log_std = _loss.computed(mean, log_std)
-    mean = _check.rows(mean, lead.numel(), dim)
-    if log_std.shape != mean.shape:
-        log_std = log_std.reshape(-1, dim).expand(mean.shape)
-    return mean, log_std, lead

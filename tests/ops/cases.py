@@ -10,28 +10,21 @@ from torch import Tensor
 
 import po_kernels as pk
 from po_kernels import dispatch
+from po_kernels.backends.advantages import ADVANTAGES
+from po_kernels.backends.contract import OPS
+from po_kernels.backends.contract import REDUCTIONS as NUMBERED
 
-ADVANTAGES = ("none", "min", "mean", "loo", "standardized")
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = tuple(NUMBERED)
 PRECISIONS = ("scalar", "diagonal", "full")
 
-GAUSSIAN_LOSSES = ("gaussian_policy_loss", "mvn_policy_loss")
-POLICY_LOSSES = (*GAUSSIAN_LOSSES, "categorical_policy_loss")
-SURROGATE_LOSSES = ("gaussian_surrogate_loss", "mvn_surrogate_loss", "categorical_surrogate_loss")
-LOSSES = (*POLICY_LOSSES, *SURROGATE_LOSSES)
-LOG_PROBS = ("gaussian_log_prob", "mvn_log_prob", "categorical_log_prob")
-SAMPLES = ("gaussian_sample", "mvn_sample", "categorical_sample")
-OPS = (*LOSSES, *LOG_PROBS, *SAMPLES, "group_advantage")
-DIFFERENTIABLE = tuple(op for op in OPS if op != "categorical_sample")
-
-ESTIMATORS = {
-    "gaussian_policy_loss": ("analytic", "reparam", "dice", "reinforce"),
-    "mvn_policy_loss": ("analytic", "reparam", "dice", "reinforce"),
-    "categorical_policy_loss": ("exact", "dice", "reinforce"),
-    "gaussian_surrogate_loss": ("reparam", "dice", "reinforce"),
-    "mvn_surrogate_loss": ("reparam", "dice", "reinforce"),
-    "categorical_surrogate_loss": ("dice", "reinforce"),
-}
+LOSSES = tuple(name for name, op in OPS.items() if op.is_loss)
+POLICY_LOSSES = tuple(name for name in LOSSES if name.endswith("policy_loss"))
+SURROGATE_LOSSES = tuple(name for name in LOSSES if name.endswith("surrogate_loss"))
+GAUSSIAN_LOSSES = tuple(name for name in LOSSES if "precision" in OPS[name].axes)
+LOG_PROBS = tuple(name for name in OPS if name.endswith("log_prob"))
+SAMPLES = tuple(name for name in OPS if name.endswith("sample"))
+DIFFERENTIABLE = tuple(name for name, op in OPS.items() if op.differentiable)
+ESTIMATORS = {name: OPS[name].estimators for name in LOSSES}
 
 LEADS = ((), (1,), (2,), (5,), (1, 1), (2, 3), (3, 1, 2))
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33)
@@ -53,9 +46,8 @@ def fused(op: str) -> list[str]:
     for name in dispatch.BACKENDS:
         if name == "reference":
             continue
-        backend = dispatch.module(name)
-        if backend.unavailable() is None and backend.refuses(op, DEVICE, torch.float32) is None:
-            assert backend.refuses(op, DEVICE, torch.float64) is None
+        if dispatch.refusal(op, name, DEVICE, torch.float32) is None:
+            assert dispatch.refusal(op, name, DEVICE, torch.float64) is None
             names.append(name)
     return names
 
@@ -247,7 +239,7 @@ def draw(
 
 
 def _advantage(rng: random.Random, group: int) -> str:
-    return rng.choice([kind for kind in ADVANTAGES if kind != "loo" or group > 1])
+    return rng.choice([kind for kind, advantage in ADVANTAGES.items() if group >= advantage.least])
 
 
 def directions(case: Case, seed: int) -> list[Tensor]:

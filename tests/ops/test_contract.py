@@ -5,7 +5,8 @@ import torch
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 
 import po_kernels as pk
-from po_kernels.ops import _autograd, _library
+from po_kernels.backends.contract import OPS
+from po_kernels.ops import _library, _modes
 
 from .cases import (
     DIFFERENTIABLE,
@@ -253,40 +254,27 @@ def test_compiled_by_inductor(backend):
     compiled_agrees(case, backend, "inductor")
 
 
-@pytest.mark.parametrize("backend", fused("categorical_sample"))
-def test_opcheck_of_labels(backend):
-    torch.library.opcheck(_library.categorical_sample, (torch.randn(3, 4), torch.tensor(5), backend, 6, 2))
-
-
-@pytest.mark.parametrize(("op", "backend"), fused_pairs(DIFFERENTIABLE))
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(tuple(OPS)))
 def test_opcheck(op, backend, monkeypatch):
     """The arguments are those of real calls, kept on their way to the kernel."""
     calls = []
+    kernel = _library.OPERATORS[op]
 
-    def kept(table):
-        kernel = table[op]
+    def kept(*arguments):
+        calls.append(torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments))
+        return kernel(*arguments)
 
-        def call(*arguments):
-            detached = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, arguments)
-            calls.append((kernel, detached))
-            return kernel(*arguments)
-
-        monkeypatch.setitem(table, op, call)
-
-    monkeypatch.setattr(_autograd, "_is_plain", lambda *_: False)  # which goes around torch's dispatcher
-    kept(_library.FIRST)
-    kept(_library.SECOND)
-    for options in ({"estimator": "dice", "reduction": "mean"}, {"estimator": "dice", "reduction": "none"}):
-        options = options if op in LOSSES else {}
-        derivatives(draw(op, 2, lead=(3,), dim=2, group=3, mask=False, **options), backend)
-    assert {kernel for kernel, _ in calls} == {
-        getattr(torch.ops.po_kernels, f"{op}_{order}").default for order in ("first", "second")
-    }
-    for kernel, arguments in calls:
+    monkeypatch.setattr(_modes, "may_call_directly", lambda *_: False)  # around torch's dispatcher
+    monkeypatch.setitem(_library.OPERATORS, op, kept)
+    for reduction in ("mean", "none"):
+        options = {"estimator": "dice", "reduction": reduction} if op in LOSSES else {}
+        case = draw(op, 2, lead=(3,), dim=2, group=3, mask=False, **options)
+        derivatives(case, backend) if OPS[op].differentiable else case(backend=backend)
+    assert {bool(tangents) for _, _, tangents, *_ in calls} == {False, OPS[op].differentiable}
+    for arguments in calls:
         torch.library.opcheck(kernel, arguments)
 
 
-def test_every_op_is_under_test():
-    families = ("gaussian", "mvn", "categorical", "group")
-    assert {name for name in pk.__all__ if name.split("_")[0] in families} == {*DIFFERENTIABLE, "categorical_sample"}
-    assert set(_library.FIRST) == set(_library.SECOND) == set(DIFFERENTIABLE)
+def test_every_op_is_in_the_table():
+    families = {name.split("_")[0] for name in OPS}
+    assert {name for name in pk.__all__ if name.split("_")[0] in families} == set(OPS)

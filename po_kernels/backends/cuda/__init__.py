@@ -36,18 +36,16 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unserved(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cuda" and not (device_type == "cpu" and kernels.emulated()):
         return f"it serves CUDA tensors, not {device_type}"
-    if op not in KERNELS:
-        return f"it has no kernel for {op}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {dtype}"
     return None
 
 
-def must_be_asked(device_type: str) -> str | None:
+def must_be_asked(op: str, device_type: str) -> str | None:
     return "the emulator is slow" if device_type == "cpu" else "no measurement shows it faster than triton"
 
 
-__all__ = ["KERNELS", "refuses", "unavailable"]
+__all__ = ["KERNELS", "must_be_asked", "unavailable", "unserved"]

@@ -1,16 +1,14 @@
 """The ops of the compiled extension on a GPU, or on the host by emulation."""
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import extension
-from .. import checks
-from ..compiled import Arguments, Kernel, gaussian
-from ..contract import Request
+from .. import checks, contract
+from ..compiled import Arguments, Kernel
+from ..contract import OPS, Request
 
 # Blocks, each of which sums over its rows: as many for a multiprocessor as 1, 2, 3, 4 or 6 of them at a time divide, so
 # that none idles at the end. On the host, in all. And numbers that these sums may take together.
@@ -19,27 +17,16 @@ _MOST_BLOCKS = 4096
 _MOST_SUMS = 2**20
 _HEAD = 6  # the loss and its statistics, as in csrc/cuda/gaussian_family.hpp
 
-_CHECKS: dict[str, Callable[..., None]] = {
-    "gaussian_policy_loss": checks.gaussian_policy_loss,
-    "mvn_policy_loss": checks.mvn_policy_loss,
-    "mvn_surrogate_loss": checks.mvn,
-    "mvn_log_prob": checks.mvn,
-    "mvn_sample": checks.mvn,
-}
-
 
 def emulated() -> bool:
     return os.environ.get("PO_KERNELS_CUDA_EMULATE", "0").lower() in ("1", "true", "on", "yes", "backward")
 
 
 class _Kernel(Kernel):
-    def run(self, request: Request) -> list[Tensor]:
-        if request.inputs[0].device.type == "cpu":  # where values are at hand
-            _CHECKS.get(self.op, checks.nothing)(self.op, *request.inputs, *request.constants)
-        return super().run(request)
-
-    def call(self, arguments: Arguments, head: Tensor) -> None:
-        device = head.device
+    def call(self, arguments: Arguments, request: Request) -> None:
+        op, device = self.op.name, request.inputs[0].device
+        if device.type == "cpu":  # where values are at hand
+            checks.values(self.op, request.inputs, request.constants)
         if "seed" in arguments:
             seed = arguments["seed"]
             if isinstance(seed, Tensor) and seed.device == device:
@@ -50,7 +37,7 @@ class _Kernel(Kernel):
         rows, terms = arguments["rows"], 0
         if "grad_precision" in arguments:
             dim = arguments["dim"]
-            terms = (1, dim, dim * (dim + 1) // 2)[arguments["precision_kind"]]
+            terms = (1, dim, dim * (dim + 1) // 2)[arguments["precision_ndim"]]
         most = _MOST_BLOCKS
         if device.type == "cuda":
             most = _BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
@@ -63,14 +50,13 @@ class _Kernel(Kernel):
         arguments["device"] = device.index or 0
         if device.type == "cuda":
             arguments["stream"] = torch.cuda.current_stream(device).cuda_stream
-        refused, failed = getattr(extension.module, f"cuda_{self.op}")(**arguments)
+        refused, failed = getattr(extension.module, f"cuda_{op}")(**arguments)
         if refused:
-            raise ValueError(f"{self.op}: mean: backend 'cuda' {refused}; use another backend")
+            raise ValueError(f"{op}: mean: backend 'cuda' {refused}; use another backend")
         if failed:
-            raise RuntimeError(f"{self.op}: backend 'cuda' could not launch its kernel: {failed}")
+            raise RuntimeError(f"{op}: backend 'cuda' could not launch its kernel: {failed}")
 
 
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    op: {"first": kernel.first, "second": kernel.second}
-    for op, kernel in (gaussian(_Kernel, "gaussian", "log_std") | gaussian(_Kernel, "mvn", "scale_tril")).items()
+KERNELS: dict[str, contract.Kernel] = {
+    name: _Kernel(op) for name, op in OPS.items() if hasattr(extension.module, f"cuda_{name}")
 }

@@ -3,25 +3,50 @@
 import torch
 
 from ... import extension
-from .kernels import KERNELS
+from .. import contract
+from ..compiled import Arguments, Kernel
+from ..contract import OPS, Request
+
+# Samples times dimensions of a row: beyond it no machine has the memory, and sizes in bytes would overflow.
+_MOST_SCRATCH = 2**48
+_REFUSALS = {refusal.number: name for name, refusal in contract.REFUSALS.items()}
 
 
 def unavailable() -> str | None:
     return extension.missing
 
 
-def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unserved(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, not {device_type}"
-    if op not in KERNELS:
-        return f"it has no kernel for {op}"
     if dtype not in (torch.float32, torch.float64):
         return f"it computes in float32 and float64, not {dtype}"
     return None
 
 
-def must_be_asked(device_type: str) -> str | None:
+def must_be_asked(op: str, device_type: str) -> str | None:
     return None
 
 
-__all__ = ["KERNELS", "refuses", "unavailable"]
+class _Kernel(Kernel):
+    def call(self, arguments: Arguments, request: Request) -> None:
+        op = self.op.name
+        arguments["threads"] = torch.get_num_threads()
+        if "seed" in arguments:
+            arguments["seed"] = int(arguments["seed"])
+        samples = arguments.get("num_samples", 0)
+        per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
+        try:
+            if samples * per_sample > _MOST_SCRATCH:
+                raise MemoryError
+            code, row = getattr(extension.module, op)(**arguments)
+        except MemoryError:
+            raise MemoryError(
+                f"{op}: num_samples: expected a group whose samples fit in memory, a few rows at a time, "
+                f"got {samples} samples of {per_sample} numbers"
+            ) from None
+        if code:
+            contract.refuse(op, _REFUSALS[code], row, self.op.labels or "")
+
+
+KERNELS: dict[str, contract.Kernel] = {name: _Kernel(op) for name, op in OPS.items() if hasattr(extension.module, name)}

@@ -13,7 +13,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unserved(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, not {device_type}"
     if dtype not in (torch.float32, torch.float64):
@@ -21,7 +21,7 @@ def refuses(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def must_be_asked(device_type: str) -> str | None:
+def must_be_asked(op: str, device_type: str) -> str | None:
     return None
 
 

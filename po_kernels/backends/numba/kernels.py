@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .. import checks
+from .. import checks, contract
 from ..contract import OpConfig
 from . import advantage, categorical, gaussian_family
 from . import gaussian as _gaussian  # noqa: F401, declares its scale
@@ -159,6 +159,10 @@ def _seed(constants: Sequence[Tensor], config: OpConfig) -> tuple[Any, Any]:
     return np.uint64(seed & (2**64 - 1)), np.uint64(config.row_offset)
 
 
+def _unchecked(*_: Any) -> None:
+    pass
+
+
 class _Loss:
     """`first` and `second` of a loss.
 
@@ -177,15 +181,6 @@ class _Loss:
         run: Callable[..., Any],
     ) -> None:
         self.op, self.check, self.check_rows, self.start, self.run = op, check, check_rows, start, run
-
-    def first(self, inputs, constants, cotangent, needs, want_stats, config):
-        return self._evaluate(inputs, constants, None, cotangent, None, needs, want_stats, config)
-
-    def second(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, config):
-        value, _, *gradients = self._evaluate(
-            inputs, constants, tangents, cotangent, cotangent_tangent, needs, False, config
-        )
-        return [value, *gradients]
 
     def _evaluate(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config):
         self.check(self.op, *inputs, *constants)
@@ -240,14 +235,7 @@ class _Value:
             run,
         )
 
-    def first(self, inputs, constants, cotangent, needs, want_stats, config):
-        return self._evaluate(inputs, constants, None, cotangent, None, needs, config)
-
-    def second(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, config):
-        value, _, *gradients = self._evaluate(inputs, constants, tangents, cotangent, cotangent_tangent, needs, config)
-        return [value, *gradients]
-
-    def _evaluate(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, config):
+    def _evaluate(self, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config):
         self.check(self.op, *inputs, *constants)
         run = self.start(inputs, tangents is not None, config)
         run.check = lambda: self.check_rows(self.op, *inputs, *constants)
@@ -494,7 +482,7 @@ def _check_precision(op: str, mean: Tensor, scale: Tensor, target: Tensor, u: Te
 
 
 def _gaussian_kernels(family: str, kind: Any, check_rows: Callable[..., None]) -> list[_Loss | _Value]:
-    ops, nothing = _Gaussian(kind), checks.nothing
+    ops, nothing = _Gaussian(kind), _unchecked
     return [
         _Loss(f"{family}_policy_loss", _check_precision, check_rows, ops.start_policy, ops.policy_loss),
         _Loss(f"{family}_surrogate_loss", nothing, check_rows, ops.start, ops.surrogate_loss),
@@ -503,41 +491,58 @@ def _gaussian_kernels(family: str, kind: Any, check_rows: Callable[..., None]) -
     ]
 
 
-KERNELS: dict[str, dict[str, Callable[..., Any]]] = {
-    kernel.op: {"first": kernel.first, "second": kernel.second}
+def _kernel(op: _Loss | _Value) -> contract.Kernel:
+    def kernel(request: contract.Request) -> list[Tensor]:
+        checks.values(contract.OPS[op.op], request.inputs, request.constants)
+        given = [x for x in request.constants if x is not None]
+        return op._evaluate(request.inputs, given, *request[2:])
+
+    return kernel
+
+
+KERNELS: dict[str, contract.Kernel] = {
+    kernel.op: _kernel(kernel)
     for kernel in (
-        *_gaussian_kernels("gaussian", DiagonalKind, checks.nothing),
-        *_gaussian_kernels("mvn", TriangularKind, checks.mvn),
+        *_gaussian_kernels("gaussian", DiagonalKind, _unchecked),
+        *_gaussian_kernels("mvn", TriangularKind, _unchecked),
         _Loss(
             "categorical_policy_loss",
             _check_labels("target"),
-            checks.categorical_policy_loss,
+            _unchecked,
             _start_categorical,
             _categorical_policy_loss,
         ),
         _Loss(
             "categorical_surrogate_loss",
             _check_labels("samples"),
-            checks.categorical_surrogate_loss,
+            _unchecked,
             _start_categorical,
             _categorical_surrogate_loss,
         ),
         _Value(
             "categorical_log_prob",
             _check_labels("value"),
-            checks.categorical_log_prob,
+            _unchecked,
             _start_categorical,
             lambda inputs, constants, config: constants[0].shape,
             _categorical_log_prob,
         ),
         _Value(
             "group_advantage",
-            checks.nothing,
-            checks.nothing,
+            _unchecked,
+            _unchecked,
             _start_advantage,
             lambda inputs, constants, config: inputs[0].shape,
             _group_advantage,
         ),
     )
 }
-KERNELS["categorical_sample"] = {"sample": _categorical_sample}
+
+
+def _sample_labels(request: contract.Request) -> list[Tensor]:
+    (logits,), config = request.inputs, request.config
+    labels = _categorical_sample(logits, request.constants.seed, config.num_samples, config.row_offset)
+    return [labels, logits.new_empty(0), logits.new_empty(0)]
+
+
+KERNELS["categorical_sample"] = _sample_labels

@@ -1,6 +1,6 @@
 """Categorical in plain torch. Rows are flattened: logits (B, C), -inf masks a class."""
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from . import philox
 from .losses import RowLoss, sampled_loss, transform_rewards
 
 
-def sample(logits: Tensor, *, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+def sample(logits: Tensor, seed: Tensor, config: OpConfig) -> Tensor:
     """(G, B) int64."""
-    return philox.categorical(logits, seed, num_samples, row_offset)
+    return philox.categorical(logits, seed, config.num_samples, config.row_offset)
 
 
 def log_prob(logits: Tensor, value: Tensor) -> Tensor:
@@ -33,13 +33,8 @@ def entropy(logits: Tensor) -> Tensor:
     return -(p * log_p).sum(dim=-1)
 
 
-def policy_loss(
-    logits: Tensor,
-    reward_table: Tensor,
-    target: Tensor,
-    seed: Tensor | None,
-    config: OpConfig,
-) -> RowLoss:
+def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
+    (logits, reward_table), target = inputs, constants.target
     target_log_prob = log_prob(logits, target).detach()
     column = reward_table.t()[target]  # (B, C): the reward of each class given the row's label
     h = entropy(logits)
@@ -49,7 +44,7 @@ def policy_loss(
         mean = (p * rewards).sum(dim=-1)
         std = (p * (rewards - mean.unsqueeze(-1)).square()).sum(dim=-1).detach().sqrt()
         return RowLoss(-(mean + config.entropy_coef * h), mean.detach(), std, h.detach(), target_log_prob, std)
-    samples = sample(logits, seed=cast(Tensor, seed), num_samples=config.num_samples, row_offset=config.row_offset)
+    samples = sample(logits, constants.seed, config)
     return sampled_loss(
         column.gather(-1, samples.t()).t(),
         log_prob(logits, samples),
@@ -59,14 +54,9 @@ def policy_loss(
     )
 
 
-def surrogate_loss(
-    logits: Tensor,
-    rewards: Tensor,
-    samples: Tensor,
-    config: OpConfig,
-) -> RowLoss:
-    """rewards and samples (G, B)."""
-    sample_log_prob = log_prob(logits, samples)
+def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
+    logits, rewards = inputs
+    sample_log_prob = log_prob(logits, constants.samples)
     return sampled_loss(
         rewards,
         sample_log_prob if config.estimator != "reparam" else None,
@@ -74,3 +64,11 @@ def surrogate_loss(
         sample_log_prob.detach().mean(dim=0),
         config,
     )
+
+
+DEFINITIONS = {
+    "categorical_policy_loss": policy_loss,
+    "categorical_surrogate_loss": surrogate_loss,
+    "categorical_log_prob": lambda inputs, constants, config: log_prob(inputs.logits, constants.value),
+    "categorical_sample": lambda inputs, constants, config: sample(inputs.logits, constants.seed, config),
+}

@@ -1,7 +1,7 @@
 """Diagonal Gaussian in plain torch. Rows are flattened: mean and log_std are (B, D)."""
 
 import math
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from .losses import RowLoss, diagonal, quadratic_form, sampled_loss, symmetric
 LOG_2PI = math.log(2.0 * math.pi)
 
 
-def sample(mean: Tensor, log_std: Tensor, *, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+def sample(mean: Tensor, log_std: Tensor, seed: Tensor, config: OpConfig) -> Tensor:
     """(G, B, D), pathwise differentiable in mean and log_std."""
-    noise = philox.normal(seed, num_samples, mean.shape[0], mean.shape[1], row_offset, mean)
+    noise = philox.normal(seed, config.num_samples, mean.shape[0], mean.shape[1], config.row_offset, mean)
     return mean + torch.exp(log_std) * noise
 
 
@@ -30,14 +30,8 @@ def entropy(log_std: Tensor) -> Tensor:
     return (log_std + 0.5 * (LOG_2PI + 1.0)).sum(dim=-1)
 
 
-def policy_loss(
-    mean: Tensor,
-    log_std: Tensor,
-    target: Tensor,
-    precision: Tensor,
-    seed: Tensor | None,
-    config: OpConfig,
-) -> RowLoss:
+def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
+    mean, log_std, target, precision = inputs
     target_log_prob = log_prob(mean, log_std, target).detach()
     if config.estimator == "analytic":
         delta = mean - target
@@ -46,9 +40,7 @@ def policy_loss(
         std = _reward_std(delta.detach(), variance.detach(), precision.detach())
         h = entropy(log_std)
         return RowLoss(-(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std)
-    samples = sample(
-        mean, log_std, seed=cast(Tensor, seed), num_samples=config.num_samples, row_offset=config.row_offset
-    )
+    samples = sample(mean, log_std, constants.seed, config)
     if config.estimator != "reparam":
         samples = samples.detach()
     return sampled_loss(
@@ -72,15 +64,9 @@ def _reward_std(delta: Tensor, variance: Tensor, precision: Tensor) -> Tensor:
     return torch.sqrt(2.0 * trace + 4.0 * linear)
 
 
-def surrogate_loss(
-    mean: Tensor,
-    log_std: Tensor,
-    rewards: Tensor,
-    samples: Tensor,
-    config: OpConfig,
-) -> RowLoss:
-    """rewards (G, B); samples (G, B, D) are held constant."""
-    sample_log_prob = log_prob(mean, log_std, samples.detach())
+def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
+    mean, log_std, rewards = inputs
+    sample_log_prob = log_prob(mean, log_std, constants.samples.detach())
     return sampled_loss(
         rewards,
         None if config.estimator == "reparam" else sample_log_prob,
@@ -88,3 +74,11 @@ def surrogate_loss(
         sample_log_prob.detach().mean(dim=0),
         config,
     )
+
+
+DEFINITIONS = {
+    "gaussian_policy_loss": policy_loss,
+    "gaussian_surrogate_loss": surrogate_loss,
+    "gaussian_log_prob": lambda inputs, constants, config: log_prob(*inputs),
+    "gaussian_sample": lambda inputs, constants, config: sample(inputs.mean, inputs.scale, constants.seed, config),
+}

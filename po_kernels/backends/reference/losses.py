@@ -5,9 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..advantages import ADVANTAGES
 from ..contract import OpConfig
-
-STANDARDIZED_EPS = 1e-6
 
 
 class RowLoss(NamedTuple):
@@ -23,27 +22,6 @@ class RowLoss(NamedTuple):
 
 def transform_rewards(rewards: Tensor, rbf_gamma: float | None) -> Tensor:
     return rewards if rbf_gamma is None else torch.exp(rbf_gamma * rewards)
-
-
-def group_advantage(rewards: Tensor, kind: str) -> Tensor:
-    """Advantages over the leading axis, shape (G, *) -> (G, *)."""
-    if kind == "none":
-        return rewards
-    if kind == "min":
-        return rewards - rewards.detach().amin(dim=0, keepdim=True)
-    # Centred on the first sample before the mean is taken: a group of equal rewards is then exactly zero.
-    shifted = rewards - rewards[:1]
-    centred = shifted - shifted.mean(dim=0, keepdim=True)
-    if kind == "mean":
-        return centred
-    if kind == "loo":
-        return centred * (rewards.shape[0] / (rewards.shape[0] - 1))
-    # Deviations are squared relative to the largest, so that they neither overflow nor vanish.
-    largest = centred.detach().abs().amax(dim=0, keepdim=True)
-    varies = largest != 0  # a nan goes on as such
-    unit = torch.where(varies, largest, 1.0)
-    variance = torch.where(varies, (centred / unit).square().mean(dim=0, keepdim=True), 1.0)
-    return torch.where(varies, centred / (torch.sqrt(variance) * unit + STANDARDIZED_EPS), 0.0)
 
 
 def group_std(values: Tensor) -> Tensor:
@@ -71,7 +49,7 @@ def sampled_loss(
         target_log_prob: (B,), reported in the statistics.
     """
     rewards = transform_rewards(rewards, config.rbf_gamma)
-    advantages = group_advantage(rewards, config.advantage)
+    advantages = ADVANTAGES[config.advantage].define(rewards)
     objective = rewards
     if config.estimator != "reparam":
         assert sample_log_prob is not None
@@ -87,6 +65,14 @@ def sampled_loss(
         target_log_prob.detach(),
         group_std(advantages.detach()),
     )
+
+
+def reduced(rows: Tensor, reduction: str) -> Tensor:
+    """(B,) -> () or, for "none", (B,). The mean of no rows is zero."""
+    if reduction == "none":
+        return rows
+    total = rows.sum()
+    return total / max(rows.shape[0], 1) if reduction == "mean" else total
 
 
 def symmetric(precision: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Full-covariance Gaussian in plain torch. Rows are flattened: mean (B, D), scale_tril (B, D, D)."""
 
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,9 @@ from .gaussian import LOG_2PI
 from .losses import RowLoss, quadratic_form, sampled_loss, symmetric
 
 
-def sample(mean: Tensor, scale_tril: Tensor, *, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
+def sample(mean: Tensor, scale_tril: Tensor, seed: Tensor, config: OpConfig) -> Tensor:
     """(G, B, D), pathwise differentiable in mean and scale_tril."""
-    noise = philox.normal(seed, num_samples, mean.shape[0], mean.shape[1], row_offset, mean)
+    noise = philox.normal(seed, config.num_samples, mean.shape[0], mean.shape[1], config.row_offset, mean)
     return mean + (torch.tril(scale_tril) @ noise.unsqueeze(-1)).squeeze(-1)
 
 
@@ -35,14 +35,8 @@ def entropy(scale_tril: Tensor) -> Tensor:
     return log_determinant(scale_tril) + 0.5 * scale_tril.shape[-1] * (LOG_2PI + 1.0)
 
 
-def policy_loss(
-    mean: Tensor,
-    scale_tril: Tensor,
-    target: Tensor,
-    precision: Tensor,
-    seed: Tensor | None,
-    config: OpConfig,
-) -> RowLoss:
+def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
+    mean, scale_tril, target, precision = inputs
     target_log_prob = log_prob(mean, scale_tril, target).detach()
     if config.estimator == "analytic":
         delta = mean - target
@@ -52,9 +46,7 @@ def policy_loss(
         std = _reward_std(delta.detach(), tril.detach(), precision.detach())
         h = entropy(scale_tril)
         return RowLoss(-(reward + config.entropy_coef * h), reward.detach(), std, h.detach(), target_log_prob, std)
-    samples = sample(
-        mean, scale_tril, seed=cast(Tensor, seed), num_samples=config.num_samples, row_offset=config.row_offset
-    )
+    samples = sample(mean, scale_tril, constants.seed, config)
     if config.estimator != "reparam":
         samples = samples.detach()
     return sampled_loss(
@@ -81,15 +73,9 @@ def _reward_std(delta: Tensor, tril: Tensor, precision: Tensor) -> Tensor:
     return torch.sqrt(2.0 * trace + 4.0 * linear)
 
 
-def surrogate_loss(
-    mean: Tensor,
-    scale_tril: Tensor,
-    rewards: Tensor,
-    samples: Tensor,
-    config: OpConfig,
-) -> RowLoss:
-    """rewards (G, B); samples (G, B, D) are held constant."""
-    sample_log_prob = log_prob(mean, scale_tril, samples.detach())
+def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
+    mean, scale_tril, rewards = inputs
+    sample_log_prob = log_prob(mean, scale_tril, constants.samples.detach())
     return sampled_loss(
         rewards,
         None if config.estimator == "reparam" else sample_log_prob,
@@ -97,3 +83,11 @@ def surrogate_loss(
         sample_log_prob.detach().mean(dim=0),
         config,
     )
+
+
+DEFINITIONS = {
+    "mvn_policy_loss": policy_loss,
+    "mvn_surrogate_loss": surrogate_loss,
+    "mvn_log_prob": lambda inputs, constants, config: log_prob(*inputs),
+    "mvn_sample": lambda inputs, constants, config: sample(inputs.mean, inputs.scale, constants.seed, config),
+}
