@@ -95,17 +95,23 @@ def source_of(launched: Launch, capability: int) -> ASTSource:
 
 
 def compiled(launched: Launch, capability: int) -> tuple[Any, Resources]:
-    """The kernel as cubin for a compute capability, and what it takes."""
+    """The kernel as cubin for a compute capability, and what it takes; a kernel is compiled once in a process."""
+    source = source_of(launched, capability)
+    key = (source.hash(), launched.warps, capability)
+    if key in _compiled:
+        return _compiled[key]
     log = io.StringIO()
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
-        target = GPUTarget("cuda", capability, 32)
-        result = triton.compile(source_of(launched, capability), target=target, options=_options(launched))
+        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=_options(launched))
     registers, spills = (
         int(re.search(rf"(\d+) {what}", log.getvalue())[1]) for what in ("registers", "bytes spill stores")
     )
-    return result, Resources(registers, spills, result.metadata.shared)
+    return _compiled.setdefault(key, (result, Resources(registers, spills, result.metadata.shared)))
+
+
+_compiled: dict[Any, tuple[Any, Resources]] = {}
 
 
 def _options(launched: Launch) -> dict[str, Any]:

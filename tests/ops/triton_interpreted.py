@@ -5,9 +5,7 @@ import torch
 import triton
 
 import po_kernels as pk
-from po_kernels.backends.contract import OpConfig
 from po_kernels.backends.triton import launch
-from po_kernels.backends.triton.kernels import KERNELS
 
 from . import test_numbers
 from .cases import (
@@ -24,7 +22,6 @@ from .cases import (
     repeats_second_order,
 )
 from .test_contract import allowed, compiled_agrees, small_cases, transforms_agree
-from .test_derivatives import agrees_with_oracle, scored
 
 BACKEND = "triton"
 
@@ -42,12 +39,12 @@ def agrees(case: Case, seed: int = 0) -> None:
 
 
 def variants(op: str) -> list[dict]:
-    """Options of a loss: each estimator, and with each advantage those that have use for one."""
-    found = []
-    for estimator in ESTIMATORS[op]:
-        kinds = ADVANTAGES if estimator in ("dice", "reinforce") else ("loo",)
-        found += [{"estimator": estimator, "advantage": kind} for kind in kinds]
-    return found
+    """Options of a loss: each estimator, and dice, whose kernels are those of reinforce, with each advantage."""
+    return [
+        {"estimator": estimator, "advantage": kind}
+        for estimator in ESTIMATORS[op]
+        for kind in (ADVANTAGES if estimator == "dice" else ("loo",))
+    ]
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -61,13 +58,14 @@ def test_losses(op):
 @pytest.mark.parametrize("kind", PRECISIONS)
 @pytest.mark.parametrize("op", ["gaussian_policy_loss", "mvn_policy_loss"])
 def test_precisions(op, kind):
-    for estimator in ("analytic", "reparam", "dice"):
-        agrees(draw(op, 1, lead=(2, 2), dim=5, group=4, precision_kind=kind, estimator=estimator, reduction="mean"))
+    """Of dice `test_losses` has each."""
+    for estimator in ("analytic", "reparam"):
+        agrees(draw(op, 1, lead=(3,), dim=3, group=3, precision_kind=kind, estimator=estimator, reduction="mean"))
 
 
 @pytest.mark.parametrize("op", [op for op in DIFFERENTIABLE if op not in LOSSES])
 def test_values(op):
-    for seed in range(4):
+    for seed in range(3):
         agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2], dim=1 + 2 * seed), seed)
 
 
@@ -99,11 +97,6 @@ def test_a_precision_of_many_dimensions():
     """Its gradient is summed in memory."""
     options = {"precision_kind": "full", "estimator": "dice", "advantage": "loo", "reduction": "mean"}
     agrees(draw("gaussian_policy_loss", 1, lead=(2,), dim=65, group=2, **options))
-
-
-@pytest.mark.parametrize("op", LOSSES)
-def test_dice_has_the_derivatives_of_the_oracle(op):
-    agrees_with_oracle(scored(op, 1, "dice", advantage="loo", precision_kind="full"), BACKEND, 1, second=True)
 
 
 @pytest.mark.parametrize("op", ["gaussian_policy_loss", "group_advantage"])
@@ -163,21 +156,3 @@ def test_a_row_that_is_not_a_number_stays_in_its_part_of_the_table():
         (gradients[backend],) = torch.autograd.grad(loss, table)
     assert gradients[BACKEND][:, 3].isnan().all()
     torch.testing.assert_close(gradients[BACKEND], gradients["reference"], equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_reaches_a_kernel_as_such(dtype):
-    """The ops hand over float32 today; a kernel that is given halves reads them itself."""
-    case = draw("gaussian_policy_loss", 0, lead=(3,), dim=3, group=3, precision_kind="diagonal", shared_scale=False)
-    halves = [x.to(dtype) for x in case.tensors.values()]
-    config = OpConfig("dice", 3, "loo", None, 0.5, "mean", 0)
-    first = KERNELS["gaussian_policy_loss"]["first"]
-    (loss, _, *gradients), (expected_loss, _, *expected) = (
-        first(tensors, [torch.tensor(5)], None, [True] * 4, False, config)
-        for tensors in (halves, [x.float() for x in halves])
-    )
-    assert torch.equal(loss, expected_loss)
-    for found, right in zip(gradients, expected, strict=True):
-        assert found.dtype == dtype
-        # A GPU rounds to nearest where it stores, the interpreter may cut off: one unit in the last place.
-        assert ((found.float() - right).abs() <= torch.finfo(dtype).eps * right.abs()).all()
