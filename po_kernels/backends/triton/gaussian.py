@@ -6,13 +6,8 @@ Vectors are (BLOCK_D, B, G), zero beyond K.dim. The functions are those of `mvn`
 import triton
 import triton.language as tl
 
-from .lanes import add, exp, load_vector, masked, mul, mul_add, negative, output, square, times, total, value
+from .lanes import add, exp, masked, mul, mul_add, negative, output, square, times, total, value
 from .precision import FULL, add_diagonal, apply_squared, diagonal_of
-
-
-@triton.jit
-def read(x, offset, inside, d, K: tl.constexpr):
-    return load_vector(x, offset, inside, d, K)
 
 
 @triton.jit

@@ -11,36 +11,30 @@ from ..contract import OPS, Kernel, Request
 from . import advantage, categorical, family, launch
 from .launch import Call
 
-# Gives value and statistics, and writes call.gradients.
-Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
-
 _LABELS_AT_ONCE = 256  # of a row
 _MOST_IN_REGISTERS = 64  # rows of a matrix of sums
 
 
-def _policy_loss(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        precision = call.inputs.precision
-        dim, kind = call.inputs.mean.shape[1], precision.ndim
-        group = call.whole_group(max(call.config.num_samples, 1))
-        apart = _taken_apart(dim, triangular, call.dual)
-        tile = launch.drawn_tile(group, dim, call.dtype, kind == 2) if apart else launch.tile(group, dim, kind == 2)
-        shared = ((1,), (dim,), (dim, dim))[kind] if call.needs.precision else (0,)
-        value, stats, sums = launch.loss(
-            call, family.policy_loss, tile, shared,
-            {"dim": dim, "count": group, "TRIANGULAR": triangular, "KIND": kind, "APART": apart,
-             "CLOSED_FORM": call.config.estimator == "analytic", "SCORE": call.config.estimator != "reparam",
-             "WHITE": call.config.estimator != "reparam", "IN_MEMORY": tile.dim > _MOST_IN_REGISTERS},
-            mean=call.rows("mean"), scale=call.rows("scale"), target=call.rows("target"),
-            precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
-            row_offset=call.config.row_offset,
-        )  # fmt: skip
-        if call.needs.precision:
-            found = _symmetric(sums) if kind == 2 else sums.reshape(precision.shape)
-            call.gradients = call.gradients._replace(precision=found)
-        return value, stats
-
-    return evaluate
+def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
+    precision = call.inputs.precision
+    dim, kind = call.inputs.mean.shape[1], precision.ndim
+    group = call.whole_group(max(call.config.num_samples, 1))
+    apart = _taken_apart(dim, call.known["TRIANGULAR"], call.dual)
+    tile = launch.drawn_tile(group, dim, call.dtype, kind == 2) if apart else launch.tile(group, dim, kind == 2)
+    shared = ((1,), (dim,), (dim, dim))[kind] if call.needs.precision else (0,)
+    value, stats, sums = launch.loss(
+        call, family.policy_loss, tile, shared,
+        {"dim": dim, "count": group, "KIND": kind, "APART": apart,
+         "CLOSED_FORM": call.config.estimator == "analytic", "WHITE": call.known["SCORE"],
+         "IN_MEMORY": tile.dim > _MOST_IN_REGISTERS},
+        mean=call.rows("mean"), scale=call.rows("scale"), target=call.rows("target"),
+        precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
+        row_offset=call.config.row_offset,
+    )  # fmt: skip
+    if call.needs.precision:
+        found = _symmetric(sums) if kind == 2 else sums.reshape(precision.shape)
+        call.gradients = call.gradients._replace(precision=found)
+    return value, stats
 
 
 def _taken_apart(dim: int, triangular: bool, dual: bool) -> bool:
@@ -55,49 +49,38 @@ def _symmetric(u: Tensor) -> Tensor:
     return (0.5 * (u + u.mT) if u.ndim == 2 else u).contiguous()
 
 
-def _surrogate_loss(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        samples = launch.with_contiguous_rows(call.constants.samples, 2)
-        count, _, dim = samples.shape
-        value, stats, _ = launch.loss(
-            call, family.surrogate_loss, launch.tile(call.whole_group(count), dim), (0,),
-            {"dim": dim, "count": count, "TRIANGULAR": triangular, "SCORE": call.config.estimator != "reparam",
-             "WHITE": False},
-            mean=call.rows("mean"), scale=call.rows("scale"), **call.rewards(),
-            samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
-        )  # fmt: skip
-        return value, stats
-
-    return evaluate
+def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
+    samples = launch.with_contiguous_rows(call.constants.samples, 2)
+    count, _, dim = samples.shape
+    value, stats, _ = launch.loss(
+        call, family.surrogate_loss, launch.tile(call.whole_group(count), dim), (0,),
+        {"dim": dim, "count": count},
+        mean=call.rows("mean"), scale=call.rows("scale"), **call.rewards(),
+        samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
+    )  # fmt: skip
+    return value, stats
 
 
-def _log_prob(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        at, tangent = (launch.with_contiguous_rows(x, 2) for x in call.pairs.value)
-        count, rows, dim = at.shape
-        return launch.in_chunks(
-            call, family.log_prob, call.empty(count, rows), launch.tile(count, dim),
-            {"dim": dim, "TRIANGULAR": triangular, "WHITE": False}, call.needs.mean or call.needs.scale,
-            mean=call.rows("mean"), scale=call.rows("scale"),
-            at=launch.Rows(at, tangent, at.stride(1)), at_stride_g=at.stride(0), cotangent=call.cotangent,
-            to=call.gradients,
-        )  # fmt: skip
-
-    return evaluate
+def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    at = call.rows("value", 2)
+    count, rows, dim = at.value.shape
+    return launch.in_chunks(
+        call, family.log_prob, call.empty(count, rows), launch.tile(count, dim),
+        {"dim": dim}, call.needs.mean or call.needs.scale,
+        mean=call.rows("mean"), scale=call.rows("scale"), at=at, at_stride_g=at.value.stride(0),
+        cotangent=call.cotangent, to=call.gradients,
+    )  # fmt: skip
 
 
-def _sample(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        rows, dim = call.inputs.mean.shape
-        count = call.config.num_samples
-        return launch.in_chunks(
-            call, family.draw, call.empty(count, rows, dim), launch.tile(count, dim),
-            {"dim": dim, "TRIANGULAR": triangular, "WHITE": False}, call.needs.mean or call.needs.scale,
-            mean=call.rows("mean"), scale=call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
-            seed=call.seed, row_offset=call.config.row_offset,
-        )  # fmt: skip
-
-    return evaluate
+def _sample(call: Call) -> tuple[Tensor, Tensor]:
+    rows, dim = call.inputs.mean.shape
+    count = call.config.num_samples
+    return launch.in_chunks(
+        call, family.draw, call.empty(count, rows, dim), launch.tile(count, dim),
+        {"dim": dim}, call.needs.mean or call.needs.scale,
+        mean=call.rows("mean"), scale=call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
+        seed=call.seed, row_offset=call.config.row_offset,
+    )  # fmt: skip
 
 
 def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
@@ -108,7 +91,7 @@ def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     in_registers = need and call.dtype == torch.float32 and tile.rows >= 16 and 16 <= tile.dim <= _MOST_IN_REGISTERS
     value, stats, sums = launch.loss(
         call, categorical.policy_loss, tile, (classes, classes) if need else (0,),
-        {"CLOSED_FORM": exact, "SCORE": True, "IN_REGISTERS": in_registers},
+        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
         logits=call.rows("logits"), target=call.constants.target.contiguous(),
         # By label first, for the rewards of a row to be neighbours.
         table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
@@ -123,7 +106,7 @@ def _categorical_surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     samples, classes = call.constants.samples.contiguous(), call.inputs.logits.shape[1]
     count = call.whole_group(samples.shape[0])
     value, stats, _ = launch.loss(
-        call, categorical.surrogate_loss, launch.class_tile(count, classes), (0,), {"SCORE": True},
+        call, categorical.surrogate_loss, launch.class_tile(count, classes), (0,), {},
         logits=call.rows("logits"), **call.rewards(), samples=samples, classes=classes, count=count,
     )  # fmt: skip
     return value, stats
@@ -163,7 +146,9 @@ def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
     return value, call.empty(0)
 
 
-def _kernel(op: str, evaluate: Evaluate) -> Kernel:
+def _kernel(op: str, evaluate: Callable[[Call], tuple[Tensor, Tensor]]) -> Kernel:
+    """Of a function that gives value and statistics, and writes call.gradients."""
+
     def kernel(request: Request) -> list[Tensor]:
         if request.inputs[0].device.type == "cpu":  # on a GPU values are not at hand
             checks.values(OPS[op], request.inputs, request.constants)
@@ -174,21 +159,21 @@ def _kernel(op: str, evaluate: Evaluate) -> Kernel:
     return kernel
 
 
-_EVALUATE: dict[str, Evaluate] = {
-    **{
-        f"{policy}_{what}": evaluate(policy == "mvn")
-        for policy in ("gaussian", "mvn")
-        for what, evaluate in (
-            ("policy_loss", _policy_loss),
-            ("surrogate_loss", _surrogate_loss),
-            ("log_prob", _log_prob),
-            ("sample", _sample),
-        )
-    },
-    "categorical_policy_loss": _categorical_policy_loss,
-    "categorical_surrogate_loss": _categorical_surrogate_loss,
-    "categorical_log_prob": _categorical_log_prob,
-    "categorical_sample": _categorical_sample,
-    "group_advantage": _group_advantage,
+KERNELS: dict[str, Kernel] = {
+    op: _kernel(op, evaluate)
+    for op, evaluate in {
+        "gaussian_policy_loss": _policy_loss,
+        "gaussian_surrogate_loss": _surrogate_loss,
+        "gaussian_log_prob": _log_prob,
+        "gaussian_sample": _sample,
+        "mvn_policy_loss": _policy_loss,
+        "mvn_surrogate_loss": _surrogate_loss,
+        "mvn_log_prob": _log_prob,
+        "mvn_sample": _sample,
+        "categorical_policy_loss": _categorical_policy_loss,
+        "categorical_surrogate_loss": _categorical_surrogate_loss,
+        "categorical_log_prob": _categorical_log_prob,
+        "categorical_sample": _categorical_sample,
+        "group_advantage": _group_advantage,
+    }.items()
 }
-KERNELS: dict[str, Kernel] = {op: _kernel(op, evaluate) for op, evaluate in _EVALUATE.items()}

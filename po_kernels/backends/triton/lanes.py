@@ -31,10 +31,7 @@ class Rows(NamedTuple):
 
 @triton.jit
 def value(a):
-    if isinstance(a, tl.tensor):
-        return a
-    else:
-        return a[0]
+    return a if isinstance(a, tl.tensor) else a[0]
 
 
 @triton.jit
@@ -55,10 +52,7 @@ def constant(a, K: tl.constexpr):
 @triton.jit
 def times(a, c):
     """c has no derivative."""
-    if isinstance(a, tl.tensor):
-        return a * c
-    else:
-        return a[0] * c, a[1] * c
+    return a * c if isinstance(a, tl.tensor) else (a[0] * c, a[1] * c)
 
 
 @triton.jit
@@ -111,10 +105,7 @@ def mul_add(a, b, c):
 
 @triton.jit
 def negative(a):
-    if isinstance(a, tl.tensor):
-        return -a
-    else:
-        return -a[0], -a[1]
+    return -a if isinstance(a, tl.tensor) else (-a[0], -a[1])
 
 
 @triton.jit
@@ -124,10 +115,7 @@ def sub(a, b):
 
 @triton.jit
 def square(a):
-    if isinstance(a, tl.tensor):
-        return a * a
-    else:
-        return a[0] * a[0], 2 * a[0] * a[1]
+    return a * a if isinstance(a, tl.tensor) else (a[0] * a[0], 2 * a[0] * a[1])
 
 
 @triton.jit
@@ -150,10 +138,7 @@ def exp(a):
 
 @triton.jit
 def log(a):
-    if isinstance(a, tl.tensor):
-        return tl.log(a)
-    else:
-        return tl.log(a[0]), a[1] / a[0]
+    return tl.log(a) if isinstance(a, tl.tensor) else (tl.log(a[0]), a[1] / a[0])
 
 
 @triton.jit
@@ -258,10 +243,7 @@ def choose(mask, a, b):
 @triton.jit
 def masked(mask, a):
     """Zero, with no derivative, where the mask is not set, whatever stands there."""
-    if isinstance(a, tl.tensor):
-        return tl.where(mask, a, 0)
-    else:
-        return tl.where(mask, a[0], 0), tl.where(mask, a[1], 0)
+    return tl.where(mask, a, 0) if isinstance(a, tl.tensor) else (tl.where(mask, a[0], 0), tl.where(mask, a[1], 0))
 
 
 @triton.jit
@@ -287,10 +269,7 @@ def alone(mask, a):
 @triton.jit
 def or_one(mask, a):
     """The constant 1 where the mask is not set."""
-    if isinstance(a, tl.tensor):
-        return tl.where(mask, a, 1)
-    else:
-        return tl.where(mask, a[0], 1), tl.where(mask, a[1], 0)
+    return tl.where(mask, a, 1) if isinstance(a, tl.tensor) else (tl.where(mask, a[0], 1), tl.where(mask, a[1], 0))
 
 
 @triton.jit

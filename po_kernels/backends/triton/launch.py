@@ -100,7 +100,7 @@ def _warps(elements: int) -> int:
 
 
 class Constants:
-    """The compile-time constants of a launch, which a kernel takes as one argument K; K.FIRST are those without tangents.
+    """The compile-time constants of a launch, a kernel's argument K; K.FIRST are those of a launch without tangents.
 
     Triton knows a constant by its text. What it reads from an object in a kernel has to be a constant of its own.
     """
@@ -150,6 +150,9 @@ class Call:
             "DUAL": self.dual,
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "HAS_COTANGENT": request.cotangent is not None,
+            "SCORE": self.config.estimator != "reparam",
+            "WHITE": False,
+            "TRIANGULAR": op.axes.get("scale") == "BDD",
             "HAS_RBF": self.config.rbf_gamma is not None,
             "ADVANTAGE": ADVANTAGES[self.config.advantage].number,
             **{f"NEED_{name.upper()}": bool(need) for name, need in self.needs._asdict().items()},
@@ -179,14 +182,16 @@ class Call:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def rows(self, name: str) -> Rows:
-        """An input with rows first, which may have any distance."""
-        value, tangent = (with_contiguous_rows(x, 1) for x in getattr(self.pairs, name))
-        return Rows(value, tangent, value.stride(0))
+    def rows(self, name: str, leading: int = 1) -> Rows:
+        """An input whose first `leading` axes, of which the last is that of rows, may have any strides."""
+        value, tangent = getattr(self.pairs, name)
+        if not self.dual:
+            value = tangent = with_contiguous_rows(value, leading)
+        return Rows(value, tangent, value.stride(leading - 1))
 
     def rewards(self) -> Arguments:
-        """The rewards (G, B) of any strides. Those that grow with the number of rows are arguments of their own:
-        Triton compiles a kernel anew for some integers in a tuple."""
+        """The rewards (G, B), of any strides, which depend on the number of rows: in a tuple Triton compiles a kernel
+        for them anew."""
         pair = self.pairs.rewards
         return {"rewards": pair, "rewards_stride_g": pair.value.stride(0), "rewards_stride": pair.value.stride(1)}
 
@@ -209,8 +214,8 @@ class Call:
     ) -> None:
         """Launches a kernel for which the call, its tiles and `known` are constants."""
         blocks = {f"BLOCK_{axis}": size for axis, size in zip("BGD", (tile.rows, tile.group, tile.dim), strict=True)}
-        constants = _constants(**self.known, **blocks, CHUNKS=tile.chunks, EACH=tile.each, **known)
-        self.run(kernel, grid, tile.warps, **arguments, K=constants)
+        constants = {**self.known, **blocks, "CHUNKS": tile.chunks, "EACH": tile.each, **known}
+        self.run(kernel, grid, tile.warps, **arguments, K=_constants(**constants))
 
 
 def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:
@@ -253,34 +258,17 @@ def loss(
     partial = torch.zeros((programs, size), dtype=call.dtype, device=call.device)
     reported = {"REDUCED": reduced, "WANT_STATS": want_stats}
     call.run_tiles(
-        kernel,
-        (programs,),
-        tile,
-        {**known, **reported, "MEAN": config.reduction == "mean"},
-        **arguments,
-        cotangent=call.cotangent,
-        to=call.gradients,
-        out=tally.Tally(value, stats, partial, size),
-        rows=rows,
-        blocks=each,
-        entropy_coef=config.entropy_coef,
-        rbf_gamma=config.rbf_gamma or 0.0,
-        share=1.0 / rows,
-    )
+        kernel, (programs,), tile, {**known, **reported, "MEAN": config.reduction == "mean"},
+        **arguments, cotangent=call.cotangent, to=call.gradients, out=tally.Tally(value, stats, partial, size),
+        rows=rows, blocks=each, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma or 0.0, share=1.0 / rows,
+    )  # fmt: skip
     if reduced or sums.numel():
         block = min(128, triton.next_power_of_2(size))
         call.run(
-            tally.reduce,
-            (triton.cdiv(size, block),),
-            4,
-            partial=partial,
-            programs=programs,
-            size=size,
-            loss=value,
-            stats=stats,
-            shared=sums,
+            tally.reduce, (triton.cdiv(size, block),), 4,
+            partial=partial, programs=programs, size=size, loss=value, stats=stats, shared=sums,
             K=_constants(**reported, T=call.known["T"], BLOCK_P=1024 // block, BLOCK=block),
-        )
+        )  # fmt: skip
     return value, stats, sums
 
 

@@ -32,7 +32,7 @@ from .precision import add_outer, apply, pick
 
 
 class Matrix(NamedTuple):
-    """L of each row: the pair, (1, B, 1) where a row's begins and whether there is one, and dimensions as in vectors."""
+    """L of each row: the input, (1, B, 1) where a row's begins and whether there is one, the dimensions of vectors."""
 
     at: Any
     offset: Any
@@ -44,11 +44,6 @@ class Matrix(NamedTuple):
 def unrolled(dim, dual):
     """How many turns of the loop over rows of a gradient are compiled apart: all, where that takes seconds only."""
     return dim if dim <= 8 and not dual else 1
-
-
-@triton.jit
-def read(x, offset, inside, d, K: tl.constexpr):
-    return Matrix(Pair(x.value, x.tangent), offset, inside, d)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import gaussian, mvn
-from .lanes import add, exp, masked, mul, nothing, output, plus, square, sub, times, total, value
+from .lanes import add, exp, load_vector, masked, mul, nothing, output, plus, square, sub, times, total, value
 
 HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
@@ -16,7 +16,7 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 @triton.jit
 def read(x, row, inside, d, K: tl.constexpr):
     offset = row * x.stride
-    return mvn.read(x, offset, inside, d, K) if K.TRIANGULAR else gaussian.read(x, offset, inside, d, K)
+    return mvn.Matrix(x, offset, inside, d) if K.TRIANGULAR else load_vector(x, offset, inside, d, K)
 
 
 @triton.jit
