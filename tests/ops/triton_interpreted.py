@@ -39,16 +39,22 @@ def agrees(case: Case, seed: int = 0) -> None:
 
 
 def variants(op: str) -> list[dict]:
-    """Options of a loss: each estimator, and dice, whose kernels are those of reinforce, with each advantage."""
+    """Options of a loss: each estimator, and dice, whose kernels are those of reinforce, with each advantage.
+
+    Both Gaussian policies have one kernel, and of mvn two advantages will do.
+    """
+    kinds = {"reparam": ("loo",), "dice": ("loo", "standardized") if op.startswith("mvn") else ADVANTAGES}
     return [
         {"estimator": estimator, "advantage": kind}
         for estimator in ESTIMATORS[op]
-        for kind in (ADVANTAGES if estimator == "dice" else ("loo",))
+        if estimator != "reinforce"
+        for kind in kinds.get(estimator, ("none",))
     ]
 
 
 @pytest.mark.parametrize("op", LOSSES)
-def test_losses(op):
+def test_losses(op, monkeypatch):
+    monkeypatch.setattr(launch, "_SMALLEST_TILE", 32)  # the last of several blocks has fewer rows than others
     for number, options in enumerate(variants(op)):
         dtype = (torch.float64, torch.float32)[number % 2]
         turn = {"reduction": REDUCTIONS[number % 3], "precision_kind": PRECISIONS[(number + 1) % 3]}
@@ -89,7 +95,7 @@ def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
 def test_values_in_chunks(op, monkeypatch):
     for name in ("tile", "drawn_tile"):
         monkeypatch.setattr(launch, name, in_chunks_of_two)
-    for seed in range(3):
+    for seed in range(2):
         agrees(draw(op, seed, lead=(2,), dim=3, group=5), seed)
 
 
