@@ -20,6 +20,7 @@ from .lanes import (
     masked,
     mul,
     negative,
+    nothing,
     number,
     output,
     sub,
@@ -112,7 +113,7 @@ def policy_loss(
             rewards = zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K)
             excess = tl.zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K.T)
             gradients = no_gradients(K)
-            pulled = zeros((K.BLOCK_D, K.BLOCK_B, 1), K)
+            pulled = nothing((K.BLOCK_D, K.BLOCK_B, 1), K)
             for chunk in tl.range(0, K.CHUNKS, loop_unroll_factor=UNROLL):
                 eps = normals(key, chunk * K.BLOCK_G + member, row + row_offset, K.dim, K.BLOCK_D, K.T)
                 x = residual(m, s, y, eps, K)

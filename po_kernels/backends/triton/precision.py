@@ -114,10 +114,12 @@ def apply_to_sum(u, x, d, K: tl.constexpr):
         y = zeros((K.BLOCK_D, value(x).shape[1], 1), K)
         if is_thin(d):
             for i in range(0, K.dim):
-                y = mul_add(row_of(u, i, K), total(pick(x, i, d), 2), y)
+                component = total(pick(x, i, d), 2)  # before the row is read, for registers not to be held
+                y = mul_add(row_of(u, i, K), component, y)
         else:
             for i in tl.static_range(K.dim):
-                y = mul_add(row_of(u, i, K), total(pick(x, i, d), 2), y)
+                component = total(pick(x, i, d), 2)
+                y = mul_add(row_of(u, i, K), component, y)
         return y
 
 
