@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ def kernel(op: str, name: str) -> Kernel:
         return found
     second = reference.KERNELS[op]
 
-    def both(request: Request) -> list[torch.Tensor]:
+    def both(request: Request) -> Sequence[torch.Tensor | None]:
         return found(request) if request.tangents is None else second(request)
 
     return both

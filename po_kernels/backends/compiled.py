@@ -29,60 +29,61 @@ class Kernel(ABC):
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        fields = op.Inputs._fields
+        names = (*op.Inputs._fields, *op.Constants._fields)
         self.inputs = [
             (name, f"{name}_tangent", f"grad_{name}", f"{name}_stride" if op.axes[name].startswith("B") else "")
-            for name in fields
+            for name in op.Inputs._fields
         ]
-        self.several = [(name, f"{name}_ndim") for name in fields if op.axes[name] == "*"]
-        self.constants = [name for name in op.Constants._fields if name != "seed"]
-        self.sizes = [(SIZES[letter], *place) for letter, place in op.places.items()]
+        self.several = [(f"{name}_ndim", names.index(name)) for name in names if op.axes[name] == "*"]
+        self.constants = [(name, names.index(name)) for name in op.Constants._fields if name != "seed"]
+        self.sizes = [(SIZES[letter], names.index(name), axis) for letter, (name, axis) in op.places.items()]
+        self.draws = "seed" in names
         self.base = lru_cache(maxsize=256)(self._base)
 
     def _base(self, config: OpConfig) -> Arguments:
         chosen = {name: getattr(config, name) for name in self.op.options}
         return {name: _NUMBERS[name][each] if name in _NUMBERS else each for name, each in chosen.items()}
 
-    def __call__(self, request: Request) -> list[Tensor]:
+    def __call__(self, request: Request) -> list[Tensor | None]:
         inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
-        op, head = self.op, inputs[0]
+        op, head, tensors = self.op, inputs[0], (*inputs, *constants)
         shape = op.value_shape(inputs, constants, config)
         out = head.new_empty(shape, dtype=head.dtype if op.differentiable else torch.int64)
-        stats = head.new_empty((NUM_STATS, *shape) if want_stats else 0)
-        outputs = [out, stats]
+        outputs: list[Tensor | None] = [out, None]
         keep: list[Tensor] = []  # what is copied for the call lives until its end
         arguments = self.base(config).copy()
         arguments["is_double"] = head.dtype == torch.float64
         arguments["dual"] = tangents is not None
         arguments["out"] = out.data_ptr()
         if want_stats:
+            stats = outputs[1] = head.new_empty((NUM_STATS, *shape))
             arguments["stats"] = stats.data_ptr()
-        for size, name, axis in self.sizes:
-            arguments[size] = getattr(inputs if name in inputs._fields else constants, name).shape[axis]
-        for name, ndim in self.several:
-            arguments[ndim] = getattr(inputs, name).ndim
+        for size, position, axis in self.sizes:
+            arguments[size] = tensors[position].shape[axis]
+        for ndim, position in self.several:
+            arguments[ndim] = tensors[position].ndim
         for (name, _, gradient_name, stride), x, needed in zip(self.inputs, inputs, needs, strict=True):
-            if stride:
-                if not x.is_contiguous() and not x[:1].is_contiguous():
-                    x = x.contiguous()
-                    keep.append(x)
-                arguments[stride] = x.stride(0)
-                arguments[name] = x.data_ptr()
-            else:
-                arguments[name] = _address(x, keep)
+            contiguous = x.is_contiguous()
+            gradient = None
             if needed:
-                gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+                gradient = torch.empty_like(x) if contiguous else x.new_empty(x.shape)
                 arguments[gradient_name] = gradient.data_ptr()
-            else:
-                gradient = x.new_empty(0)
             outputs.append(gradient)
-        for (_, name, _, _), tangent in zip(self.inputs, tangents or (), strict=False):
-            if tangent is not None:
-                arguments[name] = _address(tangent, keep)
-        for name in self.constants:
-            arguments[name] = _address(getattr(constants, name), keep)
-        if "row_offset" in arguments:
-            arguments["seed"] = 0 if constants.seed is None else constants.seed
+            if not (contiguous or (stride and x[:1].is_contiguous())):
+                x = x.contiguous()
+                keep.append(x)
+            arguments[name] = x.data_ptr()
+            if stride:
+                arguments[stride] = x.stride(0)
+        if tangents is not None:
+            for (_, name, _, _), tangent in zip(self.inputs, tangents, strict=True):
+                if tangent is not None:
+                    arguments[name] = _address(tangent, keep)
+        for name, position in self.constants:
+            arguments[name] = _address(tensors[position], keep)
+        if self.draws:
+            seed = constants.seed
+            arguments["seed"] = 0 if seed is None else seed
         if cotangent is not None:
             arguments["cotangent"] = _address(cotangent, keep)
         if cotangent_tangent is not None:

@@ -11,15 +11,15 @@ A backend is a package `po_kernels.backends.<name>` with
 A `Kernel` is one function of one `Request`. It returns [value, stats, *gradients], on rows flattened to one axis.
 With f the value and g the `cotangent` of its shape (None: ones), the gradients are g ∇f. With `tangents`, each a
 tensor or None for zero, it returns the derivatives of value and gradients along them and along `cotangent_tangent`:
-∂f·v and g ∇²f v + ġ ∇f. A gradient that `needs` does not ask for is an empty tensor. `stats` is (5, *loss.shape),
-rows averaged, or empty unless wanted; only losses have them, and only without tangents.
+∂f·v and g ∇²f v + ġ ∇f. A gradient that `needs` does not ask for is None. `stats` is (5, *loss.shape), rows averaged,
+or None unless wanted; only losses have them, and only without tangents.
 
 Dispatch knows op, device and dtype. A limit of shapes, such as the shared memory of a GPU, is refused by the call
 itself, with a ValueError; a backend with such limits has to be asked for by name.
 """
 
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
@@ -59,7 +59,7 @@ class Request(NamedTuple):
     config: OpConfig
 
 
-Kernel = Callable[[Request], list[Tensor]]
+Kernel = Callable[[Request], Sequence[Tensor | None]]
 
 
 class Op:
@@ -67,6 +67,7 @@ class Op:
 
     Attributes:
         name: of the op.
+        count: how many inputs it has.
         axes: by name of tensor the letters of its axes, "*" where its shape is one of several.
         Inputs: the differentiable tensors, a named tuple.
         Constants: the others, a named tuple: labels, samples, and the seed, which is None where nothing is drawn.
@@ -91,12 +92,12 @@ class Op:
         differentiable: bool = True,
     ) -> None:
         self.name = name
+        self.count = len(inputs)
         self.axes = {**inputs, **constants}
         self.Inputs: Any = namedtuple("Inputs", tuple(inputs))  # type: ignore[misc]
-        self.Constants: Any = namedtuple(  # type: ignore[misc]
-            "Constants", tuple(constants), defaults=(None,) * len(constants)
-        )
+        self.Constants: Any = namedtuple("Constants", tuple(constants))  # type: ignore[misc]
         self.value = value
+        self.is_loss = not value
         self.estimators = estimators
         self.closed_form = next((each for each in estimators if ESTIMATORS[each] == 0), None)
         axes = [letters.find("B") if self.is_loss else -1 for letters in inputs.values()]
@@ -115,10 +116,6 @@ class Op:
                 if letter not in ("*", "G"):
                     self.places.setdefault(letter, (tensor, axis))
 
-    @property
-    def is_loss(self) -> bool:
-        return not self.value
-
     def request(
         self,
         inputs: Iterable[Tensor],
@@ -130,11 +127,11 @@ class Op:
         want_stats: bool,
         config: OpConfig,
     ) -> Request:
-        """A `Request` of tensors in the order of the table."""
-        Inputs = self.Inputs
+        """A `Request` of tensors in the order of the table, all of them."""
+        Inputs, new = self.Inputs, tuple.__new__  # a named tuple's own constructor takes twice the time
         return Request(
-            Inputs(*inputs), self.Constants(*constants), None if tangents is None else Inputs(*tangents), cotangent,
-            cotangent_tangent, Inputs(*needs), want_stats, config,
+            new(Inputs, inputs), new(self.Constants, constants), None if tangents is None else new(Inputs, tangents),
+            cotangent, cotangent_tangent, new(Inputs, needs), want_stats, config,
         )  # fmt: skip
 
     def size(self, letter: str, inputs: Any, constants: Any, config: OpConfig) -> int:
@@ -146,7 +143,9 @@ class Op:
     def value_shape(self, inputs: Any, constants: Any, config: OpConfig) -> tuple[int, ...]:
         letters = self.value
         if self.is_loss:
-            letters = "B" if config.reduction == "none" else ""
+            if config.reduction != "none":
+                return ()
+            letters = "B"
         return tuple([self.size(letter, inputs, constants, config) for letter in letters])
 
 

@@ -32,8 +32,8 @@ class Call(NamedTuple):
     want_stats: bool
 
 
-def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """The value and the statistics (5, ...) of a loss, the latter empty unless wanted."""
+def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> Sequence[Any]:
+    """The value, and of a loss the statistics (5, ...) if they are wanted."""
     track = torch.is_grad_enabled()
     needs = [track and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling():
@@ -41,10 +41,10 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | Non
     elif not _modes.may_call_directly(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
     elif True in needs or _modes.in_forward_mode():
-        outputs = _PlainValue.apply(call, needs, *inputs, *constants)
+        outputs = _PlainValue.apply(call, needs, constants, *inputs)
     else:
         outputs = _direct(call, inputs, constants, None, None, None, needs, call.want_stats)
-    return outputs[0], outputs[1]
+    return outputs[:2]
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
     *,
     needs: Sequence[bool],
     want_stats: bool = False,
-) -> list[Tensor]:
+) -> Sequence[Any]:
     """[value, statistics, *gradients] of the kernel, or their derivatives: `po_kernels.backends.contract`."""
     op, moved = call.op, tangents or ()
     if not torch.compiler.is_compiling():
@@ -76,7 +76,7 @@ def run(
 
 def _direct(
     call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Any, moved: Any, needs: Any, want_stats: bool
-) -> list[Tensor]:
+) -> Sequence[Any]:
     request = OPS[call.op].request(inputs, constants, tangents, cotangent, moved, needs, want_stats, call.config)
     return dispatch.kernel(call.op, call.backend)(request)
 
@@ -86,18 +86,19 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and _modes.is_legacy_batch(x)
 
 
-def _count(call: Call) -> int:
-    return len(OPS[call.op].row_axis)
-
-
 def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    count = _count(call)
+    count = OPS[call.op].count
     return tensors[:count], tensors[count:]
 
 
 def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
     op = OPS[call.op]
     return inputs[0].new_ones(op.value_shape(op.Inputs(*inputs), op.Constants(*constants), call.config))
+
+
+def _filled(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """An empty tensor for what was not asked for: an operator has a fixed number of outputs."""
+    return tuple([like.new_empty(0) if x is None else x for x in found])
 
 
 def _no_second_derivative(call: Call) -> None:
@@ -137,7 +138,8 @@ class _CompiledValue(torch.autograd.Function):
     @staticmethod
     def forward(call, needs, *tensors):
         inputs, constants = _split(call, tensors)
-        return tuple(run(call, inputs, constants, needs=_known_early(call, needs), want_stats=call.want_stats))
+        found = run(call, inputs, constants, needs=_known_early(call, needs), want_stats=call.want_stats)
+        return _filled(found, found[0])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -154,7 +156,7 @@ class _CompiledValue(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, cotangent, gradient):
         call, saved = ctx.call, ctx.saved_tensors
-        count = _count(call)
+        count = OPS[call.op].count
         needs = ctx.needs_input_grad[2 : 2 + count]
         found = (None,) * count
         if cotangent is not None:
@@ -175,7 +177,7 @@ class _Value(_CompiledValue):
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
-        count = _count(ctx.call)
+        count = OPS[ctx.call.op].count
         derivative = _directional(ctx.call, ctx.saved_tensors[:-count], tangents)
         return (derivative, *(None,) * (count + 1))
 
@@ -200,66 +202,59 @@ class _PlainValue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, call, needs, *tensors):
-        inputs, constants = _split(call, tensors)
-        early = _known_early(call, needs)
-        value, stats, *ctx.known = _direct(call, inputs, constants, None, None, None, early, call.want_stats)
-        ctx.call = call
+    def forward(ctx, call, needs, constants, *inputs):
+        row, config = OPS[call.op], call.config
+        early = needs if config.reduction != "none" else _known_early(call, needs)
+        request = row.request(inputs, constants, None, None, None, early, call.want_stats, config)
+        value, stats, *known = dispatch.kernel(row.name, call.backend)(request)
+        ctx.call, ctx.known = call, known
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(stats)
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*inputs, *constants)
         if _modes.in_forward_mode():
-            ctx.save_for_forward(*tensors)
+            ctx.save_for_forward(*inputs, *constants)
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
         return value, stats
 
     @staticmethod
     def backward(ctx, cotangent, _):
-        call = ctx.call
-        count = _count(call)
-        needs = ctx.needs_input_grad[2 : 2 + count]
-        others = (None,) * (len(ctx.needs_input_grad) - 2 - count)
+        call, needs = ctx.call, ctx.needs_input_grad[3:]
+        unknown = [None] * len(needs)
         if cotangent is None:
-            return (None, None, *(None,) * count, *others)
-        known = ctx.known
-        if _modes.is_differentiated():
-            known = known or [cotangent.new_empty(0)] * count
+            found = unknown
+        elif _modes.is_differentiated():
+            known = ctx.__dict__.get("known") or unknown
             found = _Gradient.apply(call, needs, cotangent, *ctx.saved_tensors, *known)
-        elif (
-            known is not None
-            and not cotangent.ndim
-            and call.config.reduction != "none"
-            and not _modes.is_legacy_batch(cotangent)
-        ):
-            ctx.known = None
-            found = [k if needed else None for k, needed in zip(known, needs, strict=True)]
-            if cotangent.device.type != "cpu" or cotangent.item() != 1.0:
-                torch._foreach_mul_([k for k in found if k is not None], cotangent)
-            return (None, None, *found, *others)
-        else:
-            known = known or [cotangent.new_empty(0)] * count
+            found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        elif cotangent.ndim or call.config.reduction == "none" or _modes.is_legacy_batch(cotangent):
+            known = ctx.__dict__.get("known") or unknown
             found = _gradient(call, needs, cotangent, *ctx.saved_tensors, *known)
-        return (None, None, *(g if needed else None for g, needed in zip(found, needs, strict=True)), *others)
+        else:
+            found = ctx.__dict__.pop("known", None)  # at once: another thread may be in the same graph
+            if found is None:
+                found = _gradient(call, needs, cotangent, *ctx.saved_tensors, *unknown)
+            elif not cotangent.is_cpu or cotangent.item() != 1.0:
+                torch._foreach_mul_([k for k in found if k is not None], cotangent)
+        return (None, None, None, *found)
 
     @staticmethod
-    def jvp(ctx, _call, _needs, *tangents):
+    def jvp(ctx, _call, _needs, _constants, *tangents):
         return _directional(ctx.call, ctx.saved_tensors, tangents), None
 
 
-def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """g ∇f(x), from (*x, *constants, *known): ∇f(x) where the forward pass had reason to compute it, else empty."""
-    count = _count(call)
+def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> list[Tensor | None]:
+    """g ∇f(x) where needed, from (*x, *constants, *known): ∇f(x) where the forward pass had reason to compute it."""
+    count = OPS[call.op].count
     inputs, rest = _split(call, tensors)
     constants, known = rest[:-count], rest[-count:]
-    missing = [needed and k.shape != x.shape for needed, k, x in zip(needs, known, inputs, strict=True)]
-    result = list(known)
+    missing = [needed and (k is None or k.shape != x.shape) for needed, k, x in zip(needs, known, inputs, strict=True)]
+    result: list[Tensor | None] = [None] * count
     if any(missing):
-        result = list(run(call, inputs, constants, None, cotangent, needs=missing)[2:])
+        _, _, *result = run(call, inputs, constants, None, cotangent, needs=missing)
     for i, axis in enumerate(OPS[call.op].row_axis):
-        if not needs[i]:
-            result[i] = known[i].new_empty(0)
-        elif not missing[i]:
+        if needs[i] and not missing[i]:
             result[i] = known[i] * _along(cotangent, axis, known[i].ndim)
-    return tuple(result)
+    return result
 
 
 def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
@@ -274,14 +269,14 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(call, needs, cotangent, *tensors):
-        return _gradient(call, needs, cotangent, *tensors)
+        return _filled(_gradient(call, needs, cotangent, *tensors), cotangent)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         call, needs, *tensors = inputs
         ctx.call, ctx.needs = call, needs
         ctx.set_materialize_grads(False)
-        count = _count(call)
+        count = OPS[call.op].count
         ctx.count = len(tensors)
         tensors = tensors[:-count]
         ctx.save_for_backward(*tensors)
@@ -380,7 +375,7 @@ def _product(
     tangents, rest = _split(call, tensors)
     inputs, constants = _split(call, rest)
     derivative, _, *products = run(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs=needs)
-    return derivative, *products
+    return derivative, *_filled(products, cotangent)
 
 
 class _Product(torch.autograd.Function):

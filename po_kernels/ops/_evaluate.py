@@ -12,11 +12,6 @@ from . import _autograd
 HALF = (torch.bfloat16, torch.float16)
 
 
-def computed(x: Tensor) -> Tensor:
-    """A floating tensor in the dtype that it is computed with: half precision in float32."""
-    return x.float() if x.dtype in HALF else x
-
-
 def evaluate(
     op: str,
     backend: str | None,
@@ -29,9 +24,12 @@ def evaluate(
 
     Args:
         backend: the backend asked for by name.
-        inputs: the differentiable tensors in the order of the table, all of one dtype that is computed with.
+        inputs: the differentiable tensors in the order of the table. Half precision is computed with in float32.
         constants: the others in the order of the table.
     """
+    if inputs[-1].dtype in HALF:
+        inputs = [x.float() for x in inputs]
+        constants = [x.float() if x is not None and x.dtype in HALF else x for x in constants]
     head = inputs[0]
     name = dispatch.select(op, head.device.type, head.dtype, backend)
     row = OPS[op]

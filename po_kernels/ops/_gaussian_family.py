@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backends.contract import OpConfig
 from . import _check, _loss
-from ._evaluate import computed, evaluate
+from ._evaluate import HALF, evaluate
 from ._loss import LossStats
 
 
@@ -48,7 +48,7 @@ def log_prob(family: Family, mean: Tensor, scale: Tensor, value: Tensor, backend
     op = f"{family.name}_log_prob"
     mean, scale, lead = _policy(family, op, mean, scale, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
-    value = computed(value.reshape(batch.numel(), *mean.shape))
+    value = value.reshape(batch.numel(), *mean.shape)
     return evaluate(op, backend, (mean, scale, value), (), OpConfig())[0].reshape((*batch, *lead))
 
 
@@ -64,15 +64,13 @@ def policy_loss(
     """`given` is what `_loss.options` takes."""
     op = f"{family.name}_policy_loss"
     chosen = _loss.options(op, *given)
-    original = mean
-    mean, scale, lead = _policy(family, op, mean, scale, target=target)
-    _check.has_shape(op, "target", target, original.shape)
     if isinstance(precision, Tensor):
-        _check.floating(op, mean=original, precision=precision)
+        mean, scale, lead = _policy(family, op, mean, scale, target=target, precision=precision)
     else:
-        number = _check.real(op, "precision", precision)
-        precision = torch.tensor(number, dtype=original.dtype, device=original.device)
+        mean, scale, lead = _policy(family, op, mean, scale, target=target)
+        precision = torch.tensor(_check.real(op, "precision", precision), dtype=target.dtype, device=target.device)
     dim = mean.shape[1]
+    _check.has_shape(op, "target", target, (*lead, dim))
     _check.has_shape(op, "precision", precision, (), (dim,), (dim, dim))
     inputs = (mean, scale, _check.rows(target, *mean.shape), precision)
     return _loss.loss(op, chosen, lead, inputs, (_loss.seed(op, chosen, seed),))
@@ -85,7 +83,7 @@ def surrogate_loss(
     op = f"{family.name}_surrogate_loss"
     mean, scale, lead = _policy(family, op, mean, scale, samples=samples, rewards=rewards)
     chosen, samples, rewards = _loss.surrogate(op, samples, rewards, lead, (mean.shape[1],), *given)
-    return _loss.loss(op, chosen, lead, (mean, scale, rewards), (computed(samples),))
+    return _loss.loss(op, chosen, lead, (mean, scale, rewards), (samples,))
 
 
 def _policy(
@@ -100,7 +98,8 @@ def _policy(
     _check.has_shape(op, family.scale, scale, (*lead, *event), event)
     rows = lead.numel()
     # Before the scale is expanded, for its gradient to be summed over rows in the dtype that is computed with.
-    mean, scale = computed(mean), computed(scale)
+    if mean.dtype in HALF:
+        mean, scale = mean.float(), scale.float()
     if scale.ndim == family.axes:
         scale = scale.expand(rows, *event)
     return _check.rows(mean, rows, dim), _check.rows(scale, rows, *event), lead

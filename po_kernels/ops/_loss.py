@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.advantages import ADVANTAGES
 from ..backends.contract import OPS, REDUCTIONS, OpConfig
 from . import _check
-from ._evaluate import computed, evaluate
+from ._evaluate import evaluate
 
 
 class LossStats(NamedTuple):
@@ -106,7 +106,7 @@ def loss(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Runs op on flattened rows, whose leading dimensions were `lead`."""
     config, return_stats, backend = chosen
-    value, stats = evaluate(op, backend, [computed(x) for x in inputs], constants, config, return_stats)
+    value, stats = evaluate(op, backend, inputs, constants, config, return_stats)
     if config.reduction == "none":
         value = _check.rows(value, *lead)
         stats = tuple([_check.rows(column, *lead) for column in stats])

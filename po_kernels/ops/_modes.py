@@ -27,7 +27,7 @@ def in_forward_mode() -> bool:
 
 def is_differentiated() -> bool:
     """A backward pass is differentiated, in whichever mode, or batched: it has to be made of Functions."""
-    return torch.is_grad_enabled() or in_forward_mode() or transforms_active()
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
 
 
 def may_call_directly(*tensors: Tensor | None) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..backends.advantages import ADVANTAGES
 from ..backends.contract import OpConfig
 from . import _check
-from ._evaluate import computed, evaluate
+from ._evaluate import evaluate
 
 __all__ = ["group_advantage"]
 
@@ -37,7 +37,7 @@ def group_advantage(
         raise ValueError(f"{op}: rewards: expected shape (G, *), got ()")
     _check.group_size(op, "rewards", rewards.shape[0], kind)
     gamma = None if rbf_gamma is None else _check.real(op, "rbf_gamma", rbf_gamma)
-    groups = computed(rewards.reshape(rewards.shape[0], rewards.shape[1:].numel()))
+    groups = rewards.reshape(rewards.shape[0], rewards.shape[1:].numel())
     config = OpConfig(num_samples=rewards.shape[0], advantage=kind, rbf_gamma=gamma)
     advantages, _ = evaluate(op, backend, (groups,), (), config)
     return advantages.reshape(rewards.shape).to(rewards.dtype)

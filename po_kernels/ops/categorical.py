@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..backends.contract import OpConfig
 from . import _check, _loss
-from ._evaluate import computed, evaluate
+from ._evaluate import evaluate
 from ._loss import LossStats
 
 __all__ = ["categorical_log_prob", "categorical_policy_loss", "categorical_sample", "categorical_surrogate_loss"]
@@ -39,7 +39,7 @@ def categorical_sample(
     logits, lead = _policy(op, logits)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     config = OpConfig(num_samples=num_samples, row_offset=_check.integer(op, "row_offset", row_offset, 0))
-    labels, _ = evaluate(op, backend, (computed(logits),), (_check.seed_tensor(op, seed),), config)
+    labels, _ = evaluate(op, backend, (logits,), (_check.seed_tensor(op, seed),), config)
     return labels.reshape(num_samples, *lead)
 
 
@@ -63,7 +63,7 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
     value = value.reshape(batch.numel(), logits.shape[0])
-    return evaluate(op, backend, (computed(logits),), (value,), OpConfig())[0].reshape((*batch, *lead))
+    return evaluate(op, backend, (logits,), (value,), OpConfig())[0].reshape((*batch, *lead))
 
 
 def categorical_policy_loss(

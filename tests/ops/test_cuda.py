@@ -58,26 +58,23 @@ def test_the_suite_of_the_ops_on_the_host(names, without):
 def test_the_host_serves_cpu_tensors_by_name_only(monkeypatch):
     monkeypatch.setenv("PO_KERNELS_CUDA_EMULATE", "1")
     assert backend.unavailable() is None
-    assert backend.refuses("gaussian_policy_loss", "cpu", torch.float32) is None
-    assert "emulator" in backend.must_be_asked("cpu")
+    assert backend.unserved("cpu", torch.float32) is None
+    assert "emulator" in backend.must_be_asked("gaussian_policy_loss", "cpu")
     monkeypatch.setenv("PO_KERNELS_CUDA_EMULATE", "0")
-    assert "CUDA" in backend.refuses("gaussian_policy_loss", "cpu", torch.float32)
+    assert "CUDA" in backend.unserved("cpu", torch.float32)
 
 
 def test_what_it_refuses():
-    assert "no kernel" in backend.refuses("categorical_policy_loss", "cuda", torch.float32)
-    assert "bfloat16" in backend.refuses("gaussian_policy_loss", "cuda", torch.bfloat16)
-    assert backend.refuses("gaussian_policy_loss", "cuda", torch.float64) is None
+    assert "categorical_policy_loss" not in backend.KERNELS
+    assert "bfloat16" in backend.unserved("cuda", torch.bfloat16)
+    assert backend.unserved("cuda", torch.float64) is None
 
 
 def test_triton_or_the_reference_is_chosen_unasked(monkeypatch):
     monkeypatch.setattr(backend, "unavailable", lambda: None)
-    dispatch._refusal.cache_clear()
-    try:
-        decision = dispatch._automatic.__wrapped__("gaussian_policy_loss", "cuda", torch.float32)
-    finally:
-        dispatch._refusal.cache_clear()
-        dispatch._decisions.pop(("gaussian_policy_loss", "cuda", torch.float32), None)
+    monkeypatch.setattr(backend, "KERNELS", {"gaussian_policy_loss": None})  # also where there is no nvcc
+    monkeypatch.setattr(dispatch, "_decisions", {})
+    decision = dispatch._automatic("gaussian_policy_loss", "cuda", torch.float32)
     assert decision.backend in ("triton", "reference")
     assert "measurement" in decision.refused["cuda"]
 

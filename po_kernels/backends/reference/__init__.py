@@ -47,7 +47,7 @@ def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Te
 
 
 def _kernel(op: str) -> Kernel:
-    def kernel(request: Request) -> list[Tensor]:
+    def kernel(request: Request) -> list[Any]:
         second = request.tangents is not None
         with torch.enable_grad():
             wanted = [second or needed for needed in request.needs]
@@ -56,18 +56,18 @@ def _kernel(op: str) -> Kernel:
             named = type(request.inputs)(*inputs)
             value, statistics = evaluate(op, named, request.constants, request.config)
             if not OPS[op].differentiable:
-                return [value, *(x.new_empty(0) for x in (inputs[0], *inputs))]
+                return [value, None, *(None for _ in inputs)]
             cotangent = torch.ones_like(value) if request.cotangent is None else request.cotangent.detach().clone()
             if second:
                 return _second(request, inputs, value, cotangent)
             gradients = _gradients(value, inputs, request.needs, cotangent)
-        stats = torch.stack(statistics) if request.want_stats else value.new_empty(0)
-        return [value.detach(), stats.detach(), *gradients]
+        stats = torch.stack(statistics).detach() if request.want_stats else None
+        return [value.detach(), stats, *gradients]
 
     return kernel
 
 
-def _second(request: Request, inputs: list[Tensor], value: Tensor, cotangent: Tensor) -> list[Tensor]:
+def _second(request: Request, inputs: list[Tensor], value: Tensor, cotangent: Tensor) -> list[Any]:
     """∂f·v and g ∇²f v + ġ ∇f, as derivatives of g ∇f·v in g and in the inputs."""
     cotangent.requires_grad_()
     moved = [v is not None for v in request.tangents or ()]
@@ -80,23 +80,23 @@ def _second(request: Request, inputs: list[Tensor], value: Tensor, cotangent: Te
     derivative, *products = _gradients(inner, [cotangent, *inputs], [True, *needs], torch.ones_like(inner))
     if request.cotangent_tangent is not None:
         turned = _gradients(value, inputs, request.needs, request.cotangent_tangent)
-        products = [p + t for p, t in zip(products, turned, strict=True)]
-    return [derivative, value.new_empty(0), *products]
+        products = [None if p is None else p + t for p, t in zip(products, turned, strict=True)]
+    return [derivative, None, *products]
 
 
 def _gradients(
     value: Tensor, inputs: list[Tensor], needs: Any, cotangent: Tensor, create_graph: bool = False
-) -> list[Tensor]:
-    """g ∇f for each input asked for, an empty tensor for the others."""
+) -> list[Any]:
+    """g ∇f for each input asked for, None for the others."""
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
     if not wanted or not value.requires_grad:
-        return [torch.zeros_like(x) if needed else x.new_empty(0) for x, needed in zip(inputs, needs, strict=True)]
+        return [torch.zeros_like(x) if needed else None for x, needed in zip(inputs, needs, strict=True)]
     found = iter(
         torch.autograd.grad(
             value, wanted, cotangent, create_graph=create_graph, retain_graph=True, materialize_grads=True
         )
     )
-    return [next(found) if needed else x.new_empty(0) for x, needed in zip(inputs, needs, strict=True)]
+    return [next(found) if needed else None for needed in needs]
 
 
 KERNELS: dict[str, Kernel] = {op: _kernel(op) for op in DEFINITIONS}
