@@ -41,31 +41,30 @@ def request(
     second: bool = False,
     want_stats: bool = False,
 ) -> Request:
-    """A call with all gradients on tensors of the sizes given; of their values only those matter that may be refused."""
-    sizes = {"B": rows, "D": dim, "C": dim, "G": group, "N": group}
-    labels = OPS[op].labels
+    """A call with all gradients, on tensors of those sizes and of values that are not refused."""
+    row, sizes = OPS[op], {"B": rows, "D": dim, "C": dim, "G": group, "N": group}
 
     def tensor(name: str, letters: str) -> Tensor:
         if name == "precision":
             return torch.eye(dim, dtype=dtype)
         if letters == "BDD":
             return torch.eye(dim, dtype=dtype).repeat(rows, 1, 1)
-        integers = name in (labels, "seed")
+        integers = name in (row.labels, "seed")
         return torch.zeros([sizes[letter] for letter in letters], dtype=torch.int64 if integers else dtype)
 
-    row = OPS[op]
     inputs = row.Inputs(*(tensor(name, row.axes[name]) for name in row.Inputs._fields))
     constants = row.Constants(*(tensor(name, row.axes[name]) for name in row.Constants._fields))
     if config.estimator == row.closed_form and "seed" in constants._fields:
         constants = constants._replace(seed=None)
-    cotangent = torch.ones([sizes[letter] for letter in row.value], dtype=dtype) if row.differentiable else None
+    needed = row.differentiable
+    cotangent = torch.ones([sizes[letter] for letter in row.value], dtype=dtype) if needed else None
     return Request(
         inputs,
         constants,
         row.Inputs(*(torch.ones_like(x) for x in inputs)) if second else None,
         cotangent,
         cotangent if second else None,
-        row.Inputs(*[row.differentiable] * len(inputs)),
+        row.Inputs(*[needed] * len(inputs)),
         want_stats,
         config,
     )

@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 
 
 def test_in_the_interpreter():
-    """Of random numbers integers to the bit; of the half precisions, which draw from the same thresholds, none again."""
+    """Of random numbers integers to the bit; none again in half precision, which draws from the same thresholds."""
     chosen = [
         str(FOLDER / "triton_interpreted.py"),
         str(FOLDER / "test_philox.py"),
@@ -49,7 +49,7 @@ def test_the_interpreter_serves_cpu_tensors_by_name_only(monkeypatch):
 
 # Compilation: rows do not matter, and shapes are typical of their op. The numbers are dimensions and samples.
 SHAPES = {"gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categorical": ((32, 16),), "group": ((1, 64),)}
-# Of second order, and of pathwise derivatives: what is unrolled takes a minute to compile at 17 dimensions.
+# Of second order, and of pathwise derivatives: what is unrolled takes a minute to compile at larger ones.
 FEW = {"gaussian": (8, 16), "mvn": (4, 8)}
 CALLS = [  # reinforce has the kernels of dice
     (op, estimator)
@@ -66,7 +66,7 @@ def request_of(op: str, estimator: str, shape: tuple[int, int], rows: int = 64, 
 
 
 def compiled(node, op: str, estimator: str, shape: tuple[int, int], *capabilities: int, **how) -> list:
-    """What the kernels of a call take, which goes to the report of --junitxml; the fixture for it warns of the format."""
+    """What a call's kernels take, which goes to the report of --junitxml; the fixture for it warns of the format."""
     found = []
     for launched in ahead_of_time.launches_of(op, request_of(op, estimator, shape, **how)):
         for capability in capabilities:
