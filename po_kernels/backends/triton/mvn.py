@@ -88,7 +88,8 @@ def row_product(scale, i, end, x, K: tl.constexpr):
     else:
         result = nothing((1, value(x).shape[1], value(x).shape[2]), K)
         for j in tl.static_range(K.dim):
-            result = choose(j < end, mul_add(entry(scale, i, j, K), pick(x, j, d), result), result)
+            more = mul_add(entry(scale, i, j, K), pick(x, j, d), result)
+            result = choose(j < end, more, result)
         return result
 
 
@@ -101,7 +102,8 @@ def column_product(scale, j, x, K: tl.constexpr):
     else:
         result = nothing((1, value(x).shape[1], value(x).shape[2]), K)
         for i in tl.static_range(K.dim):
-            result = choose(i > j, mul_add(entry(scale, i, j, K), pick(x, i, d), result), result)
+            more = mul_add(entry(scale, i, j, K), pick(x, i, d), result)
+            result = choose(i > j, more, result)
         return result
 
 
@@ -181,7 +183,7 @@ def add_gradient(scale, left, right, inner, to, row, inside, d, first, K: tl.con
     inner = total(inner, 2)
     each = tl.arange(0, K.BLOCK_D)[:, None, None]
     for i in tl.range(0, K.dim, loop_unroll_factor=unrolled(K.dim, K.DUAL)):
-        at = to + (row * K.dim + i) * K.dim
+        at = to + row * K.dim * K.dim + i * K.dim
         own = mul(inner, inverse(diagonal_entry(scale, i, K)))
         if is_thin(d):
             found = total(mul(pick(left, i, d), right), 2)
