@@ -181,9 +181,10 @@ def add_gradient(scale, left, right, inner, to, row, inside, d, first, K: tl.con
     Later ones it adds to what was stored. left, right (BLOCK_D, B, G), inner (1, B, G).
     """
     inner = total(inner, 2)
+    offset = row * K.dim * K.dim
     each = tl.arange(0, K.BLOCK_D)[:, None, None]
     for i in tl.range(0, K.dim, loop_unroll_factor=unrolled(K.dim, K.DUAL)):
-        at = to + row * K.dim * K.dim + i * K.dim
+        at = to + offset + i * K.dim
         own = mul(inner, inverse(diagonal_entry(scale, i, K)))
         if is_thin(d):
             found = total(mul(pick(left, i, d), right), 2)
@@ -209,6 +210,7 @@ def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, 
     The gradient in L of weight · tr(U L Lᵀ) + inner · log det L is stored. By columns l of L: Σ lᵀ U l.
     """
     result = zeros(value(weight).shape, K)
+    offset = row * K.dim * K.dim
     for j in range(0, K.dim):
         column = column_of(scale, j, K)
         weighted = apply(u, column, d, K)
@@ -218,8 +220,7 @@ def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, 
         if K.NEED_SCALE:
             own = masked(d == j, mul(inner, inverse(diagonal_entry(scale, j, K))))
             gradient = output(add(times(mul(weight, weighted), 2), own), K)
-            at = to + row * K.dim * K.dim + d * K.dim + j
-            tl.store(at, tl.where(d >= j, gradient, 0), inside & (d < K.dim))
+            tl.store(to + offset + d * K.dim + j, tl.where(d >= j, gradient, 0), inside & (d < K.dim))
     return result, sums
 
 
