@@ -64,9 +64,9 @@ def load_of(x, offsets, label, inside, classes, K: tl.constexpr):
 
 
 @triton.jit
-def log_prob_of(logits, row, label, log_normaliser, inside, classes, K: tl.constexpr):
-    """log p of labels (1, B, G) of rows; -inf, with no derivative, where masked."""
-    x = load_of(logits, row * logits.stride + label, label, inside, classes, K)
+def log_prob_of(logits, offset, label, log_normaliser, inside, classes, K: tl.constexpr):
+    """log p of labels (1, B, G) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
+    x = load_of(logits, offset + label, label, inside, classes, K)
     seen = value(x) != float("-inf")
     return plus(masked(seen, sub(x, log_normaliser)), tl.where(seen, 0.0, float("-inf")).to(K.T))
 
@@ -180,7 +180,8 @@ def score_loss(
 
 @triton.jit(do_not_specialize=["rows", "blocks", "row_offset"])
 def policy_loss(
-    logits, table, target, cotangent, seed, to, out, rows: tl.int64, blocks: tl.int64, row_offset: tl.int64,
+    logits, logits_stride: tl.int64, table, target, cotangent, seed, to, out,
+    rows: tl.int64, blocks: tl.int64, row_offset: tl.int64,
     classes, count, entropy_coef: tl.float64, rbf_gamma: tl.float64, share: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
     """table (classes, classes), by label first; target (rows,)."""
@@ -193,7 +194,7 @@ def policy_loss(
         row = tally.rows_of_block(block, blocks, K)
         inside = row < rows
         here = inside & (c < classes)
-        x = load(logits, row * logits.stride + c, here, 0, K)
+        x = load(logits, row * logits_stride + c, here, 0, K)
         y = tl.load(target + row, inside, 0)
         weight = tally.row_weight(cotangent, row, inside, options, K)
         p, log_p, entropy, log_normaliser = softmax(x, c, classes)
@@ -217,7 +218,7 @@ def policy_loss(
             label = draw(value(x), c, first_words(tl.load(seed), g, row + row_offset), classes)
             there = inside & (g < count)
             given = load_of(table, y * classes + label, y, there, classes, K)
-            density = log_prob_of(logits, row, label, log_normaliser, there, classes, K)
+            density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
             objective, moments, to_rewards = score_loss(
                 label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
             )
@@ -227,7 +228,7 @@ def policy_loss(
             table_sum = add_to_table(table_sum, to_table, output(by_class, K), y, inside, c, classes, K)
         log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
         if K.WANT_STATS:
-            log_prob = log_prob_of(logits, row, y, log_normaliser, inside, classes, K)
+            log_prob = log_prob_of(logits, row * logits_stride, y, log_normaliser, inside, classes, K)
         reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
     tally.store(reported, out)
     if K.NEED_REWARD_TABLE:
@@ -236,7 +237,8 @@ def policy_loss(
 
 @triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "rows", "blocks"])
 def surrogate_loss(
-    logits, rewards, rewards_stride_g: tl.int64, rewards_stride: tl.int64, samples, cotangent, to, out,
+    logits, logits_stride: tl.int64, rewards, rewards_stride_g: tl.int64, rewards_stride: tl.int64, samples,
+    cotangent, to, out,
     rows: tl.int64, blocks: tl.int64, classes, count, entropy_coef: tl.float64, rbf_gamma: tl.float64,
     share: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
@@ -249,12 +251,12 @@ def surrogate_loss(
         row = tally.rows_of_block(block, blocks, K)
         inside = row < rows
         there = inside & (g < count)
-        x = load(logits, row * logits.stride + c, inside & (c < classes), 0, K)
+        x = load(logits, row * logits_stride + c, inside & (c < classes), 0, K)
         weight = tally.row_weight(cotangent, row, inside, options, K)
         p, log_p, entropy, log_normaliser = softmax(x, c, classes)
         label = tl.load(samples + g * rows + row, there, 0)
         given = load(rewards, g * rewards_stride_g + row * rewards_stride, there, 0, K)
-        density = log_prob_of(logits, row, label, log_normaliser, there, classes, K)
+        density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
         objective, moments, to_rewards = score_loss(
             label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
         )
@@ -269,20 +271,21 @@ def surrogate_loss(
 
 @triton.jit(do_not_specialize=["rows", "chunks", "count"])
 def log_prob(
-    logits, at, cotangent, out, to, rows: tl.int64, chunks: tl.int64, classes, count: tl.int64, K: tl.constexpr
-):
+    logits, logits_stride: tl.int64, at, cotangent, out, to, rows: tl.int64, chunks: tl.int64, classes, count: tl.int64,
+    K: tl.constexpr,
+):  # fmt: skip
     """log p of labels and, with a cotangent (count, rows), the gradient; `chunks` of BLOCK_G a program."""
     c = tl.arange(0, K.BLOCK_D)[None, None, :]
     row = tally.rows_of_block(0, 1, K)
     inside = row < rows
-    x = load(logits, row * logits.stride + c, inside & (c < classes), 0, K)
+    x = load(logits, row * logits_stride + c, inside & (c < classes), 0, K)
     p, _, _, log_normaliser = softmax(x, c, classes)
     sums = tl.zeros((1, K.BLOCK_B, K.BLOCK_D), K.T)
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         there = inside & (g < count)
         label = tl.load(at + g * rows + row, there, 0)
-        found = log_prob_of(logits, row, label, log_normaliser, there, classes, K)
+        found = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
         tl.store(out + g * rows + row, output(found, K), there)
         if K.HAS_COTANGENT and K.NEED_LOGITS:
             f = load(cotangent, g * rows + row, there, 0, K)
@@ -293,14 +296,14 @@ def log_prob(
 
 @triton.jit(do_not_specialize=["rows", "row_offset", "count"])
 def sample(
-    logits, seed, out, rows: tl.int64, row_offset: tl.int64, chunks: tl.int64, classes, count: tl.int64,
-    K: tl.constexpr,
+    logits, logits_stride: tl.int64, seed, out, rows: tl.int64, row_offset: tl.int64, chunks: tl.int64, classes,
+    count: tl.int64, K: tl.constexpr,
 ):  # fmt: skip
     """Labels (count, rows), int64; `chunks` of BLOCK_G a program."""
     c = tl.arange(0, K.BLOCK_D)[None, None, :]
     row = tally.rows_of_block(0, 1, K)
     inside = row < rows
-    x = value(load(logits, row * logits.stride + c, inside & (c < classes), 0, K))
+    x = value(load(logits, row * logits_stride + c, inside & (c < classes), 0, K))
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         label = draw(x, c, first_words(tl.load(seed), g, row + row_offset), classes)

@@ -58,7 +58,8 @@ def residual(mean, scale, target, eps, K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "blocks", "row_offset"])
 def policy_loss(
-    mean, scale, target, precision, cotangent, seed, to, out, rows: tl.int64, blocks: tl.int64, row_offset: tl.int64,
+    mean, mean_stride: tl.int64, scale, scale_stride: tl.int64, target, target_stride: tl.int64,
+    precision, cotangent, seed, to, out, rows: tl.int64, blocks: tl.int64, row_offset: tl.int64,
     entropy_coef: tl.float64, rbf_gamma: tl.float64, share: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
     """precision contiguous and symmetric; `to` are the gradients but that of the precision, `out` is a Tally."""
@@ -75,9 +76,9 @@ def policy_loss(
         row = tally.rows_of_block(block, blocks, K)
         inside = row < rows
         here = inside & (each < K.dim)
-        m = load_vector(mean, row * mean.stride, inside, d, K)
-        y = load_vector(target, row * target.stride, inside, d, K)
-        s = read(scale, row, inside, d, K)
+        m = load_vector(mean, row * mean_stride, inside, d, K)
+        y = load_vector(target, row * target_stride, inside, d, K)
+        s = read(scale, row * scale_stride, inside, d, K)
         weight = tally.row_weight(cotangent, row, inside, options, K)
         log_det = log_determinant(s, K)
         entropy = of_row(entropy_of(log_det, K))
@@ -148,7 +149,7 @@ def policy_loss(
                         pulled = add(pulled, apply_to_sum(precision, mul(pulled_by, x), d, K))
                     if K.NEED_PRECISION:
                         sums = add_outer(sums, to_precision, pulled_by, x, d, K)
-            store_gradients(gradients, read(scale, row, inside, each, K), to, row, inside, each, K)
+            store_gradients(gradients, read(scale, row * scale_stride, inside, each, K), to, row, inside, each, K)
             if K.NEED_TARGET:
                 if K.SCORE:
                     slope = output(times(mul(unit, pulled) if ALIKE else pulled, -2), K)
@@ -168,7 +169,8 @@ def policy_loss(
 
 @triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "samples_stride_g", "rows", "blocks"])
 def surrogate_loss(
-    mean, scale, rewards, rewards_stride_g: tl.int64, rewards_stride: tl.int64,
+    mean, mean_stride: tl.int64, scale, scale_stride: tl.int64,
+    rewards, rewards_stride_g: tl.int64, rewards_stride: tl.int64,
     samples, samples_stride_g: tl.int64, samples_stride: tl.int64, cotangent, to, out,
     rows: tl.int64, blocks: tl.int64, entropy_coef: tl.float64, rbf_gamma: tl.float64, share: tl.float64,
     K: tl.constexpr,
@@ -181,8 +183,8 @@ def surrogate_loss(
     for block in tl.range(0, blocks, num_stages=1):
         row = tally.rows_of_block(block, blocks, K)
         inside = row < rows
-        m = load(mean, row * mean.stride + d, inside & (d < K.dim), 0, K)
-        s = read(scale, row, inside, d, K)
+        m = load(mean, row * mean_stride + d, inside & (d < K.dim), 0, K)
+        s = read(scale, row * scale_stride, inside, d, K)
         weight = tally.row_weight(cotangent, row, inside, options, K)
         log_det = log_determinant(s, K)
         entropy = entropy_of(log_det, K)
@@ -224,23 +226,23 @@ def surrogate_loss(
     tally.store(reported, out)
 
 
-@triton.jit(do_not_specialize=["at_stride_g", "rows", "chunks", "count"])
+@triton.jit(do_not_specialize=["value_stride_g", "rows", "chunks", "count"])
 def log_prob(
-    mean, scale, at, at_stride_g: tl.int64, cotangent, out, to, rows: tl.int64, chunks: tl.int64, count: tl.int64,
-    K: tl.constexpr,
+    mean, mean_stride: tl.int64, scale, scale_stride: tl.int64, value, value_stride_g: tl.int64, value_stride: tl.int64,
+    cotangent, out, to, rows: tl.int64, chunks: tl.int64, count: tl.int64, K: tl.constexpr,
 ):  # fmt: skip
-    """log p of `at` and, with a cotangent (count, rows), gradients; `chunks` of BLOCK_G a program."""
+    """log p of `value` and, with a cotangent (count, rows), gradients; `chunks` of BLOCK_G a program."""
     d = tl.arange(0, K.BLOCK_D)[:, None, None]
     row = tally.rows_of_block(0, 1, K)
     inside = row < rows
-    m = load(mean, row * mean.stride + d, inside & (d < K.dim), 0, K)
-    s = read(scale, row, inside, d, K)
+    m = load(mean, row * mean_stride + d, inside & (d < K.dim), 0, K)
+    s = read(scale, row * scale_stride, inside, d, K)
     log_det = log_determinant(s, K)
     gradients = no_gradients(K)
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         there = inside & (g < count)
-        x = load(at, g * at_stride_g + row * at.stride + d, there & (d < K.dim), 0, K)
+        x = load(value, g * value_stride_g + row * value_stride + d, there & (d < K.dim), 0, K)
         z = whiten(s, sub(x, m), K)
         tl.store(out + g * rows + row, output(log_density(log_det, z, K), K), there)
         if K.HAS_COTANGENT:
@@ -255,15 +257,15 @@ def log_prob(
 
 @triton.jit(do_not_specialize=["rows", "row_offset", "chunks", "count"])
 def draw(
-    mean, scale, seed, cotangent, out, to, rows: tl.int64, row_offset: tl.int64, chunks: tl.int64, count: tl.int64,
-    K: tl.constexpr,
+    mean, mean_stride: tl.int64, scale, scale_stride: tl.int64, seed, cotangent, out, to,
+    rows: tl.int64, row_offset: tl.int64, chunks: tl.int64, count: tl.int64, K: tl.constexpr,
 ):  # fmt: skip
     """Samples (count, rows, dim) and, with a cotangent of that shape, the gradients; `chunks` of BLOCK_G a program."""
     d = tl.arange(0, K.BLOCK_D)[:, None, None]
     row = tally.rows_of_block(0, 1, K)
     inside = row < rows
-    m = load(mean, row * mean.stride + d, inside & (d < K.dim), 0, K)
-    s = read(scale, row, inside, d, K)
+    m = load(mean, row * mean_stride + d, inside & (d < K.dim), 0, K)
+    s = read(scale, row * scale_stride, inside, d, K)
     key = tl.load(seed)
     gradients = no_gradients(K)
     for chunk in range(0, chunks):

@@ -27,7 +27,7 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
         {"dim": dim, "count": group, "KIND": kind, "APART": apart,
          "CLOSED_FORM": call.config.estimator == "analytic", "WHITE": call.known["SCORE"],
          "IN_MEMORY": tile.dim > _MOST_IN_REGISTERS},
-        mean=call.rows("mean"), scale=call.rows("scale"), target=call.rows("target"),
+        **call.rows("mean"), **call.rows("scale"), **call.rows("target"),
         precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
         row_offset=call.config.row_offset,
     )  # fmt: skip
@@ -55,19 +55,18 @@ def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     value, stats, _ = launch.loss(
         call, family.surrogate_loss, launch.tile(call.whole_group(count), dim), (0,),
         {"dim": dim, "count": count},
-        mean=call.rows("mean"), scale=call.rows("scale"), **call.rewards(),
+        **call.rows("mean"), **call.rows("scale"), **call.rows("rewards", 2),
         samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
     )  # fmt: skip
     return value, stats
 
 
 def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
-    at = call.rows("value", 2)
-    count, rows, dim = at.value.shape
+    count, rows, dim = call.inputs.value.shape
     return launch.in_chunks(
         call, family.log_prob, call.empty(count, rows), launch.tile(count, dim),
         {"dim": dim}, call.needs.mean or call.needs.scale,
-        mean=call.rows("mean"), scale=call.rows("scale"), at=at, at_stride_g=at.value.stride(0),
+        **call.rows("mean"), **call.rows("scale"), **call.rows("value", 2),
         cotangent=call.cotangent, to=call.gradients,
     )  # fmt: skip
 
@@ -78,7 +77,7 @@ def _sample(call: Call) -> tuple[Tensor, Tensor]:
     return launch.in_chunks(
         call, family.draw, call.empty(count, rows, dim), launch.tile(count, dim),
         {"dim": dim}, call.needs.mean or call.needs.scale,
-        mean=call.rows("mean"), scale=call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
+        **call.rows("mean"), **call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
         seed=call.seed, row_offset=call.config.row_offset,
     )  # fmt: skip
 
@@ -92,7 +91,7 @@ def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     value, stats, sums = launch.loss(
         call, categorical.policy_loss, tile, (classes, classes) if need else (0,),
         {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
-        logits=call.rows("logits"), target=call.constants.target.contiguous(),
+        **call.rows("logits"), target=call.constants.target.contiguous(),
         # By label first, for the rewards of a row to be neighbours.
         table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
         seed=call.seed, row_offset=call.config.row_offset, classes=classes, count=count,
@@ -107,7 +106,7 @@ def _categorical_surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     count = call.whole_group(samples.shape[0])
     value, stats, _ = launch.loss(
         call, categorical.surrogate_loss, launch.class_tile(count, classes), (0,), {},
-        logits=call.rows("logits"), **call.rewards(), samples=samples, classes=classes, count=count,
+        **call.rows("logits"), **call.rows("rewards", 2), samples=samples, classes=classes, count=count,
     )  # fmt: skip
     return value, stats
 
@@ -116,7 +115,7 @@ def _categorical_log_prob(call: Call) -> tuple[Tensor, Tensor]:
     at, classes = call.constants.value.contiguous(), call.inputs.logits.shape[1]
     return launch.in_chunks(
         call, categorical.log_prob, call.empty(*at.shape), launch.class_tile(min(len(at), _LABELS_AT_ONCE), classes),
-        {}, call.needs.logits, logits=call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
+        {}, call.needs.logits, **call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
         classes=classes,
     )  # fmt: skip
 
@@ -127,7 +126,7 @@ def _categorical_sample(call: Call) -> tuple[Tensor, Tensor]:
     labels = torch.empty((count, rows), dtype=torch.int64, device=call.device)
     return launch.in_chunks(
         call, categorical.sample, labels, launch.class_tile(min(count, _LABELS_AT_ONCE), classes), {}, False,
-        logits=call.rows("logits"), seed=call.seed, row_offset=call.config.row_offset, classes=classes,
+        **call.rows("logits"), seed=call.seed, row_offset=call.config.row_offset, classes=classes,
     )  # fmt: skip
 
 
@@ -140,7 +139,7 @@ def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
         return value, call.no_rows()
     call.run_tiles(
         advantage.group_advantage, (triton.cdiv(rows, tile.rows),), tile, {},
-        **call.rewards(), cotangent=call.cotangent, out=value, to=call.gradients, rows=rows, count=count,
+        **call.rows("rewards", 2), cotangent=call.cotangent, out=value, to=call.gradients, rows=rows, count=count,
         rbf_gamma=call.config.rbf_gamma or 0.0,
     )  # fmt: skip
     return value, call.empty(0)

@@ -15,18 +15,14 @@ import triton.language as tl
 
 
 class Pair(NamedTuple):
-    """An input in memory, and its tangent of the same strides; without one the input again, which is not read."""
+    """An input in memory, and its tangent of the same strides; without one the input again, which is not read.
+
+    Strides are arguments of their own: in a tuple they have 32 bits, which takes more registers, and those that depend
+    on the number of rows would have kernels compiled anew.
+    """
 
     value: Any
     tangent: Any
-
-
-class Rows(NamedTuple):
-    """A pair with the distance of its rows."""
-
-    value: Any
-    tangent: Any
-    stride: Any
 
 
 @triton.jit

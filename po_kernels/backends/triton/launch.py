@@ -12,7 +12,7 @@ from torch import Tensor
 from ..advantages import ADVANTAGES
 from ..contract import NUM_STATS, Op, Request
 from . import tally
-from .lanes import Pair, Rows
+from .lanes import Pair
 
 # Elements of a tile of samples in memory: more would not fit the registers, fewer would leave a warp without work.
 _LARGEST_TILE = 4096
@@ -182,18 +182,13 @@ class Call:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def rows(self, name: str, leading: int = 1) -> Rows:
-        """An input whose first `leading` axes, of which the last is that of rows, may have any strides."""
+    def rows(self, name: str, leading: int = 1) -> Arguments:
+        """An input with its strides along the first `leading` axes, the last of which is that of rows."""
         value, tangent = getattr(self.pairs, name)
         if not self.dual:
             value = tangent = with_contiguous_rows(value, leading)
-        return Rows(value, tangent, value.stride(leading - 1))
-
-    def rewards(self) -> Arguments:
-        """The rewards (G, B), of any strides, which depend on the number of rows: in a tuple Triton compiles a kernel
-        for them anew."""
-        pair = self.pairs.rewards
-        return {"rewards": pair, "rewards_stride_g": pair.value.stride(0), "rewards_stride": pair.value.stride(1)}
+        strides = dict(zip((f"{name}_stride_g", f"{name}_stride")[2 - leading :], value.stride(), strict=False))
+        return {name: Pair(value, tangent), **strides}
 
     @property
     def seed(self) -> Tensor | None:

@@ -14,8 +14,7 @@ HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
 
 @triton.jit
-def read(x, row, inside, d, K: tl.constexpr):
-    offset = row * x.stride
+def read(x, offset, inside, d, K: tl.constexpr):
     return mvn.Matrix(x, offset, inside, d) if K.TRIANGULAR else load_vector(x, offset, inside, d, K)
 
 
