@@ -268,18 +268,18 @@ def loss(
 
 
 def in_chunks(
-    call: Call, kernel: Any, value: Tensor, tile: Tile, known: dict[str, Any], together: bool, **arguments: Any
+    call: Call, kernel: Any, out: Tensor, tile: Tile, known: dict[str, Any], together: bool, **arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """Runs a kernel over rows and chunks of the first axis of `value`, which it writes; there are no statistics.
+    """Runs a kernel over rows and chunks of the first axis of `out`, which it writes; there are no statistics.
 
     Args:
         together: gradients are summed over that axis, so that one program takes all of it.
     """
-    if value.numel() == 0:
-        return value, call.no_rows()
-    count, rows = value.shape[:2]
+    if out.numel() == 0:
+        return out, call.no_rows()
+    count, rows = out.shape[:2]
     chunks = triton.cdiv(count, tile.group)
     each = chunks if together else triton.cdiv(chunks, _MOST_CHUNKS)
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(chunks, each)
-    call.run_tiles(kernel, grid, tile, known, **arguments, out=value, rows=rows, chunks=each, count=count)
-    return value, call.empty(0)
+    call.run_tiles(kernel, grid, tile, known, **arguments, out=out, rows=rows, chunks=each, count=count)
+    return out, call.empty(0)
