@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+FIRST_ORDER_ONLY = "its kernels compute values and gradients"
+
 
 def unavailable() -> str | None:
     if importlib.util.find_spec("numba") is None:
@@ -17,7 +19,7 @@ def unserved(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, not {device_type}"
     if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64, not {dtype}"
+        return f"it serves float32 and float64, not {dtype}"
     return None
 
 

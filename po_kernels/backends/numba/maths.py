@@ -1,41 +1,47 @@
-"""Elementary functions on lane values, with the algorithms of csrc/include/po_kernels/math.hpp."""
+"""exp, and the logarithm and the circle of Box-Muller: where libm is called the loop over rows is not vector code.
+
+math.log serves where a row needs a few of them.
+"""
+
+import math
 
 import numpy as np
 
-from .lanes import (
-    chain,
-    from_bits,
-    from_integer,
-    helper,
-    is_single,
-    nearest,
-    root_of_lanes,
-    select,
-    stop,
-    to_bits,
-    to_integer,
-)
+from .rows import inlined
 
-_INFINITY = np.inf
-_LN2_HIGH_64, _LN2_LOW_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-_LN2_HIGH_32, _LN2_LOW_32 = 0.693359375, -2.12194440e-4
+_LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
+_SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
+_ROUND = 6755399441055744.0  # 1.5 · 2**52: x + _ROUND has the nearest integer to x in its low bits
+_ROUND_BITS = 0x4338000000000000
 
 
-@helper
-def log1p_reduced(f):
-    """log(1 + f) for f in [sqrt(1/2) - 1, sqrt(2) - 1], with a relative error of about an ulp also where f is small."""
-    square = f * f
-    if is_single(f):  # coefficients: Cephes, logf
-        p = f * 7.0376836292e-2 - 1.1514610310e-1
-        p = p * f + 1.1676998740e-1
-        p = p * f - 1.2420140846e-1
-        p = p * f + 1.4249322787e-1
-        p = p * f - 1.6668057665e-1
-        p = p * f + 2.0000714765e-1
-        p = p * f - 2.4999993993e-1
-        p = p * f + 3.3333331174e-1
-        return f + (f * square * p - square * 0.5)
-    # coefficients: fdlibm, log
+@inlined
+def exp(x):
+    """With gradual underflow, inf above the range and 0 at -inf; coefficients: fdlibm."""
+    bounded = min(max(x, -750.0), 750.0)  # beyond, the result is 0 or inf
+    shifted = bounded * 1.4426950408889634074 + _ROUND
+    n, k = shifted - _ROUND, np.float64(shifted).view(np.int64) - _ROUND_BITS
+    high, low = bounded - n * _LN2_HIGH, n * _LN2_LOW
+    r = high - low
+    z = r * r
+    p = z * 4.13813679705723846039e-08 - 1.65339022054652515390e-06
+    p = p * z + 6.61375632143793436117e-05
+    p = p * z - 2.77777777770155933842e-03
+    p = p * z + 1.66666666666666019037e-01
+    c = r - z * p
+    y = 1.0 + (high - (low - r * c / (2.0 - c)))
+    # Two factors of 2**k, each in range, so that results below the normal range and above it come out right.
+    half = k >> 1
+    y = y * np.int64((half + 1023) << 52).view(np.float64) * np.int64((k - half + 1023) << 52).view(np.float64)
+    return y if x == x else x
+
+
+@inlined
+def log_uniform(u):
+    """ln u of a uniform number, which is normal and has 25 bits at most; coefficients: fdlibm."""
+    bits = np.float64(u).view(np.int64)
+    k = (bits - _SQRT_HALF_BITS) >> 52
+    f = np.int64(bits - (k << 52)).view(np.float64) - 1.0
     s = f / (f + 2.0)
     z = s * s
     r = z * 1.479819860511658591e-1 + 1.531383769920937332e-1
@@ -44,74 +50,31 @@ def log1p_reduced(f):
     r = r * z + 2.857142874366239149e-1
     r = r * z + 3.999999999940941908e-1
     r = r * z + 6.666666666666735130e-1
-    half = square * 0.5
-    return f - (half - s * (half + z * r))
+    half = 0.5 * f * f
+    n = np.float64(k)
+    return n * _LN2_HIGH + (f - (half - (s * (half + z * r) + n * _LN2_LOW)))
 
 
-@helper
-def split(x):
-    """(exponent, f) of a positive normal x = 2**exponent (1 + f), f as log1p_reduced wants it."""
-    bits = to_bits(x)
-    if is_single(x):
-        k = (bits - 0x3F3504F3) >> 23
-        return from_integer(k), from_bits(bits - (k << 23)) - 1.0
-    k = (bits - 0x3FE6A09E667F3BCD) >> 52
-    return from_integer(k), from_bits(bits - (k << 52)) - 1.0
-
-
-@helper
-def log(x):
-    """For x > 0, subnormals included; -inf at 0, nan below."""
-    v = stop(x)
-    small = v < (1.17549435e-38 if is_single(v) else 2.2250738585072014e-308)
-    exponent, f = split(select(small, v * (33554432.0 if is_single(v) else 18014398509481984.0), v))
-    exponent = exponent - select(small, v * 0.0 + (25.0 if is_single(v) else 54.0), v * 0.0)
-    if is_single(v):
-        y = exponent * _LN2_HIGH_32 + (log1p_reduced(f) + exponent * _LN2_LOW_32)
-    else:
-        y = exponent * _LN2_HIGH_64 + (log1p_reduced(f) + exponent * _LN2_LOW_64)
-    y = select(v < _INFINITY, y, v)  # inf and nan pass through
-    y = select(v > 0.0, y, select(v < 0.0, np.nan, select(v == 0.0, -_INFINITY, v)))
-    return chain(x, y, 1.0 / v)
-
-
-@helper
-def exp(x):
-    """With gradual underflow, inf above the range and 0 at -inf."""
-    v = stop(x)
-    limit = (150.0 if is_single(v) else 1080.0) * 0.7  # beyond it the result is inf or 0
-    clamped = select(v > limit, limit, select(v < -limit, -limit, v))
-    n = nearest(clamped * 1.4426950408889634074)
-    k = to_integer(select(n == n, n, 0.0))
-    if is_single(v):  # coefficients: Cephes, expf
-        r = clamped - n * _LN2_HIGH_32 - n * _LN2_LOW_32
-        p = r * 1.9875691500e-4 + 1.3981999507e-3
-        p = p * r + 8.3334519073e-3
-        p = p * r + 4.1665795894e-2
-        p = p * r + 1.6666665459e-1
-        p = p * r + 5.0000001201e-1
-        y = p * (r * r) + r + 1.0
-        half = k >> 1
-        # Two factors of 2, each in range, so that results below the normal range and above it come out right.
-        y = y * from_bits((half + 127) << 23) * from_bits((k - half + 127) << 23)
-    else:  # coefficients: fdlibm, exp
-        high = clamped - n * _LN2_HIGH_64
-        low = n * _LN2_LOW_64
-        r = high - low
-        z = r * r
-        p = z * 4.13813679705723846039e-08 - 1.65339022054652515390e-06
-        p = p * z + 6.61375632143793436117e-05
-        p = p * z - 2.77777777770155933842e-03
-        p = p * z + 1.66666666666666019037e-01
-        c = r - z * p
-        y = (high - (low - r * c / (2.0 - c))) + 1.0
-        half = k >> 1
-        y = y * from_bits((half + 1023) << 52) * from_bits((k - half + 1023) << 52)
-    y = select(v == v, y, v)
-    return chain(x, y, y)
-
-
-@helper
-def square_root(x):
-    y = root_of_lanes(stop(x))
-    return chain(x, y, 0.5 / y)
+@inlined
+def circle(u):
+    """cos and sin of 2 π u. The quadrant and the remainder are exact; coefficients: Cephes."""
+    quadrant = math.floor(4.0 * u + 0.5)
+    x = (4.0 * u - quadrant) * (0.5 * math.pi)
+    z = x * x
+    s = z * 1.58962301576546568060e-10 - 2.50507477628578072866e-8
+    s = s * z + 2.75573136212857245213e-6
+    s = s * z - 1.98412698295885953996e-4
+    s = s * z + 8.33333333332211858878e-3
+    s = s * z - 1.66666666666666307295e-1
+    s = s * z * x + x
+    c = z * -1.13585365213876817300e-11 + 2.08757008419747316778e-9
+    c = c * z - 2.75573141792967388112e-7
+    c = c * z + 2.48015872888517045348e-5
+    c = c * z - 1.38888888888730564116e-3
+    c = c * z + 4.16666666666665929218e-2
+    c = c * (z * z) - z * 0.5 + 1.0
+    odd = (quadrant == 1.0) | (quadrant == 3.0)
+    cosine, sine = s if odd else c, c if odd else s
+    left = (quadrant == 1.0) | (quadrant == 2.0)
+    below = (quadrant == 2.0) | (quadrant == 3.0)
+    return -cosine if left else cosine, -sine if below else sine

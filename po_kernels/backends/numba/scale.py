@@ -1,135 +1,237 @@
-"""What the two Gaussians differ in, the scale S of ŷ = μ + S ε. gaussian.py and mvn.py fill it in by the type of scale.
+"""What the two Gaussians differ in: the scale S of ŷ = μ + S ε in a tile of rows.
 
-With z = S⁻¹ (ŷ - μ), gradients as lanes without derivatives, and pointers that are read only where their flag says so:
-
-    suspicious(kind, parameter)                  whether any row may have to be refused, see kernels.py
-    prepared(kind, parameter, scratch, whitens)  the scale; kind is DiagonalKind or TriangularKind
-    log_determinant(scale)                       log det S
-    stretch(scale, base, eps, y)                 y = base + S eps
-    whiten(scale, residual, z)                   z = S⁻¹ residual
-    whiten_noise(scale, mean, eps, z)            z of the constant sample stop(μ + S eps): eps, on duals with the
-                                                 derivative that μ and S give it
-    add_score(scale, f, z, need_mean, mean, need_scale, to_scale)   adds f ∂log p(ŷ)/∂(μ, S) for a constant ŷ
-    add_path(scale, slope, eps, to_scale)        adds the gradient of slopeᵀ S eps
-    add_entropy(scale, f, to_scale)              adds f ∂(log det S)/∂S
-    trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision)
-                                                 tr(U S Sᵀ); adds weight times its gradients
-    reward_variance(scale, u, x)                 2 tr(U Σ U Σ) + 4 xᵀ Σ x
+It is an array (D, TILE), σ of S = diag(σ) given by log σ, or (D, D, TILE), S = L, lower triangular with a positive
+diagonal. Numba compiles the branch that the array's axes decide; arrays of the shape of the scale are filled alike.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
 
-from numba.extending import overload
+import numpy as np
 
-from .lanes import HELPER, INLINED
-
-
-class DiagonalKind(NamedTuple):
-    dim: int
+from .maths import exp
+from .precision import add_outer_sum, apply, diagonal
+from .rows import TILE, helper
 
 
-class TriangularKind(NamedTuple):
-    dim: int
+@helper
+def scale_like(parameter):
+    """Scratch for the scale given by log σ (B, D) or L (B, D, D)."""
+    dim = parameter.shape[1]
+    if parameter.ndim == 2:
+        return np.full((dim, TILE), np.nan)
+    else:
+        return np.full((dim, dim, TILE), np.nan)
 
 
-class DiagonalScale(NamedTuple):
-    """Pointers: log σ, σ, 1/σ, each dim."""
-
-    dim: int
-    log_std: Any
-    std: Any
-    inverse_std: Any
-
-
-class TriangularScale(NamedTuple):
-    """Pointers: L by rows, dim * dim; 1 / L_jj, dim; scratch, 2 dim."""
-
-    dim: int
-    tril: Any
-    inverse_diag: Any
-    work: Any
-
-
-def scale_size(kind: DiagonalKind | TriangularKind) -> int:
-    """Numbers in the parameter of S."""
-    return kind.dim if isinstance(kind, DiagonalKind) else kind.dim**2
-
-
-_BODIES: dict[Any, dict[type, Callable[..., Any]]] = {}
-
-
-def _by_scale(function: Callable[..., Any], inline: bool = True) -> Callable[..., Any]:
-    """A function whose body depends on the type of its first argument."""
-    bodies = _BODIES[function] = {}
-
-    @overload(function, strict=False, jit_options=INLINED if inline else HELPER)
-    def choose(*arguments):
-        return bodies[arguments[0].instance_class]
-
-    return function
+@helper
+def load_scale(parameter, begin, lanes, scale, log_det):
+    """Fills in S and log det S. Returns whether a row may have to be refused; above the diagonal nothing is used."""
+    refused, dim, step = False, len(scale), 1 if len(parameter) > 1 else 0
+    for b in range(lanes):
+        row = (begin + b) * step
+        log_det[b] = 0.0
+        for i in range(dim):
+            if scale.ndim == 2:
+                scale[i, b] = parameter[row, i]
+            else:
+                for j in range(i + 1):
+                    scale[i, j, b] = parameter[row, i, j]
+                for j in range(i + 1, dim):
+                    refused |= parameter[row, i, j] != 0.0
+    for i in range(dim):
+        for b in range(lanes):
+            if scale.ndim == 2:
+                log_det[b] += scale[i, b]
+                scale[i, b] = exp(scale[i, b])
+            else:
+                refused |= not scale[i, i, b] > 0.0
+                log_det[b] += math.log(scale[i, i, b])
+    return refused
 
 
-def implements(function: Callable[..., Any], kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declares the body of `function` for scales of this type."""
-
-    def add(body: Callable[..., Any]) -> Callable[..., Any]:
-        _BODIES[function][kind] = body
-        return body
-
-    return add
-
-
-@_by_scale
-def suspicious(kind, parameter):
-    raise NotImplementedError
+@helper
+def store_scale(x, begin, lanes, out):
+    """Writes the gradient in the parameter, which is zero above the diagonal."""
+    for b in range(lanes):
+        for i in range(len(x)):
+            if x.ndim == 2:
+                out[begin + b, i] = x[i, b]
+            else:
+                for j in range(len(x)):
+                    out[begin + b, i, j] = x[i, j, b] if j <= i else 0.0
 
 
-@_by_scale
-def prepared(kind, parameter, scratch, whitens):
-    raise NotImplementedError
+@helper
+def clear_scale(x, lanes):
+    for i in range(len(x)):
+        if x.ndim == 2:
+            for b in range(lanes):
+                x[i, b] = 0.0
+        else:
+            for j in range(i + 1):
+                for b in range(lanes):
+                    x[i, j, b] = 0.0
 
 
-@_by_scale
-def log_determinant(scale):
-    raise NotImplementedError
+@helper
+def stretch(lanes, scale, base, eps, y):
+    """y = base + S eps."""
+    for i in range(len(scale)):
+        if scale.ndim == 2:
+            for b in range(lanes):
+                y[i, b] = base[i, b] + scale[i, b] * eps[i, b]
+        else:
+            for b in range(lanes):
+                y[i, b] = base[i, b]
+            for j in range(i + 1):
+                for b in range(lanes):
+                    y[i, b] += scale[i, j, b] * eps[j, b]
 
 
-@_by_scale
-def stretch(scale, base, eps, y):
-    raise NotImplementedError
+@helper
+def whiten(lanes, scale, x):
+    """x <- S⁻¹ x."""
+    for i in range(len(scale)):
+        if scale.ndim == 2:
+            for b in range(lanes):
+                x[i, b] /= scale[i, b]
+        else:
+            for j in range(i):
+                for b in range(lanes):
+                    x[i, b] -= scale[i, j, b] * x[j, b]
+            for b in range(lanes):
+                x[i, b] /= scale[i, i, b]
 
 
-@_by_scale
-def whiten(scale, residual, z):
-    raise NotImplementedError
+@helper
+def whiten_transposed(lanes, scale, x):
+    """x <- S⁻ᵀ x: of z, the derivative of log p in the mean."""
+    for i in range(len(scale) - 1, -1, -1):
+        if scale.ndim == 2:
+            for b in range(lanes):
+                x[i, b] /= scale[i, b]
+        else:
+            for k in range(i + 1, len(scale)):
+                for b in range(lanes):
+                    x[i, b] -= scale[k, i, b] * x[k, b]
+            for b in range(lanes):
+                x[i, b] /= scale[i, i, b]
 
 
-@_by_scale
-def whiten_noise(scale, mean, eps, z):
-    raise NotImplementedError
+@helper
+def add_outer(lanes, f, x, y, out):
+    """Adds f x yᵀ to an array of the shape of the scale."""
+    for i in range(len(out)):
+        if out.ndim == 2:
+            for b in range(lanes):
+                out[i, b] += f[b] * x[i, b] * y[i, b]
+        else:
+            for j in range(i + 1):
+                for b in range(lanes):
+                    out[i, j, b] += f[b] * x[i, b] * y[j, b]
 
 
-@_by_scale
-def add_score(scale, f, z, need_mean, mean, need_scale, to_scale):
-    raise NotImplementedError
+@helper
+def to_parameter(lanes, scale, x):
+    """The gradient in S becomes that in log σ, or in L."""
+    if scale.ndim == 2:
+        for i in range(len(scale)):
+            for b in range(lanes):
+                x[i, b] *= scale[i, b]
 
 
-@_by_scale
-def add_path(scale, slope, eps, to_scale):
-    raise NotImplementedError
+@helper
+def add_log_det(lanes, scale, f, out):
+    """Adds f times the derivative of log det S in the parameter."""
+    for i in range(len(scale)):
+        for b in range(lanes):
+            if scale.ndim == 2:
+                out[i, b] += f[b]
+            else:
+                out[i, i, b] += f[b] / scale[i, i, b]
 
 
-@_by_scale
-def add_entropy(scale, f, to_scale):
-    raise NotImplementedError
+@helper
+def score(lanes, scale, total, first, need_scale, second):
+    """What Σ f ∂log p/∂(μ, S) is, in the place of Σ f z and Σ f z zᵀ; total = Σ f.
+
+    ∂log p/∂μ = a and ∂log p/∂L = a zᵀ - diag(1 / L_jj), with Lᵀ a = z; in log σ it is z² - 1.
+    """
+    whiten_transposed(lanes, scale, first)
+    if not need_scale:
+        return
+    if scale.ndim == 3:
+        for i in range(len(scale) - 1, -1, -1):
+            for j in range(i + 1):
+                for k in range(i + 1, len(scale)):
+                    for b in range(lanes):
+                        second[i, j, b] -= scale[k, i, b] * second[k, j, b]
+                for b in range(lanes):
+                    second[i, j, b] /= scale[i, i, b]
+    for b in range(lanes):
+        total[b] = -total[b]
+    add_log_det(lanes, scale, total, second)
 
 
-@_by_scale
-def trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision):
-    raise NotImplementedError
+@helper
+def trace(lanes, scale, u, weight, total, to_scale, need_u, to_u, column, other):
+    """Adds tr(U S Sᵀ), and weight times its gradients in S and in U: Σ_j s_jᵀ U s_j over the columns of S."""
+    dim = len(scale)
+    if scale.ndim == 2:
+        for j in range(dim):
+            entry = diagonal(u, j)
+            for b in range(lanes):
+                total[b] += entry * scale[j, b] * scale[j, b]
+                to_scale[j, b] += 2.0 * weight[b] * entry * scale[j, b]
+            if need_u:
+                spread = 0.0
+                for b in range(lanes):
+                    spread += weight[b] * scale[j, b] * scale[j, b]
+                if u.ndim == 1:
+                    to_u[j] += spread
+                else:
+                    to_u[j, j] += spread
+    else:
+        for j in range(dim):
+            for i in range(dim):
+                for b in range(lanes):
+                    column[i, b] = scale[i, j, b] if i >= j else 0.0
+            apply(lanes, u, column, other)
+            for i in range(j, dim):
+                for b in range(lanes):
+                    total[b] += column[i, b] * other[i, b]
+                    to_scale[i, j, b] += 2.0 * weight[b] * other[i, b]
+            if need_u:
+                add_outer_sum(lanes, weight, column, to_u)
 
 
-@_by_scale
-def reward_variance(scale, u, x):
-    raise NotImplementedError
+@helper
+def reward_variance(lanes, scale, u, x, total, column, other):
+    """2 ‖SᵀUS‖² + 4 ‖Sᵀx‖², with x = U (μ - y)."""
+    dim = len(scale)
+    for b in range(lanes):
+        total[b] = 0.0
+    for j in range(dim):
+        if scale.ndim == 2:
+            for b in range(lanes):
+                total[b] += 4.0 * (scale[j, b] * x[j, b]) ** 2
+                total[b] += 2.0 * (diagonal(u, j) * scale[j, b] * scale[j, b]) ** 2
+            if u.ndim == 2:
+                for i in range(j):
+                    for b in range(lanes):
+                        total[b] += 4.0 * (u[i, j] * scale[i, b] * scale[j, b]) ** 2
+        else:
+            for i in range(dim):
+                for b in range(lanes):
+                    column[i, b] = scale[i, j, b] if i >= j else 0.0
+            apply(lanes, u, column, other)
+            for b in range(lanes):
+                along = 0.0
+                for i in range(j, dim):
+                    along += scale[i, j, b] * x[i, b]
+                total[b] += 4.0 * along * along
+                for k in range(dim):
+                    product = 0.0
+                    for i in range(k, dim):
+                        product += scale[i, k, b] * other[i, b]
+                    total[b] += 2.0 * product * product

@@ -1,0 +1,164 @@
+"""How a request reaches compiled rows: arrays, chunks of rows on threads, and sums in a fixed order.
+
+A kernel runs rows in tiles of at most TILE. What it computes of a tile are float64 arrays with an axis of rows at the
+end, so that the innermost loops, which LLVM makes vector code of, are over rows: each does the same operations as it
+would alone. Kernels read inputs and write gradients in the inputs' dtype and compute in float64.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..contract import NUM_STATS, Request
+
+Array = NDArray[Any]
+
+TILE = 32
+_MOST_CHUNKS = 64  # so that sums over chunks have one order whatever the number of threads
+_MOST_SUMS = 2**21  # numbers summed by chunk, all chunks together
+_OPERATIONS_PER_THREAD = 65536  # roughly what waking a thread costs
+_PARTS_PER_THREAD = 4  # that a thread takes one after another, for all threads to end together
+
+kernel = numba.njit(error_model="numpy", nogil=True, cache=True)
+helper = numba.njit(error_model="numpy")
+# For scalars within a loop over rows, which is vector code only where nothing is called.
+inlined = numba.njit(error_model="numpy", forceinline=True)
+# A sum over rows may be taken in any order that depends on their number alone.
+summing = numba.njit(error_model="numpy", fastmath={"reassoc"})
+
+
+class Chunks(NamedTuple):
+    """What a kernel runs, or a part of it: rows from `first` to `last`, of which `size` are a chunk."""
+
+    first: int
+    last: int
+    size: int
+
+    @property
+    def count(self) -> int:
+        return -(-self.last // self.size)
+
+
+def chunked(rows: int, sums: int = 0) -> Chunks:
+    """All rows; `sums` are the numbers that are summed over rows by chunk."""
+    most = max(1, min(_MOST_CHUNKS, _MOST_SUMS // max(sums, 1)))
+    return Chunks(0, rows, max(1, -(-rows // (most * TILE))) * TILE)
+
+
+def run(function: Callable[..., bool], chunks: Chunks, operations: int, *arguments: Any) -> bool:
+    """Runs function(chunks, *arguments) on as many threads as torch uses. Returns whether any call did.
+
+    Not numba's prange: its threading layers end a forked child (GNU OpenMP) or the process of two callers at once
+    (workqueue). These threads are this process's own, and each runs a kernel without the interpreter's lock.
+
+    Args:
+        operations: elementary ones a row, roughly.
+    """
+    threads = min(torch.get_num_threads(), chunks.count, 1 + chunks.last * operations // _OPERATIONS_PER_THREAD)
+    if threads <= 1:
+        return function(chunks, *arguments)
+    step = -(-chunks.count // (threads * _PARTS_PER_THREAD)) * chunks.size
+    parts = [chunks._replace(first=i, last=min(i + step, chunks.last)) for i in range(0, chunks.last, step)]
+    return any(list(_pool(os.getpid(), threads).map(lambda part: function(part, *arguments), parts)))
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked child has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="po_kernels")
+
+
+def array(x: Tensor) -> Array:
+    return x.detach().contiguous().numpy()
+
+
+def rows_of(x: Tensor) -> Array:
+    """An input (B, ...); one row that is expanded to all stays one."""
+    return array(x[:1] if x.stride(0) == 0 else x)
+
+
+def gradients(request: Request) -> Any:
+    """For each input a tensor for its gradient, without elements where none is asked for."""
+    found = [
+        torch.empty(x.shape if needed else (0,) * x.ndim, dtype=x.dtype)
+        for x, needed in zip(request.inputs, request.needs, strict=True)
+    ]
+    return type(request.inputs)(*found)
+
+
+def cotangent(request: Request, value: Tensor) -> Array:
+    """That of a value, of the same shape; not read where no gradient is asked for."""
+    return array(torch.broadcast_to(value.new_zeros(()) if request.cotangent is None else request.cotangent, value.shape))
+
+
+def finished(request: Request, value: Tensor, stats: Tensor, found: Sequence[Tensor]) -> list[Tensor]:
+    """What a kernel returns: gradients that are not asked for have one axis."""
+    needs = request.needs
+    return [value, stats, *[x if needed else x.view(-1) for x, needed in zip(found, needs, strict=True)]]
+
+
+class Losses:
+    """Of each row the weight in the gradients, the loss, and the statistics if they are wanted.
+
+    A sum over rows is one of float64 numbers, in an order that depends on their number alone.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        rows = request.inputs[0].shape[0]
+        self.scale = 1.0 / max(rows, 1) if request.config.reduction == "mean" else 1.0
+        self.weight = np.full(rows, self.scale)
+        if request.cotangent is not None:
+            self.weight *= array(request.cotangent.double())
+        self.rows = np.empty(rows)
+        self.stats = np.empty((NUM_STATS, rows if request.want_stats else 0))
+
+    def finished(self, found: Sequence[Tensor]) -> list[Tensor]:
+        dtype = self.request.inputs[0].dtype
+        loss, stats = torch.from_numpy(self.rows), torch.from_numpy(self.stats)
+        if self.request.config.reduction != "none":
+            loss = torch.tensor(self.rows.sum() * self.scale)
+            if self.request.want_stats:
+                stats = torch.from_numpy(self.stats.sum(axis=1) / max(self.rows.size, 1))
+        if not self.request.want_stats:
+            stats = stats.view(-1)
+        return finished(self.request, loss.to(dtype), stats.to(dtype), found)
+
+
+def random(request: Request) -> tuple[Any, Any]:
+    """The seed and the number of the first row; zeros where no samples are drawn."""
+    seed = request.constants.seed
+    return np.uint64(0 if seed is None else int(seed) & (2**64 - 1)), np.uint64(request.config.row_offset)
+
+
+@helper
+def load(x, begin, lanes, out):
+    """out[j, b] = x[begin + b, j], or x[0, j] of a row that all share."""
+    step = 1 if len(x) > 1 else 0
+    for b in range(lanes):
+        row = (begin + b) * step
+        for j in range(len(out)):
+            out[j, b] = x[row, j]
+
+
+@helper
+def store(x, begin, lanes, out):
+    """out[begin + b, j] = x[j, b]."""
+    for b in range(lanes):
+        for j in range(out.shape[1]):
+            out[begin + b, j] = x[j, b]
+
+
+@helper
+def clear(x, lanes):
+    for j in range(len(x)):
+        for b in range(lanes):
+            x[j, b] = 0.0
