@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.contract import NUM_STATS, OPS, Op, OpConfig
+from . import _modes
 
 _SCHEMA = (
     "(Tensor[] inputs, Tensor?[] constants, Tensor?[] tangents, Tensor? cotangent, Tensor? cotangent_tangent, "
@@ -26,7 +27,8 @@ def _define(op: Op) -> None:
         request = op.request(
             inputs, constants, tangents or None, cotangent, cotangent_tangent, needs, want_stats, OpConfig(*config)
         )
-        found = dispatch.kernel(op.name, backend)(request)
+        with _modes.autograd_in_kernels():
+            found = dispatch.kernel(op.name, backend)(request)
         return [inputs[0].new_empty(0) if x is None else x for x in found]  # for what was not asked for
 
     def fake(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config):

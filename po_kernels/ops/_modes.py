@@ -3,6 +3,8 @@
 `PRIVATE` names them; a test asks the installed torch for each.
 """
 
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,6 +15,8 @@ PRIVATE = (
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch.autograd.forward_ad._current_level",
     "torch.Tensor._is_zerotensor",
+    "torch._C._SetExcludeDispatchKeyGuard",
+    "torch._C.DispatchKey.AutogradFunctionality",
 )
 
 transforms_active = torch._C._are_functorch_transforms_active
@@ -42,3 +46,8 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
         if x is not None and (type(x) not in _ORDINARY or x._is_zerotensor() or x.is_neg()):
             return False
     return True
+
+
+def autograd_in_kernels() -> AbstractContextManager[None]:
+    """Under a dispatch mode or in a compiled function torch records nothing: autograd in a kernel would find zeros."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)

@@ -11,7 +11,7 @@ from .rows import array, chunked, cotangent, finished, gradients, kernel, run
 @kernel
 def _advantage_kernel(chunks, rewards, s, cotangent, out, to_rewards):
     """All (G, B)."""
-    reward, advantage, slope = np.full(s.count, np.nan), np.full(s.count, np.nan), np.full(s.count, np.nan)
+    reward, advantage, slope = np.empty(s.count), np.empty(s.count), np.empty(s.count)
     for row in range(chunks.first, chunks.last):
         for g in range(s.count):
             reward[g] = rewards[g, row]
@@ -22,13 +22,13 @@ def _advantage_kernel(chunks, rewards, s, cotangent, out, to_rewards):
         if to_rewards.size > 0:
             for g in range(s.count):
                 slope[g] = cotangent[g, row]
-            advantages_transposed(s.advantage, reward, slope)
+            advantages_transposed(s.advantage, reward, slope, advantage)
             for g in range(s.count):
                 to_rewards[g, row] = pull(s, slope[g], reward[g])
     return False
 
 
-def _group_advantage(request: Request) -> tuple[bool, list[Tensor]]:
+def _group_advantage(request: Request) -> tuple[bool, list[Tensor | None]]:
     (rewards,) = request.inputs
     count, rows = rewards.shape
     out, found = rewards.new_empty(rewards.shape), gradients(request)
@@ -36,7 +36,7 @@ def _group_advantage(request: Request) -> tuple[bool, list[Tensor]]:
         _advantage_kernel, chunked(rows), 8 * count,
         array(rewards), surrogate_of(request.config, count), cotangent(request, out), array(out), array(found[0]),
     )  # fmt: skip
-    return False, finished(request, out, out.new_empty(0), found)
+    return False, finished(request, out, None, found)
 
 
 SERVED = {"group_advantage": _group_advantage}

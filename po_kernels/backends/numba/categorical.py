@@ -78,15 +78,17 @@ def _thresholds(p, limits):
 
 
 @helper
-def _draw(bits, limits):
-    """The first class whose threshold is above `bits`, by bisection."""
-    label, size = 0, len(limits)
-    while size > 1:
-        half = size // 2
-        if limits[label + half - 1] <= bits:
-            label += half
-        size -= half
-    return label
+def _draw(seed, row, limits, labels):
+    """Of each sample the first class whose threshold is above its bits, by bisection."""
+    for g in range(len(labels)):
+        labels[g] = random_bits(g, row, seed)
+    for g in range(len(labels)):
+        bits, label, size = labels[g], 0, len(limits)
+        while size > 1:
+            half = size // 2
+            label += half if limits[label + half - 1] <= bits else 0
+            size -= half
+        labels[g] = label
 
 
 @helper
@@ -126,10 +128,10 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
     """The table and its gradient are transposed; the latter is summed by chunk: (chunks, C, C)."""
     classes, refused = logits.shape[1], False
     need_logits, need_table = to_logits.size > 0, to_columns.size > 0
-    p, log_p, for_logits = np.full(classes, np.nan), np.full(classes, np.nan), np.full(classes, np.nan)
+    p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
     labels, limits = np.zeros(s.count, np.int64), np.zeros(classes, np.int64)
     closed = s.estimator == CLOSED_FORM
-    reward, advantage = np.full(classes if closed else s.count, np.nan), np.full(s.count, np.nan)
+    reward, advantage = np.empty(classes if closed else s.count), np.empty(s.count)
     for row in range(chunks.first, chunks.last):
         y, chunk = target[row], row // chunks.size
         entropy, wrong = _softmax(logits, row, p, log_p)
@@ -147,8 +149,8 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
             )
         else:
             _thresholds(p, limits)
+            _draw(seed, row_offset + np.uint64(row), limits, labels)
             for g in range(s.count):
-                labels[g] = _draw(random_bits(g, row_offset + np.uint64(row), seed), limits)
                 reward[g] = columns[y, labels[g]]
             losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
             if need_logits:
@@ -171,8 +173,8 @@ def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats
     """rewards and samples (G, B)."""
     classes, refused = logits.shape[1], False
     need_logits, need_rewards = to_logits.size > 0, to_rewards.size > 0
-    p, log_p, for_logits = np.full(classes, np.nan), np.full(classes, np.nan), np.full(classes, np.nan)
-    reward, advantage, labels = np.full(s.count, np.nan), np.full(s.count, np.nan), np.zeros(s.count, np.int64)
+    p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
+    reward, advantage, labels = np.empty(s.count), np.empty(s.count), np.zeros(s.count, np.int64)
     for row in range(chunks.first, chunks.last):
         entropy, wrong = _softmax(logits, row, p, log_p)
         refused |= wrong
@@ -202,7 +204,7 @@ def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats
 def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
     """value and cotangent (N, B)."""
     classes, refused = logits.shape[1], False
-    p, log_p, for_logits = np.full(classes, np.nan), np.full(classes, np.nan), np.full(classes, np.nan)
+    p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
     for row in range(chunks.first, chunks.last):
         _, wrong = _softmax(logits, row, p, log_p)
         refused |= wrong
@@ -228,13 +230,15 @@ def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
 def _sample_kernel(chunks, logits, seed, row_offset, out):
     """out (G, B)."""
     classes, refused = logits.shape[1], False
-    p, log_p, limits = np.full(classes, np.nan), np.full(classes, np.nan), np.zeros(classes, np.int64)
+    p, log_p = np.empty(classes), np.empty(classes)
+    limits, labels = np.zeros(classes, np.int64), np.zeros(len(out), np.int64)
     for row in range(chunks.first, chunks.last):
         _, wrong = _softmax(logits, row, p, log_p)
         refused |= wrong
         _thresholds(p, limits)
+        _draw(seed, row_offset + np.uint64(row), limits, labels)
         for g in range(len(out)):
-            out[g, row] = _draw(random_bits(g, row_offset + np.uint64(row), seed), limits)
+            out[g, row] = labels[g]
     return refused
 
 
@@ -243,7 +247,7 @@ def _operations(request: Request, count: int) -> int:
     return 16 * request.inputs.logits.shape[1] + 32 * count
 
 
-def _policy_loss(request: Request) -> tuple[bool, list[Tensor]]:
+def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     logits, table = request.inputs
     losses, found = Losses(request), gradients(request)
     chunks = chunked(len(logits), table.numel())
@@ -258,7 +262,7 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor]]:
     return refused, losses.finished(found)
 
 
-def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor]]:
+def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     logits, rewards = request.inputs
     losses, found = Losses(request), gradients(request)
     refused = run(
@@ -269,24 +273,24 @@ def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor]]:
     return refused, losses.finished(found)
 
 
-def _log_prob(request: Request) -> tuple[bool, list[Tensor]]:
+def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
     (logits,), (value,) = request.inputs, request.constants
     out, found = logits.new_empty(value.shape), gradients(request)
     refused = run(
         _log_prob_kernel, chunked(len(logits)), _operations(request, len(value)),
         rows_of(logits), array(value), cotangent(request, out), array(out), array(found.logits),
     )  # fmt: skip
-    return refused, finished(request, out, out.new_empty(0), found)
+    return refused, finished(request, out, None, found)
 
 
-def _sample(request: Request) -> tuple[bool, list[Tensor]]:
+def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
     (logits,), count = request.inputs, request.config.num_samples
     out = torch.empty((count, len(logits)), dtype=torch.int64)
     refused = run(
         _sample_kernel, chunked(len(logits)), _operations(request, count),
         rows_of(logits), *random(request), array(out),
     )  # fmt: skip
-    return refused, [out, logits.new_empty(0), logits.new_empty(0)]
+    return refused, finished(request, out, None, gradients(request))
 
 
 SERVED = {

@@ -1,7 +1,7 @@
 """The ops of both Gaussian policies ŷ = μ + S ε: kernels over tiles of rows, and how requests reach them.
 
-Arrays of a tile are (D, TILE), those of a group (TILE, G), `work` is scratch of several tiles. Gradients are arrays
-without elements where none is wanted.
+Arrays of a tile are (D, TILE), of samples (D, columns) as scale.py has them, and `work` is scratch of several tiles.
+Gradients are arrays without elements where none is wanted.
 """
 
 import math
@@ -15,10 +15,11 @@ from .group import CLOSED_FORM, REPARAM, group_stats, pull, surrogate, surrogate
 from .philox import standard_normals
 from .precision import add_outer_sum, apply, quadratic
 from .rows import (
-    TILE, Losses, array, chunked, clear, cotangent, finished, gradients, helper, kernel, load, random, rows_of, run, store,
+    TILE, Losses, array, chunked, clear, cotangent, finished, gradients, helper, kernel, load, random, rows_of, run,
+    scratch, store, subtract,
 )  # fmt: skip
 from .scale import (
-    add_log_det, add_outer, clear_scale, load_scale, reward_variance, scale_like, score, store_scale, stretch,
+    add_log_det, add_outer, add_samples, clear_scale, load_scale, reward_variance, scale_like, score, store_scale, stretch,
     to_parameter, trace, whiten, whiten_transposed,
 )  # fmt: skip
 
@@ -26,21 +27,22 @@ _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
 
 @helper
-def _log_density(lanes, z, log_det, out):
+def _log_density(lanes, at, z, log_det, out):
+    """Of the whitened sample at this column."""
     for b in range(lanes):
         out[b] = -log_det[b] - _HALF_LOG_2PI * len(z)
     for j in range(len(z)):
         for b in range(lanes):
-            out[b] -= 0.5 * z[j, b] * z[j, b]
+            out[b] -= 0.5 * z[j, at + b] * z[j, at + b]
 
 
 @helper
-def _add_entropy(lanes, begin, entropy_coef, scale, log_det, weight, losses, stats, need_scale, to_scale, f):
+def _add_entropy(lanes, begin, s, scale, log_det, weight, losses, stats, need_scale, to_scale, f):
     """The entropy's part of the losses, of the statistics and of the gradient in the scale."""
     for b in range(lanes):
         entropy = log_det[b] + (_HALF_LOG_2PI + 0.5) * len(scale)
-        losses[begin + b] -= entropy_coef * entropy
-        f[b] = -entropy_coef * weight[b]
+        losses[begin + b] -= s.entropy_coef * entropy
+        f[b] = -s.entropy_coef * weight[begin + b]
         if stats.size > 0:
             stats[2, begin + b] = entropy
     if need_scale:
@@ -77,80 +79,55 @@ def _closed_form_stats(lanes, begin, scale, delta, u, losses, stats, work, f):
 
 
 @helper
-def _rewards(lanes, scale, delta, u, seed, row, noise, reward, work, f, total):
-    """Draws noise (G, blocks of D, TILE), and r of the samples."""
-    residual = work[0]
-    for g in range(len(noise)):
-        standard_normals(seed, g, row, lanes, noise[g])
-        stretch(lanes, scale, delta, noise[g], residual)
-        quadratic(lanes, u, residual, total, f)
-        for b in range(lanes):
-            reward[b, g] = -total[b]
-
-
-@helper
-def _residual_gradients(
-    lanes, scale, delta, u, s, weight, noise, reward, needs, to_mean, to_scale, to_target, to_u, work, f
-):
-    """Through the residuals of the samples: in the target and in U, and of a path in the policy."""
-    residual, pulled, along, pathwise = work[0], work[1], work[2], s.estimator == REPARAM
+def _residual_gradients(lanes, scale, u, s, f, noise, residual, pulled, needs, to_mean, to_scale, to_target, to_u, work):
+    """Through the samples' residuals x, f being the pulls on -xᵀ U x: in the target, in U, and of a path in S."""
+    along, other, columns = work[0], work[1], lanes * s.count
+    for c in range(columns):
+        f[c] = -f[c]
+    if needs[3]:
+        add_outer_sum(columns, f, residual, to_u)
+    for c in range(columns):
+        f[c] *= 2.0
     clear(along, lanes)
-    for g in range(len(noise)):
+    add_samples(lanes, s.count, f, residual, along)
+    apply(lanes, u, along, other)
+    for j in range(len(other)):
         for b in range(lanes):
-            f[b] = pull(s, weight[b] / s.count, reward[b, g])
-        stretch(lanes, scale, delta, noise[g], residual)
-        for j in range(len(delta)):
+            to_target[j, b] = -other[j, b]
+    if s.estimator == REPARAM:
+        for j in range(len(other)):
             for b in range(lanes):
-                along[j, b] += 2.0 * f[b] * residual[j, b]
-        if needs[3]:
-            add_outer_sum(lanes, f, residual, to_u)
-        if pathwise and needs[1]:
-            apply(lanes, u, residual, pulled)
-            for b in range(lanes):
-                f[b] *= 2.0
-            add_outer(lanes, f, pulled, noise[g], to_scale)
-    apply(lanes, u, along, pulled)
-    for j in range(len(delta)):
-        for b in range(lanes):
-            to_target[j, b] = -pulled[j, b]
-            if pathwise:
-                to_mean[j, b] = pulled[j, b]
-    if pathwise:
-        to_parameter(lanes, scale, to_scale)
+                to_mean[j, b] = other[j, b]
+        if needs[1]:
+            apply(columns, u, residual, pulled)
+            add_outer(lanes, s.count, f, pulled, noise, to_scale)
+            to_parameter(lanes, scale, to_scale)
 
 
 @helper
-def _add_score(lanes, f, z, need_scale, first, second, total):
-    """Adds a sample to Σ f z, Σ f z zᵀ and Σ f."""
-    for b in range(lanes):
-        total[b] += f[b]
-    for j in range(len(first)):
-        for b in range(lanes):
-            first[j, b] += f[b] * z[j, b]
-    if need_scale:
-        add_outer(lanes, f, z, z, second)
-
-
-@helper
-def _score_gradients(lanes, scale, s, weight, z, advantage, need_scale, to_mean, to_scale, f, total):
-    """Of whitened samples z (G, D, TILE)."""
+def _score_gradients(lanes, count, scale, f, z, need_scale, to_mean, to_scale, total):
+    """Adds Σ f ∂log p of whitened samples z to gradients that are zero."""
     for b in range(lanes):
         total[b] = 0.0
-    for g in range(len(z)):
-        for b in range(lanes):
-            f[b] = -weight[b] * advantage[b, g] / s.count
-        _add_score(lanes, f, z[g], need_scale, to_mean, to_scale, total)
+        for g in range(count):
+            total[b] += f[g * lanes + b]
+    add_samples(lanes, count, f, z, to_mean)
+    if need_scale:
+        add_outer(lanes, count, f, z, z, to_scale)
     score(lanes, scale, total, to_mean, need_scale, to_scale)
 
 
 @helper
-def _subtract(lanes, begin, x, y, out, other):
-    """out = x - y."""
-    load(x, begin, lanes, out)
-    load(y, begin, lanes, other)
-    for j in range(len(out)):
-        for b in range(lanes):
-            out[j, b] -= other[j, b]
+def _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls):
+    """Losses of the groups without the entropy; per column the factors of the score, and the pulls on the rewards."""
+    for b in range(lanes):
+        losses[begin + b] = -surrogate(s, reward[b], advantage)
+        if stats.size > 0:
+            group_stats(reward[b], advantage, stats, begin + b)
+        for g in range(s.count):
+            unit = -weight[begin + b] / s.count
+            f[g * lanes + b] = unit * advantage[g]
+            pulls[g * lanes + b] = pull(s, unit, reward[b, g])
 
 
 @kernel
@@ -158,16 +135,18 @@ def _policy_kernel(
     chunks, mean, scale, target, u, s, seed, row_offset, weight, losses, stats, to_mean, to_scale, to_target, to_u
 ):
     """The gradient in u is summed by chunk: (chunks, *u.shape)."""
-    dim, refused = mean.shape[1], False
+    dim, refused, most = mean.shape[1], False, max(s.count, 1) * TILE
     needs = to_mean.size > 0, to_scale.size > 0, to_target.size > 0, to_u.size > 0
-    delta, work = np.full((dim, TILE), np.nan), np.full((3, dim, TILE), np.nan)
-    spread, log_det, f, total = scale_like(scale), np.empty(TILE), np.empty(TILE), np.empty(TILE)
-    for_mean, for_target, for_scale, for_u = np.empty((dim, TILE)), np.empty((dim, TILE)), scale_like(scale), u
-    noise = np.full((s.count, (dim + 3) // 4 * 4, TILE), np.nan)
-    reward, advantage = np.full((TILE, s.count), np.nan), np.full((TILE, s.count), np.nan)
+    delta, work, spread, log_det = scratch(dim, TILE), np.empty((3, dim, TILE)), scale_like(scale), np.empty(TILE)
+    for_mean, for_target, for_scale, for_u = scratch(dim, TILE), scratch(dim, TILE), scale_like(scale), u
+    noise, residual, other = scratch((dim + 3) // 4 * 4, most), scratch(dim, most), scratch(dim, most)
+    samples, rows, f, pulls = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most), np.empty(most)
+    reward, advantage = np.empty((TILE, s.count)), np.empty(s.count)
     for begin in range(chunks.first, chunks.last, TILE):
-        lanes, weights, loss = min(TILE, chunks.last - begin), weight[begin:], losses[begin:]
-        _subtract(lanes, begin, mean, target, delta, work[0])
+        lanes = min(TILE, chunks.last - begin)
+        columns = s.count * lanes
+        load(mean, begin, lanes, delta, 0)
+        subtract(target, begin, lanes, delta, 0)
         refused |= load_scale(scale, begin, lanes, spread, log_det)
         clear(for_mean, lanes)
         clear_scale(for_scale, lanes)
@@ -175,31 +154,35 @@ def _policy_kernel(
             for_u = to_u[begin // chunks.size]
         if s.estimator == CLOSED_FORM:
             _closed_form(
-                lanes, spread, delta, u, weights, needs, loss, for_mean, for_scale, for_target, for_u, work
+                lanes, spread, delta, u, weight[begin:], needs, losses[begin:], for_mean, for_scale, for_target, for_u,
+                work,
             )  # fmt: skip
             if stats.size > 0:
                 _closed_form_stats(lanes, begin, spread, delta, u, losses, stats, work, f)
         else:
-            _rewards(lanes, spread, delta, u, seed, row_offset + np.uint64(begin), noise, reward, work, f, total)
+            for g in range(s.count):
+                for b in range(lanes):
+                    samples[g * lanes + b], rows[g * lanes + b] = g, row_offset + np.uint64(begin + b)
+            standard_normals(seed, samples, rows, columns, noise)
+            stretch(lanes, s.count, spread, delta, noise, residual)
+            quadratic(columns, u, residual, pulls, f)
             for b in range(lanes):
-                loss[b] = -surrogate(s, reward[b], advantage[b])
-                if stats.size > 0:
-                    group_stats(reward[b], advantage[b], stats, begin + b)
+                for g in range(s.count):
+                    reward[b, g] = -pulls[g * lanes + b]
+            _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls)
+            if s.estimator != REPARAM and (needs[0] or needs[1]):
+                _score_gradients(lanes, s.count, spread, f, noise, needs[1], for_mean, for_scale, work[0, 0])
             if needs[2] or needs[3] or s.estimator == REPARAM:
                 _residual_gradients(
-                    lanes, spread, delta, u, s, weights, noise, reward, needs,
-                    for_mean, for_scale, for_target, for_u, work, f,
+                    lanes, spread, u, s, pulls, noise, residual, other, needs, for_mean, for_scale, for_target, for_u,
+                    work,
                 )  # fmt: skip
-            if s.estimator != REPARAM and (needs[0] or needs[1]):
-                _score_gradients(
-                    lanes, spread, s, weights, noise, advantage, needs[1], for_mean, for_scale, f, total
-                )  # fmt: skip
-        _add_entropy(
-            lanes, begin, s.entropy_coef, spread, log_det, weights, losses, stats, needs[1], for_scale, f
-        )  # fmt: skip
+        _add_entropy(lanes, begin, s, spread, log_det, weight, losses, stats, needs[1], for_scale, f)
         if stats.size > 0:  # the density is even in y - μ
-            whiten(lanes, spread, delta)
-            _log_density(lanes, delta, log_det, stats[3, begin:])
+            whiten(lanes, 1, spread, delta)
+            _log_density(lanes, 0, delta, log_det, f)
+            for b in range(lanes):
+                stats[3, begin + b] = f[b]
         if needs[0]:
             store(for_mean, begin, lanes, to_mean)
         if needs[1]:
@@ -214,41 +197,40 @@ def _surrogate_kernel(
     chunks, mean, scale, rewards, samples, s, weight, losses, stats, to_mean, to_scale, to_rewards
 ):  # fmt: skip
     """rewards (G, B), samples (G, B, D)."""
-    dim, refused = mean.shape[1], False
-    need_mean, need_scale, need_rewards = to_mean.size > 0, to_scale.size > 0, to_rewards.size > 0
+    dim, refused, most = mean.shape[1], False, s.count * TILE
+    need_mean, need_scale = to_mean.size > 0, to_scale.size > 0
     scores = s.estimator != REPARAM and (need_mean or need_scale)
-    means, z = np.full((dim, TILE), np.nan), np.full((s.count, dim, TILE), np.nan)
-    spread, log_det, f, total = scale_like(scale), np.empty(TILE), np.empty(TILE), np.empty(TILE)
-    for_mean, for_scale = np.empty((dim, TILE)), scale_like(scale)
-    reward, advantage = np.full((TILE, s.count), np.nan), np.full((TILE, s.count), np.nan)
+    spread, log_det, total, z = scale_like(scale), np.empty(TILE), np.empty(TILE), scratch(dim, most)
+    for_mean, for_scale, f, pulls = scratch(dim, TILE), scale_like(scale), np.empty(most), np.empty(most)
+    reward, advantage = np.empty((TILE, s.count)), np.empty(s.count)
     for begin in range(chunks.first, chunks.last, TILE):
-        lanes, weights = min(TILE, chunks.last - begin), weight[begin:]
+        lanes = min(TILE, chunks.last - begin)
         refused |= load_scale(scale, begin, lanes, spread, log_det)
         for b in range(lanes):
             for g in range(s.count):
                 reward[b, g] = rewards[g, begin + b]
-            losses[begin + b] = -surrogate(s, reward[b], advantage[b])
-            if stats.size > 0:
-                group_stats(reward[b], advantage[b], stats, begin + b)
-                stats[3, begin + b] = 0.0
-            if need_rewards:
-                for g in range(s.count):
-                    to_rewards[g, begin + b] = pull(s, -weights[b] / s.count, reward[b, g])
-        if scores or stats.size > 0:
+        _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls)
+        if to_rewards.size > 0:
             for g in range(s.count):
-                _subtract(lanes, begin, samples[g], mean, z[g], means)
-                whiten(lanes, spread, z[g])
-                if stats.size > 0:
-                    _log_density(lanes, z[g], log_det, f)
-                    for b in range(lanes):
-                        stats[3, begin + b] += f[b] / s.count
+                for b in range(lanes):
+                    to_rewards[g, begin + b] = pulls[g * lanes + b]
         clear(for_mean, lanes)
         clear_scale(for_scale, lanes)
+        if scores or stats.size > 0:
+            for g in range(s.count):
+                load(samples[g], begin, lanes, z, g * lanes)
+                subtract(mean, begin, lanes, z, g * lanes)
+            whiten(lanes, s.count, spread, z)
         if scores:
-            _score_gradients(lanes, spread, s, weights, z, advantage, need_scale, for_mean, for_scale, f, total)
-        _add_entropy(
-            lanes, begin, s.entropy_coef, spread, log_det, weights, losses, stats, need_scale, for_scale, f
-        )  # fmt: skip
+            _score_gradients(lanes, s.count, spread, f, z, need_scale, for_mean, for_scale, total)
+        _add_entropy(lanes, begin, s, spread, log_det, weight, losses, stats, need_scale, for_scale, f)
+        if stats.size > 0:
+            for b in range(lanes):
+                stats[3, begin + b] = 0.0
+            for g in range(s.count):
+                _log_density(lanes, g * lanes, z, log_det, f)
+                for b in range(lanes):
+                    stats[3, begin + b] += f[b] / s.count
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
         if need_scale:
@@ -261,8 +243,8 @@ def _log_prob_kernel(chunks, mean, scale, value, cotangent, out, to_mean, to_sca
     """value (N, B, D), cotangent (N, B)."""
     dim, refused = mean.shape[1], False
     need_mean, need_scale, need_value = to_mean.size > 0, to_scale.size > 0, to_value.size > 0
-    means, z, f, total = np.full((dim, TILE), np.nan), np.full((dim, TILE), np.nan), np.empty(TILE), np.empty(TILE)
-    spread, log_det, for_mean, for_scale = scale_like(scale), np.empty(TILE), np.empty((dim, TILE)), scale_like(scale)
+    spread, log_det, z, f, total = scale_like(scale), np.empty(TILE), scratch(dim, TILE), np.empty(TILE), np.empty(TILE)
+    for_mean, for_scale = scratch(dim, TILE), scale_like(scale)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
         refused |= load_scale(scale, begin, lanes, spread, log_det)
@@ -271,16 +253,18 @@ def _log_prob_kernel(chunks, mean, scale, value, cotangent, out, to_mean, to_sca
         for b in range(lanes):
             total[b] = 0.0
         for n in range(len(value)):
-            _subtract(lanes, begin, value[n], mean, z, means)
-            whiten(lanes, spread, z)
-            _log_density(lanes, z, log_det, f)
+            load(value[n], begin, lanes, z, 0)
+            subtract(mean, begin, lanes, z, 0)
+            whiten(lanes, 1, spread, z)
+            _log_density(lanes, 0, z, log_det, f)
             for b in range(lanes):
                 out[n, begin + b] = f[b]
-            if need_mean or need_scale or need_value:
-                for b in range(lanes):
-                    f[b] = cotangent[n, begin + b]
-            if need_mean or need_scale:
-                _add_score(lanes, f, z, need_scale, for_mean, for_scale, total)
+                f[b] = cotangent[n, begin + b]
+                total[b] += f[b]
+            if need_mean:
+                add_samples(lanes, 1, f, z, for_mean)
+            if need_scale:
+                add_outer(lanes, 1, f, z, z, for_scale)
             if need_value:
                 whiten_transposed(lanes, spread, z)
                 for j in range(dim):
@@ -299,26 +283,26 @@ def _log_prob_kernel(chunks, mean, scale, value, cotangent, out, to_mean, to_sca
 def _sample_kernel(chunks, mean, scale, seed, row_offset, cotangent, out, to_mean, to_scale):
     """out and cotangent (G, B, D)."""
     dim, refused, need_mean, need_scale = mean.shape[1], False, to_mean.size > 0, to_scale.size > 0
-    means, samples, slope = np.full((dim, TILE), np.nan), np.full((dim, TILE), np.nan), np.full((dim, TILE), np.nan)
-    noise, log_det, ones = np.full(((dim + 3) // 4 * 4, TILE), np.nan), np.empty(TILE), np.ones(TILE)
-    spread, for_mean, for_scale = scale_like(scale), np.empty((dim, TILE)), scale_like(scale)
+    spread, log_det, noise = scale_like(scale), np.empty(TILE), scratch((dim + 3) // 4 * 4, TILE)
+    means, drawn, slope, ones = scratch(dim, TILE), scratch(dim, TILE), scratch(dim, TILE), np.ones(TILE)
+    for_mean, for_scale = scratch(dim, TILE), scale_like(scale)
+    samples, rows = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
-        load(mean, begin, lanes, means)
+        load(mean, begin, lanes, means, 0)
         refused |= load_scale(scale, begin, lanes, spread, log_det)
         clear(for_mean, lanes)
         clear_scale(for_scale, lanes)
         for g in range(len(out)):
-            standard_normals(seed, g, row_offset + np.uint64(begin), lanes, noise)
-            stretch(lanes, spread, means, noise, samples)
-            store(samples, begin, lanes, out[g])
+            for b in range(lanes):
+                samples[b], rows[b] = g, row_offset + np.uint64(begin + b)
+            standard_normals(seed, samples, rows, lanes, noise)
+            stretch(lanes, 1, spread, means, noise, drawn)
+            store(drawn, begin, lanes, out[g])
             if need_mean or need_scale:
-                load(cotangent[g], begin, lanes, slope)
-                for j in range(dim):
-                    for b in range(lanes):
-                        for_mean[j, b] += slope[j, b]
-                if need_scale:
-                    add_outer(lanes, ones, slope, noise, for_scale)
+                load(cotangent[g], begin, lanes, slope, 0)
+                add_samples(lanes, 1, ones, slope, for_mean)
+                add_outer(lanes, 1, ones, slope, noise, for_scale)
         to_parameter(lanes, spread, for_scale)
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
@@ -333,7 +317,7 @@ def _operations(request: Request) -> int:
     return scale.shape[1] * (8 + scale.shape[1] * scale.ndim)
 
 
-def _policy_loss(request: Request) -> tuple[bool, list[Tensor]]:
+def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, scale, target, matrix = request.inputs
     u, losses, found = precision.read(matrix, mean.shape[1]), Losses(request), gradients(request)
     chunks = chunked(mean.shape[0], u.size)
@@ -348,7 +332,7 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor]]:
     return refused, losses.finished(found)
 
 
-def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor]]:
+def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, scale, rewards = request.inputs
     losses, found = Losses(request), gradients(request)
     refused = run(
@@ -359,24 +343,24 @@ def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor]]:
     return refused, losses.finished(found)
 
 
-def _log_prob(request: Request) -> tuple[bool, list[Tensor]]:
+def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, scale, value = request.inputs
     out, found = value.new_empty(value.shape[:2]), gradients(request)
     refused = run(
         _log_prob_kernel, chunked(mean.shape[0]), (len(value) + 1) * _operations(request),
         rows_of(mean), rows_of(scale), array(value), cotangent(request, out), array(out), *map(array, found),
     )  # fmt: skip
-    return refused, finished(request, out, out.new_empty(0), found)
+    return refused, finished(request, out, None, found)
 
 
-def _sample(request: Request) -> tuple[bool, list[Tensor]]:
+def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, scale = request.inputs
     out, found = mean.new_empty((request.config.num_samples, *mean.shape)), gradients(request)
     refused = run(
         _sample_kernel, chunked(mean.shape[0]), (len(out) + 1) * _operations(request),
         rows_of(mean), rows_of(scale), *random(request), cotangent(request, out), array(out), *map(array, found),
     )  # fmt: skip
-    return refused, finished(request, out, out.new_empty(0), found)
+    return refused, finished(request, out, None, found)
 
 
 SERVED = {

@@ -6,10 +6,12 @@ A group is an array of G numbers. All that is known of an advantage here is in `
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from ..advantages import ADVANTAGES, STANDARDIZED_EPS
 from ..contract import ESTIMATORS, OpConfig
 from .maths import exp
-from .rows import helper
+from .rows import helper, summing
 
 CLOSED_FORM, REPARAM = ESTIMATORS["analytic"], ESTIMATORS["reparam"]
 NONE, MIN, LOO, STANDARDIZED = (ADVANTAGES[name].number for name in ("none", "min", "loo", "standardized"))
@@ -37,7 +39,7 @@ def surrogate_of(config: OpConfig, count: int | None = None) -> Surrogate:
     )
 
 
-@helper
+@summing
 def _sum(x):
     total = 0.0
     for value in x:
@@ -45,71 +47,75 @@ def _sum(x):
     return total
 
 
-@helper
-def _mean_from_first(x):
-    """Mean relative to the first, so that equal members have no rounding between them."""
+@summing
+def _dot(x, y):
     total = 0.0
-    for value in x:
-        total += value - x[0]
-    return total / len(x)
+    for g in range(len(x)):
+        total += x[g] * y[g]
+    return total
 
 
 @helper
-def group_std(x):
-    """Zero for equal members. Deviations are squared relative to the largest, so that they neither overflow nor vanish."""
-    mean, largest = _mean_from_first(x), 0.0
-    for value in x:
-        size = abs(value - x[0] - mean)
-        if not largest >= size:  # a nan is taken
-            largest = size
+def _centre(x, out):
+    """Writes x less its mean, taken relative to the first, so that equal members are exactly zero. Returns the mean."""
+    for g in range(len(x)):
+        out[g] = x[g] - x[0]
+    mean = _sum(out) / len(x)
+    for g in range(len(x)):
+        out[g] -= mean
+    return mean + x[0]
+
+
+@helper
+def _std(centred):
+    """Deviations are squared relative to the largest, so that they neither overflow nor vanish."""
+    largest, total = 0.0, 0.0
+    for value in centred:
+        if not largest >= abs(value):  # a nan is taken
+            largest = abs(value)
     if largest == 0.0:
         return 0.0
-    total = 0.0
-    for value in x:
-        total += ((value - x[0] - mean) / largest) ** 2
-    return math.sqrt(total / len(x)) * largest
+    for value in centred:
+        total += (value / largest) ** 2
+    return math.sqrt(total / len(centred)) * largest
 
 
 @helper
 def advantages(kind, reward, advantage):
     count = len(reward)
-    if kind == NONE:
-        for g in range(count):
-            advantage[g] = reward[g]
-        return
-    if kind == MIN:
-        least = reward[0]
-        for g in range(count):
-            least = least if least <= reward[g] else reward[g]  # a nan is taken
+    if kind == NONE or kind == MIN:
+        least = 0.0 if kind == NONE else reward[0]
+        if kind == MIN:
+            for g in range(count):
+                least = least if least <= reward[g] else reward[g]  # a nan is taken
         for g in range(count):
             advantage[g] = reward[g] - least
         return
-    mean = _mean_from_first(reward)
-    scale = count / (count - 1.0) if kind == LOO else 1.0
-    for g in range(count):
-        advantage[g] = (reward[g] - reward[0] - mean) * scale
-    if kind == STANDARDIZED:
-        std = group_std(reward)
+    _centre(reward, advantage)
+    if kind == LOO:
+        for g in range(count):
+            advantage[g] *= count / (count - 1.0)
+    elif kind == STANDARDIZED:
+        std = _std(advantage)
         for g in range(count):
             advantage[g] = 0.0 if std == 0.0 else advantage[g] / (std + STANDARDIZED_EPS)
 
 
 @helper
-def advantages_transposed(kind, reward, u):
+def advantages_transposed(kind, reward, u, centred):
     """u <- Jᵀ u with J the Jacobian of the advantages in the rewards, the minimum being a constant."""
     if kind == NONE or kind == MIN:
         return
-    count, mean_u, mean = len(reward), _sum(u) / len(u), _mean_from_first(reward)
-    scale = count / (count - 1.0) if kind == LOO else 1.0
-    std = group_std(reward) if kind == STANDARDIZED else 0.0
-    along = 0.0
+    count = len(reward)
+    mean, scale = _sum(u) / count, count / (count - 1.0) if kind == LOO else 1.0
     for g in range(count):
-        along += u[g] * (reward[g] - reward[0] - mean)
-    for g in range(count):
-        u[g] = (u[g] - mean_u) * scale
-        if kind == STANDARDIZED:
-            slope = along / (std + STANDARDIZED_EPS) / std / count
-            u[g] = 0.0 if std == 0.0 else (u[g] - (reward[g] - reward[0] - mean) * slope) / (std + STANDARDIZED_EPS)
+        u[g] = (u[g] - mean) * scale
+    if kind == STANDARDIZED:
+        _centre(reward, centred)
+        std = _std(centred)
+        slope = 0.0 if std == 0.0 else _dot(u, centred) / (std + STANDARDIZED_EPS) / std / count
+        for g in range(count):
+            u[g] = 0.0 if std == 0.0 else (u[g] - centred[g] * slope) / (std + STANDARDIZED_EPS)
 
 
 @helper
@@ -136,6 +142,8 @@ def pull(s, slope, reward):
 
 @helper
 def group_stats(reward, advantage, stats, row):
-    stats[0, row] = _mean_from_first(reward) + reward[0]
-    stats[1, row] = group_std(reward)
-    stats[4, row] = group_std(advantage)
+    centred = np.empty(len(reward))
+    stats[0, row] = _centre(reward, centred)
+    stats[1, row] = _std(centred)
+    _centre(advantage, centred)
+    stats[4, row] = _std(centred)

@@ -9,11 +9,11 @@ from ..contract import OPS, Kernel, Request
 from . import advantage, categorical, gaussian
 
 
-def _kernel(op: str, serve: Callable[[Request], tuple[bool, list[Tensor]]]) -> Kernel:
+def _kernel(op: str, serve: Callable[[Request], tuple[bool, list[Tensor | None]]]) -> Kernel:
     """`serve` says beside its results whether a row may have to be refused: only then all values are looked at."""
     row = OPS[op]
 
-    def kernel(request: Request) -> list[Tensor]:
+    def kernel(request: Request) -> list[Tensor | None]:
         if "precision" in row.axes:
             checks.precision(op, request.inputs.precision)
         suspicious, results = serve(request)

@@ -37,17 +37,17 @@ def _uniform(word):
 
 
 @helper
-def standard_normals(seed, sample, row, lanes, out):
-    """One sample of the rows from `row` on; out (D rounded up to blocks of 4, TILE)."""
+def standard_normals(seed, samples, rows, columns, out):
+    """Of a sample and a row a column; out (D rounded up to blocks of 4, columns)."""
     for block in range(len(out) // 4):
         at = 4 * block
-        for b in range(lanes):
-            w0, w1, w2, w3 = philox4x32(block, sample, row + np.uint64(b), seed)
+        for c in range(columns):
+            w0, w1, w2, w3 = philox4x32(block, samples[c], rows[c], seed)
             radius = math.sqrt(-2.0 * log_uniform(_uniform(w0)))
             cosine, sine = circle(_uniform(w1))
-            out[at, b] = radius * cosine
-            out[at + 1, b] = radius * sine
+            out[at, c] = radius * cosine
+            out[at + 1, c] = radius * sine
             radius = math.sqrt(-2.0 * log_uniform(_uniform(w2)))
             cosine, sine = circle(_uniform(w3))
-            out[at + 2, b] = radius * cosine
-            out[at + 3, b] = radius * sine
+            out[at + 2, c] = radius * cosine
+            out[at + 3, c] = radius * sine

@@ -1,6 +1,6 @@
 """The precision U of a Mahalanobis reward -(ŷ - y)ᵀ U (ŷ - y): u (D,), its diagonal, or u (D, D), symmetric.
 
-Numba compiles the branch that the array's axes decide.
+Numba compiles the branch that the array's axes decide. Vectors are (D, columns).
 """
 
 import numpy as np
@@ -36,51 +36,51 @@ def diagonal(u, j):
 
 
 @helper
-def apply(lanes, u, x, y):
+def apply(columns, u, x, y):
     """y = U x."""
     for i in range(len(x)):
         entry = diagonal(u, i)
-        for b in range(lanes):
-            y[i, b] = x[i, b] * entry
+        for c in range(columns):
+            y[i, c] = x[i, c] * entry
         if u.ndim == 2:
             for j in range(len(x)):
                 entry = 0.0 if i == j else u[i, j]
-                for b in range(lanes):
-                    y[i, b] += x[j, b] * entry
+                for c in range(columns):
+                    y[i, c] += x[j, c] * entry
 
 
 @helper
-def quadratic(lanes, u, x, total, line):
+def quadratic(columns, u, x, total, line):
     """total = xᵀ U x: of a matrix twice what is below the diagonal, and the diagonal."""
-    for b in range(lanes):
-        total[b] = 0.0
+    for c in range(columns):
+        total[c] = 0.0
     for i in range(len(x)):
         entry = diagonal(u, i)
-        for b in range(lanes):
-            line[b] = x[i, b] * entry
+        for c in range(columns):
+            line[c] = x[i, c] * entry
         if u.ndim == 2:
             for j in range(i):
                 entry = 2.0 * u[i, j]
-                for b in range(lanes):
-                    line[b] += x[j, b] * entry
-        for b in range(lanes):
-            total[b] += x[i, b] * line[b]
+                for c in range(columns):
+                    line[c] += x[j, c] * entry
+        for c in range(columns):
+            total[c] += x[i, c] * line[c]
 
 
 @summing
-def _sum_of_products(lanes, f, x, y):
+def _sum_of_products(columns, f, x, i, j):
     total = 0.0
-    for b in range(lanes):
-        total += f[b] * x[b] * y[b]
+    for c in range(columns):
+        total += f[c] * x[i, c] * x[j, c]
     return total
 
 
 @helper
-def add_outer_sum(lanes, f, x, to_u):
-    """Adds Σ_b f_b x_b x_bᵀ to the gradient in u."""
+def add_outer_sum(columns, f, x, to_u):
+    """Adds Σ f x xᵀ over columns to the gradient in u."""
     for i in range(len(x)):
         if to_u.ndim == 1:
-            to_u[i] += _sum_of_products(lanes, f, x[i], x[i])
+            to_u[i] += _sum_of_products(columns, f, x, i, i)
         else:
             for j in range(i + 1):
-                to_u[i, j] += _sum_of_products(lanes, f, x[i], x[j])
+                to_u[i, j] += _sum_of_products(columns, f, x, i, j)

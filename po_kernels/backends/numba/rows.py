@@ -99,10 +99,8 @@ def cotangent(request: Request, value: Tensor) -> Array:
     return array(torch.broadcast_to(value.new_zeros(()) if request.cotangent is None else request.cotangent, value.shape))
 
 
-def finished(request: Request, value: Tensor, stats: Tensor, found: Sequence[Tensor]) -> list[Tensor]:
-    """What a kernel returns: gradients that are not asked for have one axis."""
-    needs = request.needs
-    return [value, stats, *[x if needed else x.view(-1) for x, needed in zip(found, needs, strict=True)]]
+def finished(request: Request, value: Tensor, stats: Tensor | None, found: Sequence[Tensor]) -> list[Tensor | None]:
+    return [value, stats, *[x if needed else None for x, needed in zip(found, request.needs, strict=True)]]
 
 
 class Losses:
@@ -121,16 +119,12 @@ class Losses:
         self.rows = np.empty(rows)
         self.stats = np.empty((NUM_STATS, rows if request.want_stats else 0))
 
-    def finished(self, found: Sequence[Tensor]) -> list[Tensor]:
-        dtype = self.request.inputs[0].dtype
-        loss, stats = torch.from_numpy(self.rows), torch.from_numpy(self.stats)
+    def finished(self, found: Sequence[Tensor]) -> list[Tensor | None]:
+        loss, stats, dtype = self.rows, self.stats, self.request.inputs[0].dtype
         if self.request.config.reduction != "none":
-            loss = torch.tensor(self.rows.sum() * self.scale)
-            if self.request.want_stats:
-                stats = torch.from_numpy(self.stats.sum(axis=1) / max(self.rows.size, 1))
-        if not self.request.want_stats:
-            stats = stats.view(-1)
-        return finished(self.request, loss.to(dtype), stats.to(dtype), found)
+            loss, stats = loss.sum() * self.scale, stats.sum(axis=1) / max(len(loss), 1)
+        wanted = torch.as_tensor(stats).to(dtype) if self.request.want_stats else None
+        return finished(self.request, torch.as_tensor(loss).to(dtype), wanted, found)
 
 
 def random(request: Request) -> tuple[Any, Any]:
@@ -140,13 +134,33 @@ def random(request: Request) -> tuple[Any, Any]:
 
 
 @helper
-def load(x, begin, lanes, out):
-    """out[j, b] = x[begin + b, j], or x[0, j] of a row that all share."""
+def scratch(count, columns):
+    """Of nan, so that what is read before it is written shows; longer rows, lest a power of two share cache sets."""
+    x = np.empty((count, columns + 8))
+    for i in range(count):
+        for c in range(columns):
+            x[i, c] = np.nan
+    return x
+
+
+@helper
+def load(x, begin, lanes, out, at):
+    """out[j, at + b] = x[begin + b, j], or x[0, j] of a row that all share."""
     step = 1 if len(x) > 1 else 0
     for b in range(lanes):
         row = (begin + b) * step
         for j in range(len(out)):
-            out[j, b] = x[row, j]
+            out[j, at + b] = x[row, j]
+
+
+@helper
+def subtract(x, begin, lanes, out, at):
+    """out[j, at + b] -= x[begin + b, j], or x[0, j]."""
+    step = 1 if len(x) > 1 else 0
+    for b in range(lanes):
+        row = (begin + b) * step
+        for j in range(len(out)):
+            out[j, at + b] -= x[row, j]
 
 
 @helper

@@ -2,6 +2,7 @@
 
 It is an array (D, TILE), σ of S = diag(σ) given by log σ, or (D, D, TILE), S = L, lower triangular with a positive
 diagonal. Numba compiles the branch that the array's axes decide; arrays of the shape of the scale are filled alike.
+Samples are columns, those of the rows of a tile (`lanes`) one after another: sample g of row b is column g * lanes + b.
 """
 
 import math
@@ -18,9 +19,9 @@ def scale_like(parameter):
     """Scratch for the scale given by log σ (B, D) or L (B, D, D)."""
     dim = parameter.shape[1]
     if parameter.ndim == 2:
-        return np.full((dim, TILE), np.nan)
+        return np.empty((dim, TILE))
     else:
-        return np.full((dim, dim, TILE), np.nan)
+        return np.empty((dim, dim, TILE))
 
 
 @helper
@@ -74,33 +75,37 @@ def clear_scale(x, lanes):
 
 
 @helper
-def stretch(lanes, scale, base, eps, y):
-    """y = base + S eps."""
+def stretch(lanes, count, scale, base, eps, y):
+    """y = base + S eps, of `count` samples."""
     for i in range(len(scale)):
-        if scale.ndim == 2:
+        for g in range(count):
+            at = g * lanes
             for b in range(lanes):
-                y[i, b] = base[i, b] + scale[i, b] * eps[i, b]
-        else:
-            for b in range(lanes):
-                y[i, b] = base[i, b]
-            for j in range(i + 1):
+                y[i, at + b] = base[i, b]
+            if scale.ndim == 2:
                 for b in range(lanes):
-                    y[i, b] += scale[i, j, b] * eps[j, b]
+                    y[i, at + b] += scale[i, b] * eps[i, at + b]
+            else:
+                for j in range(i + 1):
+                    for b in range(lanes):
+                        y[i, at + b] += scale[i, j, b] * eps[j, at + b]
 
 
 @helper
-def whiten(lanes, scale, x):
-    """x <- S⁻¹ x."""
+def whiten(lanes, count, scale, x):
+    """x <- S⁻¹ x, of `count` samples."""
     for i in range(len(scale)):
-        if scale.ndim == 2:
-            for b in range(lanes):
-                x[i, b] /= scale[i, b]
-        else:
-            for j in range(i):
+        for g in range(count):
+            at = g * lanes
+            if scale.ndim == 2:
                 for b in range(lanes):
-                    x[i, b] -= scale[i, j, b] * x[j, b]
-            for b in range(lanes):
-                x[i, b] /= scale[i, i, b]
+                    x[i, at + b] /= scale[i, b]
+            else:
+                for j in range(i):
+                    for b in range(lanes):
+                        x[i, at + b] -= scale[i, j, b] * x[j, at + b]
+                for b in range(lanes):
+                    x[i, at + b] /= scale[i, i, b]
 
 
 @helper
@@ -119,16 +124,28 @@ def whiten_transposed(lanes, scale, x):
 
 
 @helper
-def add_outer(lanes, f, x, y, out):
-    """Adds f x yᵀ to an array of the shape of the scale."""
+def add_samples(lanes, count, f, x, out):
+    """Adds Σ f x over the samples of each row."""
     for i in range(len(out)):
-        if out.ndim == 2:
+        for g in range(count):
+            at = g * lanes
             for b in range(lanes):
-                out[i, b] += f[b] * x[i, b] * y[i, b]
-        else:
-            for j in range(i + 1):
+                out[i, b] += f[at + b] * x[i, at + b]
+
+
+@helper
+def add_outer(lanes, count, f, x, y, out):
+    """Adds Σ f x yᵀ over the samples of each row to an array of the shape of the scale."""
+    for i in range(len(out)):
+        for g in range(count):
+            at = g * lanes
+            if out.ndim == 2:
                 for b in range(lanes):
-                    out[i, j, b] += f[b] * x[i, b] * y[j, b]
+                    out[i, b] += f[at + b] * x[i, at + b] * y[i, at + b]
+            else:
+                for j in range(i + 1):
+                    for b in range(lanes):
+                        out[i, j, b] += f[at + b] * x[i, at + b] * y[j, at + b]
 
 
 @helper
