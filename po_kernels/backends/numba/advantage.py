@@ -5,25 +5,25 @@ from torch import Tensor
 
 from ..contract import Request
 from .group import advantages, advantages_transposed, pull, surrogate_of, transform
-from .rows import array, chunked, cotangent, finished, gradients, kernel, run
+from .rows import array, chunked, cotangent, finished, gradients, kernel, run, served
 
 
 @kernel
 def _advantage_kernel(chunks, rewards, s, cotangent, out, to_rewards):
     """All (G, B)."""
-    reward, advantage, slope = np.empty(s.count), np.empty(s.count), np.empty(s.count)
+    reward, advantage, slope = np.empty(s.samples), np.empty(s.samples), np.empty(s.samples)
     for row in range(chunks.first, chunks.last):
-        for g in range(s.count):
+        for g in range(s.samples):
             reward[g] = rewards[g, row]
         transform(s, reward)
         advantages(s.advantage, reward, advantage)
-        for g in range(s.count):
+        for g in range(s.samples):
             out[g, row] = advantage[g]
         if to_rewards.size > 0:
-            for g in range(s.count):
+            for g in range(s.samples):
                 slope[g] = cotangent[g, row]
             advantages_transposed(s.advantage, reward, slope, advantage)
-            for g in range(s.count):
+            for g in range(s.samples):
                 to_rewards[g, row] = pull(s, slope[g], reward[g])
     return False
 
@@ -39,4 +39,4 @@ def _group_advantage(request: Request) -> tuple[bool, list[Tensor | None]]:
     return False, finished(request, out, None, found)
 
 
-SERVED = {"group_advantage": _group_advantage}
+KERNELS = served({"group_advantage": _group_advantage})

@@ -11,10 +11,21 @@ from torch import Tensor
 
 from ..contract import Request
 from .group import CLOSED_FORM, group_stats, pull, surrogate, surrogate_of, transform
-from .maths import exp
 from .philox import random_bits
 from .rows import (
-    Losses, array, chunked, cotangent, finished, gradients, helper, kernel, random, rows_of, run, summing,
+    Losses,
+    array,
+    chunked,
+    cotangent,
+    finished,
+    gradients,
+    helper,
+    kernel,
+    random,
+    rows_of,
+    run,
+    served,
+    summing,
 )  # fmt: skip
 
 
@@ -40,7 +51,7 @@ def _softmax(logits, row, p, log_p):
         top = max(top, logit)
         log_p[c] = logit
     for c in range(len(p)):
-        p[c] = exp(log_p[c] - top)
+        p[c] = math.exp(log_p[c] - top)
     total = _sum(p)
     log_total = math.log(total)
     for c in range(len(p)):
@@ -97,8 +108,8 @@ def _score_gradient(s, weight, p, log_p, entropy, labels, advantage, to_logits):
     total = 0.0
     for c in range(len(p)):
         to_logits[c] = 0.0
-    for g in range(s.count):
-        f = -weight / s.count * advantage[g]
+    for g in range(s.samples):
+        f = -weight / s.samples * advantage[g]
         total += f
         to_logits[labels[g]] += f
     for c in range(len(p)):
@@ -129,9 +140,9 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
     classes, refused = logits.shape[1], False
     need_logits, need_table = to_logits.size > 0, to_columns.size > 0
     p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
-    labels, limits = np.zeros(s.count, np.int64), np.zeros(classes, np.int64)
+    labels, limits = np.zeros(s.samples, np.int64), np.zeros(classes, np.int64)
     closed = s.estimator == CLOSED_FORM
-    reward, advantage = np.empty(classes if closed else s.count), np.empty(s.count)
+    reward, advantage = np.empty(classes if closed else s.samples), np.empty(s.samples)
     for row in range(chunks.first, chunks.last):
         y, chunk = target[row], row // chunks.size
         entropy, wrong = _softmax(logits, row, p, log_p)
@@ -145,19 +156,31 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
             transform(s, reward)
             column = to_columns[chunk, y] if need_table else for_logits
             _closed_form(
-                s, weight[row], p, log_p, entropy, reward, losses, row, stats, need_logits, for_logits, need_table, column
+                s,
+                weight[row],
+                p,
+                log_p,
+                entropy,
+                reward,
+                losses,
+                row,
+                stats,
+                need_logits,
+                for_logits,
+                need_table,
+                column,
             )
         else:
             _thresholds(p, limits)
             _draw(seed, row_offset + np.uint64(row), limits, labels)
-            for g in range(s.count):
+            for g in range(s.samples):
                 reward[g] = columns[y, labels[g]]
             losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
             if need_logits:
                 _score_gradient(s, weight[row], p, log_p, entropy, labels, advantage, for_logits)
             if need_table:
-                for g in range(s.count):
-                    to_columns[chunk, y, labels[g]] += pull(s, -weight[row] / s.count, reward[g])
+                for g in range(s.samples):
+                    to_columns[chunk, y, labels[g]] += pull(s, -weight[row] / s.samples, reward[g])
             if stats.size > 0:
                 group_stats(reward, advantage, stats, row)
         if need_logits:
@@ -174,17 +197,17 @@ def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats
     classes, refused = logits.shape[1], False
     need_logits, need_rewards = to_logits.size > 0, to_rewards.size > 0
     p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
-    reward, advantage, labels = np.empty(s.count), np.empty(s.count), np.zeros(s.count, np.int64)
+    reward, advantage, labels = np.empty(s.samples), np.empty(s.samples), np.zeros(s.samples, np.int64)
     for row in range(chunks.first, chunks.last):
         entropy, wrong = _softmax(logits, row, p, log_p)
         refused |= wrong
         log_prob = 0.0
-        for g in range(s.count):
+        for g in range(s.samples):
             reward[g], label = rewards[g, row], samples[g, row]
             if not 0 <= label < classes:
                 refused, label = True, 0
             labels[g] = label
-            log_prob += _log_prob_of(label, p, log_p) / s.count
+            log_prob += _log_prob_of(label, p, log_p) / s.samples
         refused |= log_prob == -np.inf
         losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
         if need_logits:
@@ -192,8 +215,8 @@ def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats
             for c in range(classes):
                 to_logits[row, c] = for_logits[c]
         if need_rewards:
-            for g in range(s.count):
-                to_rewards[g, row] = pull(s, -weight[row] / s.count, reward[g])
+            for g in range(s.samples):
+                to_rewards[g, row] = pull(s, -weight[row] / s.samples, reward[g])
         if stats.size > 0:
             group_stats(reward, advantage, stats, row)
             stats[2, row], stats[3, row] = entropy, log_prob
@@ -251,7 +274,7 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     logits, table = request.inputs
     losses, found = Losses(request), gradients(request)
     chunks = chunked(len(logits), table.numel())
-    to_columns = np.zeros((chunks.count if request.needs.reward_table else 0, *table.shape))
+    to_columns = np.zeros((chunks.number if request.needs.reward_table else 0, *table.shape))
     refused = run(
         _policy_kernel, chunks, _operations(request, request.config.num_samples),
         rows_of(logits), array(table.mT), array(request.constants.target), surrogate_of(request.config),
@@ -293,9 +316,11 @@ def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
     return refused, finished(request, out, None, gradients(request))
 
 
-SERVED = {
-    "categorical_policy_loss": _policy_loss,
-    "categorical_surrogate_loss": _surrogate_loss,
-    "categorical_log_prob": _log_prob,
-    "categorical_sample": _sample,
-}
+KERNELS = served(
+    {
+        "categorical_policy_loss": _policy_loss,
+        "categorical_surrogate_loss": _surrogate_loss,
+        "categorical_log_prob": _log_prob,
+        "categorical_sample": _sample,
+    }
+)

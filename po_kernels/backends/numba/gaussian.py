@@ -5,6 +5,7 @@ Gradients are arrays without elements where none is wanted.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -15,12 +16,36 @@ from .group import CLOSED_FORM, REPARAM, group_stats, pull, surrogate, surrogate
 from .philox import standard_normals
 from .precision import add_outer_sum, apply, quadratic
 from .rows import (
-    TILE, Losses, array, chunked, clear, cotangent, finished, gradients, helper, kernel, load, random, rows_of, run,
-    scratch, store, subtract,
+    TILE,
+    Array,
+    Losses,
+    array,
+    chunked,
+    cotangent,
+    finished,
+    gradients,
+    helper,
+    kernel,
+    load,
+    random,
+    rows_of,
+    run,
+    scratch,
+    served,
+    store,
+    subtract,
 )  # fmt: skip
 from .scale import (
-    add_log_det, add_outer, add_samples, clear_scale, load_scale, reward_variance, scale_like, score, store_scale, stretch,
-    to_parameter, trace, whiten, whiten_transposed,
+    add_log_det,
+    add_outer,
+    add_samples,
+    load_scale,
+    score,
+    stretch,
+    to_parameter,
+    trace,
+    whiten,
+    whiten_transposed,
 )  # fmt: skip
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -37,20 +62,21 @@ def _log_density(lanes, at, z, log_det, out):
 
 
 @helper
-def _add_entropy(lanes, begin, s, scale, log_det, weight, losses, stats, need_scale, to_scale, f):
+def _add_entropy(tri, lanes, begin, s, dim, scale, log_det, weight, losses, stats, need_scale, to_scale, f):
     """The entropy's part of the losses, of the statistics and of the gradient in the scale."""
     for b in range(lanes):
-        entropy = log_det[b] + (_HALF_LOG_2PI + 0.5) * len(scale)
+        entropy = log_det[b] + (_HALF_LOG_2PI + 0.5) * dim
         losses[begin + b] -= s.entropy_coef * entropy
         f[b] = -s.entropy_coef * weight[begin + b]
         if stats.size > 0:
             stats[2, begin + b] = entropy
     if need_scale:
-        add_log_det(lanes, scale, f, to_scale)
+        add_log_det(tri, lanes, dim, scale, f, to_scale)
+        to_parameter(tri, lanes, scale, to_scale)
 
 
 @helper
-def _closed_form(lanes, scale, delta, u, weight, needs, loss, to_mean, to_scale, to_target, to_u, work):
+def _closed_form(tri, lanes, scale, delta, u, weight, needs, loss, to_mean, to_scale, to_target, to_u, work):
     """δᵀUδ + tr(U S Sᵀ)."""
     pulled, column, other = work[0], work[1], work[2]
     apply(lanes, u, delta, pulled)
@@ -63,33 +89,21 @@ def _closed_form(lanes, scale, delta, u, weight, needs, loss, to_mean, to_scale,
             to_target[j, b] = -to_mean[j, b]
     if needs[3]:
         add_outer_sum(lanes, weight, delta, to_u)
-    trace(lanes, scale, u, weight, loss, to_scale, needs[3], to_u, column, other)
-    to_parameter(lanes, scale, to_scale)
+    trace(tri, lanes, scale, u, weight, loss, to_scale, needs[3], to_u, column, other)
 
 
 @helper
-def _closed_form_stats(lanes, begin, scale, delta, u, losses, stats, work, f):
-    """Of losses that the entropy is not yet a part of."""
-    pulled, column, other = work[0], work[1], work[2]
-    apply(lanes, u, delta, pulled)
-    reward_variance(lanes, scale, u, pulled, f, column, other)
-    for b in range(lanes):
-        stats[0, begin + b] = -losses[begin + b]
-        stats[1, begin + b] = stats[4, begin + b] = math.sqrt(f[b])
-
-
-@helper
-def _residual_gradients(lanes, scale, u, s, f, noise, residual, pulled, needs, to_mean, to_scale, to_target, to_u, work):
+def _residual_gradients(tri, lanes, u, s, f, noise, residual, pulled, needs, to_mean, to_scale, to_target, to_u, work):
     """Through the samples' residuals x, f being the pulls on -xᵀ U x: in the target, in U, and of a path in S."""
-    along, other, columns = work[0], work[1], lanes * s.count
+    along, other, columns = work[0], work[1], lanes * s.samples
     for c in range(columns):
         f[c] = -f[c]
     if needs[3]:
         add_outer_sum(columns, f, residual, to_u)
     for c in range(columns):
         f[c] *= 2.0
-    clear(along, lanes)
-    add_samples(lanes, s.count, f, residual, along)
+    along[:] = 0.0
+    add_samples(lanes, s.samples, f, residual, along)
     apply(lanes, u, along, other)
     for j in range(len(other)):
         for b in range(lanes):
@@ -100,12 +114,11 @@ def _residual_gradients(lanes, scale, u, s, f, noise, residual, pulled, needs, t
                 to_mean[j, b] = other[j, b]
         if needs[1]:
             apply(columns, u, residual, pulled)
-            add_outer(lanes, s.count, f, pulled, noise, to_scale)
-            to_parameter(lanes, scale, to_scale)
+            add_outer(tri, lanes, s.samples, len(along), f, pulled, noise, to_scale)
 
 
 @helper
-def _score_gradients(lanes, count, scale, f, z, need_scale, to_mean, to_scale, total):
+def _score_gradients(tri, lanes, count, scale, f, z, need_scale, to_mean, to_scale, total):
     """Adds Σ f ∂log p of whitened samples z to gradients that are zero."""
     for b in range(lanes):
         total[b] = 0.0
@@ -113,8 +126,8 @@ def _score_gradients(lanes, count, scale, f, z, need_scale, to_mean, to_scale, t
             total[b] += f[g * lanes + b]
     add_samples(lanes, count, f, z, to_mean)
     if need_scale:
-        add_outer(lanes, count, f, z, z, to_scale)
-    score(lanes, scale, total, to_mean, need_scale, to_scale)
+        add_outer(tri, lanes, count, len(to_mean), f, z, z, to_scale)
+    score(tri, lanes, scale, total, to_mean, need_scale, to_scale)
 
 
 @helper
@@ -124,69 +137,75 @@ def _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls):
         losses[begin + b] = -surrogate(s, reward[b], advantage)
         if stats.size > 0:
             group_stats(reward[b], advantage, stats, begin + b)
-        for g in range(s.count):
-            unit = -weight[begin + b] / s.count
+        for g in range(s.samples):
+            unit = -weight[begin + b] / s.samples
             f[g * lanes + b] = unit * advantage[g]
             pulls[g * lanes + b] = pull(s, unit, reward[b, g])
 
 
 @kernel
 def _policy_kernel(
-    chunks, mean, scale, target, u, s, seed, row_offset, weight, losses, stats, to_mean, to_scale, to_target, to_u
+    chunks, tri, mean, scale, target, u, s, seed, row_offset, weight, losses, stats, to_mean, to_scale, to_target, to_u
 ):
     """The gradient in u is summed by chunk: (chunks, *u.shape)."""
-    dim, refused, most = mean.shape[1], False, max(s.count, 1) * TILE
+    dim, refused, most = mean.shape[1], False, max(s.samples, 1) * TILE
     needs = to_mean.size > 0, to_scale.size > 0, to_target.size > 0, to_u.size > 0
-    delta, work, spread, log_det = scratch(dim, TILE), np.empty((3, dim, TILE)), scale_like(scale), np.empty(TILE)
-    for_mean, for_target, for_scale, for_u = scratch(dim, TILE), scratch(dim, TILE), scale_like(scale), u
+    delta, work, spread, log_det = (
+        scratch(dim, TILE),
+        np.empty((3, dim, TILE)),
+        scratch(scale.shape[1], TILE),
+        np.empty(TILE),
+    )
+    for_mean, for_target, for_scale, for_u = scratch(dim, TILE), scratch(dim, TILE), scratch(scale.shape[1], TILE), u
     noise, residual, other = scratch((dim + 3) // 4 * 4, most), scratch(dim, most), scratch(dim, most)
     samples, rows, f, pulls = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most), np.empty(most)
-    reward, advantage = np.empty((TILE, s.count)), np.empty(s.count)
+    reward, advantage = np.empty((TILE, s.samples)), np.empty(s.samples)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
-        columns = s.count * lanes
+        columns = s.samples * lanes
         load(mean, begin, lanes, delta, 0)
         subtract(target, begin, lanes, delta, 0)
-        refused |= load_scale(scale, begin, lanes, spread, log_det)
-        clear(for_mean, lanes)
-        clear_scale(for_scale, lanes)
+        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        for_mean[:] = 0.0
+        for_scale[:] = 0.0
         if needs[3]:
             for_u = to_u[begin // chunks.size]
         if s.estimator == CLOSED_FORM:
             _closed_form(
-                lanes, spread, delta, u, weight[begin:], needs, losses[begin:], for_mean, for_scale, for_target, for_u,
+                tri, lanes, spread, delta, u, weight[begin:], needs, losses[begin:], for_mean, for_scale, for_target, for_u,
                 work,
             )  # fmt: skip
             if stats.size > 0:
-                _closed_form_stats(lanes, begin, spread, delta, u, losses, stats, work, f)
+                for b in range(lanes):
+                    stats[0, begin + b] = -losses[begin + b]
         else:
-            for g in range(s.count):
+            for g in range(s.samples):
                 for b in range(lanes):
                     samples[g * lanes + b], rows[g * lanes + b] = g, row_offset + np.uint64(begin + b)
             standard_normals(seed, samples, rows, columns, noise)
-            stretch(lanes, s.count, spread, delta, noise, residual)
+            stretch(tri, lanes, s.samples, spread, delta, noise, residual)
             quadratic(columns, u, residual, pulls, f)
             for b in range(lanes):
-                for g in range(s.count):
+                for g in range(s.samples):
                     reward[b, g] = -pulls[g * lanes + b]
             _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls)
             if s.estimator != REPARAM and (needs[0] or needs[1]):
-                _score_gradients(lanes, s.count, spread, f, noise, needs[1], for_mean, for_scale, work[0, 0])
+                _score_gradients(tri, lanes, s.samples, spread, f, noise, needs[1], for_mean, for_scale, work[0, 0])
             if needs[2] or needs[3] or s.estimator == REPARAM:
                 _residual_gradients(
-                    lanes, spread, u, s, pulls, noise, residual, other, needs, for_mean, for_scale, for_target, for_u,
+                    tri, lanes, u, s, pulls, noise, residual, other, needs, for_mean, for_scale, for_target, for_u,
                     work,
                 )  # fmt: skip
-        _add_entropy(lanes, begin, s, spread, log_det, weight, losses, stats, needs[1], for_scale, f)
+        _add_entropy(tri, lanes, begin, s, dim, spread, log_det, weight, losses, stats, needs[1], for_scale, f)
         if stats.size > 0:  # the density is even in y - μ
-            whiten(lanes, 1, spread, delta)
+            whiten(tri, lanes, 1, spread, delta)
             _log_density(lanes, 0, delta, log_det, f)
             for b in range(lanes):
                 stats[3, begin + b] = f[b]
         if needs[0]:
             store(for_mean, begin, lanes, to_mean)
         if needs[1]:
-            store_scale(for_scale, begin, lanes, to_scale)
+            store(for_scale, begin, lanes, to_scale)
         if needs[2]:
             store(for_target, begin, lanes, to_target)
     return refused
@@ -194,68 +213,74 @@ def _policy_kernel(
 
 @kernel
 def _surrogate_kernel(
-    chunks, mean, scale, rewards, samples, s, weight, losses, stats, to_mean, to_scale, to_rewards
+    chunks, tri, mean, scale, rewards, samples, s, weight, losses, stats, to_mean, to_scale, to_rewards
 ):  # fmt: skip
     """rewards (G, B), samples (G, B, D)."""
-    dim, refused, most = mean.shape[1], False, s.count * TILE
+    dim, refused, most = mean.shape[1], False, s.samples * TILE
     need_mean, need_scale = to_mean.size > 0, to_scale.size > 0
     scores = s.estimator != REPARAM and (need_mean or need_scale)
-    spread, log_det, total, z = scale_like(scale), np.empty(TILE), np.empty(TILE), scratch(dim, most)
-    for_mean, for_scale, f, pulls = scratch(dim, TILE), scale_like(scale), np.empty(most), np.empty(most)
-    reward, advantage = np.empty((TILE, s.count)), np.empty(s.count)
+    spread, log_det, total, z = scratch(scale.shape[1], TILE), np.empty(TILE), np.empty(TILE), scratch(dim, most)
+    for_mean, for_scale, f, pulls = scratch(dim, TILE), scratch(scale.shape[1], TILE), np.empty(most), np.empty(most)
+    reward, advantage = np.empty((TILE, s.samples)), np.empty(s.samples)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
-        refused |= load_scale(scale, begin, lanes, spread, log_det)
+        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for b in range(lanes):
-            for g in range(s.count):
+            for g in range(s.samples):
                 reward[b, g] = rewards[g, begin + b]
         _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls)
         if to_rewards.size > 0:
-            for g in range(s.count):
+            for g in range(s.samples):
                 for b in range(lanes):
                     to_rewards[g, begin + b] = pulls[g * lanes + b]
-        clear(for_mean, lanes)
-        clear_scale(for_scale, lanes)
+        for_mean[:] = 0.0
+        for_scale[:] = 0.0
         if scores or stats.size > 0:
-            for g in range(s.count):
+            for g in range(s.samples):
                 load(samples[g], begin, lanes, z, g * lanes)
                 subtract(mean, begin, lanes, z, g * lanes)
-            whiten(lanes, s.count, spread, z)
+            whiten(tri, lanes, s.samples, spread, z)
         if scores:
-            _score_gradients(lanes, s.count, spread, f, z, need_scale, for_mean, for_scale, total)
-        _add_entropy(lanes, begin, s, spread, log_det, weight, losses, stats, need_scale, for_scale, f)
+            _score_gradients(tri, lanes, s.samples, spread, f, z, need_scale, for_mean, for_scale, total)
+        _add_entropy(tri, lanes, begin, s, dim, spread, log_det, weight, losses, stats, need_scale, for_scale, f)
         if stats.size > 0:
             for b in range(lanes):
                 stats[3, begin + b] = 0.0
-            for g in range(s.count):
+            for g in range(s.samples):
                 _log_density(lanes, g * lanes, z, log_det, f)
                 for b in range(lanes):
-                    stats[3, begin + b] += f[b] / s.count
+                    stats[3, begin + b] += f[b] / s.samples
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
         if need_scale:
-            store_scale(for_scale, begin, lanes, to_scale)
+            store(for_scale, begin, lanes, to_scale)
     return refused
 
 
 @kernel
-def _log_prob_kernel(chunks, mean, scale, value, cotangent, out, to_mean, to_scale, to_value):
+def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, to_scale, to_value):
     """value (N, B, D), cotangent (N, B)."""
     dim, refused = mean.shape[1], False
     need_mean, need_scale, need_value = to_mean.size > 0, to_scale.size > 0, to_value.size > 0
-    spread, log_det, z, f, total = scale_like(scale), np.empty(TILE), scratch(dim, TILE), np.empty(TILE), np.empty(TILE)
-    for_mean, for_scale = scratch(dim, TILE), scale_like(scale)
+    spread, log_det, z, f, total = (
+        scratch(scale.shape[1], TILE),
+        np.empty(TILE),
+        scratch(dim, TILE),
+        np.empty(TILE),
+        np.empty(TILE),
+    )
+    for_mean, for_scale = scratch(dim, TILE), scratch(scale.shape[1], TILE)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
-        refused |= load_scale(scale, begin, lanes, spread, log_det)
-        clear(for_mean, lanes)
-        clear_scale(for_scale, lanes)
+        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        for_mean[:] = 0.0
+        for_scale[:] = 0.0
         for b in range(lanes):
             total[b] = 0.0
         for n in range(len(value)):
             load(value[n], begin, lanes, z, 0)
             subtract(mean, begin, lanes, z, 0)
-            whiten(lanes, 1, spread, z)
+            whiten(tri, lanes, 1, spread, z)
             _log_density(lanes, 0, z, log_det, f)
             for b in range(lanes):
                 out[n, begin + b] = f[b]
@@ -264,50 +289,51 @@ def _log_prob_kernel(chunks, mean, scale, value, cotangent, out, to_mean, to_sca
             if need_mean:
                 add_samples(lanes, 1, f, z, for_mean)
             if need_scale:
-                add_outer(lanes, 1, f, z, z, for_scale)
+                add_outer(tri, lanes, 1, dim, f, z, z, for_scale)
             if need_value:
-                whiten_transposed(lanes, spread, z)
+                whiten_transposed(tri, lanes, spread, z)
                 for j in range(dim):
                     for b in range(lanes):
                         z[j, b] *= -f[b]
                 store(z, begin, lanes, to_value[n])
-        score(lanes, spread, total, for_mean, need_scale, for_scale)
+        score(tri, lanes, spread, total, for_mean, need_scale, for_scale)
+        to_parameter(tri, lanes, spread, for_scale)
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
         if need_scale:
-            store_scale(for_scale, begin, lanes, to_scale)
+            store(for_scale, begin, lanes, to_scale)
     return refused
 
 
 @kernel
-def _sample_kernel(chunks, mean, scale, seed, row_offset, cotangent, out, to_mean, to_scale):
+def _sample_kernel(chunks, tri, mean, scale, seed, row_offset, cotangent, out, to_mean, to_scale):
     """out and cotangent (G, B, D)."""
     dim, refused, need_mean, need_scale = mean.shape[1], False, to_mean.size > 0, to_scale.size > 0
-    spread, log_det, noise = scale_like(scale), np.empty(TILE), scratch((dim + 3) // 4 * 4, TILE)
+    spread, log_det, noise = scratch(scale.shape[1], TILE), np.empty(TILE), scratch((dim + 3) // 4 * 4, TILE)
     means, drawn, slope, ones = scratch(dim, TILE), scratch(dim, TILE), scratch(dim, TILE), np.ones(TILE)
-    for_mean, for_scale = scratch(dim, TILE), scale_like(scale)
+    for_mean, for_scale = scratch(dim, TILE), scratch(scale.shape[1], TILE)
     samples, rows = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
         load(mean, begin, lanes, means, 0)
-        refused |= load_scale(scale, begin, lanes, spread, log_det)
-        clear(for_mean, lanes)
-        clear_scale(for_scale, lanes)
+        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        for_mean[:] = 0.0
+        for_scale[:] = 0.0
         for g in range(len(out)):
             for b in range(lanes):
                 samples[b], rows[b] = g, row_offset + np.uint64(begin + b)
             standard_normals(seed, samples, rows, lanes, noise)
-            stretch(lanes, 1, spread, means, noise, drawn)
+            stretch(tri, lanes, 1, spread, means, noise, drawn)
             store(drawn, begin, lanes, out[g])
             if need_mean or need_scale:
                 load(cotangent[g], begin, lanes, slope, 0)
                 add_samples(lanes, 1, ones, slope, for_mean)
-                add_outer(lanes, 1, ones, slope, noise, for_scale)
-        to_parameter(lanes, spread, for_scale)
+                add_outer(tri, lanes, 1, dim, ones, slope, noise, for_scale)
+        to_parameter(tri, lanes, spread, for_scale)
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
         if need_scale:
-            store_scale(for_scale, begin, lanes, to_scale)
+            store(for_scale, begin, lanes, to_scale)
     return refused
 
 
@@ -317,59 +343,81 @@ def _operations(request: Request) -> int:
     return scale.shape[1] * (8 + scale.shape[1] * scale.ndim)
 
 
+def _policy(request: Request) -> tuple[bool, Array, Array]:
+    mean, scale = request.inputs[:2]
+    return scale.ndim == 3, rows_of(mean), rows_of(scale).reshape(-1, scale[0].numel() if len(scale) else mean.shape[1])
+
+
+def _flat(found: Sequence[Tensor]) -> list[Array]:
+    """Gradients as arrays, that in the scale (B, D) or (B, D * D)."""
+    arrays = [array(x) for x in found]
+    arrays[1] = arrays[1].reshape(len(arrays[1]), -1) if arrays[1].size else np.empty((0, 0), arrays[1].dtype)
+    return arrays
+
+
+def _reward_std(request: Request, u: Array) -> Array:
+    """Of the closed form: the variance is 2 ‖SᵀUS‖² + 4 ‖SᵀU(μ - y)‖²."""
+    mean, scale, target = (array(x.double()) for x in request.inputs[:3])
+    matrix = np.tril(scale) if scale.ndim == 3 else np.exp(scale)[:, :, None] * np.eye(scale.shape[1])
+    weighted = (u if u.ndim == 2 else np.diag(u)) @ matrix
+    products, along = matrix.mT @ weighted, weighted.mT @ (mean - target)[:, :, None]
+    return np.sqrt(2.0 * np.square(products).sum(axis=(1, 2)) + 4.0 * np.square(along).sum(axis=(1, 2)))
+
+
 def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
-    mean, scale, target, matrix = request.inputs
+    mean, *_, matrix = request.inputs
     u, losses, found = precision.read(matrix, mean.shape[1]), Losses(request), gradients(request)
     chunks = chunked(mean.shape[0], u.size)
     to_u = precision.sums(u, chunks, request.needs.precision)
     refused = run(
         _policy_kernel, chunks, (request.config.num_samples + 1) * _operations(request),
-        rows_of(mean), rows_of(scale), rows_of(target), u, surrogate_of(request.config), *random(request),
-        losses.weight, losses.rows, losses.stats, *map(array, found[:3]), to_u,
+        *_policy(request), rows_of(request.inputs.target), u, surrogate_of(request.config), *random(request),
+        losses.weight, losses.rows, losses.stats, *_flat(found[:3]), to_u,
     )  # fmt: skip
+    if request.want_stats and not request.config.num_samples:
+        losses.stats[1] = losses.stats[4] = _reward_std(request, u)
     if request.needs.precision:
         found = found._replace(precision=precision.gradient(to_u, matrix))
     return refused, losses.finished(found)
 
 
 def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
-    mean, scale, rewards = request.inputs
+    mean, _, rewards = request.inputs
     losses, found = Losses(request), gradients(request)
     refused = run(
         _surrogate_kernel, chunked(mean.shape[0]), (len(rewards) + 1) * _operations(request),
-        rows_of(mean), rows_of(scale), array(rewards), array(request.constants.samples),
-        surrogate_of(request.config, len(rewards)), losses.weight, losses.rows, losses.stats, *map(array, found),
+        *_policy(request), array(rewards), array(request.constants.samples),
+        surrogate_of(request.config, len(rewards)), losses.weight, losses.rows, losses.stats, *_flat(found),
     )  # fmt: skip
     return refused, losses.finished(found)
 
 
 def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
-    mean, scale, value = request.inputs
+    mean, _, value = request.inputs
     out, found = value.new_empty(value.shape[:2]), gradients(request)
     refused = run(
         _log_prob_kernel, chunked(mean.shape[0]), (len(value) + 1) * _operations(request),
-        rows_of(mean), rows_of(scale), array(value), cotangent(request, out), array(out), *map(array, found),
+        *_policy(request), array(value), cotangent(request, out), array(out), *_flat(found),
     )  # fmt: skip
     return refused, finished(request, out, None, found)
 
 
 def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
-    mean, scale = request.inputs
+    mean, _ = request.inputs
     out, found = mean.new_empty((request.config.num_samples, *mean.shape)), gradients(request)
     refused = run(
         _sample_kernel, chunked(mean.shape[0]), (len(out) + 1) * _operations(request),
-        rows_of(mean), rows_of(scale), *random(request), cotangent(request, out), array(out), *map(array, found),
+        *_policy(request), *random(request), cotangent(request, out), array(out), *_flat(found),
     )  # fmt: skip
     return refused, finished(request, out, None, found)
 
 
-SERVED = {
-    f"{family}_{name}": function
-    for family in ("gaussian", "mvn")
-    for name, function in (
-        ("policy_loss", _policy_loss),
-        ("surrogate_loss", _surrogate_loss),
-        ("log_prob", _log_prob),
-        ("sample", _sample),
-    )
-}
+KERNELS = served(
+    {
+        f"{family}_{name}": function
+        for family in ("gaussian", "mvn")
+        for name, function in {
+            "policy_loss": _policy_loss, "surrogate_loss": _surrogate_loss, "log_prob": _log_prob, "sample": _sample,
+        }.items()
+    }
+)  # fmt: skip

@@ -10,7 +10,6 @@ import numpy as np
 
 from ..advantages import ADVANTAGES, STANDARDIZED_EPS
 from ..contract import ESTIMATORS, OpConfig
-from .maths import exp
 from .rows import helper, summing
 
 CLOSED_FORM, REPARAM = ESTIMATORS["analytic"], ESTIMATORS["reparam"]
@@ -22,7 +21,7 @@ class Surrogate(NamedTuple):
 
     estimator: int
     advantage: int
-    count: int  # G
+    samples: int  # G
     entropy_coef: float
     has_rbf: bool
     gamma: float
@@ -83,7 +82,7 @@ def _std(centred):
 @helper
 def advantages(kind, reward, advantage):
     count = len(reward)
-    if kind == NONE or kind == MIN:
+    if kind in (NONE, MIN):
         least = 0.0 if kind == NONE else reward[0]
         if kind == MIN:
             for g in range(count):
@@ -104,7 +103,7 @@ def advantages(kind, reward, advantage):
 @helper
 def advantages_transposed(kind, reward, u, centred):
     """u <- Jᵀ u with J the Jacobian of the advantages in the rewards, the minimum being a constant."""
-    if kind == NONE or kind == MIN:
+    if kind in (NONE, MIN):
         return
     count = len(reward)
     mean, scale = _sum(u) / count, count / (count - 1.0) if kind == LOO else 1.0
@@ -123,7 +122,7 @@ def transform(s, reward):
     """r <- exp(γ r) if the surrogate has a γ."""
     if s.has_rbf:
         for g in range(len(reward)):
-            reward[g] = exp(s.gamma * reward[g])
+            reward[g] = math.exp(s.gamma * reward[g])
 
 
 @helper

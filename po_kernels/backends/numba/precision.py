@@ -17,7 +17,7 @@ def read(precision: Tensor, dim: int) -> Array:
 
 def sums(u: Array, chunks: Chunks, needed: bool) -> Array:
     """For each chunk of rows the gradient in u, of a matrix the lower triangle."""
-    return np.zeros((chunks.count, *u.shape)) if needed else np.zeros((0,) * (u.ndim + 1))
+    return np.zeros((chunks.number, *u.shape)) if needed else np.zeros((0,) * (u.ndim + 1))
 
 
 def gradient(by_chunk: Array, precision: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ would alone. Kernels read inputs and write gradients in the inputs' dtype and co
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numba
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..contract import NUM_STATS, Request
+from .. import checks
+from ..contract import NUM_STATS, OPS, Kernel, Request
 
 Array = NDArray[Any]
 
@@ -43,7 +44,7 @@ class Chunks(NamedTuple):
     size: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return -(-self.last // self.size)
 
 
@@ -62,10 +63,10 @@ def run(function: Callable[..., bool], chunks: Chunks, operations: int, *argumen
     Args:
         operations: elementary ones a row, roughly.
     """
-    threads = min(torch.get_num_threads(), chunks.count, 1 + chunks.last * operations // _OPERATIONS_PER_THREAD)
+    threads = min(torch.get_num_threads(), chunks.number, 1 + chunks.last * operations // _OPERATIONS_PER_THREAD)
     if threads <= 1:
         return function(chunks, *arguments)
-    step = -(-chunks.count // (threads * _PARTS_PER_THREAD)) * chunks.size
+    step = -(-chunks.number // (threads * _PARTS_PER_THREAD)) * chunks.size
     parts = [chunks._replace(first=i, last=min(i + step, chunks.last)) for i in range(0, chunks.last, step)]
     return any(list(_pool(os.getpid(), threads).map(lambda part: function(part, *arguments), parts)))
 
@@ -96,7 +97,7 @@ def gradients(request: Request) -> Any:
 
 def cotangent(request: Request, value: Tensor) -> Array:
     """That of a value, of the same shape; not read where no gradient is asked for."""
-    return array(torch.broadcast_to(value.new_zeros(()) if request.cotangent is None else request.cotangent, value.shape))
+    return array(value.new_zeros(value.shape) if request.cotangent is None else request.cotangent)
 
 
 def finished(request: Request, value: Tensor, stats: Tensor | None, found: Sequence[Tensor]) -> list[Tensor | None]:
@@ -131,6 +132,20 @@ def random(request: Request) -> tuple[Any, Any]:
     """The seed and the number of the first row; zeros where no samples are drawn."""
     seed = request.constants.seed
     return np.uint64(0 if seed is None else int(seed) & (2**64 - 1)), np.uint64(request.config.row_offset)
+
+
+def served(kernels: dict[str, Callable[[Request], tuple[bool, list[Tensor | None]]]]) -> dict[str, Kernel]:
+    """By op functions that say beside their results whether a row may have to be refused; then all are looked at."""
+
+    def serve(op: str, request: Request) -> list[Tensor | None]:
+        if "precision" in OPS[op].axes:
+            checks.precision(op, request.inputs.precision)
+        suspicious, results = kernels[op](request)
+        if suspicious:
+            checks.values(OPS[op], request.inputs, request.constants)
+        return results
+
+    return {op: partial(serve, op) for op in kernels}
 
 
 @helper
@@ -169,10 +184,3 @@ def store(x, begin, lanes, out):
     for b in range(lanes):
         for j in range(out.shape[1]):
             out[begin + b, j] = x[j, b]
-
-
-@helper
-def clear(x, lanes):
-    for j in range(len(x)):
-        for b in range(lanes):
-            x[j, b] = 0.0
