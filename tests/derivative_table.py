@@ -33,6 +33,8 @@ operations, each compared with the reference; a test holds this page to what it 
 - jvp: `torch.func.jvp`;
 - compile: `torch.compile(fullgraph=True)` of value and gradient.
 
+The kernels of numba compute values and gradients; the reference serves its second order and jvp.
+
 "raises" is a `RuntimeError` that says what to use instead; "-" is for what an operation has no input for.
 `categorical_sample` draws integers and has no derivative.
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..contract import Request
 from .group import advantages, advantages_transposed, pull, surrogate_of, transform
-from .rows import array, chunked, cotangent, finished, gradients, kernel, run, served
+from .rows import chunked, cotangent, finished, gradients, kernel, run, served
 
 
 @kernel
@@ -34,7 +34,7 @@ def _group_advantage(request: Request) -> tuple[bool, list[Tensor | None]]:
     out, found = rewards.new_empty(rewards.shape), gradients(request)
     run(
         _advantage_kernel, chunked(rows), 8 * count,
-        array(rewards), surrogate_of(request.config, count), cotangent(request, out), array(out), array(found[0]),
+        rewards, surrogate_of(request.config, count), cotangent(request, out), out, *found,
     )  # fmt: skip
     return False, finished(request, out, None, found)
 

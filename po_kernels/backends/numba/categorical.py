@@ -10,23 +10,10 @@ import torch
 from torch import Tensor
 
 from ..contract import Request
+from . import rows
 from .group import CLOSED_FORM, group_stats, pull, surrogate, surrogate_of, transform
 from .philox import random_bits
-from .rows import (
-    Losses,
-    array,
-    chunked,
-    cotangent,
-    finished,
-    gradients,
-    helper,
-    kernel,
-    random,
-    rows_of,
-    run,
-    served,
-    summing,
-)  # fmt: skip
+from .rows import helper, kernel, summing
 
 
 @summing
@@ -272,51 +259,52 @@ def _operations(request: Request, count: int) -> int:
 
 def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     logits, table = request.inputs
-    losses, found = Losses(request), gradients(request)
-    chunks = chunked(len(logits), table.numel())
+    losses, found = rows.Losses(request), rows.gradients(request)
+    chunks = rows.chunked(len(logits), table.numel())
     to_columns = np.zeros((chunks.number if request.needs.reward_table else 0, *table.shape))
-    refused = run(
+    refused = rows.run(
         _policy_kernel, chunks, _operations(request, request.config.num_samples),
-        rows_of(logits), array(table.mT), array(request.constants.target), surrogate_of(request.config),
-        *random(request), losses.weight, losses.rows, losses.stats, array(found.logits), to_columns,
+        rows.once(logits), table.mT, request.constants.target, surrogate_of(request.config),
+        *rows.random(request), *losses.arrays, found.logits, to_columns,
     )  # fmt: skip
     if request.needs.reward_table:
-        found = found._replace(reward_table=torch.from_numpy(to_columns.sum(axis=0).T.copy()).to(table.dtype))
+        total = to_columns.sum(axis=0).T.copy()
+        found = found._replace(reward_table=torch.from_numpy(total).to(table.dtype))
     return refused, losses.finished(found)
 
 
 def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     logits, rewards = request.inputs
-    losses, found = Losses(request), gradients(request)
-    refused = run(
-        _surrogate_kernel, chunked(len(logits)), _operations(request, len(rewards)),
-        rows_of(logits), array(rewards), array(request.constants.samples), surrogate_of(request.config, len(rewards)),
-        losses.weight, losses.rows, losses.stats, *map(array, found),
+    losses, found = rows.Losses(request), rows.gradients(request)
+    refused = rows.run(
+        _surrogate_kernel, rows.chunked(len(logits)), _operations(request, len(rewards)),
+        rows.once(logits), rewards, request.constants.samples, surrogate_of(request.config, len(rewards)),
+        *losses.arrays, *found,
     )  # fmt: skip
     return refused, losses.finished(found)
 
 
 def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
     (logits,), (value,) = request.inputs, request.constants
-    out, found = logits.new_empty(value.shape), gradients(request)
-    refused = run(
-        _log_prob_kernel, chunked(len(logits)), _operations(request, len(value)),
-        rows_of(logits), array(value), cotangent(request, out), array(out), array(found.logits),
+    out, found = logits.new_empty(value.shape), rows.gradients(request)
+    refused = rows.run(
+        _log_prob_kernel, rows.chunked(len(logits)), _operations(request, len(value)),
+        rows.once(logits), value, rows.cotangent(request, out), out, found.logits,
     )  # fmt: skip
-    return refused, finished(request, out, None, found)
+    return refused, rows.finished(request, out, None, found)
 
 
 def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
     (logits,), count = request.inputs, request.config.num_samples
     out = torch.empty((count, len(logits)), dtype=torch.int64)
-    refused = run(
-        _sample_kernel, chunked(len(logits)), _operations(request, count),
-        rows_of(logits), *random(request), array(out),
+    refused = rows.run(
+        _sample_kernel, rows.chunked(len(logits)), _operations(request, count),
+        rows.once(logits), *rows.random(request), out,
     )  # fmt: skip
-    return refused, finished(request, out, None, gradients(request))
+    return refused, rows.finished(request, out, None, rows.gradients(request))
 
 
-KERNELS = served(
+KERNELS = rows.served(
     {
         "categorical_policy_loss": _policy_loss,
         "categorical_surrogate_loss": _surrogate_loss,

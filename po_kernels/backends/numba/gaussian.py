@@ -5,48 +5,18 @@ Gradients are arrays without elements where none is wanted.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
 
 from ..contract import Request
 from . import precision
+from . import rows as tiles
+from . import scale as scales
 from .group import CLOSED_FORM, REPARAM, group_stats, pull, surrogate, surrogate_of
 from .philox import standard_normals
 from .precision import add_outer_sum, apply, quadratic
-from .rows import (
-    TILE,
-    Array,
-    Losses,
-    array,
-    chunked,
-    cotangent,
-    finished,
-    gradients,
-    helper,
-    kernel,
-    load,
-    random,
-    rows_of,
-    run,
-    scratch,
-    served,
-    store,
-    subtract,
-)  # fmt: skip
-from .scale import (
-    add_log_det,
-    add_outer,
-    add_samples,
-    load_scale,
-    score,
-    stretch,
-    to_parameter,
-    trace,
-    whiten,
-    whiten_transposed,
-)  # fmt: skip
+from .rows import TILE, Array, helper, kernel, load, scratch, store, subtract
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -71,25 +41,25 @@ def _add_entropy(tri, lanes, begin, s, dim, scale, log_det, weight, losses, stat
         if stats.size > 0:
             stats[2, begin + b] = entropy
     if need_scale:
-        add_log_det(tri, lanes, dim, scale, f, to_scale)
-        to_parameter(tri, lanes, scale, to_scale)
+        scales.add_log_det(tri, lanes, dim, scale, f, to_scale)
+        scales.to_parameter(tri, lanes, scale, to_scale)
 
 
 @helper
-def _closed_form(tri, lanes, scale, delta, u, weight, needs, loss, to_mean, to_scale, to_target, to_u, work):
+def _closed_form(tri, lanes, begin, scale, delta, u, weight, needs, losses, to_mean, to_scale, to_target, to_u, work):
     """δᵀUδ + tr(U S Sᵀ)."""
-    pulled, column, other = work[0], work[1], work[2]
+    pulled, column, other, loss, weights = work[0], work[1], work[2], losses[begin:], weight[begin:]
     apply(lanes, u, delta, pulled)
     for b in range(lanes):
         loss[b] = 0.0
     for j in range(len(delta)):
         for b in range(lanes):
             loss[b] += delta[j, b] * pulled[j, b]
-            to_mean[j, b] = 2.0 * weight[b] * pulled[j, b]
+            to_mean[j, b] = 2.0 * weights[b] * pulled[j, b]
             to_target[j, b] = -to_mean[j, b]
     if needs[3]:
-        add_outer_sum(lanes, weight, delta, to_u)
-    trace(tri, lanes, scale, u, weight, loss, to_scale, needs[3], to_u, column, other)
+        add_outer_sum(lanes, weights, delta, to_u)
+    scales.trace(tri, lanes, scale, u, weights, loss, to_scale, needs[3], to_u, column, other)
 
 
 @helper
@@ -103,7 +73,7 @@ def _residual_gradients(tri, lanes, u, s, f, noise, residual, pulled, needs, to_
     for c in range(columns):
         f[c] *= 2.0
     along[:] = 0.0
-    add_samples(lanes, s.samples, f, residual, along)
+    scales.add_samples(lanes, s.samples, f, residual, along)
     apply(lanes, u, along, other)
     for j in range(len(other)):
         for b in range(lanes):
@@ -114,7 +84,7 @@ def _residual_gradients(tri, lanes, u, s, f, noise, residual, pulled, needs, to_
                 to_mean[j, b] = other[j, b]
         if needs[1]:
             apply(columns, u, residual, pulled)
-            add_outer(tri, lanes, s.samples, len(along), f, pulled, noise, to_scale)
+            scales.add_outer(tri, lanes, s.samples, len(along), f, pulled, noise, to_scale)
 
 
 @helper
@@ -124,10 +94,10 @@ def _score_gradients(tri, lanes, count, scale, f, z, need_scale, to_mean, to_sca
         total[b] = 0.0
         for g in range(count):
             total[b] += f[g * lanes + b]
-    add_samples(lanes, count, f, z, to_mean)
+    scales.add_samples(lanes, count, f, z, to_mean)
     if need_scale:
-        add_outer(tri, lanes, count, len(to_mean), f, z, z, to_scale)
-    score(tri, lanes, scale, total, to_mean, need_scale, to_scale)
+        scales.add_outer(tri, lanes, count, len(to_mean), f, z, z, to_scale)
+    scales.score(tri, lanes, scale, total, to_mean, need_scale, to_scale)
 
 
 @helper
@@ -148,42 +118,36 @@ def _policy_kernel(
     chunks, tri, mean, scale, target, u, s, seed, row_offset, weight, losses, stats, to_mean, to_scale, to_target, to_u
 ):
     """The gradient in u is summed by chunk: (chunks, *u.shape)."""
-    dim, refused, most = mean.shape[1], False, max(s.samples, 1) * TILE
+    dim, entries, refused, most = mean.shape[1], scale.shape[1], False, max(s.samples, 1) * TILE
     needs = to_mean.size > 0, to_scale.size > 0, to_target.size > 0, to_u.size > 0
-    delta, work, spread, log_det = (
-        scratch(dim, TILE),
-        np.empty((3, dim, TILE)),
-        scratch(scale.shape[1], TILE),
-        np.empty(TILE),
-    )
-    for_mean, for_target, for_scale, for_u = scratch(dim, TILE), scratch(dim, TILE), scratch(scale.shape[1], TILE), u
+    delta, work, spread, log_det = scratch(dim, TILE), np.empty((3, dim, TILE)), scratch(entries, TILE), np.empty(TILE)
+    for_mean, for_scale, for_target, for_u = scratch(dim, TILE), scratch(entries, TILE), scratch(dim, TILE), u
     noise, residual, other = scratch((dim + 3) // 4 * 4, most), scratch(dim, most), scratch(dim, most)
-    samples, rows, f, pulls = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most), np.empty(most)
+    samples, row_of, f, pulls = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most), np.empty(most)
     reward, advantage = np.empty((TILE, s.samples)), np.empty(s.samples)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
         columns = s.samples * lanes
         load(mean, begin, lanes, delta, 0)
         subtract(target, begin, lanes, delta, 0)
-        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        refused |= scales.load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for_mean[:] = 0.0
         for_scale[:] = 0.0
         if needs[3]:
             for_u = to_u[begin // chunks.size]
         if s.estimator == CLOSED_FORM:
             _closed_form(
-                tri, lanes, spread, delta, u, weight[begin:], needs, losses[begin:], for_mean, for_scale, for_target, for_u,
-                work,
-            )  # fmt: skip
+                tri, lanes, begin, spread, delta, u, weight, needs, losses, for_mean, for_scale, for_target, for_u, work
+            )
             if stats.size > 0:
                 for b in range(lanes):
                     stats[0, begin + b] = -losses[begin + b]
         else:
             for g in range(s.samples):
                 for b in range(lanes):
-                    samples[g * lanes + b], rows[g * lanes + b] = g, row_offset + np.uint64(begin + b)
-            standard_normals(seed, samples, rows, columns, noise)
-            stretch(tri, lanes, s.samples, spread, delta, noise, residual)
+                    samples[g * lanes + b], row_of[g * lanes + b] = g, row_offset + np.uint64(begin + b)
+            standard_normals(seed, samples, row_of, columns, noise)
+            scales.stretch(tri, lanes, s.samples, spread, delta, noise, residual)
             quadratic(columns, u, residual, pulls, f)
             for b in range(lanes):
                 for g in range(s.samples):
@@ -198,7 +162,7 @@ def _policy_kernel(
                 )  # fmt: skip
         _add_entropy(tri, lanes, begin, s, dim, spread, log_det, weight, losses, stats, needs[1], for_scale, f)
         if stats.size > 0:  # the density is even in y - μ
-            whiten(tri, lanes, 1, spread, delta)
+            scales.whiten(tri, lanes, 1, spread, delta)
             _log_density(lanes, 0, delta, log_det, f)
             for b in range(lanes):
                 stats[3, begin + b] = f[b]
@@ -216,15 +180,15 @@ def _surrogate_kernel(
     chunks, tri, mean, scale, rewards, samples, s, weight, losses, stats, to_mean, to_scale, to_rewards
 ):  # fmt: skip
     """rewards (G, B), samples (G, B, D)."""
-    dim, refused, most = mean.shape[1], False, s.samples * TILE
+    dim, entries, refused, most = mean.shape[1], scale.shape[1], False, s.samples * TILE
     need_mean, need_scale = to_mean.size > 0, to_scale.size > 0
     scores = s.estimator != REPARAM and (need_mean or need_scale)
-    spread, log_det, total, z = scratch(scale.shape[1], TILE), np.empty(TILE), np.empty(TILE), scratch(dim, most)
-    for_mean, for_scale, f, pulls = scratch(dim, TILE), scratch(scale.shape[1], TILE), np.empty(most), np.empty(most)
+    spread, log_det, total, z = scratch(entries, TILE), np.empty(TILE), np.empty(TILE), scratch(dim, most)
+    for_mean, for_scale, f, pulls = scratch(dim, TILE), scratch(entries, TILE), np.empty(most), np.empty(most)
     reward, advantage = np.empty((TILE, s.samples)), np.empty(s.samples)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
-        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        refused |= scales.load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for b in range(lanes):
             for g in range(s.samples):
                 reward[b, g] = rewards[g, begin + b]
@@ -239,7 +203,7 @@ def _surrogate_kernel(
             for g in range(s.samples):
                 load(samples[g], begin, lanes, z, g * lanes)
                 subtract(mean, begin, lanes, z, g * lanes)
-            whiten(tri, lanes, s.samples, spread, z)
+            scales.whiten(tri, lanes, s.samples, spread, z)
         if scores:
             _score_gradients(tri, lanes, s.samples, spread, f, z, need_scale, for_mean, for_scale, total)
         _add_entropy(tri, lanes, begin, s, dim, spread, log_det, weight, losses, stats, need_scale, for_scale, f)
@@ -260,19 +224,13 @@ def _surrogate_kernel(
 @kernel
 def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, to_scale, to_value):
     """value (N, B, D), cotangent (N, B)."""
-    dim, refused = mean.shape[1], False
+    dim, entries, refused = mean.shape[1], scale.shape[1], False
     need_mean, need_scale, need_value = to_mean.size > 0, to_scale.size > 0, to_value.size > 0
-    spread, log_det, z, f, total = (
-        scratch(scale.shape[1], TILE),
-        np.empty(TILE),
-        scratch(dim, TILE),
-        np.empty(TILE),
-        np.empty(TILE),
-    )
-    for_mean, for_scale = scratch(dim, TILE), scratch(scale.shape[1], TILE)
+    spread, log_det, f, total = scratch(entries, TILE), np.empty(TILE), np.empty(TILE), np.empty(TILE)
+    z, for_mean, for_scale = scratch(dim, TILE), scratch(dim, TILE), scratch(entries, TILE)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
-        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        refused |= scales.load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for_mean[:] = 0.0
         for_scale[:] = 0.0
         for b in range(lanes):
@@ -280,24 +238,24 @@ def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, t
         for n in range(len(value)):
             load(value[n], begin, lanes, z, 0)
             subtract(mean, begin, lanes, z, 0)
-            whiten(tri, lanes, 1, spread, z)
+            scales.whiten(tri, lanes, 1, spread, z)
             _log_density(lanes, 0, z, log_det, f)
             for b in range(lanes):
                 out[n, begin + b] = f[b]
                 f[b] = cotangent[n, begin + b]
                 total[b] += f[b]
             if need_mean:
-                add_samples(lanes, 1, f, z, for_mean)
+                scales.add_samples(lanes, 1, f, z, for_mean)
             if need_scale:
-                add_outer(tri, lanes, 1, dim, f, z, z, for_scale)
+                scales.add_outer(tri, lanes, 1, dim, f, z, z, for_scale)
             if need_value:
-                whiten_transposed(tri, lanes, spread, z)
+                scales.whiten_transposed(tri, lanes, spread, z)
                 for j in range(dim):
                     for b in range(lanes):
                         z[j, b] *= -f[b]
                 store(z, begin, lanes, to_value[n])
-        score(tri, lanes, spread, total, for_mean, need_scale, for_scale)
-        to_parameter(tri, lanes, spread, for_scale)
+        scales.score(tri, lanes, spread, total, for_mean, need_scale, for_scale)
+        scales.to_parameter(tri, lanes, spread, for_scale)
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
         if need_scale:
@@ -308,28 +266,29 @@ def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, t
 @kernel
 def _sample_kernel(chunks, tri, mean, scale, seed, row_offset, cotangent, out, to_mean, to_scale):
     """out and cotangent (G, B, D)."""
-    dim, refused, need_mean, need_scale = mean.shape[1], False, to_mean.size > 0, to_scale.size > 0
-    spread, log_det, noise = scratch(scale.shape[1], TILE), np.empty(TILE), scratch((dim + 3) // 4 * 4, TILE)
+    dim, entries, refused = mean.shape[1], scale.shape[1], False
+    need_mean, need_scale = to_mean.size > 0, to_scale.size > 0
+    spread, log_det, noise = scratch(entries, TILE), np.empty(TILE), scratch((dim + 3) // 4 * 4, TILE)
     means, drawn, slope, ones = scratch(dim, TILE), scratch(dim, TILE), scratch(dim, TILE), np.ones(TILE)
-    for_mean, for_scale = scratch(dim, TILE), scratch(scale.shape[1], TILE)
-    samples, rows = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
+    for_mean, for_scale = scratch(dim, TILE), scratch(entries, TILE)
+    samples, row_of = np.empty(TILE, np.uint64), np.empty(TILE, np.uint64)
     for begin in range(chunks.first, chunks.last, TILE):
         lanes = min(TILE, chunks.last - begin)
         load(mean, begin, lanes, means, 0)
-        refused |= load_scale(tri, scale, begin, lanes, dim, spread, log_det)
+        refused |= scales.load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for_mean[:] = 0.0
         for_scale[:] = 0.0
         for g in range(len(out)):
             for b in range(lanes):
-                samples[b], rows[b] = g, row_offset + np.uint64(begin + b)
-            standard_normals(seed, samples, rows, lanes, noise)
-            stretch(tri, lanes, 1, spread, means, noise, drawn)
+                samples[b], row_of[b] = g, row_offset + np.uint64(begin + b)
+            standard_normals(seed, samples, row_of, lanes, noise)
+            scales.stretch(tri, lanes, 1, spread, means, noise, drawn)
             store(drawn, begin, lanes, out[g])
             if need_mean or need_scale:
                 load(cotangent[g], begin, lanes, slope, 0)
-                add_samples(lanes, 1, ones, slope, for_mean)
-                add_outer(tri, lanes, 1, dim, ones, slope, noise, for_scale)
-        to_parameter(tri, lanes, spread, for_scale)
+                scales.add_samples(lanes, 1, ones, slope, for_mean)
+                scales.add_outer(tri, lanes, 1, dim, ones, slope, noise, for_scale)
+        scales.to_parameter(tri, lanes, spread, for_scale)
         if need_mean:
             store(for_mean, begin, lanes, to_mean)
         if need_scale:
@@ -343,21 +302,19 @@ def _operations(request: Request) -> int:
     return scale.shape[1] * (8 + scale.shape[1] * scale.ndim)
 
 
-def _policy(request: Request) -> tuple[bool, Array, Array]:
+def _policy(request: Request) -> tuple[bool, Tensor, Tensor]:
     mean, scale = request.inputs[:2]
-    return scale.ndim == 3, rows_of(mean), rows_of(scale).reshape(-1, scale[0].numel() if len(scale) else mean.shape[1])
+    return scale.ndim == 3, tiles.once(mean), tiles.once(_flat(scale))
 
 
-def _flat(found: Sequence[Tensor]) -> list[Array]:
-    """Gradients as arrays, that in the scale (B, D) or (B, D * D)."""
-    arrays = [array(x) for x in found]
-    arrays[1] = arrays[1].reshape(len(arrays[1]), -1) if arrays[1].size else np.empty((0, 0), arrays[1].dtype)
-    return arrays
+def _flat(x: Tensor) -> Tensor:
+    """Of the shape of the scale, (B, D) or (B, D * D)."""
+    return x.reshape(len(x), x.shape[1:].numel())
 
 
 def _reward_std(request: Request, u: Array) -> Array:
     """Of the closed form: the variance is 2 ‖SᵀUS‖² + 4 ‖SᵀU(μ - y)‖²."""
-    mean, scale, target = (array(x.double()) for x in request.inputs[:3])
+    mean, scale, target = (tiles.array(x.double()) for x in request.inputs[:3])
     matrix = np.tril(scale) if scale.ndim == 3 else np.exp(scale)[:, :, None] * np.eye(scale.shape[1])
     weighted = (u if u.ndim == 2 else np.diag(u)) @ matrix
     products, along = matrix.mT @ weighted, weighted.mT @ (mean - target)[:, :, None]
@@ -366,13 +323,13 @@ def _reward_std(request: Request, u: Array) -> Array:
 
 def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, *_, matrix = request.inputs
-    u, losses, found = precision.read(matrix, mean.shape[1]), Losses(request), gradients(request)
-    chunks = chunked(mean.shape[0], u.size)
+    u, losses, found = precision.read(matrix, mean.shape[1]), tiles.Losses(request), tiles.gradients(request)
+    chunks = tiles.chunked(mean.shape[0], u.size)
     to_u = precision.sums(u, chunks, request.needs.precision)
-    refused = run(
+    refused = tiles.run(
         _policy_kernel, chunks, (request.config.num_samples + 1) * _operations(request),
-        *_policy(request), rows_of(request.inputs.target), u, surrogate_of(request.config), *random(request),
-        losses.weight, losses.rows, losses.stats, *_flat(found[:3]), to_u,
+        *_policy(request), tiles.once(request.inputs.target), u, surrogate_of(request.config), *tiles.random(request),
+        *losses.arrays, found.mean, _flat(found.scale), found.target, to_u,
     )  # fmt: skip
     if request.want_stats and not request.config.num_samples:
         losses.stats[1] = losses.stats[4] = _reward_std(request, u)
@@ -383,36 +340,36 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
 
 def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, _, rewards = request.inputs
-    losses, found = Losses(request), gradients(request)
-    refused = run(
-        _surrogate_kernel, chunked(mean.shape[0]), (len(rewards) + 1) * _operations(request),
-        *_policy(request), array(rewards), array(request.constants.samples),
-        surrogate_of(request.config, len(rewards)), losses.weight, losses.rows, losses.stats, *_flat(found),
+    losses, found = tiles.Losses(request), tiles.gradients(request)
+    refused = tiles.run(
+        _surrogate_kernel, tiles.chunked(mean.shape[0]), (len(rewards) + 1) * _operations(request),
+        *_policy(request), rewards, request.constants.samples,
+        surrogate_of(request.config, len(rewards)), *losses.arrays, found.mean, _flat(found.scale), found.rewards,
     )  # fmt: skip
     return refused, losses.finished(found)
 
 
 def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, _, value = request.inputs
-    out, found = value.new_empty(value.shape[:2]), gradients(request)
-    refused = run(
-        _log_prob_kernel, chunked(mean.shape[0]), (len(value) + 1) * _operations(request),
-        *_policy(request), array(value), cotangent(request, out), array(out), *_flat(found),
+    out, found = value.new_empty(value.shape[:2]), tiles.gradients(request)
+    refused = tiles.run(
+        _log_prob_kernel, tiles.chunked(mean.shape[0]), (len(value) + 1) * _operations(request),
+        *_policy(request), value, tiles.cotangent(request, out), out, found.mean, _flat(found.scale), found.value,
     )  # fmt: skip
-    return refused, finished(request, out, None, found)
+    return refused, tiles.finished(request, out, None, found)
 
 
 def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
     mean, _ = request.inputs
-    out, found = mean.new_empty((request.config.num_samples, *mean.shape)), gradients(request)
-    refused = run(
-        _sample_kernel, chunked(mean.shape[0]), (len(out) + 1) * _operations(request),
-        *_policy(request), *random(request), cotangent(request, out), array(out), *_flat(found),
+    out, found = mean.new_empty((request.config.num_samples, *mean.shape)), tiles.gradients(request)
+    refused = tiles.run(
+        _sample_kernel, tiles.chunked(mean.shape[0]), (len(out) + 1) * _operations(request),
+        *_policy(request), *tiles.random(request), tiles.cotangent(request, out), out, found.mean, _flat(found.scale),
     )  # fmt: skip
-    return refused, finished(request, out, None, found)
+    return refused, tiles.finished(request, out, None, found)
 
 
-KERNELS = served(
+KERNELS = tiles.served(
     {
         f"{family}_{name}": function
         for family in ("gaussian", "mvn")

@@ -55,7 +55,7 @@ def chunked(rows: int, sums: int = 0) -> Chunks:
 
 
 def run(function: Callable[..., bool], chunks: Chunks, operations: int, *arguments: Any) -> bool:
-    """Runs function(chunks, *arguments) on as many threads as torch uses. Returns whether any call did.
+    """Runs function(chunks, *arguments), tensors as arrays, on as many threads as torch uses; whether any is true.
 
     Not numba's prange: its threading layers end a forked child (GNU OpenMP) or the process of two callers at once
     (workqueue). These threads are this process's own, and each runs a kernel without the interpreter's lock.
@@ -63,6 +63,7 @@ def run(function: Callable[..., bool], chunks: Chunks, operations: int, *argumen
     Args:
         operations: elementary ones a row, roughly.
     """
+    arguments = tuple(array(x) if isinstance(x, Tensor) else x for x in arguments)
     threads = min(torch.get_num_threads(), chunks.number, 1 + chunks.last * operations // _OPERATIONS_PER_THREAD)
     if threads <= 1:
         return function(chunks, *arguments)
@@ -81,9 +82,9 @@ def array(x: Tensor) -> Array:
     return x.detach().contiguous().numpy()
 
 
-def rows_of(x: Tensor) -> Array:
-    """An input (B, ...); one row that is expanded to all stays one."""
-    return array(x[:1] if x.stride(0) == 0 else x)
+def once(x: Tensor) -> Tensor:
+    """An input (B, ...); one row that is expanded to all becomes one row."""
+    return x[:1] if x.stride(0) == 0 else x
 
 
 def gradients(request: Request) -> Any:
@@ -95,9 +96,9 @@ def gradients(request: Request) -> Any:
     return type(request.inputs)(*found)
 
 
-def cotangent(request: Request, value: Tensor) -> Array:
-    """That of a value, of the same shape; not read where no gradient is asked for."""
-    return array(value.new_zeros(value.shape) if request.cotangent is None else request.cotangent)
+def cotangent(request: Request, value: Tensor) -> Tensor:
+    """That of a value, of the same shape; without one no gradient is asked for."""
+    return value.new_zeros(value.shape) if request.cotangent is None else request.cotangent
 
 
 def finished(request: Request, value: Tensor, stats: Tensor | None, found: Sequence[Tensor]) -> list[Tensor | None]:
@@ -119,6 +120,7 @@ class Losses:
             self.weight *= array(request.cotangent.double())
         self.rows = np.empty(rows)
         self.stats = np.empty((NUM_STATS, rows if request.want_stats else 0))
+        self.arrays = self.weight, self.rows, self.stats
 
     def finished(self, found: Sequence[Tensor]) -> list[Tensor | None]:
         loss, stats, dtype = self.rows, self.stats, self.request.inputs[0].dtype
