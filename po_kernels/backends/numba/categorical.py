@@ -13,15 +13,7 @@ from ..contract import Request
 from . import rows
 from .group import CLOSED_FORM, group_stats, pull, surrogate, surrogate_of, transform
 from .philox import random_bits
-from .rows import helper, kernel, summing
-
-
-@summing
-def _dot(x, y):
-    total = 0.0
-    for c in range(len(x)):
-        total += x[c] * y[c]
-    return total
+from .rows import dot, helper, kernel, total
 
 
 @helper
@@ -39,20 +31,12 @@ def _softmax(logits, row, p, log_p):
         log_p[c] = logit
     for c in range(len(p)):
         p[c] = math.exp(log_p[c] - top)
-    total = _sum(p)
-    log_total = math.log(total)
+    mass = total(p)
+    log_mass = math.log(mass)
     for c in range(len(p)):
-        p[c] /= total
-        log_p[c] = log_p[c] - top - log_total if log_p[c] > -np.inf else 0.0
-    return -_dot(p, log_p), refused or top == -np.inf
-
-
-@summing
-def _sum(x):
-    total = 0.0
-    for value in x:
-        total += value
-    return total
+        p[c] /= mass
+        log_p[c] = log_p[c] - top - log_mass if log_p[c] > -np.inf else 0.0
+    return -dot(p, log_p), refused or top == -np.inf
 
 
 @helper
@@ -92,21 +76,21 @@ def _draw(seed, row, limits, labels):
 @helper
 def _score_gradient(s, weight, p, log_p, entropy, labels, advantage, to_logits):
     """Of the group's surrogate and of the entropy: Σ_g f_g (e_label - p) + λ w p (log p + H)."""
-    total = 0.0
+    sum_f = 0.0
     for c in range(len(p)):
         to_logits[c] = 0.0
     for g in range(s.samples):
         f = -weight / s.samples * advantage[g]
-        total += f
+        sum_f += f
         to_logits[labels[g]] += f
     for c in range(len(p)):
-        to_logits[c] += p[c] * (s.entropy_coef * weight * (log_p[c] + entropy) - total)
+        to_logits[c] += p[c] * (s.entropy_coef * weight * (log_p[c] + entropy) - sum_f)
 
 
 @helper
 def _closed_form(s, weight, p, log_p, entropy, reward, losses, row, stats, need_logits, to_logits, need_column, column):
     """By enumeration of the classes, whose rewards are transformed."""
-    mean = _dot(p, reward)
+    mean = dot(p, reward)
     losses[row] = -mean - s.entropy_coef * entropy
     if need_logits:
         for c in range(len(p)):
@@ -218,7 +202,7 @@ def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
     for row in range(chunks.first, chunks.last):
         _, wrong = _softmax(logits, row, p, log_p)
         refused |= wrong
-        total = 0.0
+        sum_f = 0.0
         for c in range(classes):
             for_logits[c] = 0.0
         for n in range(len(value)):
@@ -229,10 +213,10 @@ def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
             out[n, row] = _log_prob_of(label, p, log_p)
             if to_logits.size > 0:
                 for_logits[label] += cotangent[n, row]
-                total += cotangent[n, row]
+                sum_f += cotangent[n, row]
         if to_logits.size > 0:
             for c in range(classes):
-                to_logits[row, c] = for_logits[c] - p[c] * total
+                to_logits[row, c] = for_logits[c] - p[c] * sum_f
     return refused
 
 
@@ -268,8 +252,8 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
         *rows.random(request), *losses.arrays, found.logits, to_columns,
     )  # fmt: skip
     if request.needs.reward_table:
-        total = to_columns.sum(axis=0).T.copy()
-        found = found._replace(reward_table=torch.from_numpy(total).to(table.dtype))
+        summed = to_columns.sum(axis=0).T.copy()
+        found = found._replace(reward_table=torch.from_numpy(summed).to(table.dtype))
     return refused, losses.finished(found)
 
 

@@ -15,8 +15,8 @@ from . import rows as tiles
 from . import scale as scales
 from .group import CLOSED_FORM, REPARAM, group_stats, pull, surrogate, surrogate_of
 from .philox import standard_normals
-from .precision import add_outer_sum, apply, quadratic
-from .rows import TILE, Array, helper, kernel, load, scratch, store, subtract
+from .precision import add_outer_sum, apply
+from .rows import TILE, Array, helper, kernel, load, load_difference, scratch, store, tile_of
 
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -63,28 +63,23 @@ def _closed_form(tri, lanes, begin, scale, delta, u, weight, needs, losses, to_m
 
 
 @helper
-def _residual_gradients(tri, lanes, u, s, f, noise, residual, pulled, needs, to_mean, to_scale, to_target, to_u, work):
-    """Through the samples' residuals x, f being the pulls on -xᵀ U x: in the target, in U, and of a path in S."""
-    along, other, columns = work[0], work[1], lanes * s.samples
-    for c in range(columns):
+def _residual_gradients(tri, lanes, s, f, noise, residual, pulled, needs, to_mean, to_scale, to_target, to_u):
+    """Through the samples' residuals x, f being the pulls on -xᵀ U x and pulled U x."""
+    for c in range(lanes * s.samples):
         f[c] = -f[c]
     if needs[3]:
-        add_outer_sum(columns, f, residual, to_u)
-    for c in range(columns):
-        f[c] *= 2.0
-    along[:] = 0.0
-    scales.add_samples(lanes, s.samples, f, residual, along)
-    apply(lanes, u, along, other)
-    for j in range(len(other)):
+        add_outer_sum(lanes * s.samples, f, residual, to_u)
+    to_target[:] = 0.0
+    scales.add_samples(lanes, s.samples, f, pulled, to_target)
+    for j in range(len(to_target)):
         for b in range(lanes):
-            to_target[j, b] = -other[j, b]
-    if s.estimator == REPARAM:
-        for j in range(len(other)):
-            for b in range(lanes):
-                to_mean[j, b] = other[j, b]
-        if needs[1]:
-            apply(columns, u, residual, pulled)
-            scales.add_outer(tri, lanes, s.samples, len(along), f, pulled, noise, to_scale)
+            to_target[j, b] *= -2.0
+            if s.estimator == REPARAM:
+                to_mean[j, b] = -to_target[j, b]
+    if s.estimator == REPARAM and needs[1]:
+        for c in range(lanes * s.samples):
+            f[c] *= 2.0
+        scales.add_outer(tri, lanes, s.samples, len(to_mean), f, pulled, noise, to_scale)
 
 
 @helper
@@ -118,18 +113,17 @@ def _policy_kernel(
     chunks, tri, mean, scale, target, u, s, seed, row_offset, weight, losses, stats, to_mean, to_scale, to_target, to_u
 ):
     """The gradient in u is summed by chunk: (chunks, *u.shape)."""
-    dim, entries, refused, most = mean.shape[1], scale.shape[1], False, max(s.samples, 1) * TILE
+    dim, entries, refused, most = mean.shape[1], scale.shape[1], False, max(s.samples, 1) * tile_of(s.samples)
     needs = to_mean.size > 0, to_scale.size > 0, to_target.size > 0, to_u.size > 0
     delta, work, spread, log_det = scratch(dim, TILE), np.empty((3, dim, TILE)), scratch(entries, TILE), np.empty(TILE)
     for_mean, for_scale, for_target, for_u = scratch(dim, TILE), scratch(entries, TILE), scratch(dim, TILE), u
-    noise, residual, other = scratch((dim + 3) // 4 * 4, most), scratch(dim, most), scratch(dim, most)
+    noise, residual, pulled = scratch((dim + 3) // 4 * 4, most), scratch(dim, most), scratch(dim, most)
     samples, row_of, f, pulls = np.empty(most, np.uint64), np.empty(most, np.uint64), np.empty(most), np.empty(most)
     reward, advantage = np.empty((TILE, s.samples)), np.empty(s.samples)
-    for begin in range(chunks.first, chunks.last, TILE):
-        lanes = min(TILE, chunks.last - begin)
+    for begin in range(chunks.first, chunks.last, tile_of(s.samples)):
+        lanes = min(tile_of(s.samples), chunks.last - begin)
         columns = s.samples * lanes
-        load(mean, begin, lanes, delta, 0)
-        subtract(target, begin, lanes, delta, 0)
+        load_difference(mean, target, begin, lanes, delta, 0)
         refused |= scales.load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for_mean[:] = 0.0
         for_scale[:] = 0.0
@@ -148,30 +142,28 @@ def _policy_kernel(
                     samples[g * lanes + b], row_of[g * lanes + b] = g, row_offset + np.uint64(begin + b)
             standard_normals(seed, samples, row_of, columns, noise)
             scales.stretch(tri, lanes, s.samples, spread, delta, noise, residual)
-            quadratic(columns, u, residual, pulls, f)
+            apply(columns, u, residual, pulled)
             for b in range(lanes):
                 for g in range(s.samples):
-                    reward[b, g] = -pulls[g * lanes + b]
+                    reward[b, g] = 0.0
+                    for j in range(dim):
+                        reward[b, g] -= residual[j, g * lanes + b] * pulled[j, g * lanes + b]
             _group(lanes, begin, s, weight, reward, losses, stats, advantage, f, pulls)
             if s.estimator != REPARAM and (needs[0] or needs[1]):
                 _score_gradients(tri, lanes, s.samples, spread, f, noise, needs[1], for_mean, for_scale, work[0, 0])
             if needs[2] or needs[3] or s.estimator == REPARAM:
                 _residual_gradients(
-                    tri, lanes, u, s, pulls, noise, residual, other, needs, for_mean, for_scale, for_target, for_u,
-                    work,
-                )  # fmt: skip
+                    tri, lanes, s, pulls, noise, residual, pulled, needs, for_mean, for_scale, for_target, for_u
+                )
         _add_entropy(tri, lanes, begin, s, dim, spread, log_det, weight, losses, stats, needs[1], for_scale, f)
         if stats.size > 0:  # the density is even in y - μ
             scales.whiten(tri, lanes, 1, spread, delta)
             _log_density(lanes, 0, delta, log_det, f)
             for b in range(lanes):
                 stats[3, begin + b] = f[b]
-        if needs[0]:
-            store(for_mean, begin, lanes, to_mean)
-        if needs[1]:
-            store(for_scale, begin, lanes, to_scale)
-        if needs[2]:
-            store(for_target, begin, lanes, to_target)
+        store(for_mean, begin, lanes, to_mean)
+        store(for_scale, begin, lanes, to_scale)
+        store(for_target, begin, lanes, to_target)
     return refused
 
 
@@ -180,14 +172,14 @@ def _surrogate_kernel(
     chunks, tri, mean, scale, rewards, samples, s, weight, losses, stats, to_mean, to_scale, to_rewards
 ):  # fmt: skip
     """rewards (G, B), samples (G, B, D)."""
-    dim, entries, refused, most = mean.shape[1], scale.shape[1], False, s.samples * TILE
+    dim, entries, refused, most = mean.shape[1], scale.shape[1], False, s.samples * tile_of(s.samples)
     need_mean, need_scale = to_mean.size > 0, to_scale.size > 0
     scores = s.estimator != REPARAM and (need_mean or need_scale)
     spread, log_det, total, z = scratch(entries, TILE), np.empty(TILE), np.empty(TILE), scratch(dim, most)
     for_mean, for_scale, f, pulls = scratch(dim, TILE), scratch(entries, TILE), np.empty(most), np.empty(most)
     reward, advantage = np.empty((TILE, s.samples)), np.empty(s.samples)
-    for begin in range(chunks.first, chunks.last, TILE):
-        lanes = min(TILE, chunks.last - begin)
+    for begin in range(chunks.first, chunks.last, tile_of(s.samples)):
+        lanes = min(tile_of(s.samples), chunks.last - begin)
         refused |= scales.load_scale(tri, scale, begin, lanes, dim, spread, log_det)
         for b in range(lanes):
             for g in range(s.samples):
@@ -201,8 +193,7 @@ def _surrogate_kernel(
         for_scale[:] = 0.0
         if scores or stats.size > 0:
             for g in range(s.samples):
-                load(samples[g], begin, lanes, z, g * lanes)
-                subtract(mean, begin, lanes, z, g * lanes)
+                load_difference(samples[g], mean, begin, lanes, z, g * lanes)
             scales.whiten(tri, lanes, s.samples, spread, z)
         if scores:
             _score_gradients(tri, lanes, s.samples, spread, f, z, need_scale, for_mean, for_scale, total)
@@ -214,10 +205,8 @@ def _surrogate_kernel(
                 _log_density(lanes, g * lanes, z, log_det, f)
                 for b in range(lanes):
                     stats[3, begin + b] += f[b] / s.samples
-        if need_mean:
-            store(for_mean, begin, lanes, to_mean)
-        if need_scale:
-            store(for_scale, begin, lanes, to_scale)
+        store(for_mean, begin, lanes, to_mean)
+        store(for_scale, begin, lanes, to_scale)
     return refused
 
 
@@ -236,8 +225,7 @@ def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, t
         for b in range(lanes):
             total[b] = 0.0
         for n in range(len(value)):
-            load(value[n], begin, lanes, z, 0)
-            subtract(mean, begin, lanes, z, 0)
+            load_difference(value[n], mean, begin, lanes, z, 0)
             scales.whiten(tri, lanes, 1, spread, z)
             _log_density(lanes, 0, z, log_det, f)
             for b in range(lanes):
@@ -256,10 +244,8 @@ def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, t
                 store(z, begin, lanes, to_value[n])
         scales.score(tri, lanes, spread, total, for_mean, need_scale, for_scale)
         scales.to_parameter(tri, lanes, spread, for_scale)
-        if need_mean:
-            store(for_mean, begin, lanes, to_mean)
-        if need_scale:
-            store(for_scale, begin, lanes, to_scale)
+        store(for_mean, begin, lanes, to_mean)
+        store(for_scale, begin, lanes, to_scale)
     return refused
 
 
@@ -289,10 +275,8 @@ def _sample_kernel(chunks, tri, mean, scale, seed, row_offset, cotangent, out, t
                 scales.add_samples(lanes, 1, ones, slope, for_mean)
                 scales.add_outer(tri, lanes, 1, dim, ones, slope, noise, for_scale)
         scales.to_parameter(tri, lanes, spread, for_scale)
-        if need_mean:
-            store(for_mean, begin, lanes, to_mean)
-        if need_scale:
-            store(for_scale, begin, lanes, to_scale)
+        store(for_mean, begin, lanes, to_mean)
+        store(for_scale, begin, lanes, to_scale)
     return refused
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..advantages import ADVANTAGES, STANDARDIZED_EPS
 from ..contract import ESTIMATORS, OpConfig
-from .rows import helper, summing
+from .rows import dot, helper, total
 
 CLOSED_FORM, REPARAM = ESTIMATORS["analytic"], ESTIMATORS["reparam"]
 NONE, MIN, LOO, STANDARDIZED = (ADVANTAGES[name].number for name in ("none", "min", "loo", "standardized"))
@@ -38,28 +38,12 @@ def surrogate_of(config: OpConfig, count: int | None = None) -> Surrogate:
     )
 
 
-@summing
-def _sum(x):
-    total = 0.0
-    for value in x:
-        total += value
-    return total
-
-
-@summing
-def _dot(x, y):
-    total = 0.0
-    for g in range(len(x)):
-        total += x[g] * y[g]
-    return total
-
-
 @helper
 def _centre(x, out):
     """Writes x less its mean, taken relative to the first, so that equal members are exactly zero. Returns the mean."""
     for g in range(len(x)):
         out[g] = x[g] - x[0]
-    mean = _sum(out) / len(x)
+    mean = total(out) / len(x)
     for g in range(len(x)):
         out[g] -= mean
     return mean + x[0]
@@ -68,15 +52,15 @@ def _centre(x, out):
 @helper
 def _std(centred):
     """Deviations are squared relative to the largest, so that they neither overflow nor vanish."""
-    largest, total = 0.0, 0.0
+    largest, square = 0.0, 0.0
     for value in centred:
         if not largest >= abs(value):  # a nan is taken
             largest = abs(value)
     if largest == 0.0:
         return 0.0
     for value in centred:
-        total += (value / largest) ** 2
-    return math.sqrt(total / len(centred)) * largest
+        square += (value / largest) ** 2
+    return math.sqrt(square / len(centred)) * largest
 
 
 @helper
@@ -106,13 +90,13 @@ def advantages_transposed(kind, reward, u, centred):
     if kind in (NONE, MIN):
         return
     count = len(reward)
-    mean, scale = _sum(u) / count, count / (count - 1.0) if kind == LOO else 1.0
+    mean, scale = total(u) / count, count / (count - 1.0) if kind == LOO else 1.0
     for g in range(count):
         u[g] = (u[g] - mean) * scale
     if kind == STANDARDIZED:
         _centre(reward, centred)
         std = _std(centred)
-        slope = 0.0 if std == 0.0 else _dot(u, centred) / (std + STANDARDIZED_EPS) / std / count
+        slope = 0.0 if std == 0.0 else dot(u, centred) / (std + STANDARDIZED_EPS) / std / count
         for g in range(count):
             u[g] = 0.0 if std == 0.0 else (u[g] - centred[g] * slope) / (std + STANDARDIZED_EPS)
 
@@ -130,7 +114,7 @@ def surrogate(s, reward, advantage):
     """Transforms the rewards, fills in their advantages, and returns the objective (1/G) Σ_g r_g."""
     transform(s, reward)
     advantages(s.advantage, reward, advantage)
-    return _sum(reward) / len(reward)
+    return total(reward) / len(reward)
 
 
 @helper

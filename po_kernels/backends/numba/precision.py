@@ -49,26 +49,8 @@ def apply(columns, u, x, y):
                     y[i, c] += x[j, c] * entry
 
 
-@helper
-def quadratic(columns, u, x, total, line):
-    """total = xᵀ U x: of a matrix twice what is below the diagonal, and the diagonal."""
-    for c in range(columns):
-        total[c] = 0.0
-    for i in range(len(x)):
-        entry = diagonal(u, i)
-        for c in range(columns):
-            line[c] = x[i, c] * entry
-        if u.ndim == 2:
-            for j in range(i):
-                entry = 2.0 * u[i, j]
-                for c in range(columns):
-                    line[c] += x[j, c] * entry
-        for c in range(columns):
-            total[c] += x[i, c] * line[c]
-
-
 @summing
-def _sum_of_products(columns, f, x, i, j):
+def sum_of_products(columns, f, x, i, j):
     total = 0.0
     for c in range(columns):
         total += f[c] * x[i, c] * x[j, c]
@@ -80,7 +62,7 @@ def add_outer_sum(columns, f, x, to_u):
     """Adds Σ f x xᵀ over columns to the gradient in u."""
     for i in range(len(x)):
         if to_u.ndim == 1:
-            to_u[i] += _sum_of_products(columns, f, x, i, i)
+            to_u[i] += sum_of_products(columns, f, x, i, i)
         else:
             for j in range(i + 1):
-                to_u[i, j] += _sum_of_products(columns, f, x, i, j)
+                to_u[i, j] += sum_of_products(columns, f, x, i, j)

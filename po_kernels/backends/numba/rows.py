@@ -150,6 +150,31 @@ def served(kernels: dict[str, Callable[[Request], tuple[bool, list[Tensor | None
     return {op: partial(serve, op) for op in kernels}
 
 
+@summing
+def total(x):
+    found = 0.0
+    for value in x:
+        found += value
+    return found
+
+
+@summing
+def dot(x, y):
+    found = 0.0
+    for i in range(len(x)):
+        found += x[i] * y[i]
+    return found
+
+
+@helper
+def tile_of(samples):
+    """Rows of a tile: fewer where each has many samples, for a core's cache to hold them."""
+    tile = TILE
+    while tile > 1 and tile * samples > 512:
+        tile //= 2
+    return tile
+
+
 @helper
 def scratch(count, columns):
     """Of nan, so that what is read before it is written shows; longer rows, lest a power of two share cache sets."""
@@ -171,18 +196,18 @@ def load(x, begin, lanes, out, at):
 
 
 @helper
-def subtract(x, begin, lanes, out, at):
-    """out[j, at + b] -= x[begin + b, j], or x[0, j]."""
-    step = 1 if len(x) > 1 else 0
+def load_difference(x, y, begin, lanes, out, at):
+    """out[j, at + b] = x[begin + b, j] - y[begin + b, j]."""
+    load(x, begin, lanes, out, at)
+    step = 1 if len(y) > 1 else 0
     for b in range(lanes):
-        row = (begin + b) * step
         for j in range(len(out)):
-            out[j, at + b] -= x[row, j]
+            out[j, at + b] -= y[(begin + b) * step, j]
 
 
 @helper
 def store(x, begin, lanes, out):
-    """out[begin + b, j] = x[j, b]."""
-    for b in range(lanes):
-        for j in range(out.shape[1]):
+    """out[begin + b, j] = x[j, b], if out has elements."""
+    for b in range(lanes if out.size > 0 else 0):
+        for j in range(len(x)):
             out[begin + b, j] = x[j, b]

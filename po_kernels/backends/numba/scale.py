@@ -8,7 +8,7 @@ Samples are columns, those of the rows of a tile (`lanes`) one after another: sa
 
 import math
 
-from .precision import add_outer_sum, apply, diagonal
+from .precision import add_outer_sum, apply, diagonal, sum_of_products
 from .rows import helper, inlined, load
 
 
@@ -168,9 +168,7 @@ def trace(tri, lanes, scale, u, weight, total, to_scale, need_u, to_u, column, o
             for b in range(lanes):
                 column[j, b], other[j, b] = scale[j, b], scale[j, b] * diagonal(u, j)
             if need_u:
-                spread = 0.0
-                for b in range(lanes):
-                    spread += weight[b] * scale[j, b] * scale[j, b]
+                spread = sum_of_products(lanes, weight, scale, j, j)
                 if u.ndim == 1:
                     to_u[j] += spread
                 else:
