@@ -74,45 +74,42 @@ def _draw(seed, row, limits, labels):
 
 
 @helper
-def _score_gradient(s, weight, p, log_p, entropy, labels, advantage, to_logits):
-    """Of the group's surrogate and of the entropy: Σ_g f_g (e_label - p) + λ w p (log p + H)."""
-    sum_f = 0.0
-    for c in range(len(p)):
-        to_logits[c] = 0.0
-    for g in range(s.samples):
-        f = -weight / s.samples * advantage[g]
-        sum_f += f
-        to_logits[labels[g]] += f
-    for c in range(len(p)):
-        to_logits[c] += p[c] * (s.entropy_coef * weight * (log_p[c] + entropy) - sum_f)
+def _group(s, row, weight, p, log_p, entropy, labels, reward, advantage, losses, stats, slope, to_logits):
+    """The surrogate of a row's group; its gradient Σ_g f_g (e_label - p), and that of the entropy, p (log p + H)."""
+    losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
+    if stats.size > 0:
+        group_stats(reward, advantage, stats, row)
+    if to_logits.size > 0:
+        sum_f = 0.0
+        slope[:] = 0.0
+        for g in range(s.samples):
+            f = -weight[row] / s.samples * advantage[g]
+            sum_f += f
+            slope[labels[g]] += f
+        for c in range(len(p)):
+            to_logits[row, c] = slope[c] + p[c] * (s.entropy_coef * weight[row] * (log_p[c] + entropy) - sum_f)
 
 
 @helper
-def _closed_form(s, weight, p, log_p, entropy, reward, losses, row, stats, need_logits, to_logits, need_column, column):
+def _closed_form(s, row, weight, p, log_p, entropy, reward, losses, stats, to_logits):
     """By enumeration of the classes, whose rewards are transformed."""
-    mean = dot(p, reward)
+    mean, variance = dot(p, reward), 0.0
     losses[row] = -mean - s.entropy_coef * entropy
-    if need_logits:
-        for c in range(len(p)):
-            to_logits[c] = weight * p[c] * (s.entropy_coef * (log_p[c] + entropy) - (reward[c] - mean))
-    if need_column:
-        for c in range(len(p)):
-            column[c] += pull(s, -weight * p[c], reward[c])
+    for c in range(len(p)):
+        variance += p[c] * (reward[c] - mean) ** 2
+        if to_logits.size > 0:
+            slope = s.entropy_coef * (log_p[c] + entropy) - (reward[c] - mean)
+            to_logits[row, c] = weight[row] * p[c] * slope
     if stats.size > 0:
-        variance = 0.0
-        for c in range(len(p)):
-            variance += p[c] * (reward[c] - mean) ** 2
         stats[0, row], stats[1, row], stats[4, row] = mean, math.sqrt(variance), math.sqrt(variance)
 
 
 @kernel
 def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight, losses, stats, to_logits, to_columns):
     """The table and its gradient are transposed; the latter is summed by chunk: (chunks, C, C)."""
-    classes, refused = logits.shape[1], False
-    need_logits, need_table = to_logits.size > 0, to_columns.size > 0
-    p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
+    classes, refused, closed = logits.shape[1], False, s.estimator == CLOSED_FORM
+    p, log_p, slope = np.empty(classes), np.empty(classes), np.empty(classes)
     labels, limits = np.zeros(s.samples, np.int64), np.zeros(classes, np.int64)
-    closed = s.estimator == CLOSED_FORM
     reward, advantage = np.empty(classes if closed else s.samples), np.empty(s.samples)
     for row in range(chunks.first, chunks.last):
         y, chunk = target[row], row // chunks.size
@@ -125,38 +122,17 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
             for c in range(classes):
                 reward[c] = columns[y, c]
             transform(s, reward)
-            column = to_columns[chunk, y] if need_table else for_logits
-            _closed_form(
-                s,
-                weight[row],
-                p,
-                log_p,
-                entropy,
-                reward,
-                losses,
-                row,
-                stats,
-                need_logits,
-                for_logits,
-                need_table,
-                column,
-            )
+            _closed_form(s, row, weight, p, log_p, entropy, reward, losses, stats, to_logits)
+            for c in range(classes if to_columns.size > 0 else 0):
+                to_columns[chunk, y, c] += pull(s, -weight[row] * p[c], reward[c])
         else:
             _thresholds(p, limits)
             _draw(seed, row_offset + np.uint64(row), limits, labels)
             for g in range(s.samples):
                 reward[g] = columns[y, labels[g]]
-            losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
-            if need_logits:
-                _score_gradient(s, weight[row], p, log_p, entropy, labels, advantage, for_logits)
-            if need_table:
-                for g in range(s.samples):
-                    to_columns[chunk, y, labels[g]] += pull(s, -weight[row] / s.samples, reward[g])
-            if stats.size > 0:
-                group_stats(reward, advantage, stats, row)
-        if need_logits:
-            for c in range(classes):
-                to_logits[row, c] = for_logits[c]
+            _group(s, row, weight, p, log_p, entropy, labels, reward, advantage, losses, stats, slope, to_logits)
+            for g in range(s.samples if to_columns.size > 0 else 0):
+                to_columns[chunk, y, labels[g]] += pull(s, -weight[row] / s.samples, reward[g])
         if stats.size > 0:
             stats[2, row], stats[3, row] = entropy, _log_prob_of(y, p, log_p)
     return refused
@@ -166,8 +142,7 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
 def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats, to_logits, to_rewards):
     """rewards and samples (G, B)."""
     classes, refused = logits.shape[1], False
-    need_logits, need_rewards = to_logits.size > 0, to_rewards.size > 0
-    p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
+    p, log_p, slope = np.empty(classes), np.empty(classes), np.empty(classes)
     reward, advantage, labels = np.empty(s.samples), np.empty(s.samples), np.zeros(s.samples, np.int64)
     for row in range(chunks.first, chunks.last):
         entropy, wrong = _softmax(logits, row, p, log_p)
@@ -180,16 +155,10 @@ def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats
             labels[g] = label
             log_prob += _log_prob_of(label, p, log_p) / s.samples
         refused |= log_prob == -np.inf
-        losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
-        if need_logits:
-            _score_gradient(s, weight[row], p, log_p, entropy, labels, advantage, for_logits)
-            for c in range(classes):
-                to_logits[row, c] = for_logits[c]
-        if need_rewards:
-            for g in range(s.samples):
-                to_rewards[g, row] = pull(s, -weight[row] / s.samples, reward[g])
+        _group(s, row, weight, p, log_p, entropy, labels, reward, advantage, losses, stats, slope, to_logits)
+        for g in range(s.samples if to_rewards.size > 0 else 0):
+            to_rewards[g, row] = pull(s, -weight[row] / s.samples, reward[g])
         if stats.size > 0:
-            group_stats(reward, advantage, stats, row)
             stats[2, row], stats[3, row] = entropy, log_prob
     return refused
 
