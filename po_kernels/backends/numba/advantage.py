@@ -1,11 +1,10 @@
 """Group advantages."""
 
 import numpy as np
-from torch import Tensor
 
 from ..contract import Request
 from .group import advantages, advantages_transposed, pull, surrogate_of, transform
-from .rows import chunked, cotangent, finished, gradients, kernel, run, served
+from .rows import Served, kernel, served, valued
 
 
 @kernel
@@ -28,15 +27,11 @@ def _advantage_kernel(chunks, rewards, s, cotangent, out, to_rewards):
     return False
 
 
-def _group_advantage(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _group_advantage(request: Request) -> Served:
     (rewards,) = request.inputs
     count, rows = rewards.shape
-    out, found = rewards.new_empty(rewards.shape), gradients(request)
-    run(
-        _advantage_kernel, chunked(rows), 8 * count,
-        rewards, surrogate_of(request.config, count), cotangent(request, out), out, *found,
-    )  # fmt: skip
-    return False, finished(request, out, None, found)
+    out = rewards.new_empty(rewards.shape)
+    return valued(request, _advantage_kernel, rows, out, rewards, surrogate_of(request.config, count))
 
 
 KERNELS = served({"group_advantage": _group_advantage})

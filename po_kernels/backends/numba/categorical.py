@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..contract import Request
 from . import rows
@@ -190,8 +189,8 @@ def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
 
 
 @kernel
-def _sample_kernel(chunks, logits, seed, row_offset, out):
-    """out (G, B)."""
+def _sample_kernel(chunks, logits, seed, row_offset, _, out, unwanted):
+    """out (G, B); labels have no gradient."""
     classes, refused = logits.shape[1], False
     p, log_p = np.empty(classes), np.empty(classes)
     limits, labels = np.zeros(classes, np.int64), np.zeros(len(out), np.int64)
@@ -205,18 +204,13 @@ def _sample_kernel(chunks, logits, seed, row_offset, out):
     return refused
 
 
-def _operations(request: Request, count: int) -> int:
-    """Of a row, roughly."""
-    return 16 * request.inputs.logits.shape[1] + 32 * count
-
-
-def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _policy_loss(request: Request) -> rows.Served:
     logits, table = request.inputs
     losses, found = rows.Losses(request), rows.gradients(request)
     chunks = rows.chunked(len(logits), table.numel())
     to_columns = np.zeros((chunks.number if request.needs.reward_table else 0, *table.shape))
     refused = rows.run(
-        _policy_kernel, chunks, _operations(request, request.config.num_samples),
+        request, _policy_kernel, chunks,
         rows.once(logits), table.mT, request.constants.target, surrogate_of(request.config),
         *rows.random(request), *losses.arrays, found.logits, to_columns,
     )  # fmt: skip
@@ -226,35 +220,27 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     return refused, losses.finished(found)
 
 
-def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _surrogate_loss(request: Request) -> rows.Served:
     logits, rewards = request.inputs
     losses, found = rows.Losses(request), rows.gradients(request)
     refused = rows.run(
-        _surrogate_kernel, rows.chunked(len(logits)), _operations(request, len(rewards)),
+        request, _surrogate_kernel, rows.chunked(len(logits)),
         rows.once(logits), rewards, request.constants.samples, surrogate_of(request.config, len(rewards)),
         *losses.arrays, *found,
     )  # fmt: skip
     return refused, losses.finished(found)
 
 
-def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _log_prob(request: Request) -> rows.Served:
     (logits,), (value,) = request.inputs, request.constants
-    out, found = logits.new_empty(value.shape), rows.gradients(request)
-    refused = rows.run(
-        _log_prob_kernel, rows.chunked(len(logits)), _operations(request, len(value)),
-        rows.once(logits), value, rows.cotangent(request, out), out, found.logits,
-    )  # fmt: skip
-    return refused, rows.finished(request, out, None, found)
+    out = logits.new_empty(value.shape)
+    return rows.valued(request, _log_prob_kernel, len(logits), out, rows.once(logits), value)
 
 
-def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
-    (logits,), count = request.inputs, request.config.num_samples
-    out = torch.empty((count, len(logits)), dtype=torch.int64)
-    refused = rows.run(
-        _sample_kernel, rows.chunked(len(logits)), _operations(request, count),
-        rows.once(logits), *rows.random(request), out,
-    )  # fmt: skip
-    return refused, rows.finished(request, out, None, rows.gradients(request))
+def _sample(request: Request) -> rows.Served:
+    (logits,) = request.inputs
+    out = torch.empty((request.config.num_samples, len(logits)), dtype=torch.int64)
+    return rows.valued(request, _sample_kernel, len(logits), out, rows.once(logits), *rows.random(request))
 
 
 KERNELS = rows.served(

@@ -280,20 +280,9 @@ def _sample_kernel(chunks, tri, mean, scale, seed, row_offset, cotangent, out, t
     return refused
 
 
-def _operations(request: Request) -> int:
-    """Of a sample, roughly."""
-    scale = request.inputs.scale
-    return scale.shape[1] * (8 + scale.shape[1] * scale.ndim)
-
-
 def _policy(request: Request) -> tuple[bool, Tensor, Tensor]:
     mean, scale = request.inputs[:2]
-    return scale.ndim == 3, tiles.once(mean), tiles.once(_flat(scale))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """Of the shape of the scale, (B, D) or (B, D * D)."""
-    return x.reshape(len(x), x.shape[1:].numel())
+    return scale.ndim == 3, tiles.once(mean), tiles.once(tiles.entries(scale))
 
 
 def _reward_std(request: Request, u: Array) -> Array:
@@ -305,15 +294,15 @@ def _reward_std(request: Request, u: Array) -> Array:
     return np.sqrt(2.0 * np.square(products).sum(axis=(1, 2)) + 4.0 * np.square(along).sum(axis=(1, 2)))
 
 
-def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _policy_loss(request: Request) -> tiles.Served:
     mean, *_, matrix = request.inputs
     u, losses, found = precision.read(matrix, mean.shape[1]), tiles.Losses(request), tiles.gradients(request)
     chunks = tiles.chunked(mean.shape[0], u.size)
     to_u = precision.sums(u, chunks, request.needs.precision)
     refused = tiles.run(
-        _policy_kernel, chunks, (request.config.num_samples + 1) * _operations(request),
+        request, _policy_kernel, chunks,
         *_policy(request), tiles.once(request.inputs.target), u, surrogate_of(request.config), *tiles.random(request),
-        *losses.arrays, found.mean, _flat(found.scale), found.target, to_u,
+        *losses.arrays, found.mean, tiles.entries(found.scale), found.target, to_u,
     )  # fmt: skip
     if request.want_stats and not request.config.num_samples:
         losses.stats[1] = losses.stats[4] = _reward_std(request, u)
@@ -322,35 +311,28 @@ def _policy_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
     return refused, losses.finished(found)
 
 
-def _surrogate_loss(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _surrogate_loss(request: Request) -> tiles.Served:
     mean, _, rewards = request.inputs
     losses, found = tiles.Losses(request), tiles.gradients(request)
     refused = tiles.run(
-        _surrogate_kernel, tiles.chunked(mean.shape[0]), (len(rewards) + 1) * _operations(request),
+        request, _surrogate_kernel, tiles.chunked(mean.shape[0]),
         *_policy(request), rewards, request.constants.samples,
-        surrogate_of(request.config, len(rewards)), *losses.arrays, found.mean, _flat(found.scale), found.rewards,
+        surrogate_of(request.config, len(rewards)), *losses.arrays, 
+        found.mean, tiles.entries(found.scale), found.rewards,
     )  # fmt: skip
     return refused, losses.finished(found)
 
 
-def _log_prob(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _log_prob(request: Request) -> tiles.Served:
     mean, _, value = request.inputs
-    out, found = value.new_empty(value.shape[:2]), tiles.gradients(request)
-    refused = tiles.run(
-        _log_prob_kernel, tiles.chunked(mean.shape[0]), (len(value) + 1) * _operations(request),
-        *_policy(request), value, tiles.cotangent(request, out), out, found.mean, _flat(found.scale), found.value,
-    )  # fmt: skip
-    return refused, tiles.finished(request, out, None, found)
+    out = value.new_empty(value.shape[:2])
+    return tiles.valued(request, _log_prob_kernel, len(mean), out, *_policy(request), value)
 
 
-def _sample(request: Request) -> tuple[bool, list[Tensor | None]]:
+def _sample(request: Request) -> tiles.Served:
     mean, _ = request.inputs
-    out, found = mean.new_empty((request.config.num_samples, *mean.shape)), tiles.gradients(request)
-    refused = tiles.run(
-        _sample_kernel, tiles.chunked(mean.shape[0]), (len(out) + 1) * _operations(request),
-        *_policy(request), *tiles.random(request), tiles.cotangent(request, out), out, found.mean, _flat(found.scale),
-    )  # fmt: skip
-    return refused, tiles.finished(request, out, None, found)
+    out = mean.new_empty((request.config.num_samples, *mean.shape))
+    return tiles.valued(request, _sample_kernel, len(mean), out, *_policy(request), *tiles.random(request))
 
 
 KERNELS = tiles.served(

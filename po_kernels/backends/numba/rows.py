@@ -21,12 +21,13 @@ from .. import checks
 from ..contract import NUM_STATS, OPS, Kernel, Request
 
 Array = NDArray[Any]
+Served = tuple[bool, list[Tensor | None]]
 
 TILE = 32
 _MOST_CHUNKS = 64  # so that sums over chunks have one order whatever the number of threads
 _MOST_SUMS = 2**21  # numbers summed by chunk, all chunks together
-_OPERATIONS_PER_THREAD = 65536  # roughly what waking a thread costs
-_PARTS_PER_THREAD = 4  # that a thread takes one after another, for all threads to end together
+_ELEMENTS_PER_THREAD = 4096  # roughly what waking a thread costs
+_PARTS_PER_THREAD = 4  # for all threads to end together
 
 kernel = numba.njit(error_model="numpy", nogil=True, cache=True)
 helper = numba.njit(error_model="numpy")
@@ -54,17 +55,15 @@ def chunked(rows: int, sums: int = 0) -> Chunks:
     return Chunks(0, rows, max(1, -(-rows // (most * TILE))) * TILE)
 
 
-def run(function: Callable[..., bool], chunks: Chunks, operations: int, *arguments: Any) -> bool:
+def run(request: Request, function: Callable[..., bool], chunks: Chunks, *arguments: Any) -> bool:
     """Runs function(chunks, *arguments), tensors as arrays, on as many threads as torch uses; whether any is true.
 
     Not numba's prange: its threading layers end a forked child (GNU OpenMP) or the process of two callers at once
     (workqueue). These threads are this process's own, and each runs a kernel without the interpreter's lock.
-
-    Args:
-        operations: elementary ones a row, roughly.
     """
     arguments = tuple(array(x) if isinstance(x, Tensor) else x for x in arguments)
-    threads = min(torch.get_num_threads(), chunks.number, 1 + chunks.last * operations // _OPERATIONS_PER_THREAD)
+    elements = sum(x.numel() for x in request.inputs) * (request.config.num_samples + 1)
+    threads = min(torch.get_num_threads(), chunks.number, 1 + elements // _ELEMENTS_PER_THREAD)
     if threads <= 1:
         return function(chunks, *arguments)
     step = -(-chunks.number // (threads * _PARTS_PER_THREAD)) * chunks.size
@@ -96,13 +95,23 @@ def gradients(request: Request) -> Any:
     return type(request.inputs)(*found)
 
 
-def cotangent(request: Request, value: Tensor) -> Tensor:
-    """That of a value, of the same shape; without one no gradient is asked for."""
-    return value.new_zeros(value.shape) if request.cotangent is None else request.cotangent
+def entries(x: Tensor) -> Tensor:
+    """(B, ...) -> (B, n)."""
+    return x.reshape(len(x), x.shape[1:].numel())
 
 
 def finished(request: Request, value: Tensor, stats: Tensor | None, found: Sequence[Tensor]) -> list[Tensor | None]:
     return [value, stats, *[x if needed else None for x, needed in zip(found, request.needs, strict=True)]]
+
+
+def valued(request: Request, function: Callable[..., bool], rows: int, out: Tensor, *arguments: Any) -> Served:
+    """Of an op that is no loss; its kernel takes the arguments, the cotangent, the value, and the gradients."""
+    found = gradients(request)
+    # Without a cotangent no gradient is asked for.
+    cotangent = out.new_zeros(out.shape) if request.cotangent is None else request.cotangent
+    flat = [entries(x) if name == "scale" else x for name, x in found._asdict().items()]
+    refused = run(request, function, chunked(rows), *arguments, cotangent, out, *flat)
+    return refused, finished(request, out, None, found)
 
 
 class Losses:
@@ -136,8 +145,8 @@ def random(request: Request) -> tuple[Any, Any]:
     return np.uint64(0 if seed is None else int(seed) & (2**64 - 1)), np.uint64(request.config.row_offset)
 
 
-def served(kernels: dict[str, Callable[[Request], tuple[bool, list[Tensor | None]]]]) -> dict[str, Kernel]:
-    """By op functions that say beside their results whether a row may have to be refused; then all are looked at."""
+def served(kernels: dict[str, Callable[[Request], Served]]) -> dict[str, Kernel]:
+    """Kernels of functions that say whether a row may have to be refused: only then all values are looked at."""
 
     def serve(op: str, request: Request) -> list[Tensor | None]:
         if "precision" in OPS[op].axes:
