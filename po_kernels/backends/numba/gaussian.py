@@ -317,7 +317,7 @@ def _surrogate_loss(request: Request) -> tiles.Served:
     refused = tiles.run(
         request, _surrogate_kernel, tiles.chunked(mean.shape[0]),
         *_policy(request), rewards, request.constants.samples,
-        surrogate_of(request.config, len(rewards)), *losses.arrays, 
+        surrogate_of(request.config, len(rewards)), *losses.arrays,
         found.mean, tiles.entries(found.scale), found.rewards,
     )  # fmt: skip
     return refused, losses.finished(found)
