@@ -13,8 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from po_kernels.backends import triton as backend
 from po_kernels.backends.contract import OPS, OpConfig, Request
-from po_kernels.backends.triton import kernels, launch
+from po_kernels.backends.triton import launch
 
 
 class Launch(NamedTuple):
@@ -79,7 +80,7 @@ def launches_of(op: str, call: Request) -> list[Launch]:
         found.append(Launch(kernel, arguments, warps))
 
     with unittest.mock.patch.object(launch.Call, "run", record):
-        kernels.KERNELS[op](call)
+        backend.KERNELS[op](call)
     return found
 
 

@@ -2,10 +2,12 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import tally
+from . import launch, tally
 from .group import advantages, advantages_transposed, numbered, transformed
 from .lanes import load, masked, mul, number, output, times
+from .launch import Call
 
 
 @triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "rows"])
@@ -27,3 +29,21 @@ def group_advantage(
         if K.HAS_RBF:
             pull = mul(pull, times(reward, gamma))
         tl.store(to.rewards + at, output(pull, K), inside)
+
+
+def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
+    count, rows = call.inputs.rewards.shape
+    value = call.empty(count, rows)
+    # The groups stand in columns: rows of a program are neighbours in memory.
+    tile = launch.class_tile(call.whole_group(count), 1)
+    if rows == 0:
+        return value, call.no_rows()
+    call.run_tiles(
+        group_advantage, (triton.cdiv(rows, tile.rows),), tile, {},
+        **call.rows("rewards", 2), cotangent=call.cotangent, out=value, to=call.gradients, rows=rows, count=count,
+        rbf_gamma=call.config.rbf_gamma or 0.0,
+    )  # fmt: skip
+    return value, call.empty(0)
+
+
+KERNELS = {"group_advantage": launch.served("group_advantage", _group_advantage)}

@@ -5,10 +5,12 @@ samples are (1, BLOCK_B, BLOCK_G), and what a row has one of, (1, BLOCK_B, 1). l
 labels (count, rows), the latter and gradients contiguous.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import tally
+from . import launch, tally
 from .group import finish_group, transformed
 from .lanes import (
     accumulate,
@@ -30,7 +32,10 @@ from .lanes import (
     value,
     zeros,
 )
+from .launch import Call
 from .philox import words
+
+_LABELS_AT_ONCE = 256  # of a row
 
 
 @triton.jit
@@ -308,3 +313,61 @@ def sample(
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         label = draw(x, c, first_words(tl.load(seed), g, row + row_offset), classes)
         tl.store(out + g * rows + row, label.to(tl.int64), inside & (g < count))
+
+
+def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
+    classes = call.inputs.logits.shape[1]
+    count = call.whole_group(max(call.config.num_samples, 1))
+    exact, need = call.config.estimator == "exact", call.needs.reward_table
+    tile = launch.expected_tile(classes, need) if exact else launch.class_tile(count, classes)
+    in_registers = (
+        need and call.dtype == torch.float32 and tile.rows >= 16 and 16 <= tile.dim <= launch.MOST_IN_REGISTERS
+    )
+    value, stats, sums = launch.loss(
+        call, policy_loss, tile, (classes, classes) if need else (0,),
+        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
+        **call.rows("logits"), target=call.constants.target.contiguous(),
+        # By label first, for the rewards of a row to be neighbours.
+        table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
+        seed=call.seed, row_offset=call.config.row_offset, classes=classes, count=count,
+    )  # fmt: skip
+    if need:
+        call.gradients = call.gradients._replace(reward_table=sums.t().contiguous())
+    return value, stats
+
+
+def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
+    samples, classes = call.constants.samples.contiguous(), call.inputs.logits.shape[1]
+    count = call.whole_group(samples.shape[0])
+    value, stats, _ = launch.loss(
+        call, surrogate_loss, launch.class_tile(count, classes), (0,), {},
+        **call.rows("logits"), **call.rows("rewards", 2), samples=samples, classes=classes, count=count,
+    )  # fmt: skip
+    return value, stats
+
+
+def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    at, classes = call.constants.value.contiguous(), call.inputs.logits.shape[1]
+    return launch.in_chunks(
+        call, log_prob, call.empty(*at.shape), launch.class_tile(min(len(at), _LABELS_AT_ONCE), classes),
+        {}, call.needs.logits, **call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
+        classes=classes,
+    )  # fmt: skip
+
+
+def _sample(call: Call) -> tuple[Tensor, Tensor]:
+    rows, classes = call.inputs.logits.shape
+    count = call.config.num_samples
+    labels = torch.empty((count, rows), dtype=torch.int64, device=call.device)
+    return launch.in_chunks(
+        call, sample, labels, launch.class_tile(min(count, _LABELS_AT_ONCE), classes), {}, False,
+        **call.rows("logits"), seed=call.seed, row_offset=call.config.row_offset, classes=classes,
+    )  # fmt: skip
+
+
+KERNELS = {
+    f"categorical_{name}": launch.served(f"categorical_{name}", evaluate)
+    for name, evaluate in {
+        "policy_loss": _policy_loss, "surrogate_loss": _surrogate_loss, "log_prob": _log_prob, "sample": _sample,
+    }.items()
+}  # fmt: skip

@@ -8,8 +8,9 @@ with contiguous dimensions; gradients are contiguous.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from . import tally
+from . import launch, tally
 from .group import finish_group, place, take
 from .lanes import (
     add,
@@ -29,6 +30,7 @@ from .lanes import (
     value,
     zeros,
 )
+from .launch import Call
 from .philox import normals
 from .precision import add_outer, apply, apply_to_sum, no_sums, quadratic, store_sums
 from .scale import (
@@ -280,3 +282,79 @@ def draw(
             gradients = add_gradients(gradients, s, left, eps, own, to, row, inside, d, chunk == 0, K)
     if K.HAS_COTANGENT:
         store_gradients(gradients, s, to, row, inside, d, K)
+
+
+def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
+    precision = call.inputs.precision
+    dim, kind = call.inputs.mean.shape[1], precision.ndim
+    group = call.whole_group(max(call.config.num_samples, 1))
+    apart = _taken_apart(dim, call.known["TRIANGULAR"], call.dual)
+    tile = launch.drawn_tile(group, dim, call.dtype, kind == 2) if apart else launch.tile(group, dim, kind == 2)
+    shared = ((1,), (dim,), (dim, dim))[kind] if call.needs.precision else (0,)
+    value, stats, sums = launch.loss(
+        call, policy_loss, tile, shared,
+        {"dim": dim, "count": group, "KIND": kind, "APART": apart,
+         "CLOSED_FORM": call.config.estimator == "analytic", "WHITE": call.known["SCORE"],
+         "IN_MEMORY": tile.dim > launch.MOST_IN_REGISTERS},
+        **call.rows("mean"), **call.rows("scale"), **call.rows("target"),
+        precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
+        row_offset=call.config.row_offset,
+    )  # fmt: skip
+    if call.needs.precision:
+        found = _symmetric(sums) if kind == 2 else sums.reshape(precision.shape)
+        call.gradients = call.gradients._replace(precision=found)
+    return value, stats
+
+
+def _taken_apart(dim: int, triangular: bool, dual: bool) -> bool:
+    """Whether a thread has all dimensions of a drawn sample, and loops over them are unrolled.
+
+    Code grows with their square, and the time to compile it faster: at these limits it is less than a minute.
+    """
+    return dim <= ((8 if dual else 16) if triangular else (17 if dual else 32))
+
+
+def _symmetric(u: Tensor) -> Tensor:
+    return (0.5 * (u + u.mT) if u.ndim == 2 else u).contiguous()
+
+
+def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
+    samples = launch.with_contiguous_rows(call.constants.samples, 2)
+    count, _, dim = samples.shape
+    value, stats, _ = launch.loss(
+        call, surrogate_loss, launch.tile(call.whole_group(count), dim), (0,),
+        {"dim": dim, "count": count},
+        **call.rows("mean"), **call.rows("scale"), **call.rows("rewards", 2),
+        samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
+    )  # fmt: skip
+    return value, stats
+
+
+def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    count, rows, dim = call.inputs.value.shape
+    return launch.in_chunks(
+        call, log_prob, call.empty(count, rows), launch.tile(count, dim),
+        {"dim": dim}, call.needs.mean or call.needs.scale,
+        **call.rows("mean"), **call.rows("scale"), **call.rows("value", 2),
+        cotangent=call.cotangent, to=call.gradients,
+    )  # fmt: skip
+
+
+def _sample(call: Call) -> tuple[Tensor, Tensor]:
+    rows, dim = call.inputs.mean.shape
+    count = call.config.num_samples
+    return launch.in_chunks(
+        call, draw, call.empty(count, rows, dim), launch.tile(count, dim),
+        {"dim": dim}, call.needs.mean or call.needs.scale,
+        **call.rows("mean"), **call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
+        seed=call.seed, row_offset=call.config.row_offset,
+    )  # fmt: skip
+
+
+KERNELS = {
+    f"{family}_{name}": launch.served(f"{family}_{name}", evaluate)
+    for family in ("gaussian", "mvn")
+    for name, evaluate in {
+        "policy_loss": _policy_loss, "surrogate_loss": _surrogate_loss, "log_prob": _log_prob, "sample": _sample,
+    }.items()
+}  # fmt: skip

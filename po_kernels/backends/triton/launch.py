@@ -1,6 +1,7 @@
 """How tensors and options reach the Triton kernels: tiles by rules of shape, strides, and sums in a fixed order."""
 
 import contextlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import checks
 from ..advantages import ADVANTAGES
-from ..contract import NUM_STATS, Op, Request
+from ..contract import NUM_STATS, OPS, Kernel, Op, Request
 from . import tally
 from .lanes import Pair
 
@@ -27,6 +29,8 @@ _LARGEST_GROUP = 2**16
 _MOST_PROGRAMS = 2048
 _MOST_SUMS = 2**24
 _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
+
+MOST_IN_REGISTERS = 64  # rows of a matrix of sums
 
 Arguments = dict[str, Any]
 
@@ -283,3 +287,16 @@ def in_chunks(
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(chunks, each)
     call.run_tiles(kernel, grid, tile, known, **arguments, out=out, rows=rows, chunks=each, count=count)
     return out, call.empty(0)
+
+
+def served(op: str, evaluate: Callable[[Call], tuple[Tensor, Tensor]]) -> Kernel:
+    """The kernel of an op, of a function that gives value and statistics, and writes call.gradients."""
+
+    def kernel(request: Request) -> list[Tensor]:
+        if request.inputs[0].device.type == "cpu":  # on a GPU values are not at hand
+            checks.values(OPS[op], request.inputs, request.constants)
+        call = Call(OPS[op], request)
+        value, stats = evaluate(call)
+        return [value, stats, *call.gradients]
+
+    return kernel
