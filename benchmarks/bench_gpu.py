@@ -187,9 +187,7 @@ def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
     """What to measure: what dispatch picks, and "cuda", which it does not pick, where it serves the op."""
     if asked is not None:
         return [asked]
-    cuda = dispatch.module("cuda")
-    reason = cuda.unavailable() or cuda.refuses(case.op, device, torch.float32)
-    return [None] if reason else [None, "cuda"]
+    return [None] if dispatch.refusal(case.op, "cuda", device, torch.float32) else [None, "cuda"]
 
 
 def about(device: str) -> dict[str, Any]:

@@ -36,6 +36,8 @@ estimators those of the function that they are to have the derivatives of. A tes
 - jvp: `torch.func.jvp`;
 - compile: `torch.compile(fullgraph=True)` of value and gradient.
 
+The kernels of numba compute values and gradients; the reference serves its second order and jvp.
+
 "raises" is a `RuntimeError` that says what to use instead; "-" is for what an operation has no input for.
 `categorical_sample` draws integers and has no derivative.
 

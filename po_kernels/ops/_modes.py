@@ -13,13 +13,11 @@ from torch.autograd import forward_ad
 PRIVATE = (
     "torch._C._are_functorch_transforms_active",
     "torch._C._len_torch_dispatch_stack",
-    "torch._C._dispatch_tls_local_exclude_set",
-    "torch._C._dispatch_tls_local_include_set",
-    "torch._C._ForceDispatchKeyGuard",
-    "torch._C.DispatchKey",
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch.autograd.forward_ad._current_level",
     "torch.Tensor._is_zerotensor",
+    "torch._C._SetExcludeDispatchKeyGuard",
+    "torch._C.DispatchKey.AutogradFunctionality",
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,10 +53,7 @@ def traced_by_a_transform() -> bool:
 
 def autograd_on() -> Any:
     """A context in which autograd records. Torch turns it off while an operator runs, and the reference needs it."""
-    excluded = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
-        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
 def may_call_directly(*tensors: Tensor | None) -> bool:

@@ -6,231 +6,173 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import checks, contract
-from ..contract import OPS, Request
+from .. import checks
+from ..contract import OPS, Kernel, Request
 from . import advantage, categorical, family, launch
 from .launch import Call
 
-Evaluate = Callable[[Call], tuple[Tensor, Tensor]]
-
 _LABELS_AT_ONCE = 256  # of a row
+_MOST_IN_REGISTERS = 64  # rows of a matrix of sums
 
 
-class _Kernel:
-    """`first` and `second` of an op from one function.
+def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
+    precision = call.inputs.precision
+    dim, kind = call.inputs.mean.shape[1], precision.ndim
+    group = call.whole_group(max(call.config.num_samples, 1))
+    apart = _taken_apart(dim, call.known["TRIANGULAR"], call.dual)
+    tile = launch.drawn_tile(group, dim, call.dtype, kind == 2) if apart else launch.tile(group, dim, kind == 2)
+    shared = ((1,), (dim,), (dim, dim))[kind] if call.needs.precision else (0,)
+    value, stats, sums = launch.loss(
+        call, family.policy_loss, tile, shared,
+        {"dim": dim, "count": group, "KIND": kind, "APART": apart,
+         "CLOSED_FORM": call.config.estimator == "analytic", "WHITE": call.known["SCORE"],
+         "IN_MEMORY": tile.dim > _MOST_IN_REGISTERS},
+        **call.rows("mean"), **call.rows("scale"), **call.rows("target"),
+        precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
+        row_offset=call.config.row_offset,
+    )  # fmt: skip
+    if call.needs.precision:
+        found = _symmetric(sums) if kind == 2 else sums.reshape(precision.shape)
+        call.gradients = call.gradients._replace(precision=found)
+    return value, stats
 
-    Args:
-        evaluate: gives value and statistics, and writes call.gradients.
+
+def _taken_apart(dim: int, triangular: bool, dual: bool) -> bool:
+    """Whether a thread has all dimensions of a drawn sample, and loops over them are unrolled.
+
+    Code grows with their square, and the time to compile it faster: at these limits it is less than a minute.
     """
-
-    def __init__(self, op: str, evaluate: Evaluate) -> None:
-        self.op, self.evaluate = op, evaluate
-
-    def __call__(self, request: Request) -> list[Tensor]:
-        if request.inputs[0].device.type == "cpu":  # where values are at hand
-            checks.values(OPS[self.op], request.inputs, request.constants)
-        call = Call(self.op, request)
-        value, stats = self.evaluate(call)
-        return [value, stats, *call.gradients]
-
-
-def _policy_loss(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        mean, precision = call.pairs[0][0], call.pairs[3][0]
-        dim, kind = mean.shape[1], precision.ndim
-        group = call.whole_group(max(call.config.num_samples, 1))
-        if bool(family.taken_apart(dim, triangular, call.dual)):
-            blocks = launch.drawn_tile(group, dim, call.dtype, matrix=kind == 2)
-        else:
-            blocks = launch.tile(group, dim, matrix=kind == 2)
-        shared = ((1,), (dim,), (dim, dim))[kind] if call.needs[3] else (0,)
-        u, tangent = (None if x is None else _symmetric(x) for x in call.pairs[3])
-        value, stats, sums = launch.loss(
-            call, family.policy_loss, blocks, shared,
-            **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("target", 2),
-            precision=u, precision_t=tangent,
-            seed=call.seed(call.constants[0]) if call.config.num_samples else None,
-            **call.outputs("mean", "scale", "target"), NEED_PRECISION=bool(call.needs[3]),
-            row_offset=call.config.row_offset, dim=dim, count=group,
-            TRIANGULAR=triangular, KIND=kind, CLOSED_FORM=call.config.estimator == "analytic",
-            PATHWISE=call.config.estimator == "reparam", EACH=blocks.each,
-            BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
-        )  # fmt: skip
-        if call.needs[3]:
-            found = _symmetric(sums) if kind == 2 else sums[0] if kind == 0 else sums
-            call.gradients[3] = found.to(precision.dtype)
-        return value, stats
-
-    return evaluate
+    return dim <= ((8 if dual else 16) if triangular else (17 if dual else 32))
 
 
 def _symmetric(u: Tensor) -> Tensor:
     return (0.5 * (u + u.mT) if u.ndim == 2 else u).contiguous()
 
 
-def _surrogate_loss(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        samples = launch.with_contiguous_rows(call.constants[0], 2)
-        count, _, dim = samples.shape
-        blocks = launch.tile(call.whole_group(count), dim)
-        value, stats, _ = launch.loss(
-            call, family.surrogate_loss, blocks, (0,),
-            **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("rewards", 2, leading=2),
-            samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
-            **call.outputs("mean", "scale", "rewards"), dim=dim, count=count,
-            TRIANGULAR=triangular, SCORE=call.config.estimator != "reparam",
-            BLOCK_G=blocks.group, CHUNKS=blocks.chunks, BLOCK_D=blocks.dim,
-        )  # fmt: skip
-        return value, stats
-
-    return evaluate
+def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
+    samples = launch.with_contiguous_rows(call.constants.samples, 2)
+    count, _, dim = samples.shape
+    value, stats, _ = launch.loss(
+        call, family.surrogate_loss, launch.tile(call.whole_group(count), dim), (0,),
+        {"dim": dim, "count": count},
+        **call.rows("mean"), **call.rows("scale"), **call.rows("rewards", 2),
+        samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
+    )  # fmt: skip
+    return value, stats
 
 
-def _log_prob(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        count, rows, dim = call.pairs[2][0].shape
-        value = call.empty(count, rows)
-        if value.numel() == 0:
-            return value, call.no_rows()
-        blocks = launch.tile(count, dim)
-        programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
-        call.run(
-            family.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-            **call.rows("mean", 0), **call.rows("scale", 1), **call.rows("at", 2, leading=2),
-            **call.cotangents(), out=value, **call.outputs("mean", "scale", "at"),
-            rows=rows, chunks=chunks, dim=dim, count=count,
-            TRIANGULAR=triangular,
-            BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_D=blocks.dim, **call.options(),
-        )  # fmt: skip
-        return value, call.empty(0)
-
-    return evaluate
+def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    count, rows, dim = call.inputs.value.shape
+    return launch.in_chunks(
+        call, family.log_prob, call.empty(count, rows), launch.tile(count, dim),
+        {"dim": dim}, call.needs.mean or call.needs.scale,
+        **call.rows("mean"), **call.rows("scale"), **call.rows("value", 2),
+        cotangent=call.cotangent, to=call.gradients,
+    )  # fmt: skip
 
 
-def _sample(triangular: bool) -> Evaluate:
-    def evaluate(call: Call) -> tuple[Tensor, Tensor]:
-        rows, dim = call.pairs[0][0].shape
-        count = call.config.num_samples
-        value = call.empty(count, rows, dim)
-        if value.numel() == 0:
-            return value, call.no_rows()
-        blocks = launch.tile(count, dim)
-        programs, chunks = launch.chunked(count, blocks, call.needs[0] or call.needs[1])
-        call.run(
-            family.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-            **call.rows("mean", 0), **call.rows("scale", 1), seed=call.seed(call.constants[0]),
-            **call.cotangents(), out=value, **call.outputs("mean", "scale"),
-            rows=rows, row_offset=call.config.row_offset, chunks=chunks, dim=dim, count=count,
-            TRIANGULAR=triangular,
-            BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_D=blocks.dim, **call.options(),
-        )  # fmt: skip
-        return value, call.empty(0)
-
-    return evaluate
+def _sample(call: Call) -> tuple[Tensor, Tensor]:
+    rows, dim = call.inputs.mean.shape
+    count = call.config.num_samples
+    return launch.in_chunks(
+        call, family.draw, call.empty(count, rows, dim), launch.tile(count, dim),
+        {"dim": dim}, call.needs.mean or call.needs.scale,
+        **call.rows("mean"), **call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
+        seed=call.seed, row_offset=call.config.row_offset,
+    )  # fmt: skip
 
 
 def _categorical_policy_loss(call: Call) -> tuple[Tensor, Tensor]:
-    classes = call.pairs[0][0].shape[1]
+    classes = call.inputs.logits.shape[1]
     count = call.whole_group(max(call.config.num_samples, 1))
-    exact = call.config.estimator == "exact"
-    blocks = launch.expected_tile(classes, call.needs[1]) if exact else launch.class_tile(count, classes)
-    # By label first, for the rewards of a row to be neighbours.
-    table, tangent = (None if x is None else x.t().contiguous() for x in call.pairs[1])
+    exact, need = call.config.estimator == "exact", call.needs.reward_table
+    tile = launch.expected_tile(classes, need) if exact else launch.class_tile(count, classes)
+    in_registers = need and call.dtype == torch.float32 and tile.rows >= 16 and 16 <= tile.dim <= _MOST_IN_REGISTERS
     value, stats, sums = launch.loss(
-        call, categorical.policy_loss, blocks,
-        (classes, classes) if call.needs[1] else (0,),
-        **call.rows("logits", 0), table=table, table_t=tangent, target=call.constants[0].contiguous(),
-        seed=call.seed(call.constants[1]) if call.config.num_samples else None,
-        **call.outputs("logits"), NEED_TABLE=bool(call.needs[1]),
-        row_offset=call.config.row_offset, classes=classes, count=count, CLOSED_FORM=exact,
-        BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
+        call, categorical.policy_loss, tile, (classes, classes) if need else (0,),
+        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
+        **call.rows("logits"), target=call.constants.target.contiguous(),
+        # By label first, for the rewards of a row to be neighbours.
+        table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
+        seed=call.seed, row_offset=call.config.row_offset, classes=classes, count=count,
     )  # fmt: skip
-    if call.needs[1]:
-        call.gradients[1] = sums.t().contiguous().to(call.gradients[1].dtype)
+    if need:
+        call.gradients = call.gradients._replace(reward_table=sums.t().contiguous())
     return value, stats
 
 
 def _categorical_surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
-    classes = call.pairs[0][0].shape[1]
-    count = call.whole_group(call.constants[0].shape[0])
-    blocks = launch.class_tile(count, classes)
+    samples, classes = call.constants.samples.contiguous(), call.inputs.logits.shape[1]
+    count = call.whole_group(samples.shape[0])
     value, stats, _ = launch.loss(
-        call, categorical.surrogate_loss, blocks, (0,),
-        **call.rows("logits", 0), **call.rows("rewards", 1, leading=2), samples=call.constants[0].contiguous(),
-        **call.outputs("logits", "rewards"), classes=classes, count=count, BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
+        call, categorical.surrogate_loss, launch.class_tile(count, classes), (0,), {},
+        **call.rows("logits"), **call.rows("rewards", 2), samples=samples, classes=classes, count=count,
     )  # fmt: skip
     return value, stats
 
 
 def _categorical_log_prob(call: Call) -> tuple[Tensor, Tensor]:
-    count, rows = call.constants[0].shape
-    classes = call.pairs[0][0].shape[1]
-    value = call.empty(count, rows)
-    if value.numel() == 0:
-        return value, call.no_rows()
-    blocks = launch.class_tile(min(count, _LABELS_AT_ONCE), classes)
-    programs, chunks = launch.chunked(count, blocks, call.needs[0])
-    call.run(
-        categorical.log_prob, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-        **call.rows("logits", 0), at=call.constants[0].contiguous(), **call.cotangents(),
-        out=value, **call.outputs("logits"), rows=rows, chunks=chunks, classes=classes, count=count,
-        BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_C=blocks.dim, **call.options(),
+    at, classes = call.constants.value.contiguous(), call.inputs.logits.shape[1]
+    return launch.in_chunks(
+        call, categorical.log_prob, call.empty(*at.shape), launch.class_tile(min(len(at), _LABELS_AT_ONCE), classes),
+        {}, call.needs.logits, **call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
+        classes=classes,
     )  # fmt: skip
-    return value, call.empty(0)
 
 
-def _categorical_sample(request: Request) -> list[Tensor]:
-    (logits,), num_samples, row_offset = request.inputs, request.config.num_samples, request.config.row_offset
-    if logits.device.type == "cpu":
-        checks.logits("categorical_sample", logits, sampled=True)
-    call = Call("categorical_sample", request)
-    rows, classes = logits.shape
-    labels = torch.empty((num_samples, rows), dtype=torch.int64, device=logits.device)
-    if rows:
-        blocks = launch.class_tile(min(num_samples, _LABELS_AT_ONCE), classes)
-        programs, chunks = launch.chunked(num_samples, blocks, together=False)
-        logits = launch.with_contiguous_rows(logits, 1)
-        call.run(
-            categorical.sample, (triton.cdiv(rows, blocks.rows), programs), blocks.warps,
-            logits=logits, logits_stride=logits.stride(0), seed=call.seed(call.constants[0]), out=labels, rows=rows,
-            row_offset=row_offset, chunks=chunks, classes=classes, count=num_samples, T=call.triton_dtype,
-            BLOCK_B=blocks.rows, BLOCK_G=blocks.group, BLOCK_C=blocks.dim,
-        )  # fmt: skip
-    return [labels, logits.new_empty(0), logits.new_empty(0)]
+def _categorical_sample(call: Call) -> tuple[Tensor, Tensor]:
+    rows, classes = call.inputs.logits.shape
+    count = call.config.num_samples
+    labels = torch.empty((count, rows), dtype=torch.int64, device=call.device)
+    return launch.in_chunks(
+        call, categorical.sample, labels, launch.class_tile(min(count, _LABELS_AT_ONCE), classes), {}, False,
+        **call.rows("logits"), seed=call.seed, row_offset=call.config.row_offset, classes=classes,
+    )  # fmt: skip
 
 
 def _group_advantage(call: Call) -> tuple[Tensor, Tensor]:
-    count, rows = call.pairs[0][0].shape
+    count, rows = call.inputs.rewards.shape
     value = call.empty(count, rows)
+    # The groups stand in columns: rows of a program are neighbours in memory.
+    tile = launch.class_tile(call.whole_group(count), 1)
     if rows == 0:
         return value, call.no_rows()
-    # The groups stand in columns: rows of a program are neighbours in memory.
-    blocks = launch.class_tile(call.whole_group(count), 1)
-    call.run(
-        advantage.group_advantage, (triton.cdiv(rows, blocks.rows),), blocks.warps,
-        **call.rows("rewards", 0, leading=2), **call.cotangents(), out=value,
-        **call.outputs("rewards"), rows=rows, count=count, rbf_gamma=call.config.rbf_gamma or 0.0,
-        ADVANTAGE=launch.ADVANTAGES[call.config.advantage], HAS_RBF=call.config.rbf_gamma is not None,
-        BLOCK_B=blocks.rows, BLOCK_G=blocks.group, **call.options(),
+    call.run_tiles(
+        advantage.group_advantage, (triton.cdiv(rows, tile.rows),), tile, {},
+        **call.rows("rewards", 2), cotangent=call.cotangent, out=value, to=call.gradients, rows=rows, count=count,
+        rbf_gamma=call.config.rbf_gamma or 0.0,
     )  # fmt: skip
     return value, call.empty(0)
 
 
-KERNELS: dict[str, contract.Kernel] = {
-    kernel.op: kernel
-    for kernel in (
-        _Kernel("gaussian_policy_loss", _policy_loss(False)),
-        _Kernel("gaussian_surrogate_loss", _surrogate_loss(False)),
-        _Kernel("gaussian_log_prob", _log_prob(False)),
-        _Kernel("gaussian_sample", _sample(False)),
-        _Kernel("mvn_policy_loss", _policy_loss(True)),
-        _Kernel("mvn_surrogate_loss", _surrogate_loss(True)),
-        _Kernel("mvn_log_prob", _log_prob(True)),
-        _Kernel("mvn_sample", _sample(True)),
-        _Kernel("categorical_policy_loss", _categorical_policy_loss),
-        _Kernel("categorical_surrogate_loss", _categorical_surrogate_loss),
-        _Kernel("categorical_log_prob", _categorical_log_prob),
-        _Kernel("group_advantage", _group_advantage),
-    )
+def _kernel(op: str, evaluate: Callable[[Call], tuple[Tensor, Tensor]]) -> Kernel:
+    """Of a function that gives value and statistics, and writes call.gradients."""
+
+    def kernel(request: Request) -> list[Tensor]:
+        if request.inputs[0].device.type == "cpu":  # on a GPU values are not at hand
+            checks.values(OPS[op], request.inputs, request.constants)
+        call = Call(OPS[op], request)
+        value, stats = evaluate(call)
+        return [value, stats, *call.gradients]
+
+    return kernel
+
+
+KERNELS: dict[str, Kernel] = {
+    op: _kernel(op, evaluate)
+    for op, evaluate in {
+        "gaussian_policy_loss": _policy_loss,
+        "gaussian_surrogate_loss": _surrogate_loss,
+        "gaussian_log_prob": _log_prob,
+        "gaussian_sample": _sample,
+        "mvn_policy_loss": _policy_loss,
+        "mvn_surrogate_loss": _surrogate_loss,
+        "mvn_log_prob": _log_prob,
+        "mvn_sample": _sample,
+        "categorical_policy_loss": _categorical_policy_loss,
+        "categorical_surrogate_loss": _categorical_surrogate_loss,
+        "categorical_log_prob": _categorical_log_prob,
+        "categorical_sample": _categorical_sample,
+        "group_advantage": _group_advantage,
+    }.items()
 }
-KERNELS["categorical_sample"] = _categorical_sample
