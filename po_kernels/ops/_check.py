@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.advantages import ADVANTAGES
-from . import _modes
 
 # Samples have a word of the random numbers' counter to themselves.
 MOST_SAMPLES = 2**32
@@ -28,7 +27,7 @@ def floating(op: str, names: Sequence[str], *tensors: Tensor) -> Sequence[Tensor
     All have one of FLOATING as dtype, and one device. Under autocast, where casts are torch's to make, dtypes may
     differ and the widest is taken.
     """
-    if _modes.is_tracing():
+    if torch.jit.is_tracing():
         raise RuntimeError(f"{op}: torch.jit.trace does not see what the kernels do; use torch.export or torch.compile")
     first, mixed = "", False
     kind: Any = None

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 PRIVATE = (
-    "torch._C._is_tracing",
     "torch._C._are_functorch_transforms_active",
     "torch._C._len_torch_dispatch_stack",
     "torch._C._functorch.is_legacy_batchedtensor",
@@ -23,7 +22,6 @@ PRIVATE = (
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-is_tracing = torch._C._is_tracing
 transforms_active = torch._C._are_functorch_transforms_active
 is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes = torch._C._len_torch_dispatch_stack
