@@ -1,100 +1,137 @@
-// What the kernels of the CPU and of CUDA are called with.
+// The kernels, and what each of them is called with on the CPU and by CUDA.
+//
+// PK_FIELDS names the bases of a struct and its members: these names are the keyword arguments of the Python function
+// that fill them (csrc/bindings/arguments.hpp), an input `x` taking `x`, `x_tangent`, `grad_x` and, with rows,
+// `x_stride`.
 #pragma once
 
 #include <cstdint>
+#include <utility>
+
+#include "po_kernels/group.hpp"
+
+#define PK_NAMED(...) #__VA_ARGS__, __VA_ARGS__
+#define PK_FIELDS(bases, ...)                                     \
+  template <class Visitor>                                        \
+  void fields(Visitor& visit) {                                   \
+    fields_of(*this, visit, static_cast<void(*) bases>(nullptr)); \
+    visit(PK_NAMED(__VA_ARGS__));                                 \
+  }
 
 namespace po_kernels {
 
-enum Reduction : int { kMeanOverRows = 0, kSumOverRows = 1, kNoReduction = 2 };
+template <class Struct, class Visitor, class... Bases>
+void fields_of(Struct& all, Visitor& visit, void (*)(Bases...)) {
+  (static_cast<Bases&>(all).fields(visit), ...);
+}
 
-// A contiguous input and its tangent; null for what is absent, and a null tangent is zero.
+enum Reduction : int { kMeanOverRows = 0, kSumOverRows = 1, kNoReduction = 2 };
+constexpr std::pair<const char*, int> kReductions[] = {
+    {"mean", kMeanOverRows}, {"sum", kSumOverRows}, {"none", kNoReduction}};
+
+// A contiguous tensor and its tangent; null for what is absent, and a null tangent is zero.
 struct Input {
   const void* value = nullptr;
   const void* tangent = nullptr;
 };
 
-// A (rows, columns) input, whose rows may be strided while its tangent is contiguous.
-struct RowInput : Input {
+// With its gradient, which is contiguous like all outputs, and null if not wanted.
+struct Differentiable : Input {
+  void* gradient = nullptr;
+};
+
+// (rows, columns), whose rows may be strided while its tangent is contiguous.
+struct RowInput : Differentiable {
   int64_t stride = 0;
 };
 
 // What every kernel takes. With `dual` it puts out the derivatives, in the direction of the tangents, of what it
-// puts out without. All outputs are contiguous, and null if not wanted.
+// puts out without.
 struct Call {
   bool is_double = false;
   bool dual = false;
   int64_t rows = 0;
   int threads = 1;  // of the CPU
+
+  template <class Visitor>
+  void fields(Visitor& visit) {
+    visit(PK_NAMED(is_double, dual, rows));
+    visit.optional(PK_NAMED(threads));
+  }
 };
 
-struct LossCall : Call {
+struct LossCall : Call, Surrogate {
   int reduction = kMeanOverRows;
-  int estimator = 0;
-  int advantage = 0;
-  int64_t samples = 0;
-  double entropy_coef = 0.0;
-  bool has_rbf = false;
-  double rbf_gamma = 0.0;
   Input cotangent;        // of one element, or `rows` with kNoReduction; null for ones
-  void* loss = nullptr;   // likewise
+  void* out = nullptr;    // likewise
   void* stats = nullptr;  // (5) or (5, rows)
+
+  PK_FIELDS((Call), reduction, estimator, advantage, num_samples, entropy_coef, rbf_gamma, cotangent, out, stats)
 };
 
 struct RandomNumbers {
-  uint64_t seed = 0;
+  int64_t seed = 0;
   uint64_t row_offset = 0;
+
+  PK_FIELDS((), seed, row_offset)
 };
 
 // Both Gaussians: `scale` holds dim logarithms of standard deviations, or a lower triangular (dim, dim).
-struct GaussianPolicyLoss : LossCall, RandomNumbers {
-  int64_t dim = 0;
-  int precision_kind = 0;
-  RowInput mean, scale, target;
-  Input precision;
-  void *grad_mean = nullptr, *grad_scale = nullptr, *grad_target = nullptr, *grad_precision = nullptr;
-};
-
-struct GaussianSurrogateLoss : LossCall {
+struct GaussianPolicy {
   int64_t dim = 0;
   RowInput mean, scale;
-  Input rewards;                // (samples, rows)
-  const void* given = nullptr;  // (samples, rows, dim)
-  void *grad_mean = nullptr, *grad_scale = nullptr, *grad_rewards = nullptr;
+
+  PK_FIELDS((), dim, mean, scale)
 };
 
-struct GaussianLogProb : Call {
-  int64_t dim = 0;
+struct GaussianPolicyLoss : LossCall, RandomNumbers, GaussianPolicy {
+  int precision_ndim = 0;
+  RowInput target;
+  Differentiable precision;
+
+  PK_FIELDS((LossCall, RandomNumbers, GaussianPolicy), precision_ndim, target, precision)
+};
+
+struct GaussianSurrogateLoss : LossCall, GaussianPolicy {
+  Differentiable rewards;         // (num_samples, rows)
+  const void* samples = nullptr;  // (num_samples, rows, dim)
+
+  PK_FIELDS((LossCall, GaussianPolicy), rewards, samples)
+};
+
+struct GaussianLogProb : Call, GaussianPolicy {
   int64_t count = 0;
-  RowInput mean, scale;
-  Input value;          // (count, rows, dim)
-  Input cotangent;      // (count, rows)
-  void* out = nullptr;  // (count, rows)
-  void *grad_mean = nullptr, *grad_scale = nullptr, *grad_value = nullptr;
+  Differentiable value;  // (count, rows, dim)
+  Input cotangent;       // (count, rows)
+  void* out = nullptr;   // (count, rows)
+
+  PK_FIELDS((Call, GaussianPolicy), count, value, cotangent, out)
 };
 
-struct GaussianSample : Call, RandomNumbers {
-  int64_t dim = 0;
-  int64_t samples = 0;
-  RowInput mean, scale;
-  Input cotangent;      // (samples, rows, dim)
-  void* out = nullptr;  // (samples, rows, dim)
-  void *grad_mean = nullptr, *grad_scale = nullptr;
+struct GaussianSample : Call, RandomNumbers, GaussianPolicy {
+  int64_t num_samples = 0;
+  Input cotangent;      // (num_samples, rows, dim)
+  void* out = nullptr;  // (num_samples, rows, dim)
+
+  PK_FIELDS((Call, RandomNumbers, GaussianPolicy), num_samples, cotangent, out)
 };
 
 struct CategoricalPolicyLoss : LossCall, RandomNumbers {
   int64_t classes = 0;
   RowInput logits;
-  Input reward_table;               // (classes, classes)
+  Differentiable reward_table;      // (classes, classes)
   const int64_t* target = nullptr;  // (rows)
-  void *grad_logits = nullptr, *grad_reward_table = nullptr;
+
+  PK_FIELDS((LossCall, RandomNumbers), classes, logits, reward_table, target)
 };
 
 struct CategoricalSurrogateLoss : LossCall {
   int64_t classes = 0;
   RowInput logits;
-  Input rewards;                   // (samples, rows)
-  const int64_t* given = nullptr;  // (samples, rows)
-  void *grad_logits = nullptr, *grad_rewards = nullptr;
+  Differentiable rewards;            // (num_samples, rows)
+  const int64_t* samples = nullptr;  // (num_samples, rows)
+
+  PK_FIELDS((LossCall), classes, logits, rewards, samples)
 };
 
 struct CategoricalLogProb : Call {
@@ -104,25 +141,42 @@ struct CategoricalLogProb : Call {
   const int64_t* value = nullptr;  // (count, rows)
   Input cotangent;                 // (count, rows)
   void* out = nullptr;             // (count, rows)
-  void* grad_logits = nullptr;
+
+  PK_FIELDS((Call), classes, count, logits, value, cotangent, out)
 };
 
 struct CategoricalSample : Call, RandomNumbers {
   int64_t classes = 0;
-  int64_t samples = 0;
+  int64_t num_samples = 0;
   RowInput logits;
-  int64_t* out = nullptr;  // (samples, rows)
+  int64_t* out = nullptr;  // (num_samples, rows)
+
+  PK_FIELDS((Call, RandomNumbers), classes, num_samples, logits, out)
 };
 
 struct GroupAdvantage : Call {
   int advantage = 0;
-  bool has_rbf = false;
-  double rbf_gamma = 0.0;
-  int64_t samples = 0;
-  Input rewards;        // (samples, rows)
-  Input cotangent;      // (samples, rows)
-  void* out = nullptr;  // (samples, rows)
-  void* grad_rewards = nullptr;
+  MaybeNumber rbf_gamma;
+  int64_t num_samples = 0;
+  Differentiable rewards;  // (num_samples, rows)
+  Input cotangent;         // (num_samples, rows)
+  void* out = nullptr;     // (num_samples, rows)
+
+  PK_FIELDS((Call), advantage, rbf_gamma, num_samples, rewards, cotangent, out)
 };
+
+// Every kernel and what it is called with: `both` for one that CUDA has too, `cpu` for one that only the CPU has.
+#define PK_GAUSSIAN_KERNELS(both, cpu, family)                                                        \
+  both(family##_policy_loss, GaussianPolicyLoss) both(family##_surrogate_loss, GaussianSurrogateLoss) \
+      both(family##_log_prob, GaussianLogProb) both(family##_sample, GaussianSample)
+#define PK_KERNELS(both, cpu)                                                                                   \
+  PK_GAUSSIAN_KERNELS(both, cpu, gaussian)                                                                      \
+  PK_GAUSSIAN_KERNELS(both, cpu, mvn)                                                                           \
+  cpu(categorical_policy_loss, CategoricalPolicyLoss) cpu(categorical_surrogate_loss, CategoricalSurrogateLoss) \
+      cpu(categorical_log_prob, CategoricalLogProb) cpu(categorical_sample, CategoricalSample)                  \
+          cpu(group_advantage, GroupAdvantage)
+#define PK_NO_KERNEL(name, type)
+#define PK_FOR_EACH_KERNEL(do) PK_KERNELS(do, do)
+#define PK_FOR_EACH_CUDA_KERNEL(do) PK_KERNELS(do, PK_NO_KERNEL)
 
 }  // namespace po_kernels

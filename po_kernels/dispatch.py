@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import reference
+from .backends import checks, reference
 from .backends.contract import Kernel, Request
+from .backends.reference import philox
 
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
@@ -30,7 +31,8 @@ class Decision(NamedTuple):
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every op runs on the backend `name` or raises.
 
-    Functions compiled by `torch.compile` keep the backend that they were traced with.
+    It holds for the thread, or the task of asyncio, that enters the block: threads that are started within have to
+    enter one of their own. Functions compiled by `torch.compile` keep the backend that they were traced with.
 
     Args:
         name: one of "native", "numba", "cuda", "triton", "reference".
@@ -46,8 +48,6 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
-# torch.compile asks once, when it traces: a compiled function keeps its backend.
-@torch.compiler.assume_constant_result
 def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
     """The name of the backend for a call; `backend` is what the caller asked for by name.
 
@@ -62,7 +62,8 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -
     else:
         source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or None  # type: ignore[assignment]
     if name is None:
-        return _automatic(op, device_type, dtype).backend
+        known = _decisions.get((op, device_type, dtype))
+        return known.backend if known is not None else _automatic(op, device_type, dtype).backend
     _known(op, source, name)
     reason = refusal(op, name, device_type, dtype)
     if reason is not None:
@@ -101,6 +102,9 @@ def first_order_only() -> dict[str, str]:
 
 # The definition of an op, which autograd differentiates and torch.compile traces.
 plain = reference.evaluate
+entropy = reference.entropy
+refuse_values = checks.values
+stream_key = philox.stream_key
 
 
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:
@@ -117,15 +121,11 @@ _decisions: dict[tuple[str, str, torch.dtype], Decision] = {}
 
 
 def _automatic(op: str, device_type: str, dtype: torch.dtype) -> Decision:
-    key = (op, device_type, dtype)
-    known = _decisions.get(key)
-    if known is not None:
-        return known
     refused: dict[str, str] = {}
     for name in BACKENDS:
         reason = refusal(op, name, device_type, dtype) or module(name).must_be_asked(op, device_type)
         if reason is None:
-            return _decisions.setdefault(key, Decision(name, refused))
+            return _decisions.setdefault((op, device_type, dtype), Decision(name, refused))
         refused[name] = reason
     raise RuntimeError(f"{op}: no backend serves {dtype} on {device_type}: {refused}")
 

@@ -1,14 +1,97 @@
-#include "bindings/bindings.hpp"
+// The Python module: a function for each kernel of csrc/calls.hpp, and what Python has to know of the numbers in a
+// call.
+#include "bindings/arguments.hpp"
+#include "cpu/kernels.hpp"
+#if defined(PK_CUDA)
+#include "cuda/cuda.hpp"
+#endif
+
+namespace po_kernels {
+
+namespace {
+
+// (code, row) of the verdict.
+template <class C>
+void define(py::module_& module, const char* name, Verdict (*kernel)(const C&)) {
+  module.def(name, [kernel, fields = Fields::of<C>()](const py::kwargs& given) {
+    C call;
+    fields.fill(&call, given);
+    Verdict verdict;
+    {
+      py::gil_scoped_release release;
+      verdict = kernel(call);
+    }
+    return py::make_tuple(verdict.code, verdict.row);
+  });
+}
+
+#if defined(PK_CUDA)
+template <class C>
+struct Launched : C, CudaLaunch {
+  template <class Visitor>
+  void fields(Visitor& visit) {
+    C::fields(visit);
+    CudaLaunch::fields(visit);
+  }
+};
+
+// (why such shapes are refused, the error of a launch), each empty if there is none.
+template <class C>
+void define_cuda(py::module_& module, const char* name, CudaOutcome (*on_device)(const C&, const CudaLaunch&),
+                 CudaOutcome (*emulated)(const C&, const CudaLaunch&)) {
+  module.def(name, [on_device, emulated, fields = Fields::of<Launched<C>>()](const py::kwargs& given) {
+    Launched<C> call;
+    fields.fill(&call, given);
+    CudaOutcome outcome;
+    {
+      py::gil_scoped_release release;
+      outcome = (call.emulate ? emulated : on_device)(call, call);
+    }
+    return py::make_tuple(outcome.refused, outcome.failed);
+  });
+}
+
+py::dict cuda_state_as_dict() {
+  const CudaState state = cuda_state();
+  py::dict result;
+  result["devices"] = state.devices;
+  result["runtime_version"] = state.runtime_version;
+  result["driver_version"] = state.driver_version;
+  result["error"] = state.error;
+  return result;
+}
+#endif
+
+template <size_t N>
+py::dict as_dict(const std::pair<const char*, int> (&numbers)[N]) {
+  py::dict result;
+  for (const auto& [name, number] : numbers) result[name] = number;
+  return result;
+}
+
+py::dict enums() {
+  py::dict result;
+  result["Estimator"] = as_dict(kEstimators);
+  result["Advantage"] = as_dict(kAdvantages);
+  result["Reduction"] = as_dict(kReductions);
+  result["Refusal"] = as_dict(kRefusals);
+  return result;
+}
+
+}  // namespace
+
+}  // namespace po_kernels
 
 PYBIND11_MODULE(_native, module) {
+  using namespace po_kernels;
   module.doc() = "Compiled kernels of po_kernels. Internal: call the operations of po_kernels instead.";
-  module.def(
-      "simd_level", [] { return po_kernels::kernels().level; },
-      "The instruction-set level that the CPU kernels run at.");
-  po_kernels::register_advantage(module);
-  po_kernels::register_gaussian(module);
-  po_kernels::register_categorical(module);
+  module.def("simd_level", [] { return kernels().level; }, "The instruction-set level that the CPU kernels run at.");
+  module.def("enums", enums, "The numbers that stand for options and refusals, by name.");
+#define PK_DEFINE(name, type) define(module, #name, kernels().name);
+  PK_FOR_EACH_KERNEL(PK_DEFINE)
 #if defined(PK_CUDA)
-  po_kernels::register_cuda(module);
+  module.def("cuda_state", cuda_state_as_dict, "What the CUDA runtime linked into the extension sees on this machine.");
+#define PK_DEFINE_CUDA(name, type) define_cuda<type>(module, "cuda_" #name, cuda_##name, emulated_##name);
+  PK_FOR_EACH_CUDA_KERNEL(PK_DEFINE_CUDA)
 #endif
 }

@@ -130,61 +130,61 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
-    const int64_t classes = call.classes, samples = call.samples;
+    const int64_t classes = call.classes, samples = call.num_samples;
     constexpr int width = LaneTraits<V>::width;
-    const Surrogate s = surrogate(call);
+    const Surrogate s = call;
     const RewardColumns<V> columns(call);
     // The table's gradient is scattered by label, so that its sums are elements, not lane values.
-    const SharedSums sums{classes * classes, call.grad_reward_table != nullptr, false};
+    const SharedSums sums{classes * classes, call.reward_table.gradient != nullptr, false};
     const size_t bytes = sizeof(V) * size_t(6 * classes + 5 * samples) + sizeof(P) * size_t(4 * classes) +
                          sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
-    const Totals totals = for_each_tile<V>(
-        call, 8 * classes + samples * (16 + classes), sums, bytes,
-        [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
-          Verdict verdict = check_labels(tile, 1, call.rows, classes, call.target);
-          if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, samples > 0);
-          if (verdict.code != kAccepted) return verdict;
-          V* logits = arena.take(classes);
-          V* column = arena.take(classes);
-          V* work = arena.take(4 * classes + 5 * samples);
-          P* grad_logits = arena.template take<P>(classes);
-          P* grad_column = arena.template take<P>(classes);
-          Word<V>* labels = arena.template take<Word<V>>(samples);
-          load(tile, call.logits, classes, logits);
-          columns.load(tile, call.target, column);
-          const CategoricalRow<V> row{classes, logits, column};
-          const CategoricalGradients<V> out{load_weight<V>(call, tile), call.grad_logits ? grad_logits : nullptr,
-                                            call.grad_reward_table ? grad_column : nullptr};
-          Group<V> group{};
-          if (s.estimator == kClosedForm) {
-            loss = output(categorical_closed_form(row, s, out, work));
-          } else {
-            sample_labels(call, call.logits, samples, classes, tile, arena, labels);
-            loss = output(categorical_sampled(row, s, labels, out, work, group));
-          }
-          if constexpr (!is_dual<V>) {
-            if (call.stats) {
-              const Word<V> target = load_labels<Word<V>>(tile, call.target);
-              stats = categorical_policy_stats(row, s, target, group, work + 4 * samples);
-            }
-          }
-          if (out.logits) store(tile, out.logits, classes, call.grad_logits, arena);
-          if (out.column) {  // summed column by column too
-            T* rows = reinterpret_cast<T*>(arena.template take<P>(classes));
-            T* row[width];
-            for (int l = 0; l < width; ++l) row[l] = rows + l * classes;
-            lanes_to_rows<T, width>(out.column, classes, row);
-            for (int l = 0; l < tile.count; ++l) {
-              T* sum = reinterpret_cast<T*>(shared) + call.target[tile.begin + l] * classes;
-              for (int64_t c = 0; c < classes; ++c) sum[c] += row[l][c];
-            }
-          }
-          return {};
-        });
-    if (totals.verdict.code != kAccepted || call.grad_reward_table == nullptr) return totals.verdict;
+    const Totals totals =
+        for_each_tile<V>(call, 8 * classes + samples * (16 + classes), sums, bytes,
+                         [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
+                           Verdict verdict = check_labels(tile, 1, call.rows, classes, call.target);
+                           if (verdict.code == kAccepted)
+                             verdict = check_logits<T>(tile, classes, call.logits, samples > 0);
+                           if (verdict.code != kAccepted) return verdict;
+                           V* logits = arena.take(classes);
+                           V* column = arena.take(classes);
+                           V* work = arena.take(4 * classes + 5 * samples);
+                           Word<V>* labels = arena.template take<Word<V>>(samples);
+                           load(tile, call.logits, classes, logits);
+                           columns.load(tile, call.target, column);
+                           const CategoricalRow<V> row{classes, logits, column};
+                           const CategoricalGradients<V> out{
+                               load_weight<V>(call, tile), arena.template take_for<P>(call.logits.gradient, classes),
+                               arena.template take_for<P>(call.reward_table.gradient, classes)};
+                           Group<V> group{};
+                           if (s.estimator == kClosedForm) {
+                             loss = output(categorical_closed_form(row, s, out, work));
+                           } else {
+                             sample_labels(call, call.logits, samples, classes, tile, arena, labels);
+                             loss = output(categorical_sampled(row, s, labels, out, work, group));
+                           }
+                           if constexpr (!is_dual<V>) {
+                             if (call.stats) {
+                               const Word<V> target = load_labels<Word<V>>(tile, call.target);
+                               stats = categorical_policy_stats(row, s, target, group, work + 4 * samples);
+                             }
+                           }
+                           store(tile, out.logits, classes, call.logits.gradient, arena);
+                           if (out.column) {  // summed column by column too
+                             T* rows = reinterpret_cast<T*>(arena.template take<P>(classes));
+                             T* row[width];
+                             for (int l = 0; l < width; ++l) row[l] = rows + l * classes;
+                             lanes_to_rows<T, width>(out.column, classes, row);
+                             for (int l = 0; l < tile.count; ++l) {
+                               T* sum = reinterpret_cast<T*>(shared) + call.target[tile.begin + l] * classes;
+                               for (int64_t c = 0; c < classes; ++c) sum[c] += row[l][c];
+                             }
+                           }
+                           return {};
+                         });
+    if (totals.verdict.code != kAccepted || call.reward_table.gradient == nullptr) return totals.verdict;
     for (int64_t i = 0; i < classes; ++i) {
       for (int64_t j = 0; j < classes; ++j) {
-        static_cast<T*>(call.grad_reward_table)[i * classes + j] = T(totals.shared()[j * classes + i]);
+        static_cast<T*>(call.reward_table.gradient)[i * classes + j] = T(totals.shared()[j * classes + i]);
       }
     }
     return {};
@@ -196,46 +196,44 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
-    const int64_t classes = call.classes, samples = call.samples;
-    const Surrogate s = surrogate(call);
+    const int64_t classes = call.classes, samples = call.num_samples;
+    const Surrogate s = call;
     const size_t bytes = sizeof(V) * size_t(5 * classes + 6 * samples) + sizeof(P) * size_t(2 * classes + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
-    return for_each_tile<V>(call, 8 * classes + 8 * samples, SharedSums{0, false, true}, bytes,
-                            [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
-                              Verdict verdict = check_labels(tile, samples, call.rows, classes, call.given);
-                              if (verdict.code == kAccepted)
-                                verdict = check_logits<T>(tile, classes, call.logits, false);
-                              if (verdict.code == kAccepted)
-                                verdict = check_unmasked<T>(tile, samples, call.rows, call.logits, call.given);
-                              if (verdict.code != kAccepted) return verdict;
-                              V* logits = arena.take(classes);
-                              V* rewards = arena.take(samples);
-                              V* work = arena.take(4 * classes + 5 * samples);
-                              P* grad_logits = arena.template take<P>(classes);
-                              P* grad_rewards = arena.template take<P>(samples);
-                              Word<V>* labels = arena.template take<Word<V>>(samples);
-                              load(tile, call.logits, classes, logits);
-                              for (int64_t g = 0; g < samples; ++g) {
-                                load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
-                                labels[g] = load_labels<Word<V>>(tile, call.given + g * call.rows);
-                              }
-                              const CategoricalRow<V> row{classes, logits, nullptr};
-                              const CategoricalGradients<V> out{load_weight<V>(call, tile),
-                                                                call.grad_logits ? grad_logits : nullptr, nullptr};
-                              Group<V> group{};
-                              P* rewards_out = call.grad_rewards ? grad_rewards : nullptr;
-                              loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
-                              if constexpr (!is_dual<V>) {
-                                if (call.stats)
-                                  stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
-                              }
-                              if (out.logits) store(tile, out.logits, classes, call.grad_logits, arena);
-                              for (int64_t g = 0; rewards_out && g < samples; ++g) {
-                                store(tile, rewards_out[g], slice<T>(call.grad_rewards, g, call.rows, 1));
-                              }
-                              return {};
-                            })
-        .verdict;
+    const int64_t operations = 8 * classes + 8 * samples;
+    const Totals totals = for_each_tile<V>(
+        call, operations, SharedSums{}, bytes,
+        [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
+          Verdict verdict = check_labels(tile, samples, call.rows, classes, call.samples);
+          if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
+          if (verdict.code == kAccepted)
+            verdict = check_unmasked<T>(tile, samples, call.rows, call.logits, call.samples);
+          if (verdict.code != kAccepted) return verdict;
+          V* logits = arena.take(classes);
+          V* rewards = arena.take(samples);
+          V* work = arena.take(4 * classes + 5 * samples);
+          P* rewards_out = arena.template take_for<P>(call.rewards.gradient, samples);
+          Word<V>* labels = arena.template take<Word<V>>(samples);
+          load(tile, call.logits, classes, logits);
+          for (int64_t g = 0; g < samples; ++g) {
+            load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+            labels[g] = load_labels<Word<V>>(tile, call.samples + g * call.rows);
+          }
+          const CategoricalRow<V> row{classes, logits, nullptr};
+          const CategoricalGradients<V> out{load_weight<V>(call, tile),
+                                            arena.template take_for<P>(call.logits.gradient, classes), nullptr};
+          Group<V> group{};
+          loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
+          if constexpr (!is_dual<V>) {
+            if (call.stats) stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
+          }
+          store(tile, out.logits, classes, call.logits.gradient, arena);
+          for (int64_t g = 0; rewards_out && g < samples; ++g) {
+            store(tile, rewards_out[g], slice<T>(call.rewards.gradient, g, call.rows, 1));
+          }
+          return {};
+        });
+    return totals.verdict;
   });
 }
 
@@ -264,16 +262,16 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
         const Word<V> label = load_labels<Word<V>>(tile, call.value + i * call.rows);
         const P result = output(label_log_prob(row, log_p, label));
         store(tile, result, slice<T>(call.out, i, call.rows, 1));
-        if (call.grad_logits) {
+        if (call.logits.gradient) {
           V weight;
           load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
           scatter_add(score, label, weight);
           total = total + weight;
         }
       }
-      if (call.grad_logits == nullptr) return {};
+      if (call.logits.gradient == nullptr) return {};
       for (int64_t c = 0; c < classes; ++c) gradient[c] = output(score[c] - p[c] * total);
-      store(tile, gradient, classes, call.grad_logits, arena);
+      store(tile, gradient, classes, call.logits.gradient, arena);
       return {};
     });
   });
@@ -284,19 +282,18 @@ Verdict categorical_sample(const CategoricalSample& call) {
     using V = Primal<decltype(lane)>;
     using T = Element<V>;
     const int64_t classes = call.classes;
-    const size_t bytes = sizeof(Word<V>) * size_t(call.samples) + sample_bytes<V>(classes) + 1024;
-    return for_each_tile<V>(call, 8 * classes + call.samples * (16 + classes), bytes,
-                            [&](Tile tile, Arena<V> arena) -> Verdict {
-                              const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
-                              if (verdict.code != kAccepted) return verdict;
-                              Word<V>* labels = arena.template take<Word<V>>(call.samples);
-                              sample_labels(call, call.logits, call.samples, classes, tile, arena, labels);
-                              for (int64_t g = 0; g < call.samples; ++g) {
-                                for (int l = 0; l < tile.count; ++l)
-                                  call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
-                              }
-                              return {};
-                            });
+    const size_t bytes = sizeof(Word<V>) * size_t(call.num_samples) + sample_bytes<V>(classes) + 1024;
+    const int64_t operations = 8 * classes + call.num_samples * (16 + classes);
+    return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+      const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
+      if (verdict.code != kAccepted) return verdict;
+      Word<V>* labels = arena.template take<Word<V>>(call.num_samples);
+      sample_labels(call, call.logits, call.num_samples, classes, tile, arena, labels);
+      for (int64_t g = 0; g < call.num_samples; ++g) {
+        for (int l = 0; l < tile.count; ++l) call.out[g * call.rows + tile.begin + l] = labels[g].v[l];
+      }
+      return {};
+    });
   });
 }
 

@@ -8,9 +8,13 @@
 namespace po_kernels {
 
 #define PK_DECLARE(name, type) Verdict name(const type&);
-#define PK_DECLARE_LEVEL(name)     \
-  namespace kernels_##name {       \
-    PK_FOR_EACH_KERNEL(PK_DECLARE) \
+#define PK_ENTRY(name, type) name,
+#define PK_DECLARE_LEVEL(name)                       \
+  namespace kernels_##name {                         \
+    PK_FOR_EACH_KERNEL(PK_DECLARE)                   \
+    constexpr KernelTable table(const char* level) { \
+      return {level, PK_FOR_EACH_KERNEL(PK_ENTRY)};  \
+    }                                                \
   }
 
 PK_DECLARE_LEVEL(default)
@@ -24,20 +28,14 @@ PK_DECLARE_LEVEL(x86_64_v4)
 namespace {
 
 // Best first.
-const KernelTable kTables[] = {
+constexpr KernelTable kTables[] = {
 #if defined(PK_HAS_x86_64_v4)
-#define PK_ENTRY(name, type) kernels_x86_64_v4::name,
-    {"x86-64-v4", PK_FOR_EACH_KERNEL(PK_ENTRY)},
-#undef PK_ENTRY
+    kernels_x86_64_v4::table("x86-64-v4"),
 #endif
 #if defined(PK_HAS_x86_64_v3)
-#define PK_ENTRY(name, type) kernels_x86_64_v3::name,
-    {"x86-64-v3", PK_FOR_EACH_KERNEL(PK_ENTRY)},
-#undef PK_ENTRY
+    kernels_x86_64_v3::table("x86-64-v3"),
 #endif
-#define PK_ENTRY(name, type) kernels_default::name,
-    {"default", PK_FOR_EACH_KERNEL(PK_ENTRY)},
-#undef PK_ENTRY
+    kernels_default::table("default"),
 };
 
 bool supported(const std::string& level) {

@@ -6,21 +6,11 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-Verdict gaussian_policy_loss(const GaussianPolicyLoss& call) {
-  return gaussian_policy_loss_of<DiagonalScale>(call);
-}
-
-Verdict gaussian_surrogate_loss(const GaussianSurrogateLoss& call) {
-  return gaussian_surrogate_loss_of<DiagonalScale>(call);
-}
-
-Verdict gaussian_log_prob(const GaussianLogProb& call) {
-  return gaussian_log_prob_of<DiagonalScale>(call);
-}
-
-Verdict gaussian_sample(const GaussianSample& call) {
-  return gaussian_sample_of<DiagonalScale>(call);
-}
+#define PK_DEFINE(name, type)                    \
+  Verdict name(const type& call) {               \
+    return gaussian_kernel<DiagonalScale>(call); \
+  }
+PK_GAUSSIAN_KERNELS(PK_DEFINE, PK_DEFINE, gaussian)
 
 }  // namespace PK_LEVEL
 }  // namespace po_kernels

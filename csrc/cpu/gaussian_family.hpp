@@ -120,24 +120,24 @@ void load_noise(const RandomNumbers& call, Tile tile, int64_t first, int64_t sam
 }
 
 template <template <class> class Scale>
-Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
+Verdict gaussian_kernel(const GaussianPolicyLoss& call) {
   return with_lanes(call, [](auto lane, const GaussianPolicyLoss& call) -> Verdict {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
-    const int64_t dim = call.dim, samples = call.samples;
-    const Surrogate s = surrogate(call);
-    std::unique_ptr<Shared<V>[]> u(new Shared<V>[size_t(precision_size(call.precision_kind, dim))]);
-    const Verdict verdict = load_precision<V>(call.precision, call.precision_kind, dim, u.get());
+    const int64_t dim = call.dim, samples = call.num_samples;
+    const Surrogate s = call;
+    std::unique_ptr<Shared<V>[]> u(new Shared<V>[size_t(precision_size(call.precision_ndim, dim))]);
+    const Verdict verdict = load_precision<V>(call.precision, call.precision_ndim, dim, u.get());
     if (verdict.code != kAccepted) return verdict;
-    const Precision<V> precision{call.precision_kind, u.get()};
+    const Precision<V> precision{call.precision_ndim, u.get()};
     // With derivatives in the policy alone, as in an inner loop's Hessian products, the rewards are plain numbers.
     const bool plain_rewards = is_dual<V> && s.estimator != kReparam && !call.target.tangent && !call.precision.tangent;
-    std::unique_ptr<T[]> plain(new T[size_t(precision_size(call.precision_kind, dim))]);
-    for (int64_t i = 0; i < precision_size(call.precision_kind, dim); ++i) plain[i] = as<T>(u[i]);
-    const Precision<P> plain_precision{call.precision_kind, plain.get()};
+    std::unique_ptr<T[]> plain(new T[size_t(precision_size(call.precision_ndim, dim))]);
+    for (int64_t i = 0; i < precision_size(call.precision_ndim, dim); ++i) plain[i] = as<T>(u[i]);
+    const Precision<P> plain_precision{call.precision_ndim, plain.get()};
 
-    const SharedSums sums{precision_terms(call.precision_kind, dim), call.grad_precision != nullptr, true};
+    const SharedSums sums{precision_terms(call.precision_ndim, dim), call.precision.gradient != nullptr, true};
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + gaussian_work(dim) + 4 * samples) +
                          sizeof(P) * size_t(samples * dim);
     const Totals totals = for_each_tile<V>(
@@ -151,15 +151,12 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
           V* target = arena.take(dim);
           V* work = arena.take(gaussian_work(dim) + 4 * samples);
           P* noise = arena.template take<P>(samples * dim);
-          P* grad_mean = arena.template take<P>(dim);
-          P* grad_target = arena.template take<P>(dim);
-          P* grad_scale = arena.template take<P>(scale.size());
           load(tile, call.target, dim, target);
           const GaussianGradients<V> out{load_weight<V>(call, tile),
-                                         call.grad_mean ? grad_mean : nullptr,
-                                         call.grad_scale ? grad_scale : nullptr,
-                                         call.grad_target ? grad_target : nullptr,
-                                         call.grad_precision ? shared : nullptr,
+                                         arena.template take_for<P>(call.mean.gradient, dim),
+                                         arena.template take_for<P>(call.scale.gradient, scale.size()),
+                                         arena.template take_for<P>(call.target.gradient, dim),
+                                         call.precision.gradient ? shared : nullptr,
                                          nullptr};
           Group<V> group{};
           if (s.estimator == kClosedForm) {
@@ -178,106 +175,103 @@ Verdict gaussian_policy_loss_of(const GaussianPolicyLoss& call) {
               stats = gaussian_policy_stats(scale, mean, target, precision, s, group, work + 4 * samples);
             }
           }
-          if (out.mean) store(tile, out.mean, dim, call.grad_mean, arena);
-          if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale, arena);
-          if (out.target) store(tile, out.target, dim, call.grad_target, arena);
+          store(tile, out.mean, dim, call.mean.gradient, arena);
+          store(tile, out.scale, scale.size(), call.scale.gradient, arena);
+          store(tile, out.target, dim, call.target.gradient, arena);
           return {};
         });
-    if (totals.verdict.code == kAccepted && call.grad_precision) {
-      store_precision(call.precision_kind, dim, totals.shared(), static_cast<T*>(call.grad_precision));
+    if (totals.verdict.code == kAccepted && call.precision.gradient) {
+      store_precision(call.precision_ndim, dim, totals.shared(), static_cast<T*>(call.precision.gradient));
     }
     return totals.verdict;
   });
 }
 
 template <template <class> class Scale>
-Verdict gaussian_surrogate_loss_of(const GaussianSurrogateLoss& call) {
+Verdict gaussian_kernel(const GaussianSurrogateLoss& call) {
   return with_lanes(call, [](auto lane, const GaussianSurrogateLoss& call) -> Verdict {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
-    const int64_t dim = call.dim, samples = call.samples;
-    const Surrogate s = surrogate(call);
+    const int64_t dim = call.dim, samples = call.num_samples;
+    const Surrogate s = call;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(gaussian_work(dim) + 5 * samples) +
                          sizeof(P) * size_t(samples * (dim + 1));
-    return for_each_tile<V>(
-               call, (samples + 1) * gaussian_operations<Scale<V>>(dim), SharedSums{0, false, true}, bytes,
-               [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
-                 const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-                 if (judged.code != kAccepted) return judged;
-                 V* mean;
-                 const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-                 V* rewards = arena.take(samples);
-                 V* work = arena.take(gaussian_work(dim) + 4 * samples);
-                 P* given = arena.template take<P>(samples * dim);
-                 P* grad_mean = arena.template take<P>(dim);
-                 P* grad_scale = arena.template take<P>(scale.size());
-                 P* grad_rewards = arena.template take<P>(samples);
-                 for (int64_t g = 0; g < samples; ++g) {
-                   load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
-                   load(tile, slice<T>(Input{call.given, nullptr}, g, call.rows, dim), dim, given + g * dim);
-                 }
-                 const GaussianGradients<V> out{load_weight<V>(call, tile),
-                                                call.grad_mean ? grad_mean : nullptr,
-                                                call.grad_scale ? grad_scale : nullptr,
-                                                nullptr,
-                                                nullptr,
-                                                call.grad_rewards ? grad_rewards : nullptr};
-                 Group<V> group{};
-                 loss = output(gaussian_given(scale, mean, rewards, given, s, out, work, group));
-                 if constexpr (!is_dual<V>) {
-                   if (call.stats) stats = gaussian_given_stats(scale, mean, given, s, group, work + 4 * samples);
-                 }
-                 if (out.mean) store(tile, out.mean, dim, call.grad_mean, arena);
-                 if (out.scale) store(tile, out.scale, scale.size(), call.grad_scale, arena);
-                 for (int64_t g = 0; out.rewards && g < samples; ++g) {
-                   store(tile, out.rewards[g], slice<T>(call.grad_rewards, g, call.rows, 1));
-                 }
-                 return {};
-               })
-        .verdict;
+    const int64_t operations = (samples + 1) * gaussian_operations<Scale<V>>(dim);
+    const Totals totals = for_each_tile<V>(
+        call, operations, SharedSums{}, bytes,
+        [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
+          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+          if (judged.code != kAccepted) return judged;
+          V* mean;
+          const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+          V* rewards = arena.take(samples);
+          V* work = arena.take(gaussian_work(dim) + 4 * samples);
+          P* given = arena.template take<P>(samples * dim);
+          for (int64_t g = 0; g < samples; ++g) {
+            load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
+            load(tile, slice<T>(Input{call.samples, nullptr}, g, call.rows, dim), dim, given + g * dim);
+          }
+          const GaussianGradients<V> out{load_weight<V>(call, tile),
+                                         arena.template take_for<P>(call.mean.gradient, dim),
+                                         arena.template take_for<P>(call.scale.gradient, scale.size()),
+                                         nullptr,
+                                         nullptr,
+                                         arena.template take_for<P>(call.rewards.gradient, samples)};
+          Group<V> group{};
+          loss = output(gaussian_given(scale, mean, rewards, given, s, out, work, group));
+          if constexpr (!is_dual<V>) {
+            if (call.stats) stats = gaussian_given_stats(scale, mean, given, s, group, work + 4 * samples);
+          }
+          store(tile, out.mean, dim, call.mean.gradient, arena);
+          store(tile, out.scale, scale.size(), call.scale.gradient, arena);
+          for (int64_t g = 0; out.rewards && g < samples; ++g) {
+            store(tile, out.rewards[g], slice<T>(call.rewards.gradient, g, call.rows, 1));
+          }
+          return {};
+        });
+    return totals.verdict;
   });
 }
 
 template <template <class> class Scale>
-Verdict gaussian_log_prob_of(const GaussianLogProb& call) {
+Verdict gaussian_kernel(const GaussianLogProb& call) {
   return with_lanes(call, [](auto lane, const GaussianLogProb& call) -> Verdict {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t dim = call.dim;
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim);
-    return for_each_tile<V>(
-        call, (call.count + 1) * gaussian_operations<Scale<V>>(dim), bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
-          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-          if (judged.code != kAccepted) return judged;
-          V* mean;
-          const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-          V* value = arena.take(dim);
-          V* work = arena.take(2 * dim);
-          P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
-          P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
-          P* grad_value = call.grad_value ? arena.template take<P>(dim) : nullptr;
-          clear(dim, grad_mean);
-          clear(scale.size(), grad_scale);
-          for (int64_t i = 0; i < call.count; ++i) {
-            V weight{};
-            load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
-            if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
-            const P result =
-                output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
-            store(tile, result, slice<T>(call.out, i, call.rows, 1));
-            if (grad_value) store(tile, grad_value, dim, slice<T>(call.grad_value, i, call.rows, dim), arena);
-          }
-          if (grad_mean) store(tile, grad_mean, dim, call.grad_mean, arena);
-          if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale, arena);
-          return {};
-        });
+    const int64_t operations = (call.count + 1) * gaussian_operations<Scale<V>>(dim);
+    return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+      const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+      if (judged.code != kAccepted) return judged;
+      V* mean;
+      const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      V* value = arena.take(dim);
+      V* work = arena.take(2 * dim);
+      P* grad_mean = arena.template take_for<P>(call.mean.gradient, dim);
+      P* grad_scale = arena.template take_for<P>(call.scale.gradient, scale.size());
+      P* grad_value = arena.template take_for<P>(call.value.gradient, dim);
+      clear(dim, grad_mean);
+      clear(scale.size(), grad_scale);
+      for (int64_t i = 0; i < call.count; ++i) {
+        V weight{};
+        load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
+        if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
+        const P result = output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
+        store(tile, result, slice<T>(call.out, i, call.rows, 1));
+        if (grad_value) store(tile, grad_value, dim, slice<T>(call.value.gradient, i, call.rows, dim), arena);
+      }
+      store(tile, grad_mean, dim, call.mean.gradient, arena);
+      store(tile, grad_scale, scale.size(), call.scale.gradient, arena);
+      return {};
+    });
   });
 }
 
 template <template <class> class Scale>
-Verdict gaussian_sample_of(const GaussianSample& call) {
+Verdict gaussian_kernel(const GaussianSample& call) {
   return with_lanes(call, [](auto lane, const GaussianSample& call) -> Verdict {
     using V = decltype(lane);
     using T = Element<V>;
@@ -285,44 +279,43 @@ Verdict gaussian_sample_of(const GaussianSample& call) {
     const int64_t dim = call.dim;
     const size_t bytes =
         policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t((kBlock + 1) * dim);
-    return for_each_tile<V>(call, (call.samples + 1) * gaussian_operations<Scale<V>>(dim), bytes,
-                            [&](Tile tile, Arena<V> arena) -> Verdict {
-                              const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-                              if (judged.code != kAccepted) return judged;
-                              V* mean;
-                              const Scale<V> scale =
-                                  load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
-                              V* sample = arena.take(dim);
-                              V* slope = arena.take(dim);
-                              P* noise = arena.template take<P>(kBlock * dim);
-                              P* result = arena.template take<P>(dim);
-                              P* grad_mean = call.grad_mean ? arena.template take<P>(dim) : nullptr;
-                              P* grad_scale = call.grad_scale ? arena.template take<P>(scale.size()) : nullptr;
-                              clear(dim, grad_mean);
-                              clear(scale.size(), grad_scale);
-                              for (int64_t g = 0; g < call.samples; ++g) {
-                                const P* eps = noise + g % kBlock * dim;
-                                if (g % kBlock == 0) {
-                                  const int64_t left = call.samples - g;
-                                  load_noise(call, tile, g, std::min<int64_t>(kBlock, left), dim, noise);
-                                }
-                                if (call.out) {
-                                  scale.template stretch<1>(mean, eps, sample);
-                                  for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
-                                  store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
-                                }
-                                if (grad_mean || grad_scale) {
-                                  load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
-                                  for (int64_t j = 0; grad_mean && j < dim; ++j) {
-                                    grad_mean[j] = grad_mean[j] + output(slope[j]);
-                                  }
-                                  if (grad_scale) scale.template add_path<1>(slope, eps, grad_scale);
-                                }
-                              }
-                              if (grad_mean) store(tile, grad_mean, dim, call.grad_mean, arena);
-                              if (grad_scale) store(tile, grad_scale, scale.size(), call.grad_scale, arena);
-                              return {};
-                            });
+    const int64_t operations = (call.num_samples + 1) * gaussian_operations<Scale<V>>(dim);
+    return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+      const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
+      if (judged.code != kAccepted) return judged;
+      V* mean;
+      const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      V* sample = arena.take(dim);
+      V* slope = arena.take(dim);
+      P* noise = arena.template take<P>(kBlock * dim);
+      P* result = arena.template take<P>(dim);
+      P* grad_mean = arena.template take_for<P>(call.mean.gradient, dim);
+      P* grad_scale = arena.template take_for<P>(call.scale.gradient, scale.size());
+      clear(dim, grad_mean);
+      clear(scale.size(), grad_scale);
+      for (int64_t g = 0; g < call.num_samples; ++g) {
+        const P* eps = noise + g % kBlock * dim;
+        if (g % kBlock == 0) {
+          const int64_t left = call.num_samples - g;
+          load_noise(call, tile, g, std::min<int64_t>(kBlock, left), dim, noise);
+        }
+        if (call.out) {
+          scale.template stretch<1>(mean, eps, sample);
+          for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
+          store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
+        }
+        if (grad_mean || grad_scale) {
+          load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
+          for (int64_t j = 0; grad_mean && j < dim; ++j) {
+            grad_mean[j] = grad_mean[j] + output(slope[j]);
+          }
+          if (grad_scale) scale.template add_path<1>(slope, eps, grad_scale);
+        }
+      }
+      store(tile, grad_mean, dim, call.mean.gradient, arena);
+      store(tile, grad_scale, scale.size(), call.scale.gradient, arena);
+      return {};
+    });
   });
 }
 

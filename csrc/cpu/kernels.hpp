@@ -7,7 +7,7 @@
 
 namespace po_kernels {
 
-// Refusals of values, numbered as in po_kernels/backends/contract.py.
+// Refusals of values, with the names of po_kernels/backends/contract.py, which a test holds to these numbers.
 enum Refusal : int {
   kAccepted = 0,
   kPrecisionNotPositive = 1,
@@ -19,6 +19,16 @@ enum Refusal : int {
   kLabelMasked = 7,
   kLogitsNotFinite = 8,
 };
+constexpr std::pair<const char*, int> kRefusals[] = {
+    {"precision_not_positive", kPrecisionNotPositive},
+    {"precision_not_symmetric", kPrecisionNotSymmetric},
+    {"label_out_of_range", kLabelOutOfRange},
+    {"all_masked", kAllMasked},
+    {"not_triangular", kNotTriangular},
+    {"singular", kSingular},
+    {"label_masked", kLabelMasked},
+    {"logits_not_finite", kLogitsNotFinite},
+};
 
 // MATRIX_TOLERANCE of contract.py.
 constexpr double kMatrixTolerance = 1e-4;
@@ -27,18 +37,6 @@ struct Verdict {
   int code = kAccepted;
   int64_t row = 0;
 };
-
-// clang-format off
-#define PK_FOR_EACH_KERNEL(do)                                                                 \
-  do(gaussian_policy_loss, GaussianPolicyLoss) do(gaussian_surrogate_loss, GaussianSurrogateLoss) \
-  do(gaussian_log_prob, GaussianLogProb) do(gaussian_sample, GaussianSample)                   \
-  do(mvn_policy_loss, GaussianPolicyLoss) do(mvn_surrogate_loss, GaussianSurrogateLoss)        \
-  do(mvn_log_prob, GaussianLogProb) do(mvn_sample, GaussianSample)                             \
-  do(categorical_policy_loss, CategoricalPolicyLoss)                                           \
-  do(categorical_surrogate_loss, CategoricalSurrogateLoss)                                     \
-  do(categorical_log_prob, CategoricalLogProb) do(categorical_sample, CategoricalSample)       \
-  do(group_advantage, GroupAdvantage)
-// clang-format on
 
 struct KernelTable {
   const char* level;

@@ -6,21 +6,11 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-Verdict mvn_policy_loss(const GaussianPolicyLoss& call) {
-  return gaussian_policy_loss_of<TriangularScale>(call);
-}
-
-Verdict mvn_surrogate_loss(const GaussianSurrogateLoss& call) {
-  return gaussian_surrogate_loss_of<TriangularScale>(call);
-}
-
-Verdict mvn_log_prob(const GaussianLogProb& call) {
-  return gaussian_log_prob_of<TriangularScale>(call);
-}
-
-Verdict mvn_sample(const GaussianSample& call) {
-  return gaussian_sample_of<TriangularScale>(call);
-}
+#define PK_DEFINE(name, type)                      \
+  Verdict name(const type& call) {                 \
+    return gaussian_kernel<TriangularScale>(call); \
+  }
+PK_GAUSSIAN_KERNELS(PK_DEFINE, PK_DEFINE, mvn)
 
 }  // namespace PK_LEVEL
 }  // namespace po_kernels

@@ -342,12 +342,9 @@ PK_FN void rows_to_lanes(const T* const (&row)[N], int64_t columns, T* to, int64
   for (int64_t c = 0; columns >= 4 && c < columns; c += 4) {
     const int64_t first = c + 4 <= columns ? c : columns - 4;
     Vector x[4];
-    unrolled<4>([&](auto k)
-                    PK_LAMBDA { x[decltype(k)::value] = every_fourth_row<T, N>(row + decltype(k)::value, first); });
+    unrolled<4>([&](auto k) PK_LAMBDA { x[k] = every_fourth_row<T, N>(row + k, first); });
     transpose_fours<N>(x);
-    unrolled<4>([&](auto k) PK_LAMBDA {
-      memcpy(to + (first + decltype(k)::value) * step, &x[decltype(k)::value], sizeof(Vector));
-    });
+    unrolled<4>([&](auto k) PK_LAMBDA { memcpy(to + (first + k) * step, &x[k], sizeof(Vector)); });
   }
   for (int64_t c = 0; columns < 4 && c < columns; ++c) {
     Vector x;
@@ -364,9 +361,9 @@ PK_FN void lanes_to_rows(const Pack<T, N>* from, int64_t columns, T* const (&row
     transpose_fours<N>(x);
     unrolled<4>([&](auto k) PK_LAMBDA {
       unrolled<N / 4>([&](auto quarter) PK_LAMBDA {
-        constexpr int l = 4 * decltype(quarter)::value;
-        *reinterpret_cast<typename Four<T>::Unaligned*>(row[l + decltype(k)::value] + first) =
-            __builtin_shufflevector(x[decltype(k)::value], x[decltype(k)::value], l, l + 1, l + 2, l + 3);
+        constexpr int l = 4 * quarter;
+        *reinterpret_cast<typename Four<T>::Unaligned*>(row[l + k] + first) =
+            __builtin_shufflevector(x[k], x[k], l, l + 1, l + 2, l + 3);
       });
     });
   }

@@ -4,13 +4,11 @@
 #include <pthread.h>
 
 #include <atomic>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
-#include <thread>
 
 namespace po_kernels {
 
@@ -40,69 +38,15 @@ struct Loop {
 // Starts fn(data) on that many threads and waits for them: the entry point that compilers use for OpenMP.
 using OpenMP = void (*)(void (*fn)(void*), void* data, unsigned threads, unsigned flags);
 
+// It does not survive a fork: a child that enters it waits forever for threads that the parent has.
 std::atomic<bool> forked{false};
+const int watching_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // The OpenMP runtime that torch brought into the process, or null. Its threads wait for work at no cost in time, but
 // go on waiting for a while after torch's own loops: a second set of threads would have to share processors with them.
-// It does not survive a fork.
 OpenMP openmp() {
   static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return forked ? nullptr : found;
-}
-
-// Threads of our own, asleep between loops, for where there is no OpenMP.
-class Pool {
- public:
-  // False if another caller has the pool.
-  bool run(Loop& loop, int helpers) {
-    std::unique_lock<std::mutex> owner(owner_, std::try_to_lock);
-    if (!owner) return false;
-    for (; workers_ < helpers; ++workers_) std::thread([this] { work(); }).detach();
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      loop_ = &loop;
-      tickets_ = helpers;
-    }
-    wake_.notify_all();
-    loop.run();
-    std::unique_lock<std::mutex> lock(mutex_);
-    tickets_ = 0;  // who has not begun is not waited for
-    done_.wait(lock, [this] { return active_ == 0; });
-    return true;
-  }
-
- private:
-  void work() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      wake_.wait(lock, [this] { return tickets_ > 0; });
-      --tickets_;
-      ++active_;
-      Loop* loop = loop_;
-      lock.unlock();
-      loop->run();
-      lock.lock();
-      if (--active_ == 0) done_.notify_one();
-    }
-  }
-
-  std::mutex owner_, mutex_;
-  std::condition_variable wake_, done_;
-  Loop* loop_ = nullptr;
-  int workers_ = 0, tickets_ = 0, active_ = 0;
-};
-
-// Never destroyed: its threads live as long as the process. A forked child has none of them and leaves the
-// parent's pool, whose locks may be held, behind.
-Pool* pool = nullptr;
-std::once_flag pool_once;
-
-void make_pool() {
-  pool = new Pool;
-  pthread_atfork(nullptr, nullptr, [] {
-    forked = true;
-    pool = new Pool;
-  });
+  return forked || watching_forks != 0 ? nullptr : found;
 }
 
 struct Memory {
@@ -122,13 +66,9 @@ bool poisoned() {
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context) {
   Loop loop(count, body, context);
   const int64_t wanted = threads < count ? threads : count;
-  if (wanted > 1) {
-    std::call_once(pool_once, make_pool);
-    if (const OpenMP parallel = openmp()) {
-      parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(wanted), 0);
-    } else if (!pool->run(loop, static_cast<int>(wanted) - 1)) {
-      loop.run();
-    }
+  const OpenMP parallel = wanted > 1 ? openmp() : nullptr;
+  if (parallel != nullptr) {
+    parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(wanted), 0);
   } else {
     loop.run();
   }

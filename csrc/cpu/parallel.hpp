@@ -1,4 +1,4 @@
-// Loops of independent iterations on threads, torch's own where it uses OpenMP, and memory that each thread keeps.
+// Loops of independent iterations on the threads of torch, where it uses OpenMP, and memory that each thread keeps.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,8 @@
 namespace po_kernels {
 
 // Calls body(context, i) for i in [0, count) on up to `threads` threads, the caller's among them, and returns when
-// all are done. Rethrows the first exception. Safe to call from several threads, and in a forked child.
+// all are done; on the caller's alone without OpenMP or in a forked child. Rethrows the first exception. Safe to call
+// from several threads.
 void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void* context);
 
 template <class Body>

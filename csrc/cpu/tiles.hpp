@@ -19,10 +19,6 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-inline Surrogate surrogate(const LossCall& call) {
-  return {call.estimator, call.advantage, call.samples, call.entropy_coef, call.rbf_gamma, call.has_rbf};
-}
-
 // Rows [begin, begin + count) of the batch, count <= width; the lanes past count repeat the last row.
 struct Tile {
   int64_t begin;
@@ -33,9 +29,8 @@ struct Tile {
 template <class T>
 inline RowInput slice(Input input, int64_t i, int64_t rows, int64_t columns) {
   const int64_t at = i * rows * columns;
-  return {
-      {static_cast<const T*>(input.value) + at, input.tangent ? static_cast<const T*>(input.tangent) + at : nullptr},
-      columns};
+  const auto of = [at](const void* from) { return from ? static_cast<const T*>(from) + at : nullptr; };
+  return {{{of(input.value), of(input.tangent)}}, columns};
 }
 
 // The rows of the tile, one a lane.
@@ -102,6 +97,11 @@ struct Arena {
     next += (sizeof(U) * size_t(count) + 63) / 64 * 64;
     return at;
   }
+  // Null for an output that is not wanted.
+  template <class U>
+  U* take_for(const void* output, int64_t count) {
+    return output == nullptr ? nullptr : take<U>(count);
+  }
 };
 
 // One number a row.
@@ -110,9 +110,11 @@ inline void store(Tile tile, const P& from, void* to) {
   memcpy(static_cast<Element<P>*>(to) + tile.begin, &from, size_t(tile.count) * sizeof(Element<P>));
 }
 
-// A row a lane, by way of the arena: the rows are neighbours in memory, which takes them up fastest as one piece.
+// A row a lane, unless there is none, by way of the arena: the rows are neighbours in memory, which takes them up
+// fastest as one piece.
 template <class P, class V>
 inline void store(Tile tile, const P* from, int64_t columns, void* to, Arena<V> arena) {
+  if (from == nullptr) return;
   using T = Element<P>;
   constexpr int width = LaneTraits<P>::width;
   T* rows = reinterpret_cast<T*>(arena.template take<P>(columns));
@@ -256,9 +258,9 @@ constexpr int64_t kSumsBeforeShared = 6;
 // What a kernel adds up over rows for a shared input: lane values that are summed over their lanes at the end, or
 // plain elements. `terms` is their number whether or not they are wanted, for the order of sums to be the same.
 struct SharedSums {
-  int64_t terms;
-  bool wanted;
-  bool by_lane;
+  int64_t terms = 0;
+  bool wanted = false;
+  bool by_lane = true;
 };
 
 // The totals over all rows, unless one was refused.
@@ -269,7 +271,7 @@ struct Totals {
 };
 
 // Runs body(tile, arena, shared, loss, stats), as above, over all rows: it writes one lane value for the losses of the
-// tile's rows and five for their statistics, and adds to `shared`. Writes call.loss and call.stats.
+// tile's rows and five for their statistics, and adds to `shared`. Writes call.out and call.stats.
 template <class V, class Body>
 Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, size_t scratch_bytes, Body body) {
   using P = Primal<V>;
@@ -297,7 +299,7 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
       const Verdict verdict = body(tile, arena, shared, loss, row_stats);
       if (verdict.code != kAccepted) return verdict;
       total[0] += lane_sum(loss, tile.count);
-      if (call.reduction == kNoReduction) store(tile, loss, call.loss);
+      if (call.reduction == kNoReduction) store(tile, loss, call.out);
       if (call.stats == nullptr) return {};
       const P stats[5] = {row_stats.reward_mean, row_stats.reward_std, row_stats.entropy, row_stats.log_prob,
                           row_stats.advantage_std};
@@ -320,7 +322,7 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
   }
   if (call.reduction != kNoReduction) {
     const double count = double(std::max<int64_t>(call.rows, 1));
-    *static_cast<T*>(call.loss) = T(call.reduction == kMeanOverRows ? partial[0] / count : partial[0]);
+    *static_cast<T*>(call.out) = T(call.reduction == kMeanOverRows ? partial[0] / count : partial[0]);
     for (int i = 0; call.stats != nullptr && i < 5; ++i) static_cast<T*>(call.stats)[i] = T(partial[1 + i] / count);
   }
   return {verdict, std::move(partial)};

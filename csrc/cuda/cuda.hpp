@@ -17,37 +17,23 @@ struct CudaState {
 
 CudaState cuda_state();
 
-// Standard normals of rows [0, rows) x samples, (samples, rows, dim), into device memory of the current device, on
-// `stream` (a cudaStream_t). Returns an error message, empty if the launch was accepted.
-std::string cuda_standard_normals(bool is_double, uint64_t seed, uint64_t row_offset, int64_t samples, int64_t rows,
-                                  int64_t dim, void* out, void* stream);
-
 // Where and how a kernel runs.
 struct CudaLaunch {
   bool emulate = false;   // on the host, in its memory
   bool backward = false;  // there, in the other order (csrc/cuda/warp.hpp)
   int device = 0;
-  void* stream = nullptr;         // a cudaStream_t
-  const int64_t* seed = nullptr;  // in memory of the device; null for the seed of the call
-  int64_t blocks = 0;             // at least one if there are rows
-  double* partials = nullptr;     // of a loss: (blocks, 6 and the terms of the gradient in the precision)
+  void* stream = nullptr;                // a cudaStream_t
+  const int64_t* device_seed = nullptr;  // in memory of the device; null for the seed of the call
+  int64_t blocks = 0;                    // at least one if there are rows
+  double* partials = nullptr;            // of a loss: (blocks, 6 and the terms of the gradient in the precision)
+
+  PK_FIELDS((), emulate, backward, device, stream, device_seed, blocks, partials)
 };
 
 struct CudaOutcome {
   std::string refused;  // why no kernel can serve such shapes, or empty
   std::string failed;   // the error of a launch, or empty
 };
-
-#define PK_FOR_EACH_CUDA_KERNEL(do)                                                                                           \
-  do                                                                                                                          \
-  (gaussian_policy_loss, GaussianPolicyLoss) do(gaussian_surrogate_loss, GaussianSurrogateLoss) do(                           \
-      gaussian_log_prob,                                                                                                      \
-      GaussianLogProb) do(gaussian_sample,                                                                                    \
-                          GaussianSample) do(mvn_policy_loss,                                                                 \
-                                             GaussianPolicyLoss) do(mvn_surrogate_loss,                                       \
-                                                                    GaussianSurrogateLoss) do(mvn_log_prob,                   \
-                                                                                              GaussianLogProb) do(mvn_sample, \
-                                                                                                                  GaussianSample)
 
 #define PK_DECLARE(name, type)                                         \
   CudaOutcome cuda_##name(const type& call, const CudaLaunch& launch); \

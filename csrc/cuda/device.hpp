@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kLanes* kMostWarps, kResident<Rows>)
     __syncthreads();
     const int64_t terms = Rows::summed(work.call), stored = Rows::stored(work.call);
     store_sums(Block{}, warps, work.warp_bytes, work.warps, terms, stored,
-               work.partials + blockIdx.x * (kHead + stored));
+               work.launch.partials + blockIdx.x * (kHead + stored));
   }
 }
 
@@ -71,7 +71,7 @@ class OnDevice {
       error_ = cudaFuncSetAttribute(gaussian_rows<Rows>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
     }
     if (error_ != cudaSuccess) return;
-    gaussian_rows<Rows><<<unsigned(work.blocks), unsigned(work.warps * kLanes), bytes, stream_>>>(work);
+    gaussian_rows<Rows><<<unsigned(work.launch.blocks), unsigned(work.warps * kLanes), bytes, stream_>>>(work);
     error_ = cudaGetLastError();
   }
 
@@ -89,10 +89,10 @@ class OnDevice {
   cudaError_t error_;
 };
 
-template <template <class, template <class> class> class RowsOf, template <class> class Scale, class C>
+template <template <class> class Scale, class C>
 CudaOutcome on_device(const C& call, const CudaLaunch& launch) {
   const DeviceGuard guard(launch.device);
-  return run_gaussian<RowsOf, Scale>(call, launch, OnDevice(launch, guard.error()));
+  return run_gaussian<Scale>(call, launch, OnDevice(launch, guard.error()));
 }
 
 }  // namespace PK_LEVEL

@@ -17,7 +17,7 @@ class OnHost {
   void rows(const Work<typename Rows::Call>& work, size_t bytes) {
     std::vector<double> storage(bytes / sizeof(double) + 2);  // of the alignment of shared memory
     char* memory = reinterpret_cast<char*>(storage.data());
-    for (int64_t block = 0; block < work.blocks; ++block) {
+    for (int64_t block = 0; block < work.launch.blocks; ++block) {
       std::memset(memory, 0xff, bytes);  // NaN
       Memory shared{memory, work.of_block};
       const Rows rows(work, shared);
@@ -31,7 +31,7 @@ class OnHost {
       if constexpr (Rows::is_loss) {
         const int64_t terms = Rows::summed(work.call), stored = Rows::stored(work.call);
         store_sums(Block{order_}, warps, work.warp_bytes, work.warps, terms, stored,
-                   work.partials + block * (kHead + stored));
+                   work.launch.partials + block * (kHead + stored));
       }
     }
   }
@@ -50,19 +50,13 @@ class OnHost {
 
 }  // namespace PK_LEVEL
 
-#define PK_EMULATED(name, type, Rows, Scale)                                \
+#define PK_DEFINE_OF(Scale, name, type)                                     \
   CudaOutcome emulated_##name(const type& call, const CudaLaunch& launch) { \
-    return run_gaussian<Rows, Scale>(call, launch, OnHost(launch));         \
+    return run_gaussian<Scale>(call, launch, OnHost(launch));               \
   }
-#define PK_EMULATED_FAMILY(family, Scale)                                                                    \
-  CudaOutcome emulated_##family##_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {    \
-    return call.estimator == kClosedForm ? run_gaussian<ClosedFormRows, Scale>(call, launch, OnHost(launch)) \
-                                         : run_gaussian<SampledRows, Scale>(call, launch, OnHost(launch));   \
-  }                                                                                                          \
-  PK_EMULATED(family##_surrogate_loss, GaussianSurrogateLoss, SurrogateLossRows, Scale)                      \
-  PK_EMULATED(family##_log_prob, GaussianLogProb, LogProbRows, Scale)                                        \
-  PK_EMULATED(family##_sample, GaussianSample, SampleRows, Scale)
-PK_EMULATED_FAMILY(gaussian, DiagonalScale)
-PK_EMULATED_FAMILY(mvn, TriangularScale)
+#define PK_DEFINE_DIAGONAL(name, type) PK_DEFINE_OF(DiagonalScale, name, type)
+#define PK_DEFINE_TRIANGULAR(name, type) PK_DEFINE_OF(TriangularScale, name, type)
+PK_GAUSSIAN_KERNELS(PK_DEFINE_DIAGONAL, PK_NO_KERNEL, gaussian)
+PK_GAUSSIAN_KERNELS(PK_DEFINE_TRIANGULAR, PK_NO_KERNEL, mvn)
 
 }  // namespace po_kernels

@@ -5,21 +5,10 @@
 
 namespace po_kernels {
 
-CudaOutcome cuda_gaussian_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {
-  return call.estimator == kClosedForm ? on_device<ClosedFormRows, DiagonalScale>(call, launch)
-                                       : on_device<SampledRows, DiagonalScale>(call, launch);
-}
-
-CudaOutcome cuda_gaussian_surrogate_loss(const GaussianSurrogateLoss& call, const CudaLaunch& launch) {
-  return on_device<SurrogateLossRows, DiagonalScale>(call, launch);
-}
-
-CudaOutcome cuda_gaussian_log_prob(const GaussianLogProb& call, const CudaLaunch& launch) {
-  return on_device<LogProbRows, DiagonalScale>(call, launch);
-}
-
-CudaOutcome cuda_gaussian_sample(const GaussianSample& call, const CudaLaunch& launch) {
-  return on_device<SampleRows, DiagonalScale>(call, launch);
-}
+#define PK_DEFINE(name, type)                                           \
+  CudaOutcome cuda_##name(const type& call, const CudaLaunch& launch) { \
+    return on_device<DiagonalScale>(call, launch);                      \
+  }
+PK_GAUSSIAN_KERNELS(PK_DEFINE, PK_NO_KERNEL, gaussian)
 
 }  // namespace po_kernels

@@ -5,21 +5,10 @@
 
 namespace po_kernels {
 
-CudaOutcome cuda_mvn_policy_loss(const GaussianPolicyLoss& call, const CudaLaunch& launch) {
-  return call.estimator == kClosedForm ? on_device<ClosedFormRows, TriangularScale>(call, launch)
-                                       : on_device<SampledRows, TriangularScale>(call, launch);
-}
-
-CudaOutcome cuda_mvn_surrogate_loss(const GaussianSurrogateLoss& call, const CudaLaunch& launch) {
-  return on_device<SurrogateLossRows, TriangularScale>(call, launch);
-}
-
-CudaOutcome cuda_mvn_log_prob(const GaussianLogProb& call, const CudaLaunch& launch) {
-  return on_device<LogProbRows, TriangularScale>(call, launch);
-}
-
-CudaOutcome cuda_mvn_sample(const GaussianSample& call, const CudaLaunch& launch) {
-  return on_device<SampleRows, TriangularScale>(call, launch);
-}
+#define PK_DEFINE(name, type)                                           \
+  CudaOutcome cuda_##name(const type& call, const CudaLaunch& launch) { \
+    return on_device<TriangularScale>(call, launch);                    \
+  }
+PK_GAUSSIAN_KERNELS(PK_DEFINE, PK_NO_KERNEL, mvn)
 
 }  // namespace po_kernels

@@ -3,8 +3,11 @@
 
 #include <algorithm>
 
-#include "cuda/cuda.hpp"
-#include "cuda/gaussian_family.hpp"
+#include "cuda/closed_form.hpp"
+#include "cuda/log_prob.hpp"
+#include "cuda/sample.hpp"
+#include "cuda/sampled_loss.hpp"
+#include "cuda/surrogate_loss.hpp"
 
 namespace po_kernels {
 inline namespace PK_LEVEL {
@@ -52,24 +55,25 @@ Plan plan(Work<C>& work) {
   work.warp_bytes = int(bytes_of(held));
   work.shape = Shape(int(dim), int(held));
   const int64_t fit = (std::max(kBlockShared, common) - common) / work.warp_bytes;
-  const int64_t wanted = (work.call.rows + work.blocks - 1) / std::max<int64_t>(work.blocks, 1);
+  const int64_t wanted = (work.call.rows + work.launch.blocks - 1) / std::max<int64_t>(work.launch.blocks, 1);
   work.warps = int(std::clamp<int64_t>(std::min(fit, wanted), 1, kMostWarps));
   return {common + work.warps * work.warp_bytes, {}};
 }
 
 inline Finish finish_of(const Work<GaussianPolicyLoss>& work) {
   const GaussianPolicyLoss& call = work.call;
-  const int64_t summed = call.grad_precision ? summed_terms(call.precision_kind, call.dim) : 0;
-  const int64_t terms = stored_terms(call.precision_kind, summed);
-  return {call, work.partials, work.blocks, terms, call.precision_kind, call.dim, call.grad_precision};
+  const int64_t summed = call.precision.gradient ? summed_terms(call.precision_ndim, call.dim) : 0;
+  const int64_t terms = stored_terms(call.precision_ndim, summed);
+  return {call,     work.launch.partials,   work.launch.blocks, terms, call.precision_ndim,
+          call.dim, call.precision.gradient};
 }
 inline Finish finish_of(const Work<GaussianSurrogateLoss>& work) {
-  return {work.call, work.partials, work.blocks, 0, 0, 0, nullptr};
+  return {work.call, work.launch.partials, work.launch.blocks, 0, 0, 0, nullptr};
 }
 
 template <class Rows, class C, class Runner>
 CudaOutcome run_rows(const C& call, const CudaLaunch& launch, Runner runner) {
-  Work<C> work{call, launch.seed, launch.partials, launch.blocks};
+  Work<C> work{call, launch};
   const Plan found = plan<Rows>(work);
   if (!found.refused.empty()) return {found.refused, {}};
   if (call.rows > 0) runner.template rows<Rows>(work, found.bytes);
@@ -80,15 +84,33 @@ CudaOutcome run_rows(const C& call, const CudaLaunch& launch, Runner runner) {
   return {{}, runner.error()};
 }
 
-// Runs a kernel's rows, then what adds them up, by way of `runner`: on a device or on the host.
 template <template <class, template <class> class> class RowsOf, template <class> class Scale, class C, class Runner>
-CudaOutcome run_gaussian(const C& call, const CudaLaunch& launch, Runner runner) {
+CudaOutcome run_as(const C& call, const CudaLaunch& launch, Runner runner) {
   if (call.is_double) {
     return call.dual ? run_rows<RowsOf<Dual<double>, Scale>>(call, launch, runner)
                      : run_rows<RowsOf<double, Scale>>(call, launch, runner);
   }
   return call.dual ? run_rows<RowsOf<Dual<float>, Scale>>(call, launch, runner)
                    : run_rows<RowsOf<float, Scale>>(call, launch, runner);
+}
+
+// Runs a call's rows, then what adds them up, by way of `runner`: on a device or on the host.
+template <template <class> class Scale, class Runner>
+CudaOutcome run_gaussian(const GaussianPolicyLoss& call, const CudaLaunch& launch, Runner runner) {
+  return call.estimator == kClosedForm ? run_as<ClosedFormRows, Scale>(call, launch, runner)
+                                       : run_as<SampledRows, Scale>(call, launch, runner);
+}
+template <template <class> class Scale, class Runner>
+CudaOutcome run_gaussian(const GaussianSurrogateLoss& call, const CudaLaunch& launch, Runner runner) {
+  return run_as<SurrogateLossRows, Scale>(call, launch, runner);
+}
+template <template <class> class Scale, class Runner>
+CudaOutcome run_gaussian(const GaussianLogProb& call, const CudaLaunch& launch, Runner runner) {
+  return run_as<LogProbRows, Scale>(call, launch, runner);
+}
+template <template <class> class Scale, class Runner>
+CudaOutcome run_gaussian(const GaussianSample& call, const CudaLaunch& launch, Runner runner) {
+  return run_as<SampleRows, Scale>(call, launch, runner);
 }
 
 }  // namespace PK_LEVEL

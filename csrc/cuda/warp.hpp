@@ -45,7 +45,7 @@ __device__ __forceinline__ Dual<V> exchanged(Dual<V> x, int by) {
 template <Exchange how, class V, int M>
 __device__ __forceinline__ Several<V, M> exchanged(const Several<V, M>& x, int by) {
   Several<V, M> y;
-  unrolled<M>([&](auto i) { y.v[decltype(i)::value] = exchanged<how>(x.v[decltype(i)::value], by); });
+  unrolled<M>([&](auto i) { y.v[i] = exchanged<how>(x.v[i], by); });
   return y;
 }
 #endif
@@ -119,6 +119,7 @@ struct Warp {
   // more, or 1 where no more than kLanes are left, unless that is not worth a second copy of the body.
   template <int S, bool always = false, class Body>
   PK_FN void many(int count, Body body) const {
+    static_assert(S <= 2, "of more than 32 and fewer than 32 S left, body would be called for 32 alone");
     constexpr int least = S == 1 || always ? 0 : kLanes * (S - 1);
     int begin = 0;
 #if defined(__CUDA_ARCH__)

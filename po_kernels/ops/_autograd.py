@@ -37,8 +37,10 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | Non
     track = torch.is_grad_enabled()
     needs = [track and x.requires_grad for x in inputs]
     if torch.compiler.is_compiling():
-        outputs = _CompiledValue.apply(call, needs, *inputs, *constants)
-    elif not _modes.may_call_directly(*inputs, *constants):
+        early = _library.known_early(OPS[call.op], needs, call.config)
+        found, stats, *_ = run(call, inputs, constants, needs=early, want_stats=call.want_stats)
+        return found, stats.detach()
+    if not _modes.may_call_directly(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
     elif True in needs or _modes.in_forward_mode():
         outputs = _PlainValue.apply(call, needs, constants, *inputs)
@@ -68,10 +70,9 @@ def run(
             )
         if _modes.may_call_directly(*inputs, *constants, *moved, cotangent, cotangent_tangent):
             return _direct(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats)
-    return _library.OPERATORS[op](
-        list(inputs), list(constants), list(moved), cotangent, cotangent_tangent, list(needs), want_stats,
-        call.backend, *call.config,
-    )  # fmt: skip
+    return _library.call(
+        op, inputs, constants, moved, cotangent, cotangent_tangent, needs, want_stats, call.backend, call.config
+    )
 
 
 def _direct(
@@ -101,18 +102,10 @@ def _filled(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple([like.new_empty(0) if x is None else x for x in found])
 
 
-def _no_second_derivative(call: Call) -> None:
-    if call.config.estimator == "reinforce":
-        raise RuntimeError(
-            f"{call.op}: estimator='reinforce' is right to first order only, so it has no second derivative; "
-            "use estimator='dice', which has the same gradient and the right Hessian"
-        )
-
-
 def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     """vmap as a loop: the kernels take one problem a call."""
     if info.batch_size == 0:
-        raise ValueError(f"{args[0].op}: torch.vmap: expected a batch of at least 1, got 0")
+        raise ValueError(f"{getattr(args[0], 'op', args[0])}: torch.vmap: expected a batch of at least 1, got 0")
     results = []
     for index in range(info.batch_size):
         chosen = [
@@ -127,18 +120,12 @@ def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     return stacked, tuple(None if column is None else 0 for column in stacked)
 
 
-def _known_early(call: Call, needs: Sequence[bool]) -> Sequence[bool]:
-    """Which of the gradients needed the forward pass can compute, not knowing the cotangent."""
-    if call.config.reduction != "none":
-        return needs
-    return [needed and axis is not None for needed, axis in zip(needs, OPS[call.op].row_axis, strict=True)]
-
-
-class _CompiledValue(torch.autograd.Function):
+class _Value(torch.autograd.Function):
     @staticmethod
     def forward(call, needs, *tensors):
         inputs, constants = _split(call, tensors)
-        found = run(call, inputs, constants, needs=_known_early(call, needs), want_stats=call.want_stats)
+        early = _library.known_early(OPS[call.op], needs, call.config)
+        found = run(call, inputs, constants, needs=early, want_stats=call.want_stats)
         return _filled(found, found[0])
 
     @staticmethod
@@ -148,32 +135,19 @@ class _CompiledValue(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*tensors, *output[2:])
+        ctx.save_for_forward(*tensors, *output[2:])
 
     @staticmethod
     def backward(ctx, cotangent, *_):
-        return _CompiledValue._backward(ctx, cotangent, _gradient)
-
-    @staticmethod
-    def _backward(ctx, cotangent, gradient):
         call, saved = ctx.call, ctx.saved_tensors
         count = OPS[call.op].count
         needs = ctx.needs_input_grad[2 : 2 + count]
         found = (None,) * count
         if cotangent is not None:
+            gradient = _Gradient.apply if _modes.is_differentiated() else _gradient
             found = gradient(call, needs, cotangent, *saved)
             found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         return (None, None, *found, *(None,) * (len(saved) - 2 * count))
-
-
-class _Value(_CompiledValue):
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _CompiledValue.setup_context(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[2:], *output[2:])
-
-    @staticmethod
-    def backward(ctx, cotangent, *_):
-        return _CompiledValue._backward(ctx, cotangent, _Gradient.apply if _modes.is_differentiated() else _gradient)
 
     @staticmethod
     def jvp(ctx, _call, _needs, *tangents):
@@ -204,7 +178,7 @@ class _PlainValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, needs, constants, *inputs):
         row, config = OPS[call.op], call.config
-        early = needs if config.reduction != "none" else _known_early(call, needs)
+        early = needs if config.reduction != "none" else _library.known_early(row, needs, config)
         request = row.request(inputs, constants, None, None, None, early, call.want_stats, config)
         value, stats, *known = dispatch.kernel(row.name, call.backend)(request)
         ctx.call, ctx.known = call, known
@@ -243,25 +217,15 @@ class _PlainValue(torch.autograd.Function):
 
 
 def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> list[Tensor | None]:
-    """g ∇f(x) where needed, from (*x, *constants, *known): ∇f(x) where the forward pass had reason to compute it."""
-    count = OPS[call.op].count
+    """g ∇f(x) where needed, from (*x, *constants, *known)."""
+    op = OPS[call.op]
     inputs, rest = _split(call, tensors)
-    constants, known = rest[:-count], rest[-count:]
-    missing = [needed and (k is None or k.shape != x.shape) for needed, k, x in zip(needs, known, inputs, strict=True)]
-    result: list[Tensor | None] = [None] * count
-    if any(missing):
-        _, _, *result = run(call, inputs, constants, None, cotangent, needs=missing)
-    for i, axis in enumerate(OPS[call.op].row_axis):
-        if needs[i] and not missing[i]:
-            result[i] = known[i] * _along(cotangent, axis, known[i].ndim)
-    return result
+    constants, known = rest[: -op.count], rest[-op.count :]
 
+    def compute(missing: list[bool]) -> Sequence[Tensor | None]:
+        return run(call, inputs, constants, None, cotangent, needs=missing)[2:]
 
-def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """A cotangent () or (B,) to multiply a gradient with whose axis `axis` counts rows."""
-    if cotangent.ndim == 0 or axis is None:
-        return cotangent
-    return cotangent.reshape([-1 if i == axis else 1 for i in range(ndim)])
+    return _library.gradient(op, needs, inputs, cotangent, known, compute)
 
 
 class _Gradient(torch.autograd.Function):
@@ -286,7 +250,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         call = ctx.call
-        _no_second_derivative(call)
+        _library.check_second_derivative(call.op, call.config)
         cotangent, *tensors = ctx.saved_tensors
         inputs, constants = _split(call, tuple(tensors))
         tangents = [v if needed else None for v, needed in zip(cotangents, ctx.needs, strict=True)]
@@ -299,7 +263,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _call, _needs, cotangent_tangent, *tangents):
         call = ctx.call
-        _no_second_derivative(call)
+        _library.check_second_derivative(call.op, call.config)
         cotangent, *tensors = ctx.saved_tensors
         inputs, constants = _split(call, tuple(tensors))
         moved = tangents[: len(inputs)]
@@ -332,7 +296,7 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent):
         call = ctx.call
-        _no_second_derivative(call)
+        _library.check_second_derivative(call.op, call.config)
         tangents, rest = _split(call, ctx.saved_tensors)
         inputs, constants = _split(call, rest)
         needs = (True,) * len(inputs)
@@ -344,7 +308,7 @@ class _Derivative(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _call, *moved):
         call = ctx.call
-        _no_second_derivative(call)
+        _library.check_second_derivative(call.op, call.config)
         tangents, rest = _split(call, ctx.saved_tensors)
         inputs, constants = _split(call, rest)
         second, first = _split(call, moved)
@@ -399,16 +363,46 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def _raise(ctx):
-        raise RuntimeError(
-            f"{ctx.op}: a third derivative was asked for, and the fused kernels have two; use backend='reference'"
-        )
+        raise _library.no_third_derivative(ctx.op)
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return _loop(_Product, info, in_dims, *args)
 
 
+class _Refusals(torch.autograd.Function):
+    """The refusals of values that a transform hides, problem by problem; nothing is returned."""
+
+    @staticmethod
+    def forward(op, *tensors):
+        row = OPS[op]
+        dispatch.refuse_values(row, row.Inputs(*tensors[: row.count]), row.Constants(*tensors[row.count :]))
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.count = len(inputs)
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * ctx.count
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Refusals, info, in_dims, *args)
+
+
+def refuse_hidden_values(op: str, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> None:
+    """Refuses within a transform what the reference refuses without one."""
+    _Refusals.apply(op, *inputs, *constants)
+
+
 # Function.apply asks for the signature of `forward` at each call; reading it from the source takes longer than
 # a small kernel does.
-for _function in (_CompiledValue, _Value, _Gradient, _Derivative, _Product):
+for _function in (_Refusals, _Value, _Gradient, _Derivative, _Product):
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

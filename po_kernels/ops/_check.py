@@ -2,41 +2,61 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..backends.advantages import ADVANTAGES
 
 # Samples have a word of the random numbers' counter to themselves.
 MOST_SAMPLES = 2**32
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.float64, *HALF)
 
 
 def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def floating(op: str, **tensors: Tensor) -> None:
-    """Every tensor is one of FLOATING, and all have one dtype and one device."""
-    first_name, first = None, None
+def floating(op: str, **tensors: Tensor) -> Iterable[Tensor]:
+    """The tensors, in the dtype that they are computed with: half precision in float32.
+
+    All have one of FLOATING as dtype, and one device. Under autocast, where casts are torch's to make, dtypes may
+    differ and the widest is taken.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(f"{op}: torch.jit.trace does not see what the kernels do; use torch.export or torch.compile")
+    first, mixed = "", False
+    kind: Any = None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{op}: {name}: expected a floating tensor (float32, float64, bfloat16 or float16), got {tensor.dtype}"
-            )
-        if first is None:
-            first_name, first = name, tensor
-        elif tensor.dtype != first.dtype:
-            raise TypeError(f"{op}: {name}: expected {first.dtype} like {first_name}, got {tensor.dtype}")
-        elif tensor.device != first.device:
-            raise ValueError(
-                f"{op}: {name}: expected a tensor on {first.device} like {first_name}, got one on {tensor.device}"
-            )
+        found = dtype, device, layout = tensor.dtype, tensor.device, tensor.layout
+        if kind is None and dtype in FLOATING and layout is torch.strided and not tensor.is_nested:
+            first, kind = name, found
+        elif found != kind or tensor.is_nested:
+            if dtype not in FLOATING:
+                names = "float32, float64, bfloat16 or float16"
+                raise TypeError(f"{op}: {name}: expected a floating tensor ({names}), got {dtype}")
+            _dense(op, name, tensor)
+            if device != kind[1]:
+                raise ValueError(f"{op}: {name}: expected a tensor on {kind[1]} like {first}, got one on {device}")
+            if not torch.is_autocast_enabled(device.type):
+                raise TypeError(f"{op}: {name}: expected {kind[0]} like {first}, got {dtype}")
+            mixed = True
+    if mixed:
+        double = any(x.dtype == torch.float64 for x in tensors.values())
+        return [x.double() if double else x.float() for x in tensors.values()]
+    return [x.float() for x in tensors.values()] if kind[0] in HALF else tensors.values()
+
+
+def _dense(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name}: expected a dense (strided) tensor, got a {kind} one")
 
 
 def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -45,20 +65,25 @@ def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
         raise TypeError(f"{op}: {name}: expected an integer tensor, got {type(tensor).__name__}")
     if tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise TypeError(f"{op}: {name}: expected an integer tensor, got {tensor.dtype}")
+    _dense(op, name, tensor)
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name}: expected a tensor on {like.device}, got one on {tensor.device}")
     return tensor.long()
 
 
-def has_shape(op: str, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
-    if tensor.shape not in allowed:
-        expected = " or ".join(str(tuple(shape)) for shape in allowed)
-        raise ValueError(f"{op}: {name}: expected shape {expected}, got {shape_of(tensor)}")
+def has_shape(op: str, name: str, tensor: Tensor, *allowed: Sequence[int]) -> None:
+    shape = tensor.shape
+    for each in allowed:
+        # Lengths first: torch.compile would otherwise learn that a batch size differs from what it is compared with.
+        if len(shape) == len(each) and shape == each:
+            return
+    expected = " or ".join(str(tuple(each)) for each in allowed)
+    raise ValueError(f"{op}: {name}: expected shape {expected}, got {shape_of(tensor)}")
 
 
 def rows(tensor: Tensor, *shape: int) -> Tensor:
     """tensor.reshape(shape), without a node in the graph where it has that shape already."""
-    return tensor if tensor.shape == shape else tensor.reshape(shape)
+    return tensor if len(tensor.shape) == len(shape) and tensor.shape == shape else tensor.reshape(shape)
 
 
 def batch_before(op: str, name: str, tensor: Tensor, event: Iterable[int]) -> torch.Size:
@@ -72,7 +97,7 @@ def batch_before(op: str, name: str, tensor: Tensor, event: Iterable[int]) -> to
 
 
 def choice(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
@@ -94,7 +119,8 @@ def real(op: str, name: str, value: Any) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
+    # As a comparison, which torch.compile takes of a number that it knows by a symbol.
+    if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name}: expected a finite number, got {value}")
     return number
 
@@ -105,20 +131,30 @@ def flag(op: str, name: str, value: Any) -> bool:
     return value
 
 
-def seed_tensor(op: str, seed: int | Tensor | None) -> Tensor:
-    """The 64-bit seed as an int64 scalar tensor; None draws one from torch's default CPU generator."""
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+def seed_tensor(op: str, seed: int | Tensor | None, stream: int) -> Tensor:
+    """The 64-bit key of the random numbers as an int64 scalar tensor: the seed itself in stream 0.
+
+    None draws a seed from torch's default CPU generator.
+    """
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0:
-            raise TypeError(f"{op}: seed: expected an int64 scalar tensor, got {seed.dtype} of shape {shape_of(seed)}")
+        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device.type == "meta":
+            what = f"{seed.dtype} of shape {shape_of(seed)} on {seed.device}"
+            raise TypeError(f"{op}: seed: expected an int64 scalar tensor with a value, got {what}")
+    elif seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    else:
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
+            raise TypeError(
+                f"{op}: seed: expected an integer, an int64 scalar tensor or None, got {type(seed).__name__}"
+            )
+        seed = int(seed)
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"{op}: seed: expected a 64-bit integer, got {seed}")
+        seed = torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
+    if stream == 0 and type(stream) is int:
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
-        raise TypeError(f"{op}: seed: expected an integer, an int64 scalar tensor or None, got {type(seed).__name__}")
-    seed = int(seed)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{op}: seed: expected a 64-bit integer, got {seed}")
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")
+    stream = integer(op, "stream", stream, 0)
+    return dispatch.stream_key(seed, stream) if stream else seed
 
 
 def group_size(op: str, name: str, size: int, advantage: str) -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.contract import OPS, OpConfig
-from . import _autograd
+from . import _autograd, _modes
 
-HALF = (torch.bfloat16, torch.float16)
+_select = _modes.asked_once(dispatch.select)  # a compiled function keeps its backend
 
 
 def evaluate(
@@ -24,17 +24,23 @@ def evaluate(
 
     Args:
         backend: the backend asked for by name.
-        inputs: the differentiable tensors in the order of the table. Half precision is computed with in float32.
+        inputs: the differentiable tensors in the order of the table, as `_check.floating` gives them.
         constants: the others in the order of the table.
     """
-    if inputs[-1].dtype in HALF:
-        inputs = [x.float() for x in inputs]
-        constants = [x.float() if x is not None and x.dtype in HALF else x for x in constants]
     head = inputs[0]
-    name = dispatch.select(op, head.device.type, head.dtype, backend)
+    name = _select(op, head.device.type, head.dtype, backend)
     row = OPS[op]
-    # Plain torch would differentiate `reinforce` twice, wrongly; a compiled function refuses that by itself.
-    if name == "reference" and (config.estimator != "reinforce" or torch.compiler.is_compiling()):
+    if torch.compiler.is_compiling() and _modes.traced_by_a_transform():
+        # The operators have no rules for transforms of torch.func, which torch.compile takes through plain torch.
+        if config.estimator == "reinforce":
+            raise RuntimeError(
+                f"{op}: estimator='reinforce' is not available to torch.func under torch.compile, which would "
+                "differentiate it twice without notice; use estimator='dice'"
+            )
+        name = "reference"
+    if name == "reference" and config.estimator != "reinforce":  # which plain torch would differentiate twice, wrongly
+        if not torch.compiler.is_compiling() and _modes.transforms_active():
+            _autograd.refuse_hidden_values(op, inputs, constants)
         return dispatch.plain(op, row.Inputs(*inputs), row.Constants(*constants), config)
     call = _autograd.Call(op, name, config, want_stats)
     if not row.differentiable:

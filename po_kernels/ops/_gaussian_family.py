@@ -1,5 +1,6 @@
 """What the diagonal and the full-covariance Gaussian share: all but the shape of the scale."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ..backends.contract import OpConfig
 from . import _check, _loss
-from ._evaluate import HALF, evaluate
+from ._evaluate import evaluate
 from ._loss import LossStats
 
 
@@ -31,24 +32,25 @@ def sample(
     scale: Tensor,
     num_samples: int,
     seed: int | Tensor | None,
+    stream: int,
     row_offset: int,
     backend: str | None,
 ) -> Tensor:
     op = f"{family.name}_sample"
     dtype = mean.dtype if isinstance(mean, Tensor) else None
-    mean, scale, lead = _policy(family, op, mean, scale)
+    lead, mean, scale = _policy(family, op, mean, scale)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     config = OpConfig(num_samples=num_samples, row_offset=row_offset)
-    samples, _ = evaluate(op, backend, (mean, scale), (_check.seed_tensor(op, seed),), config)
+    samples, _ = evaluate(op, backend, (mean, scale), (_check.seed_tensor(op, seed, stream),), config)
     return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
 
 
 def log_prob(family: Family, mean: Tensor, scale: Tensor, value: Tensor, backend: str | None) -> Tensor:
     op = f"{family.name}_log_prob"
-    mean, scale, lead = _policy(family, op, mean, scale, value=value)
+    lead, mean, scale, value = _policy(family, op, mean, scale, value=value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
-    value = value.reshape(batch.numel(), *mean.shape)
+    value = value.reshape(math.prod(batch), *mean.shape)
     return evaluate(op, backend, (mean, scale, value), (), OpConfig())[0].reshape((*batch, *lead))
 
 
@@ -57,23 +59,24 @@ def policy_loss(
     mean: Tensor,
     scale: Tensor,
     target: Tensor,
-    precision: Tensor | float,
+    precision: Any,
     seed: int | Tensor | None,
+    stream: int,
     *given: Any,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`given` is what `_loss.options` takes."""
     op = f"{family.name}_policy_loss"
     chosen = _loss.options(op, *given)
     if isinstance(precision, Tensor):
-        mean, scale, lead = _policy(family, op, mean, scale, target=target, precision=precision)
+        lead, mean, scale, target, precision = _policy(family, op, mean, scale, target=target, precision=precision)
     else:
-        mean, scale, lead = _policy(family, op, mean, scale, target=target)
-        precision = torch.tensor(_check.real(op, "precision", precision), dtype=target.dtype, device=target.device)
+        lead, mean, scale, target = _policy(family, op, mean, scale, target=target)
+        precision = torch.tensor(_check.real(op, "precision", precision), dtype=mean.dtype, device=mean.device)
     dim = mean.shape[1]
     _check.has_shape(op, "target", target, (*lead, dim))
     _check.has_shape(op, "precision", precision, (), (dim,), (dim, dim))
     inputs = (mean, scale, _check.rows(target, *mean.shape), precision)
-    return _loss.loss(op, chosen, lead, inputs, (_loss.seed(op, chosen, seed),))
+    return _loss.loss(op, chosen, lead, inputs, (_loss.seed(op, chosen, seed, stream),))
 
 
 def surrogate_loss(
@@ -81,25 +84,23 @@ def surrogate_loss(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`given` is what `_loss.surrogate` takes."""
     op = f"{family.name}_surrogate_loss"
-    mean, scale, lead = _policy(family, op, mean, scale, samples=samples, rewards=rewards)
+    lead, mean, scale, samples, rewards = _policy(family, op, mean, scale, samples=samples, rewards=rewards)
     chosen, samples, rewards = _loss.surrogate(op, samples, rewards, lead, (mean.shape[1],), *given)
     return _loss.loss(op, chosen, lead, (mean, scale, rewards), (samples,))
 
 
-def _policy(
-    family: Family, op: str, mean: Tensor, scale: Tensor, **others: Tensor
-) -> tuple[Tensor, Tensor, torch.Size]:
-    """mean (B, D), the scale (B, D) or (B, D, D), and the leading dimensions."""
-    _check.floating(op, **{"mean": mean, family.scale: scale}, **others)
-    if mean.ndim < 1 or mean.shape[-1] < 1:
+def _policy(family: Family, op: str, mean: Tensor, scale: Tensor, **others: Tensor) -> tuple[Any, ...]:
+    """The leading dimensions, mean (B, D), the scale (B, D) or (B, D, D), and the others as they are."""
+    # Cast before the scale is expanded, for its gradient to be summed over rows in the dtype that is computed with.
+    mean, scale, *rest = _check.floating(op, **{"mean": mean, family.scale: scale}, **others)
+    if not mean.shape or mean.shape[-1] < 1:
         raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
     lead, dim = mean.shape[:-1], mean.shape[-1]
     event = (dim,) * family.axes
     _check.has_shape(op, family.scale, scale, (*lead, *event), event)
-    rows = lead.numel()
-    # Before the scale is expanded, for its gradient to be summed over rows in the dtype that is computed with.
-    if mean.dtype in HALF:
-        mean, scale = mean.float(), scale.float()
-    if scale.ndim == family.axes:
-        scale = scale.expand(rows, *event)
-    return _check.rows(mean, rows, dim), _check.rows(scale, rows, *event), lead
+    if len(lead) != 1 or scale.ndim == family.axes:
+        rows = math.prod(lead)
+        if scale.ndim == family.axes:
+            scale = scale.expand(rows, *event)
+        mean, scale = _check.rows(mean, rows, dim), _check.rows(scale, rows, *event)
+    return lead, mean, scale, *rest

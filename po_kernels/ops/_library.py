@@ -1,8 +1,13 @@
-"""The opaque kernels as torch.library operators: the schema and the fake of every op of the table.
+"""The opaque kernels as torch.library operators: schema, fake and derivative of every op of the table.
 
 `torch.ops.po_kernels.<op>` takes what a `Request` has, flat, and the name of the backend. No tangents, an empty
-list, ask for first order.
+list, ask for first order. One operator serves both orders and is closed under reverse mode: with value f and gradients
+g ∇f, the cotangents ġ of the value and v of the gradients give ġ ∇f + g ∇²f v for the inputs and ∇f·v for g, which is
+the operator with tangents v. This is what `torch.compile` differentiates; eager calls go through `_autograd`.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +19,9 @@ from . import _modes
 _SCHEMA = (
     "(Tensor[] inputs, Tensor?[] constants, Tensor?[] tangents, Tensor? cotangent, Tensor? cotangent_tangent, "
     "bool[] needs, bool want_stats, str backend, str estimator, int num_samples, str advantage, float? rbf_gamma, "
-    "float entropy_coef, str reduction, int row_offset) -> Tensor[]"
+    "str reduction, int row_offset, Tensor entropy_coef) -> Tensor[]"
 )
+_OTHERS = _SCHEMA[: _SCHEMA.index(")")].count(",") - 3  # arguments from cotangent_tangent on
 
 _library = torch.library.Library("po_kernels", "DEF")
 
@@ -23,24 +29,112 @@ _library = torch.library.Library("po_kernels", "DEF")
 def _define(op: Op) -> None:
     _library.define(op.name + _SCHEMA)
 
-    def run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config):
+    def run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
+        resolved = _modes.resolved
         request = op.request(
-            inputs, constants, tangents or None, cotangent, cotangent_tangent, needs, want_stats, OpConfig(*config)
-        )
-        with _modes.autograd_in_kernels():
+            map(resolved, inputs), map(resolved, constants), map(resolved, tangents) if tangents else None,
+            resolved(cotangent), resolved(cotangent_tangent), needs, want_stats,
+            _config(*options[:-1], entropy_coef=float(options[-1])),
+        )  # fmt: skip
+        with _modes.autograd_on():
             found = dispatch.kernel(op.name, backend)(request)
         return [inputs[0].new_empty(0) if x is None else x for x in found]  # for what was not asked for
 
-    def fake(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *config):
+    def fake(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
         head = inputs[0]
-        shape = op.value_shape(op.Inputs(*inputs), op.Constants(*constants), OpConfig(*config))
+        shape = op.value_shape(op.Inputs(*inputs), op.Constants(*constants), _config(*options[:-1]))
         value = head.new_empty(shape, dtype=head.dtype if op.differentiable else torch.int64)
         stats = head.new_empty((NUM_STATS, *shape) if want_stats else (0,))
         return [value, stats, *_gradients(inputs, needs)]
 
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        tensors, constants, ctx.tangents, cotangent, _, ctx.needs, _, ctx.backend, *ctx.options = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*tensors, *constants, cotangent, *output[2:])
+
+    def backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
+        if ctx.tangents:
+            raise no_third_derivative(op.name)
+        count = op.count
+        saved, config = ctx.saved_tensors, _config(*ctx.options[:-1])
+        inputs, constants, g, known = saved[:count], saved[count : -count - 1], saved[-count - 1], saved[-count:]
+        moved, _, *tangents = cotangents
+        tangents = [v if needed else None for v, needed in zip(tangents, ctx.needs, strict=True)]
+        needs = ctx.needs_input_grad[0]
+        along: Tensor | None = None
+        found: list[Any] = [None] * count
+
+        def again(tangents: Any, g: Tensor | None, moved: Tensor | None, needs: list[bool]) -> list[Tensor]:
+            return OPERATORS[op.name](inputs, constants, tangents, g, moved, needs, False, ctx.backend, *ctx.options)
+
+        if any(v is not None for v in tangents):
+            check_second_derivative(op.name, config)
+            if g is None:
+                g = inputs[0].new_ones(op.value_shape(op.Inputs(*inputs), op.Constants(*constants), config))
+            along, _, *found = again(tangents, g, moved, needs)
+        elif moved is not None:
+            known = known if g is None else [None] * count
+            found = gradient(op, needs, inputs, moved, known, lambda missing: again([], moved, None, missing)[2:])
+        found = [x if needed else None for x, needed in zip(found, needs, strict=True)]
+        empty = [None] * len(constants) if all(isinstance(x, Tensor) for x in constants) else None
+        return (found, empty, [], along if ctx.needs_input_grad[3] else None, *[None] * _OTHERS)
+
     _library.impl(op.name, run, "CPU")
     _library.impl(op.name, run, "CUDA")
     torch.library.register_fake(f"po_kernels::{op.name}", fake, lib=_library)
+    if op.differentiable:
+        torch.library.register_autograd(f"po_kernels::{op.name}", backward, setup_context=keep, lib=_library)
+
+
+def gradient(
+    op: Op,
+    needs: Sequence[bool],
+    inputs: Sequence[Tensor],
+    cotangent: Tensor,
+    known: Sequence[Any],
+    compute: Callable[[list[bool]], Sequence[Tensor | None]],
+) -> list[Tensor | None]:
+    """g ∇f where needed.
+
+    Args:
+        known: ∇f where the forward pass had reason to compute it, an empty tensor or None elsewhere.
+        compute: gives g ∇f for the inputs asked for.
+    """
+    missing = [needed and (k is None or k.shape != x.shape) for needed, k, x in zip(needs, known, inputs, strict=True)]
+    result: list[Any] = list(compute(missing)) if any(missing) else [None] * len(missing)
+    for i, axis in enumerate(op.row_axis):
+        if needs[i] and not missing[i]:
+            result[i] = known[i] * _along(cotangent, axis, inputs[i].ndim)
+    return result
+
+
+def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """A cotangent () or (B,) to multiply a gradient with whose axis `axis` counts rows."""
+    if cotangent.ndim == 0 or axis is None:
+        return cotangent
+    return cotangent.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def known_early(op: Op, needs: Sequence[bool], config: OpConfig) -> Sequence[bool]:
+    """Which of the gradients needed the forward pass can compute, not knowing the cotangent."""
+    if config.reduction != "none":
+        return needs
+    return [needed and axis is not None for needed, axis in zip(needs, op.row_axis, strict=True)]
+
+
+def check_second_derivative(op: str, config: OpConfig) -> None:
+    if config.estimator == "reinforce":
+        raise RuntimeError(
+            f"{op}: estimator='reinforce' is right to first order only, so it has no second derivative; "
+            "use estimator='dice', which has the same gradient and the right Hessian"
+        )
+
+
+def no_third_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op}: a third derivative was asked for, and the fused kernels have two; use backend='reference'"
+    )
 
 
 def _gradients(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
@@ -49,5 +143,34 @@ def _gradients(inputs: list[Tensor], needs: list[bool]) -> list[Tensor]:
 
 for _op in OPS.values():
     _define(_op)
+
+
+def call(
+    op: str,
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    tangents: Sequence[Tensor | None],
+    cotangent: Tensor | None,
+    cotangent_tangent: Tensor | None,
+    needs: Sequence[bool],
+    want_stats: bool,
+    backend: str,
+    config: OpConfig,
+) -> list[Tensor]:
+    """The operator of `op`. The coefficient goes in a tensor: torch.compile makes a new graph for each new number."""
+    coefficient = torch.full((), config.entropy_coef, dtype=torch.float64, device="cpu")
+    return OPERATORS[op](
+        list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), want_stats, backend,
+        config.estimator, config.num_samples, config.advantage, config.rbf_gamma, config.reduction, config.row_offset,
+        coefficient,
+    )  # fmt: skip
+
+
+def _config(
+    estimator: str, num_samples: int, advantage: str, rbf_gamma: float | None, reduction: str, row_offset: int,
+    entropy_coef: float = 0.0,
+) -> OpConfig:  # fmt: skip
+    return OpConfig(estimator, num_samples, advantage, rbf_gamma, entropy_coef, reduction, row_offset)
+
 
 OPERATORS = {op: getattr(torch.ops.po_kernels, op).default for op in OPS}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..backends.advantages import ADVANTAGES
 from ..backends.contract import OPS, REDUCTIONS, OpConfig
 from . import _check
@@ -39,16 +40,24 @@ class LossOptions(NamedTuple):
     config: OpConfig
     return_stats: bool
     backend: str | None
+    entropy_coef: Tensor | None = None
 
 
-def options(op: str, *given: Any) -> LossOptions:
-    """`_options`, remembered: a training loop asks for the same ones at each step."""
+def options(op: str, entropy_coef: float | Tensor, *given: Any) -> LossOptions:
+    """`_options`, remembered: a training loop asks for the same ones at each step.
+
+    A tensor for entropy_coef stays apart from the kernels' options, which are numbers.
+    """
+    if isinstance(entropy_coef, Tensor):
+        _check.floating(op, entropy_coef=entropy_coef)
+        _check.has_shape(op, "entropy_coef", entropy_coef, ())
+        return options(op, 0.0, *given)._replace(entropy_coef=entropy_coef)
     if torch.compiler.is_compiling():
-        return _options(op, *given)
+        return _options(op, entropy_coef, *given)
     try:
-        return _remembered(op, *given)
+        return _remembered(op, entropy_coef, *given)
     except TypeError:  # what cannot be hashed is no option: the error should say so
-        return _options(op, *given)
+        return _options(op, entropy_coef, *given)
 
 
 def _options(
@@ -80,6 +89,8 @@ def _options(
         num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
         if estimator != "reparam":
             _check.group_size(op, "num_samples", num_samples, advantage)
+        elif num_samples < ADVANTAGES[advantage].least:
+            advantage = "mean"  # of no use but to the statistics, where one sample deviates by nothing
     gamma = None if rbf_gamma is None else _check.real(op, "rbf_gamma", rbf_gamma)
     if estimator == "analytic" and gamma is not None:
         raise ValueError(
@@ -105,17 +116,19 @@ def loss(
     op: str, chosen: LossOptions, lead: Sequence[int], inputs: Sequence[Tensor], constants: Sequence[Tensor | None]
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Runs op on flattened rows, whose leading dimensions were `lead`."""
-    config, return_stats, backend = chosen
+    config, return_stats, backend, coefficient = chosen
     value, stats = evaluate(op, backend, inputs, constants, config, return_stats)
+    if coefficient is not None:
+        value = value - coefficient.to(value.dtype) * dispatch.entropy(op, inputs, config.reduction)
     if config.reduction == "none":
         value = _check.rows(value, *lead)
         stats = tuple([_check.rows(column, *lead) for column in stats])
     return (value, LossStats(*stats)) if return_stats else value
 
 
-def seed(op: str, chosen: LossOptions, given: int | Tensor | None) -> Tensor | None:
-    """The seed of an estimator that draws samples."""
-    return _check.seed_tensor(op, given) if chosen.config.num_samples else None
+def seed(op: str, chosen: LossOptions, given: int | Tensor | None, stream: int) -> Tensor | None:
+    """The key of an estimator that draws samples."""
+    return _check.seed_tensor(op, given, stream) if chosen.config.num_samples else None
 
 
 def surrogate(
@@ -124,7 +137,7 @@ def surrogate(
     rewards: Tensor,
     lead: Sequence[int],
     event: tuple[int, ...],
-    entropy_coef: float,
+    entropy_coef: float | Tensor,
     estimator: str,
     advantage: str,
     *others: Any,
@@ -140,7 +153,13 @@ def surrogate(
     _check.has_shape(op, "rewards", rewards, (num_samples, *lead))
     _check.has_shape(op, "samples", samples, (num_samples, *lead, *event))
     _check.choice(op, "advantage", advantage, tuple(ADVANTAGES))
-    _check.group_size(op, "rewards", num_samples, advantage)
+    if estimator != "reparam":
+        _check.group_size(op, "rewards", num_samples, advantage)
+        if samples.requires_grad:
+            raise ValueError(
+                f"{op}: samples: expected constants with estimator={estimator!r}, got a tensor that requires grad, "
+                "whose derivative would be dropped; score samples.detach(), or use estimator='reparam'"
+            )
     rbf_gamma, reduction, *rest = others
     chosen = options(op, entropy_coef, estimator, num_samples, advantage, rbf_gamma, reduction, 0, *rest)
     rows = math.prod(lead)

@@ -1,9 +1,10 @@
 """Which of torch's modes and transforms is looking at a call: the only place that uses private symbols of torch.
 
-`PRIVATE` names them; a test asks the installed torch for each.
+`PRIVATE` names them, and `asked_once` has one more; a test asks the installed torch for each.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ PRIVATE = (
     "torch._C._SetExcludeDispatchKeyGuard",
     "torch._C.DispatchKey.AutogradFunctionality",
 )
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 transforms_active = torch._C._are_functorch_transforms_active
 is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
@@ -34,6 +37,25 @@ def is_differentiated() -> bool:
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or transforms_active()
 
 
+def asked_once(function: F) -> F:
+    """A function that torch.compile calls when it traces, and whose result is then a constant.
+
+    It is torch.compiler.assume_constant_result, which would import all of Dynamo: a second of every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@asked_once
+def traced_by_a_transform() -> bool:
+    return transforms_active()
+
+
+def autograd_on() -> Any:
+    """A context in which autograd records. Torch turns it off while an operator runs, and the reference needs it."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+
+
 def may_call_directly(*tensors: Tensor | None) -> bool:
     """A kernel may be called without torch's dispatcher.
 
@@ -48,6 +70,8 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
     return True
 
 
-def autograd_in_kernels() -> AbstractContextManager[None]:
-    """Under a dispatch mode or in a compiled function torch records nothing: autograd in a kernel would find zeros."""
-    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
+def resolved(x: Tensor | None) -> Tensor | None:
+    """x with its values in memory, which a list of tensors does not get from torch."""
+    if x is None:
+        return None
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x._is_zerotensor() else x.resolve_neg()

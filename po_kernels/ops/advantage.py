@@ -1,5 +1,7 @@
 """Advantages over a group of samples."""
 
+import math
+
 from torch import Tensor
 
 from ..backends.advantages import ADVANTAGES
@@ -31,13 +33,13 @@ def group_advantage(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "group_advantage"
-    _check.floating(op, rewards=rewards)
+    (computed,) = _check.floating(op, rewards=rewards)
     _check.choice(op, "kind", kind, tuple(ADVANTAGES))
     if rewards.ndim < 1:
         raise ValueError(f"{op}: rewards: expected shape (G, *), got ()")
     _check.group_size(op, "rewards", rewards.shape[0], kind)
     gamma = None if rbf_gamma is None else _check.real(op, "rbf_gamma", rbf_gamma)
-    groups = rewards.reshape(rewards.shape[0], rewards.shape[1:].numel())
+    groups = computed.reshape(rewards.shape[0], math.prod(rewards.shape[1:]))
     config = OpConfig(num_samples=rewards.shape[0], advantage=kind, rbf_gamma=gamma)
     advantages, _ = evaluate(op, backend, (groups,), (), config)
     return advantages.reshape(rewards.shape).to(rewards.dtype)

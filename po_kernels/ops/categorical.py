@@ -1,6 +1,8 @@
 """Categorical policies, given by logits; -inf masks a class."""
 
-import torch
+import math
+from typing import Any
+
 from torch import Tensor
 
 from ..backends.contract import OpConfig
@@ -16,6 +18,7 @@ def categorical_sample(
     num_samples: int,
     *,
     seed: int | Tensor | None = None,
+    stream: int = 0,
     row_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
@@ -26,7 +29,7 @@ def categorical_sample(
     Args:
         logits: (*, C), one policy a row; -inf masks a class.
         num_samples: G, samples a row.
-        seed, row_offset, backend: as in `gaussian_sample`.
+        seed, stream, row_offset, backend: as in `gaussian_sample`.
 
     Returns:
         labels, (G, *) int64.
@@ -36,10 +39,10 @@ def categorical_sample(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_sample"
-    logits, lead = _policy(op, logits)
+    lead, logits = _policy(op, logits)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     config = OpConfig(num_samples=num_samples, row_offset=_check.integer(op, "row_offset", row_offset, 0))
-    labels, _ = evaluate(op, backend, (logits,), (_check.seed_tensor(op, seed),), config)
+    labels, _ = evaluate(op, backend, (logits,), (_check.seed_tensor(op, seed, stream),), config)
     return labels.reshape(num_samples, *lead)
 
 
@@ -59,10 +62,10 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_log_prob"
-    logits, lead = _policy(op, logits)
+    lead, logits = _policy(op, logits)
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
-    value = value.reshape(batch.numel(), logits.shape[0])
+    value = value.reshape(math.prod(batch), logits.shape[0])
     return evaluate(op, backend, (logits,), (value,), OpConfig())[0].reshape((*batch, *lead))
 
 
@@ -71,13 +74,14 @@ def categorical_policy_loss(
     target: Tensor,
     reward_table: Tensor,
     *,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Tensor = 0.0,
     estimator: str = "exact",
     num_samples: int | None = None,
     advantage: str = "loo",
     rbf_gamma: float | None = None,
     reduction: str = "mean",
     seed: int | Tensor | None = None,
+    stream: int = 0,
     row_offset: int = 0,
     return_stats: bool = False,
     backend: str | None = None,
@@ -96,7 +100,7 @@ def categorical_policy_loss(
         reward_table: R, (C, C): R[i, j] is the reward of answering i where the label is j.
         estimator: "exact", "dice" or "reinforce".
         rbf_gamma: replaces r by exp(rbf_gamma · r), for all estimators.
-        entropy_coef, num_samples, advantage, reduction, seed, row_offset, return_stats, backend:
+        entropy_coef, num_samples, advantage, reduction, seed, stream, row_offset, return_stats, backend:
             as in `gaussian_policy_loss`.
 
     Returns:
@@ -111,12 +115,12 @@ def categorical_policy_loss(
     chosen = _loss.options(
         op, entropy_coef, estimator, num_samples, advantage, rbf_gamma, reduction, row_offset, return_stats, backend
     )
-    logits, lead = _policy(op, logits, reward_table=reward_table)
+    lead, logits, reward_table = _policy(op, logits, reward_table=reward_table)
     rows, classes = logits.shape
     target = _check.integral(op, "target", target, logits)
     _check.has_shape(op, "target", target, lead)
     _check.has_shape(op, "reward_table", reward_table, (classes, classes))
-    constants = (_check.rows(target, rows), _loss.seed(op, chosen, seed))
+    constants = (_check.rows(target, rows), _loss.seed(op, chosen, seed, stream))
     return _loss.loss(op, chosen, lead, (logits, reward_table), constants)
 
 
@@ -125,7 +129,7 @@ def categorical_surrogate_loss(
     samples: Tensor,
     rewards: Tensor,
     *,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Tensor = 0.0,
     estimator: str = "dice",
     advantage: str = "loo",
     rbf_gamma: float | None = None,
@@ -151,7 +155,7 @@ def categorical_surrogate_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_surrogate_loss"
-    logits, lead = _policy(op, logits, rewards=rewards)
+    lead, logits, rewards = _policy(op, logits, rewards=rewards)
     samples = _check.integral(op, "samples", samples, logits)
     chosen, samples, rewards = _loss.surrogate(
         op, samples, rewards, lead, (), entropy_coef, estimator, advantage, rbf_gamma, reduction, return_stats, backend
@@ -159,10 +163,10 @@ def categorical_surrogate_loss(
     return _loss.loss(op, chosen, lead, (logits, rewards), (samples,))
 
 
-def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Tensor, torch.Size]:
-    """logits as (B, C), and the leading dimensions."""
-    _check.floating(op, logits=logits, **others)
+def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Any, ...]:
+    """The leading dimensions, logits (B, C), and the others as they are."""
+    logits, *rest = _check.floating(op, logits=logits, **others)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits: expected shape (*, C) with C of at least 1, got {_check.shape_of(logits)}")
     lead = logits.shape[:-1]
-    return _check.rows(logits, lead.numel(), logits.shape[-1]), lead
+    return lead, _check.rows(logits, math.prod(lead), logits.shape[-1]), *rest

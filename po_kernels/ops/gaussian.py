@@ -16,6 +16,7 @@ def gaussian_sample(
     num_samples: int,
     *,
     seed: int | Tensor | None = None,
+    stream: int = 0,
     row_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
@@ -29,6 +30,7 @@ def gaussian_sample(
         log_std: (*, D) or (D,), log of the standard deviation.
         num_samples: G, samples a row.
         seed: 64-bit seed, or an int64 scalar tensor; None draws one from torch's default CPU generator.
+        stream: keeps apart what shares a seed, such as the two heads of a policy: other numbers for each stream.
         row_offset: number of the first row, for a shard of a larger batch.
         backend: name of the backend; None for the first that can serve the call.
 
@@ -39,7 +41,7 @@ def gaussian_sample(
         TypeError, ValueError: an argument of another type, shape or range.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    return _gaussian_family.sample(_FAMILY, mean, log_std, num_samples, seed, row_offset, backend)
+    return _gaussian_family.sample(_FAMILY, mean, log_std, num_samples, seed, stream, row_offset, backend)
 
 
 def gaussian_log_prob(mean: Tensor, log_std: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
@@ -67,13 +69,14 @@ def gaussian_policy_loss(
     target: Tensor,
     precision: Tensor | float,
     *,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Tensor = 0.0,
     estimator: str = "analytic",
     num_samples: int | None = None,
     advantage: str = "loo",
     rbf_gamma: float | None = None,
     reduction: str = "mean",
     seed: int | Tensor | None = None,
+    stream: int = 0,
     row_offset: int = 0,
     return_stats: bool = False,
     backend: str | None = None,
@@ -97,7 +100,8 @@ def gaussian_policy_loss(
         log_std: (*, D) or (D,), log of the standard deviation.
         target: (*, D), the observed y.
         precision: U, positive: () or a number for u·I, (D,) for a diagonal, (D, D) for its symmetric part.
-        entropy_coef: λ, in units of reward per nat.
+        entropy_coef: λ, in units of reward per nat: a number, or a () tensor, which is differentiable and may change
+            from call to call without a new graph of torch.compile.
         estimator: "analytic", "reparam", "dice" or "reinforce".
         num_samples: G, required by the sampled estimators; at least 2 with advantage="loo".
         advantage: baseline of the score function: "none", "min", "mean", "loo" or "standardized";
@@ -105,6 +109,7 @@ def gaussian_policy_loss(
         rbf_gamma: replaces r by exp(rbf_gamma · r); sampled estimators only.
         reduction: "mean" or "sum" over rows, or "none".
         seed: 64-bit seed, or an int64 scalar tensor; None draws one from torch's default CPU generator.
+        stream: keeps apart what shares a seed, such as the two heads of a policy: other numbers for each stream.
         row_offset: number of the first row, for a shard of a larger batch.
         return_stats: also return `LossStats`.
         backend: name of the backend; None for the first that can serve the call.
@@ -118,8 +123,8 @@ def gaussian_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     return _gaussian_family.policy_loss(
-        _FAMILY, mean, log_std, target, precision, seed, entropy_coef, estimator, num_samples, advantage, rbf_gamma,
-        reduction, row_offset, return_stats, backend,
+        _FAMILY, mean, log_std, target, precision, seed, stream, entropy_coef, estimator, num_samples, advantage,
+        rbf_gamma, reduction, row_offset, return_stats, backend,
     )  # fmt: skip
 
 
@@ -129,7 +134,7 @@ def gaussian_surrogate_loss(
     samples: Tensor,
     rewards: Tensor,
     *,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Tensor = 0.0,
     estimator: str = "dice",
     advantage: str = "loo",
     rbf_gamma: float | None = None,

@@ -16,6 +16,7 @@ def mvn_sample(
     num_samples: int,
     *,
     seed: int | Tensor | None = None,
+    stream: int = 0,
     row_offset: int = 0,
     backend: str | None = None,
 ) -> Tensor:
@@ -25,7 +26,7 @@ def mvn_sample(
         mean: (*, D), one policy a row.
         scale_tril: L, (*, D, D) or (D, D), lower triangular with a positive diagonal.
         num_samples: G, samples a row.
-        seed, row_offset, backend: as in `gaussian_sample`.
+        seed, stream, row_offset, backend: as in `gaussian_sample`.
 
     Returns:
         samples, (G, *, D).
@@ -34,7 +35,7 @@ def mvn_sample(
         TypeError, ValueError: an argument of another type, shape or range; L not triangular, or singular.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    return _gaussian_family.sample(_FAMILY, mean, scale_tril, num_samples, seed, row_offset, backend)
+    return _gaussian_family.sample(_FAMILY, mean, scale_tril, num_samples, seed, stream, row_offset, backend)
 
 
 def mvn_log_prob(mean: Tensor, scale_tril: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
@@ -62,13 +63,14 @@ def mvn_policy_loss(
     target: Tensor,
     precision: Tensor | float,
     *,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Tensor = 0.0,
     estimator: str = "analytic",
     num_samples: int | None = None,
     advantage: str = "loo",
     rbf_gamma: float | None = None,
     reduction: str = "mean",
     seed: int | Tensor | None = None,
+    stream: int = 0,
     row_offset: int = 0,
     return_stats: bool = False,
     backend: str | None = None,
@@ -89,8 +91,8 @@ def mvn_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     return _gaussian_family.policy_loss(
-        _FAMILY, mean, scale_tril, target, precision, seed, entropy_coef, estimator, num_samples, advantage, rbf_gamma,
-        reduction, row_offset, return_stats, backend,
+        _FAMILY, mean, scale_tril, target, precision, seed, stream, entropy_coef, estimator, num_samples, advantage,
+        rbf_gamma, reduction, row_offset, return_stats, backend,
     )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def mvn_surrogate_loss(
     samples: Tensor,
     rewards: Tensor,
     *,
-    entropy_coef: float = 0.0,
+    entropy_coef: float | Tensor = 0.0,
     estimator: str = "dice",
     advantage: str = "loo",
     rbf_gamma: float | None = None,

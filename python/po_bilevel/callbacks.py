@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .optional import require
+from .rewards import diagonal
 
 if TYPE_CHECKING:
     from .trainer import OuterStep
@@ -23,8 +24,7 @@ def scalars(step: "OuterStep") -> dict[str, float]:
     }
     found = {name: value for name, value in named.items() if value is not None}
     if step.reward is not None:
-        values = step.reward.diagonal() if step.reward.ndim == 2 else step.reward.reshape(-1)
-        found |= {f"reward/{index}": value for index, value in enumerate(values.tolist())}
+        found |= {f"reward/{index}": value for index, value in enumerate(diagonal(step.reward).tolist())}
     return found
 
 

@@ -1,7 +1,7 @@
 """The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`, `po-bilevel sweep FILE`, ...
 
 Exit codes: 0 done; 1 training diverged; 2 something about the command, a file or the installation is wrong;
-130 interrupted.
+130 interrupted. The functions of the commands raise, and `main` makes a line of that.
 """
 
 import dataclasses
@@ -10,31 +10,22 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from . import plots, results
 from .errors import MissingDependencyError, NonFiniteError, UsageError
-from .experiments import gaussian
-from .experiments.classification import ClassifyConfig
-from .experiments.gaussian import GaussianConfig
+from .experiments import plots, results
 from .experiments.registry import EXPERIMENTS
-from .experiments.runs import Outcome
+from .experiments.report import ReportConfig, report
+from .experiments.reproduce import ReproduceConfig, plan
+from .experiments.runs import Experiment, Options
+from .experiments.sweep import SweepConfig, sweep
+from .experiments.sweep import check as check_sweep
 from .optional import require
-from .report import ReportConfig, report
-from .reproduce import ReproduceConfig, plan
-from .sweep import SweepConfig, sweep
-from .sweep import check as check_sweep
 
 PROGRAM = "po-bilevel"
-# What the files of an experiment are called after, by its command.
-NAMES = {
-    "classify": "classification", "gaussian": "gaussian", "dynamics": "dynamics", "generalise": "generalisation",
-    "forgetting": "forgetting",
-}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif isinstance(config, ReproduceConfig):
             reproduce(config)
         else:
-            run_experiment(config)
+            run_experiment(next(each for each in EXPERIMENTS.values() if type(config) is each.config), config)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else 2
     except KeyboardInterrupt:
@@ -70,39 +61,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_experiment(config: Any) -> None:
-    """Runs the experiment of a configuration, prints its table, and writes its files.
-
-    Raises:
-        UsageError, MissingDependencyError, NonFiniteError: as its `run`, or --out cannot be written to.
-    """
-    command, experiment = next((n, e) for n, e in EXPERIMENTS.items() if type(config) is e.config)
+def run_experiment(experiment: Experiment, config: Options) -> None:
+    """Runs an experiment: writes curves.json, its figure and results.json, and prints its table."""
     experiment.check(config)
     if config.plot:
         # Better said now than after the run.
         require("matplotlib", "plots")
     _make_folder(config.out)
     outcome = experiment.run(config)
-    name, curves = NAMES[command], outcome.curves
-    if isinstance(config, GaussianConfig):
-        name += f"_figure{config.figure}"
-        draw: Callable[..., None] = partial(plots.figure_of_gaussian, outcome, config.figure)
-        more = gaussian.summary_of_paths(outcome)
-    else:
-        draw = partial(plots.figure_of_summary, results.summarise(outcome.rows))
-        if isinstance(config, ClassifyConfig):
-            draw = partial(plots.figure_of_classification, outcome)
-        paired = results.paired(outcome.rows, "nll")
-        curves, more = {**curves, "paired": paired}, results.table(paired) if paired else ""
-    _write(name, config, outcome, curves, draw, more)
+    title, curves = experiment.title_of(config), outcome.curves
+    if experiment.baseline is not None:
+        curves = curves | {"paired": results.paired(outcome.rows, experiment.baseline)}
+    options = dataclasses.asdict(config) | {"out": str(config.out)}
+    document = results.document(title, options, outcome.rows)
+    written = [config.out / "curves.json", config.out / "results.json"]
+    results.write_json(written[0], curves)
+    if config.plot:
+        written.insert(1, config.out / f"{title}.png")
+        plots.save(experiment.figure(config, outcome), written[1])
+    results.write_json(written[-1], document)
+    # Last, so that no trouble with the terminal costs the run.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    paired = results.table(curves["paired"]) if curves.get("paired") else ""
+    for text in (results.table(document["summary"]), paired, experiment.summary(config, outcome)):
+        if text:
+            print(text)
+    print("wrote " + ", ".join(map(str, written)), flush=True)
+    for warning in outcome.warnings:
+        print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
 
 
 def run_sweep(config: SweepConfig) -> int:
-    """Runs a sweep; returns 1 if a run failed.
-
-    Raises:
-        UsageError, MissingDependencyError: as `sweep.sweep`, or --out cannot be written to.
-    """
+    """Runs a sweep; returns 1 if a run failed."""
     check_sweep(config)
     _make_folder(config.out)
     failures = sweep(config)
@@ -115,49 +106,18 @@ def run_sweep(config: SweepConfig) -> int:
 
 
 def write_report(config: ReportConfig) -> None:
-    """Writes the report of a folder.
-
-    Raises:
-        UsageError, MissingDependencyError: as `report.report`.
-    """
+    """Writes the report of a folder."""
     if config.plot:
         require("matplotlib", "plots")
     print(f"wrote {report(config)}", flush=True)
 
 
 def reproduce(config: ReproduceConfig) -> None:
-    """Runs every experiment of docs/experiments.md into a folder of its own, then reports on all.
-
-    Raises:
-        UsageError, MissingDependencyError, NonFiniteError: as the experiments.
-    """
-    for step in plan(config):
-        print(f"{step.out.name}:", flush=True)
-        run_experiment(step)
+    """Runs every experiment of docs/experiments.md into a folder of its own, then reports on all."""
+    for experiment, options in plan(config):
+        print(f"{options.out.name}:", flush=True)
+        run_experiment(experiment, options)
     write_report(ReportConfig(config.out, plot=config.plot))
-
-
-def _write(
-    experiment: str, config: Any, outcome: Outcome, curves: dict[str, Any], draw: Callable[[Path], None], more: str
-) -> None:  # fmt: skip
-    """Writes curves.json, the figure and results.json, then prints the table and what more there is to say."""
-    options = dataclasses.asdict(config) | {"out": str(config.out)}
-    document = results.document(experiment, options, outcome.rows)
-    written = [config.out / "curves.json", config.out / "results.json"]
-    results.write_json(written[0], curves)
-    if config.plot:
-        written.insert(1, config.out / f"{experiment}.png")
-        draw(written[1])
-    results.write_json(written[-1], document)
-    # Last, so that no trouble with the terminal costs the run.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    print(results.table(document["summary"]))
-    if more:
-        print(more)
-    print("wrote " + ", ".join(map(str, written)), flush=True)
-    for warning in outcome.warnings:
-        print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
 
 
 def _make_folder(path: Path) -> None:

@@ -17,9 +17,8 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
 from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple, cast, get_args
+from typing import Any, ClassVar, TypeVar, cast, get_args
 
 import numpy as np
 import torch
@@ -32,22 +31,19 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import crossfit
+from .crossfit import RowLoss, Rows, likelihood, network_of, policy_gradient
 from .errors import UsageError
 from .heuristics import optimal_precision, residual_covariance
 from .hypergradients import ImplicitCG
 from .losses import Batch
 from .optimizers import lbfgs
-from .policies import CategoricalPolicy, FullGaussianPolicy, GaussianPolicy, Policy
-from .rewards import (
-    MahalanobisReward,
-    OneHotMahalanobisReward,
-    PrecisionKind,
-    TableReward,
-    one_hot_table,
-)
-from .trainer import BatchStream, BilevelTrainer, train
+from .policies import CategoricalPolicy, GaussianPolicy, Policy
+from .rewards import MahalanobisReward, OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
+from .trainer import BilevelTrainer, OuterStep
+from .training import BatchStream, train
 
-RowLoss = Callable[[Policy, Batch], Tensor]
+E = TypeVar("E", bound="_Bilevel")
 
 # The classifier's U before anything is learned: right and wrong answers differ by 4 nats.
 START = 2.0
@@ -64,106 +60,69 @@ OUTER_SOLVED = 1e-4
 RIDGE = 1e-6
 
 
-class _Rows(NamedTuple):
-    """Distinct rows: inputs (N, F), target (N,) labels or (N, D) values, weight (N,), positive; float64 but labels."""
-
-    inputs: Tensor
-    target: Tensor
-    weight: Tensor
-
-
-class _Stack(nn.Module):
-    """M tanh networks (linear without hidden layers) of the same shape, evaluated together: (N, F) -> (M, N, out).
-
-    Attributes:
-        unit: (out,), the units of the outputs that the penalty is to be free of.
-
-    Args:
-        members: M.
-        sizes: F, the widths of the hidden layers, out.
-        seed: of the initial weights, the same for all members; a linear network starts at zero.
-    """
-
-    unit: Tensor
-
-    def __init__(self, members: int, sizes: list[int], seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("unit", torch.ones(sizes[-1], dtype=torch.float64))
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
-        for width, out in pairwise(sizes):
-            weight = torch.zeros(width, out, dtype=torch.float64)
-            if len(sizes) > 2:
-                nn.init.xavier_uniform_(weight, generator=generator)
-            self.weights.append(nn.Parameter(weight.repeat(members, 1, 1)))
-            self.biases.append(nn.Parameter(torch.zeros(members, 1, out, dtype=torch.float64)))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        # For the first layer einsum makes one matrix of all members' weights, matmul copies the inputs for each.
-        hidden = torch.einsum("nf,mfo->mno", inputs, self.weights[0]) + self.biases[0]
-        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
-            hidden = torch.matmul(hidden.tanh(), weight) + bias
-        return hidden
-
-    def squares(self) -> Tensor:
-        """‖weights‖² of each member for outputs in units of one, without intercepts, (M,)."""
-        *hidden, last = self.weights
-        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last * self.unit)]).sum(dim=0)
-
-    def measure_in(self, unit: Tensor) -> None:
-        """Gives the outputs in units of unit (out,) instead of one."""
-        with torch.no_grad():
-            self.weights[-1].div_(unit)
-            self.biases[-1].div_(unit)
-            self.unit.copy_(unit)
-
-
-class _LogStd(nn.Module):
-    """One log σ for each member and dimension, the same for all x: (N, F) -> (M, N, D)."""
-
-    def __init__(self, members: int, dim: int) -> None:
-        super().__init__()
-        self.value = nn.Parameter(torch.zeros(members, 1, dim, dtype=torch.float64))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.value.expand(-1, inputs.shape[0], -1)
-
-
-class _FullStack(FullGaussianPolicy):
-    """`FullGaussianPolicy` with a covariance for each of M members; forward gives (M, N, D) and (M, N, D, D)."""
-
-    def __init__(self, mean_network: _Stack, members: int, dim: int) -> None:
-        super().__init__(mean_network, dim)
-        self.log_diagonal = nn.Parameter(torch.zeros(members, dim, dtype=torch.float64))
-        self.below_diagonal = nn.Parameter(torch.zeros(members, dim, dim, dtype=torch.float64))
-
-    def scale_tril(self) -> Tensor:
-        """L, (M, D, D)."""
-        return torch.tril(self.below_diagonal, -1) + torch.diag_embed(self.log_diagonal.exp())
-
-    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return self.mean_network(inputs), self.scale_tril()[:, None].expand(-1, inputs.shape[0], -1, -1)
-
-
 class _Bilevel(BaseEstimator):
     """What both estimators have in common: the two stages of fitting."""
 
     _rewards: ClassVar[tuple[str, ...]]
-    reward: str
-    hidden_layer_sizes: tuple[int, ...]
-    l2: float
-    folds: int
-    outer_steps: int
-    outer_learning_rate: float
-    max_iter: int
-    tol: float
-    warm_start: bool
-    random_state: Any
-    verbose: int
+    # Of scikit-learn's validation of y.
+    _target_options: ClassVar[dict[str, Any]] = {}
     policy_: Policy
     _reward: Any
     _model: dict[str, Any]
+    _scaler: StandardScaler
+
+    def __init__(
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
+        outer_steps: int = 30, outer_learning_rate: float = 0.3, max_iter: int = 500, tol: float = 1e-4,
+        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+    ) -> None:  # fmt: skip
+        self.reward = reward
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.l2 = l2
+        self.folds = folds
+        self.outer_steps = outer_steps
+        self.outer_learning_rate = outer_learning_rate
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self: E, X: Any, y: Any, sample_weight: Any = None) -> E:
+        """Learns the reward and the policy.
+
+        Args:
+            X: (N, F), an array or a DataFrame of finite numbers.
+            y: labels (N,) of at least two classes for a classifier; for a regressor finite numbers, (N,) or (N, D).
+            sample_weight: (N,), at least 0; a row of weight 2 is that row twice.
+
+        Raises:
+            ValueError: data or a parameter that cannot be used.
+            NonFiniteError: training diverged.
+        """
+        self._check_parameters()
+        X, y = validate_data(self, X, y, dtype=np.float64, **self._target_options)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        X, target, weight = crossfit.distinct(X, self._columns(y, weight), weight)
+        target, outputs, strata = self._standardised(target, weight)
+        self._scaler = StandardScaler().fit(X, sample_weight=weight)
+        inputs = self._scaler.transform(X)
+        self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
+        with torch.no_grad():
+            self._publish()
+        return self
+
+    def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """y as numbers, (N, D), once it is known to be usable."""
+        raise NotImplementedError
+
+    def _standardised(self, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        """What the network is trained on, how many outputs it has, and (N,) strata, of which each fold gets a share."""
+        raise NotImplementedError
+
+    def _publish(self) -> None:
+        """Sets the attributes that say what was learned."""
+        raise NotImplementedError
 
     def _check_parameters(self) -> None:
         name = type(self).__name__
@@ -215,7 +174,7 @@ class _Bilevel(BaseEstimator):
         """The loss that the policies are trained under before there is a reward."""
         raise NotImplementedError
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, inside: Tensor) -> tuple[nn.Module, _Rows]:
+    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
         """The reward to start from, and the rows in the units that it is for.
 
         Args:
@@ -226,7 +185,7 @@ class _Bilevel(BaseEstimator):
         """
         raise NotImplementedError
 
-    def _fit(self, rows: _Rows, outputs: int, strata: np.ndarray) -> None:
+    def _fit(self, rows: Rows, outputs: int, strata: np.ndarray) -> None:
         """Learns the reward, then the policy.
 
         Args:
@@ -238,14 +197,14 @@ class _Bilevel(BaseEstimator):
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
         features = rows.inputs.shape[1]
-        inside = torch.from_numpy(_deal(strata, rows.weight.numpy(), self.folds, random))
+        inside = torch.from_numpy(crossfit.deal(strata, rows.weight.numpy(), self.folds, random))
         members = len(inside)
         outside = (rows.weight - inside).clamp(min=0.0)
         together = self._policy(members, features, outputs, seed)
         if warm:
             policy, reward = copy.deepcopy(self.policy_), copy.deepcopy(self._reward)
-            _spread(policy, together)
-            rows = rows._replace(target=_in_units(rows.target, _network(policy).unit))
+            crossfit.spread(policy, together)
+            rows = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
         else:
             policy = self._policy(1, features, outputs, seed)
             self._train(policy, rows, rows.weight[None], self._first_loss(), ROUGHLY * self.tol)
@@ -253,7 +212,7 @@ class _Bilevel(BaseEstimator):
             reward, rows = self._first_reward(policy, together, rows, inside)
         if self.outer_steps > 0:
             self._learn(reward, together, rows, inside, outside)
-        loss = _policy_gradient(reward)
+        loss = policy_gradient(reward)
         self.n_iter_ = self._train(policy, rows, rows.weight[None], loss, self.tol)
         if self.n_iter_ == self.max_iter:
             warnings.warn(
@@ -264,62 +223,48 @@ class _Bilevel(BaseEstimator):
             )
         self.policy_, self._reward, self._model = policy, reward, model
 
-    def _learn(self, reward: nn.Module, policy: Policy, rows: _Rows, inside: Tensor, outside: Tensor) -> None:
+    def _learn(self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> None:
         """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""
         outer = torch.optim.Adam(reward.parameters(), lr=self.outer_learning_rate, betas=(0.8, 0.9))
-        batch, inner = _repeated(rows, len(inside)), self._objective(rows, outside)
+        batch, inner = crossfit.repeated(rows, len(inside)), self._objective(rows, outside)
+        # What L-BFGS remembers of the curvature belongs to the reward of before.
         trainer = BilevelTrainer(
-            policy,
-            reward,
-            inner_data=batch,
-            outer_data=batch,
-            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol),
-            outer_optimizer=outer,
+            policy, reward, inner_data=batch, outer_data=batch,
+            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol), outer_optimizer=outer,
             outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, self.outer_steps),
             inner_steps=self.max_iter,
-            inner_loss=lambda policy, reward, batch, _: inner(policy, batch, _policy_gradient(reward)),
-            outer_loss=lambda policy, batch: (inside * _likelihood(policy, batch)).sum() / rows.weight.sum(),
-            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS),
-            inner_tolerance=ROUGHLY * self.tol,
-            # What L-BFGS remembers of the curvature belongs to the reward of before.
-            keep_inner_state=False,
-            progress=False,
-        )
-        self.outer_losses_ = []
-        best, least = reward.state_dict(), math.inf
+            inner_loss=lambda policy, reward, batch, _: inner(policy, batch, policy_gradient(reward)),
+            outer_loss=lambda policy, batch: (inside * likelihood(policy, batch)).sum() / rows.weight.sum(),
+            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=ROUGHLY * self.tol,
+            keep_inner_state=False, progress=False,
+        )  # fmt: skip
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
-            for _ in range(self.outer_steps):
-                before = copy.deepcopy(reward.state_dict())
-                step = trainer.step()
-                self.outer_losses_.append(step.outer_loss)
+
+            def solved(step: OuterStep) -> bool:
                 bar.set_postfix_str(f"held-out NLL {step.outer_loss:.4f}", refresh=False)
                 bar.update()
-                if step.outer_loss < least:
-                    best, least = before, step.outer_loss
-                if step.gradient_norm <= OUTER_SOLVED:
-                    break
-        reward.load_state_dict(best)
+                return step.gradient_norm <= OUTER_SOLVED
 
-    def _train(self, policy: Policy, rows: _Rows, weight: Tensor, loss: RowLoss, tolerance: float) -> int:
+            history = trainer.fit(self.outer_steps, solved, keep_best=True)
+        self.outer_losses_ = [step.outer_loss for step in history]
+
+    def _train(self, policy: Policy, rows: Rows, weight: Tensor, loss: RowLoss, tolerance: float) -> int:
         """Trains all members at once, each on its row of weight (M, N); returns how many steps it took."""
         objective = self._objective(rows, weight)
         _, steps = train(
-            policy,
-            lambda policy, batch, _: objective(policy, batch, loss),
-            BatchStream(_repeated(rows, len(weight)), None, 0),
-            lbfgs(policy.parameters(), tolerance),
-            self.max_iter,
-            tolerance=tolerance,
-        )
+            policy, lambda policy, batch, _: objective(policy, batch, loss),
+            BatchStream(crossfit.repeated(rows, len(weight)), None, 0), lbfgs(policy.parameters(), tolerance),
+            self.max_iter, tolerance=tolerance,
+        )  # fmt: skip
         return steps
 
-    def _objective(self, rows: _Rows, weight: Tensor) -> Callable[[Policy, Batch, RowLoss], Tensor]:
+    def _objective(self, rows: Rows, weight: Tensor) -> Callable[[Policy, Batch, RowLoss], Tensor]:
         """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
         total = weight.sum(dim=1, keepdim=True)
         share = weight / total
 
         def objective(policy: Policy, batch: Batch, loss: RowLoss) -> Tensor:
-            penalty = 0.5 * self.l2 * (_network(policy).squares() / total[:, 0]).sum()
+            penalty = 0.5 * self.l2 * (network_of(policy).squares() / total[:, 0]).sum()
             return (share * loss(policy, batch)).sum() + penalty
 
         return objective
@@ -361,39 +306,8 @@ class BilevelClassifier(ClassifierMixin, _Bilevel):
     _rewards = (*get_args(PrecisionKind), "table")
     classes_: np.ndarray
 
-    def __init__(
-        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
-        outer_steps: int = 30, outer_learning_rate: float = 0.3, max_iter: int = 500, tol: float = 1e-4,
-        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
-    ) -> None:  # fmt: skip
-        self.reward = reward
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.l2 = l2
-        self.folds = folds
-        self.outer_steps = outer_steps
-        self.outer_learning_rate = outer_learning_rate
-        self.max_iter = max_iter
-        self.tol = tol
-        self.warm_start = warm_start
-        self.random_state = random_state
-        self.verbose = verbose
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BilevelClassifier":
-        """Learns the reward and the policy.
-
-        Args:
-            X: (N, F), an array or a DataFrame of finite numbers.
-            y: (N,) labels of at least two classes.
-            sample_weight: (N,), at least 0; a row of weight 2 is that row twice.
-
-        Raises:
-            ValueError: data or a parameter that cannot be used.
-            NonFiniteError: training diverged.
-        """
-        self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=np.float64)
+    def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         classes, labels = np.unique(y, return_inverse=True)
         present = len(np.unique(labels[weight > 0]))
         if present < 2:
@@ -404,18 +318,16 @@ class BilevelClassifier(ClassifierMixin, _Bilevel):
                 f"got {classes}"
             )
         self.classes_ = classes
-        X, labels, weight = _distinct(X, labels[:, None], weight)
-        self._scaler = StandardScaler().fit(X, sample_weight=weight)
-        strata = labels[:, 0].astype(np.int64)
-        self._fit(
-            _Rows(torch.from_numpy(self._scaler.transform(X)), torch.from_numpy(strata), torch.from_numpy(weight)),
-            len(classes), strata,
-        )  # fmt: skip
-        with torch.no_grad():
-            self.reward_ = self._reward.table().numpy()
-            if isinstance(self._reward, OneHotMahalanobisReward):
-                self.precision_ = self._reward.precision().numpy()
-        return self
+        return labels[:, None]
+
+    def _standardised(self, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        labels = target[:, 0].astype(np.int64)
+        return labels, len(self.classes_), labels
+
+    def _publish(self) -> None:
+        self.reward_ = self._reward.table().numpy()
+        if isinstance(self._reward, OneHotMahalanobisReward):
+            self.precision_ = self._reward.precision().numpy()
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities of the classes, (N, C), in nats."""
@@ -435,12 +347,12 @@ class BilevelClassifier(ClassifierMixin, _Bilevel):
         return self.classes_[answer]
 
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> CategoricalPolicy:
-        return CategoricalPolicy(_Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
+        return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
 
     def _first_loss(self) -> RowLoss:
-        return _likelihood
+        return likelihood
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, inside: Tensor) -> tuple[nn.Module, _Rows]:
+    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
         classes = len(self.classes_)
         if self.reward == "table":
             return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes)), rows
@@ -470,6 +382,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
     """
 
     _rewards = get_args(PrecisionKind)
+    _target_options: ClassVar = {"multi_output": True, "y_numeric": True, "ensure_min_samples": 2}
     _output_scaler: StandardScaler
 
     def __init__(
@@ -477,51 +390,28 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
         outer_steps: int = 10, outer_learning_rate: float = 0.1, max_iter: int = 500, tol: float = 1e-4,
         warm_start: bool = False, random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
-        self.reward = reward
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.l2 = l2
-        self.folds = folds
-        self.outer_steps = outer_steps
-        self.outer_learning_rate = outer_learning_rate
-        self.max_iter = max_iter
-        self.tol = tol
-        self.warm_start = warm_start
-        self.random_state = random_state
-        self.verbose = verbose
-
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "BilevelRegressor":
-        """Learns the reward and the policy.
-
-        Args:
-            X: (N, F), an array or a DataFrame of finite numbers.
-            y: (N,) or (N, D) finite numbers.
-            sample_weight: (N,), at least 0; a row of weight 2 is that row twice.
-
-        Raises:
-            ValueError: data or a parameter that cannot be used.
-            NonFiniteError: training diverged.
-        """
-        self._check_parameters()
-        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        self._one_output = y.ndim == 1
-        X, y, weight = _distinct(X, y.reshape(len(y), -1).astype(np.float64), weight)
-        if len(X) < 2:
-            raise UsageError(f"BilevelRegressor: X, y: expected at least two distinct samples, got {len(X)}")
-        self._scaler = StandardScaler().fit(X, sample_weight=weight)
-        self._output_scaler = StandardScaler().fit(y, sample_weight=weight)
-        rows = _Rows(
-            torch.from_numpy(self._scaler.transform(X)), torch.from_numpy(self._output_scaler.transform(y)),
-            torch.from_numpy(weight),
+        super().__init__(
+            reward, hidden_layer_sizes=hidden_layer_sizes, l2=l2, folds=folds, outer_steps=outer_steps,
+            outer_learning_rate=outer_learning_rate, max_iter=max_iter, tol=tol, warm_start=warm_start,
+            random_state=random_state, verbose=verbose,
         )  # fmt: skip
-        self._fit(rows, y.shape[1], np.zeros(len(X), dtype=np.int64))
+
+    def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        self._one_output = y.ndim == 1
+        return y.reshape(len(y), -1).astype(np.float64)
+
+    def _standardised(self, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        if len(target) < 2:
+            raise UsageError(f"BilevelRegressor: X, y: expected at least two distinct samples, got {len(target)}")
+        self._output_scaler = StandardScaler().fit(target, sample_weight=weight)
+        return self._output_scaler.transform(target), target.shape[1], np.zeros(len(target), dtype=np.int64)
+
+    def _publish(self) -> None:
         scale = self._output_scale()
         if self.outer_steps > 0:
             self.outer_losses_ = [loss + float(np.log(scale).sum()) for loss in self.outer_losses_]
-        with torch.no_grad():
-            u = self._reward.precision().numpy()
+        u = self._reward.precision().numpy()
         self.precision_ = u / np.outer(scale, scale) if u.ndim == 2 else u / scale**2
-        return self
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """The mean of y, (N,) or (N, D); with return_std also the standard deviations, of the same shape."""
@@ -559,21 +449,21 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
 
     def _output_scale(self) -> np.ndarray:
         """(D,): what one unit of the policy's is in units of y."""
-        return self._output_scaler.scale_ * _network(self.policy_).unit.numpy()
+        return self._output_scaler.scale_ * network_of(self.policy_).unit.numpy()
 
     def _shaped(self, values: np.ndarray) -> np.ndarray:
         return values[..., 0] if self._one_output else values
 
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
-        network = _Stack(members, [features, *self.hidden_layer_sizes, outputs], seed)
+        network = crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed)
         if self.reward == "full":
-            return _FullStack(network, members, outputs)
-        return GaussianPolicy(network, _LogStd(members, outputs), outputs)
+            return crossfit.FullStack(network, members, outputs)
+        return GaussianPolicy(network, crossfit.LogStd(members, outputs), outputs)
 
     def _first_loss(self) -> RowLoss:
-        return _policy_gradient(MahalanobisReward(1, "isotropic").double())
+        return policy_gradient(MahalanobisReward(1, "isotropic").double())
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: _Rows, inside: Tensor) -> tuple[nn.Module, _Rows]:
+    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
         with torch.no_grad():
             # Each around the mean of the member that did not train on it.
             residual = (inside.sqrt()[:, :, None] * (rows.target - together(rows.inputs)[0])).flatten(0, 1)
@@ -583,66 +473,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
         # With residuals of one, the mean's weights and log σ have the same curvature, however good the fit.
         unit = (variance.mean().expand(len(variance)) if kind == "isotropic" else variance).sqrt()
         for each in (policy, together):
-            _network(each).measure_in(unit)
+            network_of(each).measure_in(unit)
         guess = optimal_precision(covariance / torch.outer(unit, unit), 1.0, kind, ridge=RIDGE)
         reward = MahalanobisReward(len(unit), kind, guess)
-        return reward, rows._replace(target=_in_units(rows.target, unit))
-
-
-def _network(policy: Policy) -> _Stack:
-    return cast(_Stack, policy.network if isinstance(policy, CategoricalPolicy) else policy.mean_network)
-
-
-def _likelihood(policy: Policy, batch: Batch) -> Tensor:
-    """Negative log-likelihood of each row, (M, N)."""
-    return -policy.log_prob(*batch)
-
-
-def _policy_gradient(reward: nn.Module) -> RowLoss:
-    """The policy-gradient loss of each row under the reward, (M, N), with λ = 1."""
-    return lambda policy, batch: policy.policy_loss(*batch, reward, entropy_coef=1.0, reduction="none", seed=0)
-
-
-def _repeated(rows: _Rows, members: int) -> Batch:
-    """The rows once for each member: targets (M, N) or (M, N, D)."""
-    return Batch(rows.inputs, rows.target.expand(members, *rows.target.shape))
-
-
-def _in_units(target: Tensor, unit: Tensor) -> Tensor:
-    """Values (N, D) in units of unit (D,); labels have none."""
-    return target / unit if target.is_floating_point() else target
-
-
-def _spread(policy: Policy, together: Policy) -> None:
-    """Each member of `together` becomes a copy of the single member of `policy`."""
-    with torch.no_grad():
-        for source, parameter in zip(policy.parameters(), together.parameters(), strict=True):
-            parameter.copy_(source.expand_as(parameter))
-        _network(together).unit.copy_(_network(policy).unit)
-
-
-def _distinct(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct rows of positive weight, sorted, and the sums of their weights: (N', F), (N', D), (N',)."""
-    # Adding zero makes -0 and 0 the same row.
-    rows = np.column_stack([X, y])[weight > 0] + 0.0
-    rows, index = np.unique(rows, axis=0, return_inverse=True)
-    return rows[:, : X.shape[1]], rows[:, X.shape[1] :], np.bincount(index.reshape(-1), weight[weight > 0])
-
-
-def _deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.RandomState) -> np.ndarray:
-    """What of each row's weight is in each fold, (M, N), M at most `folds`.
-
-    Rows of a stratum are shuffled and laid end to end, each as long as its weight; units of that length go to the folds
-    in turn. A unit is an observation, of weight one, or of the mean weight if that is less.
-    """
-    order = random.permutation(len(strata))
-    order = order[np.argsort(strata[order], kind="stable")]
-    ends = np.cumsum(weight[order]) / min(1.0, weight.mean())
-    members = min(folds, max(2, math.floor(ends[-1])))
-    # Of what lies below a place a fold has its units of whole rounds, and what the last round has reached of the next.
-    edges = np.concatenate([[0.0], ends])
-    rounds = np.floor(edges / members)
-    below = rounds + np.clip(edges - members * rounds - np.arange(members)[:, None], 0.0, 1.0)
-    dealt = np.empty((members, len(strata)))
-    dealt[:, order] = np.diff(below, axis=1) * min(1.0, weight.mean())
-    return dealt
+        return reward, rows._replace(target=crossfit.in_units(rows.target, unit))

@@ -45,6 +45,11 @@ class Batch(NamedTuple):
         """The rows at the integer positions index (M,)."""
         return Batch(self.inputs[index], self.target.index_select(self.row_axis, index))
 
+    def joined(self, other: "Batch") -> "Batch":
+        """Its rows and those of another batch, which have as many observations each."""
+        target = torch.cat([self.target, other.target], dim=self.row_axis)
+        return Batch(torch.cat([self.inputs, other.inputs]), target)
+
     def split(self, fraction: float, seed: int) -> tuple["Batch", "Batch"]:
         """The rows in two disjoint parts, such as those of the inner and of the outer loss.
 

@@ -21,13 +21,9 @@ def lbfgs(parameters: Iterable[torch.nn.Parameter], tolerance: float = SOLVED) -
         tolerance: Euclidean norm of the gradient at which the caller will stop; the optimiser goes on a little further.
     """
     held = list(parameters)
+    # Without max_eval it is 1.25 max_iter, which leaves the line search no evaluation.
     return torch.optim.LBFGS(
-        held,
-        max_iter=1,
-        # Else it is 1.25 max_iter, which leaves the line search no evaluation.
-        max_eval=LINE_SEARCH,
-        history_size=LBFGS_HISTORY,
-        tolerance_grad=0.1 * tolerance / math.sqrt(sum(p.numel() for p in held)),
-        tolerance_change=1e-12,
+        held, max_iter=1, max_eval=LINE_SEARCH, history_size=LBFGS_HISTORY,
+        tolerance_grad=0.1 * tolerance / math.sqrt(sum(p.numel() for p in held)), tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
-    )
+    )  # fmt: skip

@@ -7,7 +7,7 @@ training code is the same for all of them.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,39 @@ class Policy(nn.Module, ABC):
         """
 
 
-class GaussianPolicy(Policy):
+class _Ops(NamedTuple):
+    sample: Any
+    log_prob: Any
+    policy_loss: Any
+    surrogate_loss: Any
+
+
+class _Gaussian(Policy):
+    """What Gaussians have in common. `forward` gives the mean, and a spread that the family's ops take."""
+
+    _ops: ClassVar["_Ops"]
+    # Of a spread that is the same for all rows.
+    _spread_ndim: ClassVar[int]
+
+    def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
+        """Joint log-density of target (*, D) or (R, *, D), a sum over dimensions, (*) or (R, *)."""
+        return self._ops.log_prob(*self(inputs), target)
+
+    def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
+        """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
+        _accepted(self, reward, MatrixReward, "a MahalanobisReward")
+        mean, spread = self(inputs)
+        if _repeated(self, target, mean.shape):
+            mean = mean.expand(target.shape)
+            if spread.ndim > self._spread_ndim:
+                spread = spread.expand(*target.shape[:-1], *spread.shape[-self._spread_ndim :])
+        if isinstance(reward, MatrixReward):
+            return self._ops.policy_loss(mean, spread, target, reward.precision(), **options)
+        samples, rewards, options = _scored(self, self._ops.sample, (mean, spread), inputs, target, reward, options)
+        return self._ops.surrogate_loss(mean, spread, samples, rewards, **options)
+
+
+class GaussianPolicy(_Gaussian):
     """Diagonal Gaussian N(mean(x), diag σ²); forward gives (mean, log_std).
 
     Args:
@@ -70,6 +102,9 @@ class GaussianPolicy(Policy):
         ValueError: an unknown std; fixed and state-dependent; bounds without "bounded", or bounds that leave
             initial_log_std outside.
     """
+
+    _ops = _Ops(pk.gaussian_sample, pk.gaussian_log_prob, pk.gaussian_policy_loss, pk.gaussian_surrogate_loss)
+    _spread_ndim = 1
 
     def __init__(
         self, mean_network: nn.Module, log_std_network: nn.Module | None, dim: int, *, std: Std = "learned",
@@ -114,23 +149,6 @@ class GaussianPolicy(Policy):
             log_std = low + (high - low) * torch.sigmoid(log_std)
         return self.mean_network(inputs), log_std
 
-    def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """Joint log-density of target (*, D) or (R, *, D), a sum over dimensions, (*) or (R, *)."""
-        mean, log_std = self(inputs)
-        return pk.gaussian_log_prob(mean, log_std, target)
-
-    def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
-        """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
-        _accepted(self, reward, MatrixReward, "a MahalanobisReward")
-        mean, log_std = self(inputs)
-        if _repeated(self, target, mean.shape):
-            mean = mean.expand(target.shape)
-            log_std = log_std if log_std.ndim == 1 else log_std.expand(target.shape)
-        if isinstance(reward, MatrixReward):
-            return cast(Tensor, pk.gaussian_policy_loss(mean, log_std, target, reward.precision(), **options))
-        samples, rewards, options = _scored(self, pk.gaussian_sample, (mean, log_std), inputs, target, reward, options)
-        return cast(Tensor, pk.gaussian_surrogate_loss(mean, log_std, samples, rewards, **options))
-
 
 class LinearGaussian(GaussianPolicy):
     """mean(x) = W x + b.
@@ -170,7 +188,7 @@ class MLPGaussian(GaussianPolicy):
             _initially_constant(cast(nn.Linear, log_std[-1]), self._start)
 
 
-class FullGaussianPolicy(Policy):
+class FullGaussianPolicy(_Gaussian):
     """Gaussian N(mean(x), L Lᵀ) with one full covariance for all x; forward gives (mean, scale_tril).
 
     L is lower triangular with diagonal exp(log_diagonal), so positive definite whatever the parameters.
@@ -179,6 +197,9 @@ class FullGaussianPolicy(Policy):
         mean_network: (*, in_features) -> (*, D).
         dim: D.
     """
+
+    _ops = _Ops(pk.mvn_sample, pk.mvn_log_prob, pk.mvn_policy_loss, pk.mvn_surrogate_loss)
+    _spread_ndim = 2
 
     def __init__(self, mean_network: nn.Module, dim: int) -> None:
         super().__init__()
@@ -193,22 +214,6 @@ class FullGaussianPolicy(Policy):
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """x (*, in_features) -> mean (*, D), scale_tril (D, D)."""
         return self.mean_network(inputs), self.scale_tril()
-
-    def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
-        """Joint log-density of target (*, D) or (R, *, D), (*) or (R, *)."""
-        mean, scale_tril = self(inputs)
-        return pk.mvn_log_prob(mean, scale_tril, target)
-
-    def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
-        """See `GaussianPolicy.policy_loss`."""
-        _accepted(self, reward, MatrixReward, "a MahalanobisReward")
-        mean, scale_tril = self(inputs)
-        if _repeated(self, target, mean.shape):
-            mean = mean.expand(target.shape)
-        if isinstance(reward, MatrixReward):
-            return cast(Tensor, pk.mvn_policy_loss(mean, scale_tril, target, reward.precision(), **options))
-        samples, rewards, options = _scored(self, pk.mvn_sample, (mean, scale_tril), inputs, target, reward, options)
-        return cast(Tensor, pk.mvn_surrogate_loss(mean, scale_tril, samples, rewards, **options))
 
 
 class LinearFullGaussian(FullGaussianPolicy):

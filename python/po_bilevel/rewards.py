@@ -1,6 +1,6 @@
 """Rewards r_φ: modules that give the tensor the fused losses take, or that score samples.
 
-A `MatrixReward` has `precision()`, for Gaussian policies: r(ŷ, y) = -(ŷ-y)ᵀ U (ŷ-y).
+Each is a `Reward`. A `MatrixReward` has `precision()`, for Gaussian policies: r(ŷ, y) = -(ŷ-y)ᵀ U (ŷ-y).
 A `TabularReward` has `table()`, for categorical policies: r(ŷ, y) = R[ŷ, y].
 A `SampledReward` is any other function of samples, r(ŷ, y) or r(x, ŷ, y), for both; labels come to it as one-hot rows.
 """
@@ -77,7 +77,7 @@ class PositivePrecision(nn.Module):
             if not (excess > 0).all():
                 raise ValueError(f"precision: expected finite values above {MIN_PRECISION}, got {u.tolist()}")
             return excess + torch.log(-torch.expm1(-excess))
-        matrix = u if u.ndim == 2 else torch.diag(u.expand(self.dim))
+        matrix = as_matrix(u, self.dim)
         scale = matrix.abs().amax()
         if not torch.allclose(matrix, matrix.mT, rtol=0.0, atol=1e-6 * float(scale)):
             raise ValueError("precision: expected a symmetric matrix, got one that is not")
@@ -99,23 +99,39 @@ def _relative(dtype: torch.dtype) -> float:
     return 8.0 * torch.finfo(dtype).eps
 
 
-class MatrixReward(nn.Module, ABC):
+class Reward(nn.Module, ABC):
+    """What rewards have in common."""
+
+    def shown(self) -> Tensor | None:
+        """What the reward is, as a detached tensor: its precision, or else its table; None if it has neither."""
+        return None
+
+
+class MatrixReward(Reward):
     """A reward that a Gaussian policy's fused loss takes as a precision."""
+
+    def shown(self) -> Tensor:
+        """U."""
+        return self.precision().detach().clone()
 
     @abstractmethod
     def precision(self) -> Tensor:
         """U of shape (), (D,) or (D, D), positive definite, differentiable in the parameters."""
 
 
-class TabularReward(nn.Module, ABC):
+class TabularReward(Reward):
     """A reward that a categorical policy's fused loss takes as a table."""
+
+    def shown(self) -> Tensor:
+        """R."""
+        return self.table().detach().clone()
 
     @abstractmethod
     def table(self) -> Tensor:
         """R of shape (C, C): R[i, j] rewards the answer i where the label is j. Differentiable."""
 
 
-class SampledReward(nn.Module, ABC):
+class SampledReward(Reward):
     """A reward known by its values: policies sample and score the samples.
 
     Attributes:
@@ -261,6 +277,10 @@ class OneHotMahalanobisReward(TabularReward):
         """U over the one-hot dimensions: () isotropic, (C,) diagonal, (C, C) full."""
         return self.matrix()
 
+    def shown(self) -> Tensor:
+        """U, which R is made of."""
+        return self.precision().detach().clone()
+
     def table(self) -> Tensor:
         """R, (C, C)."""
         return one_hot_table(self.precision(), self.matrix.dim)
@@ -321,6 +341,16 @@ def one_hot_table(precision: Tensor, num_classes: int) -> Tensor:
             f"one_hot_table: precision: expected shape (), ({num_classes},) or ({num_classes}, {num_classes}), "
             f"got {tuple(precision.shape)}"
         )
-    matrix = precision if precision.ndim == 2 else torch.diag(precision.expand(num_classes))
+    matrix = as_matrix(precision, num_classes)
     weight = matrix.diagonal()
     return matrix + matrix.mT - weight[:, None] - weight[None, :]
+
+
+def diagonal(tensor: Tensor) -> Tensor:
+    """The diagonal of a precision or a table, (D,): of () the number alone, of (D,) itself."""
+    return tensor.diagonal() if tensor.ndim == 2 else tensor.reshape(-1)
+
+
+def as_matrix(precision: Tensor, dim: int) -> Tensor:
+    """U of shape (), (D,) or (D, D) as a matrix (D, D)."""
+    return precision if precision.ndim == 2 else torch.diag(precision.expand(dim))

@@ -1,10 +1,8 @@
-"""Training loops: one level (likelihood; policy gradient under a fixed reward) and two (the reward is learned)."""
+"""Two levels: a reward learned through the policy that it leads to."""
 
-import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,186 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from . import checkpoints
+from . import checkpoints, training
 from .errors import NonFiniteError
 from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
+from .rewards import Reward, diagonal
+from .training import BatchStream, InnerLoss, train, under
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
-InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 OuterLoss = Callable[[Policy, Batch], Tensor]
-
-
-# Losses read at once where nothing asks for each: reading one waits for the device that computes it.
-_READ_TOGETHER = 100
-
-
-class BatchStream:
-    """An endless stream of (batch, seed), the same for the same arguments.
-
-    Args:
-        data: all rows.
-        batch_size: rows a batch, in a new random order each epoch, the last batch of an epoch smaller if need be;
-            None for all rows each time.
-        seed: of the order and of the seeds handed out.
-    """
-
-    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
-        data.check("data")
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self._data = data
-        self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._order: list[Tensor] = []
-
-    def next(self) -> tuple[Batch, int]:
-        seed = int(torch.randint(2**62, (), generator=self._generator))
-        if self._batch_size is None:
-            return self._data, seed
-        if not self._order:
-            rows = torch.randperm(self._data.inputs.shape[0], generator=self._generator)
-            self._order = list(rows.to(self._data.inputs.device).split(self._batch_size))
-        return self._data.rows(self._order.pop(0)), seed
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, for `restore`."""
-        return {"generator": self._generator.get_state(), "order": list(self._order)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from where a stream of the same arguments was."""
-        self._generator.set_state(state["generator"])
-        self._order = list(state["order"])
-
-
-def train(
-    policy: Policy,
-    loss: Callable[[Policy, Batch, int], Tensor],
-    stream: BatchStream,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    tolerance: float = 0.0,
-    patience: int | None = None,
-    min_delta: float = 0.0,
-    max_grad_norm: float | None = None,
-    scheduler: LRScheduler | None = None,
-    callback: Callable[[int, float], None] | None = None,
-) -> tuple[float, int]:
-    """Takes optimiser steps on the policy until one of the reasons to stop.
-
-    Args:
-        loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
-            the optimiser calls for it (as `torch.optim.LBFGS` does).
-        stream: where batches and seeds come from.
-        optimizer: any torch optimiser over parameters of the policy.
-        steps: the most steps to take.
-        tolerance: stop after a step if the Euclidean norm of the last gradient that it used, before it was scaled, is
-            at most this.
-        patience: stop after so many steps in a row whose loss did not fall below the least before; None for never.
-        min_delta: by how much a loss has to fall below it to count.
-        max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
-        scheduler: of the optimiser's learning rates, stepped after each step; `ReduceLROnPlateau` is given the loss.
-        callback: called after each step with its number, from 0, and its loss.
-
-    Returns:
-        the loss at the start of the last step, and the number of steps taken.
-
-    Raises:
-        ValueError: an option out of range, or an optimiser of parameters that the loss does not depend on.
-        NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
-            device not to be waited for at each step, unless one of the other options asks for each.
-    """
-    _check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
-    parameters = _trained(optimizer)
-    if not parameters:
-        raise ValueError("optimizer: expected parameters that require grad, got none")
-    value, least, since = float("nan"), float("inf"), 0
-    norm: Tensor | float = 0.0
-    unread: list[Tensor] = []
-    at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
-    for step in range(steps):
-        batch, seed = stream.next()
-
-        def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
-            nonlocal norm
-            # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
-            for parameter in parameters:
-                parameter.grad = None
-            result = loss(policy, batch, seed)
-            if result.ndim != 0:
-                raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
-            result.backward(inputs=parameters)
-            # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
-            # that is not finite makes the next loss so, or the parameters below.
-            if max_grad_norm is not None:
-                norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            elif tolerance > 0:
-                norm = _norm([p.grad for p in parameters if p.grad is not None])
-            return result.detach()
-
-        unread.append(optimizer.step(closure))  # type: ignore[arg-type]
-        if at_once or step == steps - 1 or len(unread) == _READ_TOGETHER:
-            value = _read(unread, step)
-        if step == 0 and all(p.grad is None for p in parameters):
-            raise ValueError("optimizer: expected parameters that the loss depends on, got others")
-        if scheduler is not None:
-            _step(scheduler, value)
-        if callback is not None:
-            callback(step, value)
-        if tolerance > 0:
-            _finite(f"the gradient's norm at step {step}", float(norm))
-            if norm <= tolerance:
-                return value, step + 1
-        if patience is not None:
-            since = 0 if value < least - min_delta else since + 1
-            least = min(least, value)
-            if since >= patience:
-                return value, step + 1
-    _finite("the norm of the policy's parameters", _norm([p.detach() for p in parameters]))
-    return value, steps
-
-
-def train_nll(
-    policy: Policy,
-    data: Batch,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    loss: NegativeLogLikelihood | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[float, int]:
-    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
-    objective = NegativeLogLikelihood() if loss is None else loss
-    return train(
-        policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
-        steps, **options,
-    )  # fmt: skip
-
-
-def train_policy_gradient(
-    policy: Policy,
-    reward: nn.Module,
-    data: Batch,
-    optimizer: Optimizer,
-    steps: int,
-    *,
-    loss: InnerLoss | None = None,
-    batch_size: int | None = None,
-    seed: int = 0,
-    **options: Any,
-) -> tuple[float, int]:
-    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
-    objective = PolicyGradient() if loss is None else loss
-    with _under(reward, objective) as fixed:
-        return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
 
 @dataclass(frozen=True)
@@ -203,7 +35,7 @@ class OuterStep:
         step: its number, from 0.
         inner_loss, outer_loss: L and F at the policy that the inner loop arrived at.
         inner_steps: optimiser steps taken on the policy.
-        reward: the reward's tensor (precision or table) or None if it gives neither, detached.
+        reward: `Reward.shown`; None of a module that is no `Reward`.
         reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
         residual_norm, num_products, converged, negative_curvature, problems: as in `Hypergradient`.
@@ -265,36 +97,19 @@ class BilevelTrainer:
     """
 
     def __init__(
-        self,
-        policy: Policy,
-        reward: nn.Module,
-        *,
-        inner_data: Batch,
-        outer_data: Batch,
-        inner_optimizer: OptimizerFactory,
-        outer_optimizer: Optimizer,
-        inner_steps: int,
-        inner_loss: InnerLoss | None = None,
-        outer_loss: OuterLoss | None = None,
-        hypergradient: HypergradientMethod | None = None,
-        inner_tolerance: float = 0.0,
-        patience: int | None = None,
-        min_delta: float = 0.0,
-        max_grad_norm: float | None = None,
-        max_outer_grad_norm: float | None = None,
-        inner_scheduler: SchedulerFactory | None = None,
-        outer_scheduler: LRScheduler | None = None,
-        keep_inner_state: bool = True,
-        batch_size: int | None = None,
-        seed: int = 0,
-        checkpoint: Path | str | None = None,
-        checkpoint_every: int = 1,
-        progress: bool = True,
+        self, policy: Policy, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
+        inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer, inner_steps: int,
+        inner_loss: InnerLoss | None = None, outer_loss: OuterLoss | None = None,
+        hypergradient: HypergradientMethod | None = None, inner_tolerance: float = 0.0, patience: int | None = None,
+        min_delta: float = 0.0, max_grad_norm: float | None = None, max_outer_grad_norm: float | None = None,
+        inner_scheduler: SchedulerFactory | None = None, outer_scheduler: LRScheduler | None = None,
+        keep_inner_state: bool = True, batch_size: int | None = None, seed: int = 0,
+        checkpoint: Path | str | None = None, checkpoint_every: int = 1, progress: bool = True,
         description: str = "outer steps",
-    ) -> None:
-        _check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
-        _check_norm("max_outer_grad_norm", max_outer_grad_norm)
-        _check_count("checkpoint_every", checkpoint_every, 1)
+    ) -> None:  # fmt: skip
+        training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
+        training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
+        training.check_count("checkpoint_every", checkpoint_every, 1)
         self.policy = policy
         self.reward = reward
         self._phi = [name for name, p in reward.named_parameters() if p.requires_grad]
@@ -334,13 +149,17 @@ class BilevelTrainer:
         self.history: list[OuterStep] = []
 
     def fit(
-        self, outer_steps: int, callback: Callable[[OuterStep], None] | Sequence[Callable[[OuterStep], None]] = ()
-    ) -> list[OuterStep]:
+        self, outer_steps: int, callback: Callable[[OuterStep], Any] | Sequence[Callable[[OuterStep], Any]] = (),
+        *, keep_best: bool = False,
+    ) -> list[OuterStep]:  # fmt: skip
         """Takes outer steps; calling it again goes on from there.
 
         Args:
-            outer_steps: how many.
-            callback: called after each, one or several; see `callbacks` for TensorBoard and Weights & Biases.
+            outer_steps: the most to take.
+            callback: called after each, one or several; True from one of them stops. See `callbacks` for TensorBoard
+                and Weights & Biases.
+            keep_best: leave the reward at the end as it was where the outer loss was least in these steps. A
+                checkpoint has it as the last step left it.
 
         Returns:
             the history of all steps so far.
@@ -351,21 +170,31 @@ class BilevelTrainer:
             ValueError, RuntimeError: as the hypergradient method.
             OSError: the checkpoint cannot be written.
         """
-        _check_count("outer_steps", outer_steps, 0)
+        training.check_count("outer_steps", outer_steps, 0)
         callbacks = [callback] if callable(callback) else list(callback)
+        phi = _named(self.reward, self._phi)
+        best, least, stopped = [p.detach().clone() for p in phi], float("inf"), False
         # disable=None is tqdm's own test for a terminal.
         with tqdm(
             total=outer_steps, desc=self._description, disable=None if self._progress else True, leave=False
         ) as bar:
             for index in range(outer_steps):
+                before = [p.detach().clone() for p in phi] if keep_best else []
                 done = self.step()
+                if done.outer_loss < least:
+                    best, least = before, done.outer_loss
                 bar.set_postfix_str(_summary(done), refresh=False)
                 bar.update()
-                for each in callbacks:
-                    each(done)
-                last = index == outer_steps - 1
+                stopped = True in [each(done) is True for each in callbacks]
+                last = stopped or index == outer_steps - 1
                 if self._checkpoint is not None and (last or len(self.history) % self._checkpoint_every == 0):
                     self.save(self._checkpoint)
+                if stopped:
+                    break
+        if keep_best:
+            with torch.no_grad():
+                for parameter, value in zip(phi, best, strict=True):
+                    parameter.copy_(value)
         return self.history
 
     def save(self, path: Path) -> None:
@@ -443,24 +272,15 @@ class BilevelTrainer:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
         phi = _named(self.reward, self._phi)
         done = OuterStep(
-            step=number,
-            inner_loss=result.inner_loss,
-            outer_loss=result.outer_loss,
-            inner_steps=inner_steps,
-            reward=_reward_tensor(self.reward),
-            reward_norm=_norm([p.detach() for p in phi]),
-            gradient_norm=_norm(result.gradient),
-            residual_norm=result.residual_norm,
-            num_products=result.num_products,
-            converged=result.converged,
-            negative_curvature=result.negative_curvature,
-            problems=result.problems,
-        )
-        self._update_reward(phi, result)
-        _finite(
-            f"outer step {number}: the norm of the reward's parameters", _norm([p.detach() for p in phi]),
-            self._last_good(),
+            step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss, inner_steps=inner_steps,
+            reward=self.reward.shown() if isinstance(self.reward, Reward) else None,
+            reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
+            residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
+            negative_curvature=result.negative_curvature, problems=result.problems,
         )  # fmt: skip
+        self._update_reward(phi, result)
+        norm = training.norm_of([p.detach() for p in phi])
+        training.check_finite(f"outer step {number}: the norm of the reward's parameters", norm, self._last_good())
         self.history.append(done)
         return done
 
@@ -496,7 +316,7 @@ class BilevelTrainer:
             nn.utils.clip_grad_norm_(phi, self._max_outer_grad_norm)
         self._outer_optimizer.step()
         if self._outer_scheduler is not None:
-            _step(self._outer_scheduler, result.outer_loss)
+            training.advance(self._outer_scheduler, result.outer_loss)
 
     def _last_good(self) -> str:
         return "" if self._good is None else f"; the last good checkpoint is {self._good}"
@@ -517,7 +337,7 @@ class BilevelTrainer:
                 group["lr"] = group.get("initial_lr", group["lr"])
                 group["initial_lr"] = group["lr"]
             scheduler = self._inner_scheduler(self._optimizer)
-        with _under(self.reward, self._inner_loss) as loss:
+        with under(self.reward, self._inner_loss) as loss:
             _, steps = train(
                 self.policy, loss, self._stream, self._optimizer, self._inner_steps, scheduler=scheduler,
                 **self._loop,  # type: ignore[arg-type]
@@ -545,34 +365,11 @@ class _Together(nn.Module):
         return self._loss(*arguments)
 
 
-def _check_loop(
-    steps: int, tolerance: float, patience: int | None, min_delta: float, max_grad_norm: float | None, prefix: str = ""
-) -> None:  # fmt: skip
-    """Refuses options that no loop can have; prefix is that of two of their names."""
-    _check_count(f"{prefix}steps", steps, 0)
-    if patience is not None:
-        _check_count("patience", patience, 1)
-    for name, value in ((f"{prefix}tolerance", tolerance), ("min_delta", min_delta)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    _check_norm("max_grad_norm", max_grad_norm)
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if value < least or value != int(value):
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
-
-
-def _check_norm(name: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{name}: expected a positive number or None, got {value}")
-
-
 def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Optimizer) -> None:
     """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
     if isinstance(outer_optimizer, torch.optim.LBFGS):
         raise ValueError("outer_optimizer: expected one that takes a gradient at a time, got LBFGS")
-    moved = {id(p) for p in _trained(outer_optimizer)}
+    moved = {id(p) for p in training.trained(outer_optimizer)}
     phi = {id(p): name for name, p in reward.named_parameters() if p.requires_grad}
     if moved != set(phi):
         missing = [name for key, name in phi.items() if key not in moved]
@@ -587,70 +384,17 @@ def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Opt
             )
 
 
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    """What of an optimiser's parameters requires grad."""
-    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-
-
-def _step(scheduler: LRScheduler, loss: float) -> None:
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(loss)
-    else:
-        scheduler.step()
-
-
 def _named(module: nn.Module, names: Sequence[str]) -> tuple[nn.Parameter, ...]:
     parameters = dict(module.named_parameters())
     return tuple(parameters[name] for name in names)
-
-
-@contextlib.contextmanager
-def _under(reward: nn.Module, loss: InnerLoss) -> Iterator[Callable[[Policy, Batch, int], Tensor]]:
-    """The loss under a reward that stays as it is inside: no derivative is computed for its parameters."""
-    parameters = [p for p in reward.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        if isinstance(loss, PolicyGradient):
-            yield loss.under(reward)
-        else:
-            yield lambda policy, batch, seed: loss(policy, reward, batch, seed)
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-
-
-def _reward_tensor(reward: nn.Module) -> Tensor | None:
-    for name in ("precision", "table"):
-        if hasattr(reward, name):
-            return getattr(reward, name)().detach().clone()
-    return None
 
 
 def _summary(step: OuterStep) -> str:
     """The losses, and the reward's parameters as far as they fit on a line."""
     text = f"inner {step.inner_loss:.4f}, outer {step.outer_loss:.4f}"
     if step.reward is not None:
-        shown = (step.reward.diagonal() if step.reward.ndim == 2 else step.reward).reshape(-1).tolist()
+        shown = diagonal(step.reward).tolist()
         text += ", reward " + " ".join(f"{value:.3g}" for value in shown[:6]) + (" …" if len(shown) > 6 else "")
     else:
         text += f", ‖φ‖ {step.reward_norm:.4g}"
     return text if step.converged else text + ", not converged"
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
-
-
-def _read(unread: list[Tensor], step: int) -> float:
-    """Empties the list of the losses up to that of a step; returns the last, and refuses one that is not finite."""
-    values = torch.stack(unread).tolist()
-    unread.clear()
-    for number, value in enumerate(values, step + 1 - len(values)):
-        _finite(f"the loss at step {number}", value)
-    return values[-1]
-
-
-def _finite(what: str, value: float, more: str = "") -> None:
-    if not math.isfinite(value):
-        raise NonFiniteError(f"{what} is not finite ({value}); a smaller learning rate or other data may help{more}")

@@ -2,6 +2,8 @@
 
 import inspect
 import operator
+import subprocess
+import sys
 from functools import reduce
 
 import pytest
@@ -36,6 +38,16 @@ def test_numbers_are_unique(table):
 @pytest.mark.parametrize("name", _modes.PRIVATE)
 def test_private_symbols_of_torch(name):
     assert reduce(getattr, name.split(".")[1:], torch) is not None
+
+
+def test_functions_that_torch_compile_asks_once():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked) == vars(_modes.asked_once(lambda: None)) == {"_dynamo_marked_constant": True}
+
+
+def test_dynamo_is_not_imported_before_it_is_used():
+    program = "import sys, po_kernels; assert not {'torch._dynamo', 'triton', 'numba'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_private_symbols_are_all_listed():
@@ -76,18 +88,18 @@ def flat(x, letters):
 
 def test_an_op_that_a_backend_lacks(monkeypatch):
     """Automatic dispatch goes on to the next backend; asked for by name it says which op is missing."""
-    zeros = torch.zeros(2, 3)
-    names = [*serving("gaussian_sample")[1:], "reference"]
+    names = [*serving("gaussian_policy_loss")[1:], "reference"]
+    case = draw("gaussian_policy_loss", 1, torch.float32, lead=(4,), dim=2)
     for name in names[:-1]:
-        monkeypatch.delitem(dispatch.module(name).KERNELS, "gaussian_sample")
+        monkeypatch.delitem(dispatch.module(name).KERNELS, "gaussian_policy_loss")
         monkeypatch.setattr(dispatch, "_decisions", {})
-        with pytest.raises(RuntimeError, match=rf"{name}.*it has no kernel for gaussian_sample"):
-            pk.gaussian_sample(zeros, zeros, 4, backend=name)
+        with pytest.raises(RuntimeError, match=rf"{name}.*it has no kernel for gaussian_policy_loss"):
+            case(backend=name)
         expected = names[names.index(name) + 1]
-        pk.gaussian_sample(zeros, zeros, 4)
-        decision = dispatch.decisions()["gaussian_sample", "cpu", torch.float32]
+        case(backend=None)
+        decision = dispatch.decisions()["gaussian_policy_loss", "cpu", torch.float32]
         assert decision.backend == expected
-        assert decision.refused[name] == "it has no kernel for gaussian_sample"
+        assert decision.refused[name] == "it has no kernel for gaussian_policy_loss"
 
 
 def test_second_order_by_the_reference(monkeypatch):

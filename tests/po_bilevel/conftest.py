@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from po_bilevel import Batch
+from problems import NOISE, ROWS
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -12,3 +14,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def regression() -> Batch:
+    """y = W x + 1 + ε in two dimensions, ε of standard deviations NOISE."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(ROWS, 3, dtype=torch.float64, generator=generator)
+    weight = torch.randn(3, 2, dtype=torch.float64, generator=generator)
+    noise = torch.randn(ROWS, 2, dtype=torch.float64, generator=generator) * NOISE
+    return Batch(inputs, inputs @ weight + 1.0 + noise)
+
+
+@pytest.fixture
+def classes() -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    target = torch.arange(90) % 3
+    inputs = torch.randn(90, 2, dtype=torch.float64, generator=generator)
+    inputs[:, 0] += 1.5 * target
+    return Batch(inputs, target)

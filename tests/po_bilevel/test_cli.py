@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from po_bilevel import NonFiniteError, cli, data
-from po_bilevel.experiments import classification
+from po_bilevel import NonFiniteError, cli
+from po_bilevel.experiments import classification, data
 
 SMALL = ["--seeds", "2", "--outer-steps", "3", "--steps", "30", "--inner-steps", "20"]
 METHODS = ["nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]

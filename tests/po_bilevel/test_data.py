@@ -8,7 +8,8 @@ from urllib.error import URLError
 import numpy as np
 import pandas as pd
 import pytest
-from po_bilevel import UsageError, cli, data
+from po_bilevel import UsageError, cli
+from po_bilevel.experiments import data
 
 FRAME = pd.DataFrame({
     "length": np.arange(40) % 7, "width": np.linspace(0, 1, 40), "kind": ["rose", "tulip"] * 20,
@@ -53,6 +54,7 @@ def _no_network(monkeypatch, tmp_path):
         raise URLError("no network")
 
     monkeypatch.setattr("sklearn.datasets._openml.urlopen", refuse)
+    monkeypatch.setattr("sklearn.datasets._openml.time.sleep", lambda _: None)
     monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "cache"))
 
 
@@ -111,7 +113,8 @@ def test_every_method_and_paired_differences(tmp_path, capsys):
     assert "pg_learned_cv - nll" in capsys.readouterr().out
     found = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["method"] for row in found] == methods * 2
-    assert all(row["u"] > 0.5 for row in found if row["method"].startswith("pg_"))
+    # From 1 (2 for the estimator) on, for the labels of iris can be told: Adam's first steps are of its learning rate.
+    assert all(row["u"] > 1.0 for row in found if row["method"].startswith("pg_"))
     paired = json.loads((tmp_path / "curves.json").read_text())["paired"]
     assert [entry["method"] for entry in paired] == [f"{method} - nll" for method in methods[1:]]
     by_seed = {(row["seed"], row["method"]): row["nll"] for row in found}

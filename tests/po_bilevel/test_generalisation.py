@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from po_bilevel import UsageError, data
-from po_bilevel.experiments import forgetting, generalisation
+from po_bilevel import UsageError
+from po_bilevel.experiments import data, forgetting, generalisation, runs
 from po_bilevel.experiments.forgetting import ForgettingConfig
-from po_bilevel.experiments.generalisation import GeneraliseConfig, disturbed
+from po_bilevel.experiments.generalisation import GeneraliseConfig, Setting, disturbed
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def splits():
 
 
 def test_noise_is_in_the_training_labels_only(splits):
-    noisy = disturbed(splits, "noise 0.3", 10, 0)
+    noisy = disturbed(splits, Setting("noise", 0.3), 10, 0)
     for part, share in (("fit", 0.3), ("held_out", 0.3), ("test", 0.0)):
         clean, found = getattr(splits, part), getattr(noisy, part)
         torch.testing.assert_close(found.inputs, clean.inputs)
@@ -24,11 +24,11 @@ def test_noise_is_in_the_training_labels_only(splits):
         # Three standard deviations of a share of 287 rows.
         assert float(changed) == pytest.approx(share, abs=0.08 if share else 0.0)
     assert len(noisy.train.target) == len(noisy.fit.target) + len(noisy.held_out.target)
-    assert torch.equal(disturbed(splits, "noise 0.3", 10, 0).fit.target, noisy.fit.target)
+    assert torch.equal(disturbed(splits, Setting("noise", 0.3), 10, 0).fit.target, noisy.fit.target)
 
 
 def test_fractions_keep_every_class(splits):
-    few = disturbed(splits, "fraction 0.01", 10, 0)
+    few = disturbed(splits, Setting("fraction", 0.01), 10, 0)
     assert torch.bincount(few.fit.target).tolist() == [2] * 10
     assert torch.bincount(few.held_out.target).tolist() == [1] * 10
     assert len(few.test.target) == len(splits.test.target)
@@ -36,7 +36,7 @@ def test_fractions_keep_every_class(splits):
 
 
 def test_a_shift_is_of_the_test_inputs_only(splits):
-    moved = disturbed(splits, "shift 2", 10, 0)
+    moved = disturbed(splits, Setting("shift", 2), 10, 0)
     torch.testing.assert_close(moved.fit.inputs, splits.fit.inputs)
     step = moved.test.inputs - splits.test.inputs
     torch.testing.assert_close(step, step[:1].expand_as(step))
@@ -52,6 +52,38 @@ def test_generalise_runs_every_setting():
     assert [(row["dataset"], row["method"]) for row in outcome.rows] == [
         (f"iris, {setting}", method) for setting in ("noise 0.2", "fraction 0.5") for method in config.methods
     ]
+
+
+def test_levels_that_agree_to_six_digits_are_two():
+    noise = (0.1, 0.1 + 1e-9)
+    config = GeneraliseConfig(
+        dataset="iris", noise=noise, fractions=(), shifts=(), seeds=1, methods=("nll",), progress=False
+    )
+    assert [setting.amount for setting in generalisation.settings(config)] == list(noise)
+    rows = generalisation.run(config).rows
+    assert [row["dataset"] for row in rows] == ["iris, noise 0.1", "iris, noise 0.100000001"]
+
+
+def test_forgetting_counts_the_training_of_both_tasks(monkeypatch):
+    """A clock that ticks once for each step, and that looks at the tests would stop by an hour."""
+    ticks = [0.0]
+    train, score = forgetting.train_nll, forgetting._Run._score
+
+    def counted(*arguments, **options):
+        found = train(*arguments, **options)
+        ticks[0] += found[1]
+        return found
+
+    def slow(*arguments):
+        ticks[0] += 3600.0
+        return score(*arguments)
+
+    monkeypatch.setattr(forgetting, "train_nll", counted)
+    monkeypatch.setattr(forgetting._Run, "_score", slow)
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: ticks[0])
+    config = ForgettingConfig(tasks=("regression",), seeds=1, steps=5, methods=("nll", "pg_heuristic"), progress=False)
+    # Of the second the regression on each task, too; its policy gradient does not tick here.
+    assert [row["seconds"] for row in forgetting.run(config).rows] == [10.0, 10.0]
 
 
 def test_forgetting_digits():

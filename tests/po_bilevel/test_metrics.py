@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from po_bilevel import metrics
+from po_bilevel.experiments import metrics
 from sklearn.metrics import accuracy_score, log_loss
 
 

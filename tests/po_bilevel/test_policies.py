@@ -23,15 +23,11 @@ from po_bilevel import (
     OneHotMahalanobisReward,
     SampledReward,
 )
+from problems import ROWS, seeded
 from torch import nn
 
 REWARDS = [MLPReward, ConditionalMLPReward, CosineReward, EmbeddingMahalanobisReward]
 GAUSSIANS = [LinearGaussian, MLPGaussian, LinearFullGaussian, MLPFullGaussian]
-
-
-def seeded(make, *arguments, **options):
-    torch.manual_seed(0)
-    return make(*arguments, **options).double()
 
 
 @pytest.fixture
@@ -44,6 +40,37 @@ def values() -> Batch:
 def labels() -> Batch:
     torch.manual_seed(1)
     return Batch(torch.randn(40, 3).double(), torch.randint(4, (40,)))
+
+
+@pytest.mark.parametrize("make", [LinearGaussian, MLPGaussian])
+@pytest.mark.parametrize("state_dependent_std", [False, True])
+def test_gaussian_policies_give_mean_and_log_std(make, state_dependent_std, regression):
+    policy = seeded(make, 3, 2, state_dependent_std=state_dependent_std)
+    mean, log_std = policy(regression.inputs)
+    assert mean.shape == (ROWS, 2)
+    assert log_std.shape == ((ROWS, 2) if state_dependent_std else (2,))
+    assert (log_std == 0).all()
+    expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(regression.target).sum(dim=-1)
+    torch.testing.assert_close(policy.log_prob(regression.inputs, regression.target), expected)
+    loss = policy.policy_loss(regression.inputs, regression.target, MahalanobisReward(2).double(), entropy_coef=1.0)
+    gradients = torch.autograd.grad(loss, list(policy.parameters()))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("make", [LinearCategorical, MLPCategorical])
+def test_categorical_policies_give_logits(make, classes):
+    policy = seeded(make, 2, 3)
+    logits = policy(classes.inputs)
+    assert logits.shape == (90, 3)
+    expected = torch.distributions.Categorical(logits=logits).log_prob(classes.target)
+    torch.testing.assert_close(policy.log_prob(classes.inputs, classes.target), expected)
+
+
+def test_a_policy_refuses_the_reward_of_another_family(regression, classes):
+    with pytest.raises(TypeError, match="MahalanobisReward"):
+        LinearGaussian(3, 2).policy_loss(*regression, OneHotMahalanobisReward(2))
+    with pytest.raises(TypeError, match="OneHotMahalanobisReward"):
+        LinearCategorical(2, 3).policy_loss(*classes, MahalanobisReward(3))
 
 
 def reward_of(make, dim: int) -> SampledReward:

@@ -4,7 +4,8 @@ import json
 import os
 
 import pytest
-from po_bilevel import files, results
+from po_bilevel import files
+from po_bilevel.experiments import results
 from scipy import stats
 
 ROWS = [

@@ -5,6 +5,7 @@
 // written through another pointer would be read again.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "po_kernels/math.hpp"
@@ -14,9 +15,7 @@ namespace po_kernels {
 constexpr int kBlock = 4;  // samples in a block
 
 template <int N>
-struct Constant {
-  static constexpr int value = N;
-};
+using Constant = std::integral_constant<int, N>;
 
 inline namespace PK_LEVEL {
 
@@ -54,24 +53,20 @@ PK_FN void add_outer_tile(Index dim, Index i, Index j, const V* left, const R* r
   using P = Primal<V>;
   P tile[4][4];
   unrolled<4>([&](auto r) PK_LAMBDA {
-    unrolled<diagonal ? decltype(r)::value + 1 : 4>([&](auto c) PK_LAMBDA {
-      tile[decltype(r)::value][decltype(c)::value] = row(i + decltype(r)::value)[j + decltype(c)::value];
-    });
+    unrolled<diagonal ? r + 1 : 4>([&](auto c) PK_LAMBDA { tile[r][c] = row(i + r)[j + c]; });
   });
   unrolled<S>([&](auto s) PK_LAMBDA {
-    const V* l = left + decltype(s)::value * dim + i;
-    const R* r = right + decltype(s)::value * dim + j;
+    const V* l = left + s * dim + i;
+    const R* r = right + s * dim + j;
     unrolled<4>([&](auto a) PK_LAMBDA {
-      unrolled<diagonal ? decltype(a)::value + 1 : 4>([&](auto c) PK_LAMBDA {
-        constexpr int at = decltype(a)::value, to = decltype(c)::value;
+      unrolled<diagonal ? a + 1 : 4>([&](auto c) PK_LAMBDA {
+        constexpr int at = a, to = c;
         tile[at][to] = tile[at][to] + output(l[at] * r[to]);
       });
     });
   });
   unrolled<4>([&](auto r) PK_LAMBDA {
-    unrolled<diagonal ? decltype(r)::value + 1 : 4>([&](auto c) PK_LAMBDA {
-      row(i + decltype(r)::value)[j + decltype(c)::value] = tile[decltype(r)::value][decltype(c)::value];
-    });
+    unrolled<diagonal ? r + 1 : 4>([&](auto c) PK_LAMBDA { row(i + r)[j + c] = tile[r][c]; });
   });
 }
 
@@ -88,12 +83,10 @@ PK_FN void add_outer(Index dim, Index first, const V* left, const R* right, Rows
   for (; i < dim; ++i) {
     Primal<V>* to = row(i);
     V factor[S];
-    unrolled<S>([&](auto s) PK_LAMBDA { factor[decltype(s)::value] = left[decltype(s)::value * dim + i]; });
+    unrolled<S>([&](auto s) PK_LAMBDA { factor[s] = left[s * dim + i]; });
     for (Index j = first; j <= i; ++j) {
       Primal<V> sum = to[j];
-      unrolled<S>([&](auto s) PK_LAMBDA {
-        sum = sum + output(factor[decltype(s)::value] * right[decltype(s)::value * dim + j]);
-      });
+      unrolled<S>([&](auto s) PK_LAMBDA { sum = sum + output(factor[s] * right[s * dim + j]); });
       to[j] = sum;
     }
   }

@@ -66,7 +66,8 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
       const V slope = p[c] * (reward - mean) + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
     }
-    if (out.column) out.column[c] = output(-(out.weight * (s.has_rbf ? p[c] * reward * T(s.rbf_gamma) : p[c])));
+    if (out.column)
+      out.column[c] = output(-(out.weight * (s.rbf_gamma.given ? p[c] * reward * T(s.rbf_gamma.value) : p[c])));
   }
   return -mean - entropy * T(s.entropy_coef);
 }
@@ -109,7 +110,7 @@ PK_FN void categorical_labels(uint64_t seed, uint32_t sample, W row_low, W row_h
                               const W* thresholds, W* labels) {
   Several<W, S> c0, c1, c2, c3, label;
   unrolled<S>([&](auto s) PK_LAMBDA {
-    constexpr int at = decltype(s)::value;
+    constexpr int at = s;
     c0.v[at] = label.v[at] = W{};
     c1.v[at] = W{} + (sample + uint32_t(at));
     c2.v[at] = row_low;
@@ -120,11 +121,11 @@ PK_FN void categorical_labels(uint64_t seed, uint32_t sample, W row_low, W row_h
   for (int64_t c = 0; c < classes; ++c) {
     const W threshold = thresholds[c];
     unrolled<S>([&](auto s) PK_LAMBDA {
-      W& to = label.v[decltype(s)::value];
-      to = to + select(bits.v[decltype(s)::value] >= threshold, W{} + 1u, W{});
+      W& to = label.v[s];
+      to = to + select(bits.v[s] >= threshold, W{} + 1u, W{});
     });
   }
-  unrolled<S>([&](auto s) PK_LAMBDA { labels[decltype(s)::value] = label.v[decltype(s)::value]; });
+  unrolled<S>([&](auto s) PK_LAMBDA { labels[s] = label.v[s]; });
 }
 
 // Up to so many classes it is faster to compare a label with each than to go to memory where it points.
@@ -146,19 +147,19 @@ template <class V>
 PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, const V* x, V* sums) {
   int64_t c = 0;
   const auto of_classes = [&](auto several) PK_LAMBDA {
-    constexpr int N = decltype(several)::value;
+    constexpr int N = several;
     V sum[N];
-    unrolled<N>([&](auto n) PK_LAMBDA { sum[decltype(n)::value] = V{}; });
+    unrolled<N>([&](auto n) PK_LAMBDA { sum[n] = V{}; });
     for (int64_t g = 0; g < count; ++g) {
       const Word<V> label = labels[g];
       const V term = x[g];
       unrolled<N>([&](auto n) PK_LAMBDA {
-        const auto here = element_mask<Primal<V>>(label == uint32_t(c + decltype(n)::value));
-        V& to = sum[decltype(n)::value];
+        const auto here = element_mask<Primal<V>>(label == uint32_t(c + n));
+        V& to = sum[n];
         to = select(here, to + term, to);
       });
     }
-    unrolled<N>([&](auto n) PK_LAMBDA { sums[c + decltype(n)::value] = sum[decltype(n)::value]; });
+    unrolled<N>([&](auto n) PK_LAMBDA { sums[c + n] = sum[n]; });
     c += N;
   };
   if (classes <= kFewClasses) {
@@ -185,7 +186,7 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   if constexpr (is_dual<V>) {
     P mean{};
     for (int64_t c = 0; c < classes; ++c) mean = mean + p[c].v * row.logits[c].t;
-    for (int64_t g = 0; g < s.samples; ++g) {
+    for (int64_t g = 0; g < s.num_samples; ++g) {
       group.excess[g] = V{P{}, pick(classes, row.logits, labels[g]).t - mean};
     }
   }
@@ -193,11 +194,11 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   if (out.logits) {
     V* factor = scratch + 3 * classes;
     V total{};
-    for (int64_t g = 0; g < s.samples; ++g) {
-      factor[g] = score_factor(group, g) * T(1.0 / double(s.samples));
+    for (int64_t g = 0; g < s.num_samples; ++g) {
+      factor[g] = score_factor(group, g) * T(1.0 / double(s.num_samples));
       total = total + factor[g];
     }
-    sum_by_label(classes, s.samples, labels, factor, score);
+    sum_by_label(classes, s.num_samples, labels, factor, score);
     for (int64_t c = 0; c < classes; ++c) {
       const V slope = score[c] - p[c] * total + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
@@ -212,7 +213,7 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
                             CategoricalGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
   using P = Primal<V>;
-  const int64_t count = s.samples;
+  const int64_t count = s.num_samples;
   group = group_in(scratch, count);
   for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, pick(row.classes, row.column, labels[g]));
   const V loss = categorical_group(row, s, labels, out, scratch + 4 * count, group);
@@ -229,11 +230,11 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
 template <class V>
 PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
                           CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
-  group = group_in(scratch, s.samples);
-  for (int64_t g = 0; g < s.samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
-  const V loss = categorical_group(row, s, labels, out, scratch + 4 * s.samples, group);
-  const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
-  for (int64_t g = 0; rewards_out && g < s.samples; ++g) rewards_out[g] = output(unit * group.pull[g]);
+  group = group_in(scratch, s.num_samples);
+  for (int64_t g = 0; g < s.num_samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
+  const V loss = categorical_group(row, s, labels, out, scratch + 4 * s.num_samples, group);
+  const V unit = out.weight * Element<V>(-1.0 / double(s.num_samples));
+  for (int64_t g = 0; rewards_out && g < s.num_samples; ++g) rewards_out[g] = output(unit * group.pull[g]);
   return loss;
 }
 
@@ -276,8 +277,8 @@ PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V> row, const Surrogate
   V* log_p = scratch + row.classes;
   RowStats<V> stats = group_stats(s, group);
   stats.entropy = softmax(row.classes, row.logits, scratch, log_p);
-  for (int64_t g = 0; g < s.samples; ++g) stats.log_prob = stats.log_prob + label_log_prob(row, log_p, labels[g]);
-  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.samples));
+  for (int64_t g = 0; g < s.num_samples; ++g) stats.log_prob = stats.log_prob + label_log_prob(row, log_p, labels[g]);
+  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.num_samples));
   return stats;
 }
 

@@ -51,7 +51,7 @@ struct DiagonalScale {
     for (Index j = 0; j < dim; ++j) {
       const R from = base[j], scale = as<R>(std[j]);
       unrolled<S>([&](auto s) PK_LAMBDA {
-        constexpr int at = decltype(s)::value;
+        constexpr int at = s;
         y[at * dim + j] = stretched(from, scale, eps[at * dim + j]);
       });
     }
@@ -61,9 +61,7 @@ struct DiagonalScale {
   PK_FN void whiten(const V* residual, V* z) const {
     for (Index j = 0; j < dim; ++j) {
       const V inverse = inverse_std[j];
-      unrolled<S>([&](auto s) PK_LAMBDA {
-        z[decltype(s)::value * dim + j] = residual[decltype(s)::value * dim + j] * inverse;
-      });
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = residual[s * dim + j] * inverse; });
     }
   }
 
@@ -87,7 +85,7 @@ struct DiagonalScale {
       for (Index j = 0; j < dim; ++j) {
         const P shift = mean[j].t * inverse_std[j].v, growth = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
-          constexpr int at = decltype(s)::value;
+          constexpr int at = s;
           z[at * dim + j] = whitened(shift, growth, eps[at * dim + j]);
         });
       }
@@ -106,7 +104,7 @@ struct DiagonalScale {
     for (Index j = 0; j < dim; ++j) {
       V to_mean{}, to_scale{};
       unrolled<S>([&](auto s) PK_LAMBDA {
-        constexpr int at = decltype(s)::value;
+        constexpr int at = s;
         add_score_terms(f[at], z[at * dim + j], to_mean, to_scale);
       });
       if (mean) mean[j] = mean[j] + output(to_mean * inverse_std[j]);
@@ -118,9 +116,7 @@ struct DiagonalScale {
   PK_FN void add_path(const V* slope, const P* eps, P* scale) const {
     for (Index j = 0; j < dim; ++j) {
       V sum{};
-      unrolled<S>([&](auto s) PK_LAMBDA {
-        sum = sum + slope[decltype(s)::value * dim + j] * eps[decltype(s)::value * dim + j];
-      });
+      unrolled<S>([&](auto s) PK_LAMBDA { sum = sum + slope[s * dim + j] * eps[s * dim + j]; });
       scale[j] = scale[j] + output(sum * std[j]);
     }
   }

@@ -98,21 +98,30 @@ PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* targ
   return loss - gaussian_entropy(scale) * T(entropy_coef);
 }
 
+// w - 1 of a sample: no more than the derivative of log p, and without derivatives nothing.
+template <class V>
+PK_FN V gaussian_excess(Index dim, const V* z, V log_determinant) {
+  if constexpr (is_dual<V>) {
+    return {Primal<V>{}, gaussian_log_kernel(dim, z).t - log_determinant.t};
+  } else {
+    return V{};
+  }
+}
+
 // The score-function part of a group, for score estimators: first w - 1 on duals, then, once the group is finished, the
 // gradients in the policy. z_of(g, block) gives the whitened samples of a block.
 template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of) {
   if constexpr (is_dual<V>) {
     if (s.estimator == kReparam) {
-      clear(s.samples, group.excess);
+      clear(s.num_samples, group.excess);
       return;
     }
-    const Primal<V> common = scale.log_determinant().t;
-    in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
+    const V log_determinant = scale.log_determinant();
+    in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
       const V* z = z_of(g, block);
-      for (int k = 0; k < decltype(block)::value; ++k) {
-        const Primal<V> tangent = gaussian_log_kernel(scale.dim, z + k * scale.dim).t - common;
-        group.excess[g + k] = V{Primal<V>{}, tangent};
+      for (int k = 0; k < block; ++k) {
+        group.excess[g + k] = gaussian_excess(scale.dim, z + k * scale.dim, log_determinant);
       }
     });
   }
@@ -120,12 +129,12 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
 template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
                           GaussianGradients<V> out) {
-  const V unit = out.weight * Element<V>(-1.0 / double(s.samples));
-  in_blocks(s.samples, [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+  const V unit = out.weight * Element<V>(-1.0 / double(s.num_samples));
+  in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
+    constexpr int S = block;
     const V* z = z_of(g, block);
     V f[S];
-    unrolled<S>([&](auto k) PK_LAMBDA { f[decltype(k)::value] = unit * score_factor(group, g + decltype(k)::value); });
+    unrolled<S>([&](auto k) PK_LAMBDA { f[k] = unit * score_factor(group, g + k); });
     scale.template add_score<S>(f, z, out.mean, out.scale);
   });
 }
@@ -142,7 +151,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
                          Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
                          V* scratch, Group<V>& group) {
   using T = Element<V>;
-  const Index dim = scale.dim, count = s.samples;
+  const Index dim = scale.dim, count = s.num_samples;
   const bool pathwise = s.estimator == kReparam;
   group = group_in(scratch, count);
   V* sum = scratch + 4 * count;
@@ -154,30 +163,30 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
     base[j] = (pathwise ? as<R>(mean[j]) : constant<R>(stop(mean[j]))) - as<R>(target[j]);
   }
   const auto residuals = [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     scale.template stretch<S>(static_cast<const R*>(base), noise + g * dim, residual);
     if constexpr (is_dual<R>) {
       for (Index j = 0; !pathwise && j < dim; ++j) {
         const Primal<V> tangent = base[j].t;
-        unrolled<S>([&](auto k) PK_LAMBDA { residual[decltype(k)::value * dim + j].t = tangent; });
+        unrolled<S>([&](auto k) PK_LAMBDA { residual[k * dim + j].t = tangent; });
       }
     }
   };
   const auto z_of = [&](Index g, auto block) PK_LAMBDA {
     if constexpr (is_dual<V>) {
-      scale.template whiten_noise<decltype(block)::value>(mean, noise + g * dim, other);
+      scale.template whiten_noise<block>(mean, noise + g * dim, other);
       return static_cast<const V*>(other);
     } else {
       return noise + g * dim;
     }
   };
   in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     R squares[S];
     residuals(g, block);
     quadratic<S>(rewarding, dim, static_cast<const R*>(residual), squares);
     unrolled<S>([&](auto k) PK_LAMBDA {
-      constexpr int at = decltype(k)::value;
+      constexpr int at = k;
       const R reward = transformed_reward(s, -squares[at]);
       if constexpr (std::is_same<R, V>::value) {
         group.reward[g + at] = reward;
@@ -198,14 +207,14 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   const V unit = out.weight * T(1.0 / double(count));
   if (need_sum || need_path || out.precision) {
     in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
-      constexpr int S = decltype(block)::value;
+      constexpr int S = block;
       residuals(g, block);
       V pull[S];
-      unrolled<S>([&](auto k) PK_LAMBDA { pull[decltype(k)::value] = unit * group.pull[g + decltype(k)::value]; });
+      unrolled<S>([&](auto k) PK_LAMBDA { pull[k] = unit * group.pull[g + k]; });
       for (Index j = 0; j < dim; ++j) {
         V total = sum[j];
         unrolled<S>([&](auto k) PK_LAMBDA {
-          constexpr int at = decltype(k)::value;
+          constexpr int at = k;
           const V pulled = pull[at] * residual[at * dim + j];
           other[at * dim + j] = pulled;
           total = total + pulled;
@@ -242,16 +251,16 @@ template <class V, template <class> class Scale>
 PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, const Primal<V>* samples,
                        const Surrogate& s, GaussianGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
-  const Index dim = scale.dim, count = s.samples;
+  const Index dim = scale.dim, count = s.num_samples;
   group = group_in(scratch, count);
   V* residual = scratch + 4 * count;
   V* z = residual + kBlock * dim;
   for (Index g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
   const auto z_of = [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = decltype(block)::value;
+    constexpr int S = block;
     for (Index j = 0; j < dim; ++j) {
       unrolled<S>([&](auto k) PK_LAMBDA {
-        constexpr int at = decltype(k)::value;
+        constexpr int at = k;
         residual[at * dim + j] = constant<V>(samples[(g + at) * dim + j]) - mean[j];
       });
     }
@@ -299,12 +308,12 @@ PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, con
                                        const Surrogate& s, const Group<V>& group, V* scratch) {
   const Index dim = scale.dim;
   RowStats<V> stats = group_stats(s, group);
-  for (Index g = 0; g < s.samples; ++g) {
+  for (Index g = 0; g < s.num_samples; ++g) {
     for (Index j = 0; j < dim; ++j) scratch[j] = constant<V>(samples[g * dim + j]) - mean[j];
     scale.template whiten<1>(scratch, scratch + dim);
     stats.log_prob = stats.log_prob + gaussian_log_density(scale, scratch + dim);
   }
-  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.samples));
+  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.num_samples));
   stats.entropy = gaussian_entropy(scale);
   return stats;
 }

@@ -1,109 +1,31 @@
-// A group of samples of one row: advantages, their transposed derivative, and the surrogate they make. A team shares
-// the samples of the group.
+// A group of samples of one row: their rewards, and the surrogate they make. A team shares the samples of the group.
 #pragma once
 
-#include "po_kernels/team.hpp"
+#include "po_kernels/advantage.hpp"
 
 namespace po_kernels {
 
-// Numbered as in po_kernels/backends/native/kernels.py.
 enum Estimator : int { kClosedForm = 0, kReparam = 1, kDice = 2, kReinforce = 3 };
-enum Advantage : int { kNone = 0, kMin = 1, kMean = 2, kLoo = 3, kStandardized = 4 };
+constexpr std::pair<const char*, int> kEstimators[] = {{"analytic", kClosedForm},
+                                                       {"exact", kClosedForm},
+                                                       {"reparam", kReparam},
+                                                       {"dice", kDice},
+                                                       {"reinforce", kReinforce}};
+
+struct MaybeNumber {
+  bool given = false;
+  double value = 0.0;
+};
 
 struct Surrogate {
-  int estimator;
-  int advantage;
-  int64_t samples;      // G
-  double entropy_coef;  // lambda
-  double rbf_gamma;
-  bool has_rbf;
+  int estimator = kClosedForm;
+  int advantage = kNone;
+  int64_t num_samples = 0;    // G
+  double entropy_coef = 0.0;  // lambda
+  MaybeNumber rbf_gamma;
 };
 
 inline namespace PK_LEVEL {
-
-constexpr double kStandardizedEpsilon = 1e-6;
-
-// Mean over the group, relative to its first member, so that equal members have no rounding between them.
-template <class V, class Team = Alone>
-PK_FN V group_mean_from_first(Index count, const V* x, Team team = {}) {
-  const V sum = team.template sum<V>(count - 1, [&](Index g) PK_LAMBDA { return x[g + 1] - x[0]; });
-  return sum * ratio<Element<V>>(1, count);
-}
-
-// Standard deviation with the count in the denominator; zero, with no derivative, for equal members. Deviations are
-// squared relative to the largest, so that they neither overflow nor vanish.
-template <class V, class Team = Alone>
-PK_FN V group_std(Index count, const V* x, Team team = {}) {
-  using T = Element<V>;
-  using P = Primal<V>;
-  const V mean = group_mean_from_first(count, x, team);
-  const auto size = [&](Index g) PK_LAMBDA {
-    const P deviation = stop(x[g] - x[0] - mean);
-    return select(deviation < T(0), -deviation, deviation);
-  };
-  const auto larger = [](P a, P b) PK_LAMBDA { return select(a >= b, a, b); };  // a nan is taken
-  const P largest = team.template fold<P>(count, P{}, size, larger);
-  const auto varies = largest != T(0);
-  const P unit = select(varies, largest, broadcast<P>(T(1)));
-  const P inverse = broadcast<P>(T(1)) / unit;
-  const V sum = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
-  const V variance = select(varies, sum * ratio<T>(1, count), constant<V>(T(1)));
-  return select(varies, square_root(variance) * unit, V{});
-}
-
-// A over the G rewards of a row, which may be written in their place.
-template <class V, class Team = Alone>
-PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team team = {}) {
-  using T = Element<V>;
-  using P = Primal<V>;
-  const V first = reward[0];
-  if (kind == kNone) {
-    team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g]; });
-    return;
-  }
-  if (kind == kMin) {
-    const P least = team.template fold<P>(
-        count, stop(first), [&](Index g) PK_LAMBDA { return stop(reward[g]); },
-        [](P a, P b) PK_LAMBDA { return select(b < a, b, a); });
-    team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g] - least; });
-    return;
-  }
-  const V mean = group_mean_from_first(count, reward, team);
-  if (kind == kStandardized) {
-    const V std = group_std(count, reward, team);
-    const auto varies = stop(std) != T(0);
-    const V inverse = constant<V>(T(1)) / (std + T(kStandardizedEpsilon));
-    team.each(count,
-              [&](Index g) PK_LAMBDA { advantage[g] = select(varies, (reward[g] - first - mean) * inverse, V{}); });
-    return;
-  }
-  const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
-  team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = (reward[g] - first - mean) * scale; });
-}
-
-// u <- Jᵀ u with J the Jacobian of the advantages in the rewards.
-template <class V, class Team = Alone>
-PK_FN void advantages_transposed(int kind, Index count, const V* reward, V* u, Team team = {}) {
-  using T = Element<V>;
-  if (kind == kNone || kind == kMin) return;
-  const T inverse_count = ratio<T>(1, count);
-  const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * inverse_count;
-  if (kind != kStandardized) {
-    const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
-    team.each(count, [&](Index g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
-    return;
-  }
-  const V reward_mean = group_mean_from_first(count, reward, team);
-  const V std = group_std(count, reward, team);
-  const auto varies = stop(std) != T(0);
-  const V safe = select(varies, std, constant<V>(T(1)));
-  const V inverse = constant<V>(T(1)) / (safe + T(kStandardizedEpsilon));
-  const auto centred = [&](Index g) PK_LAMBDA { return reward[g] - reward[0] - reward_mean; };
-  const V dot = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g] * centred(g); });
-  const V slope = dot * inverse * inverse / safe * inverse_count;
-  team.each(count,
-            [&](Index g) PK_LAMBDA { u[g] = select(varies, (u[g] - mean) * inverse - centred(g) * slope, V{}); });
-}
 
 // A group in the making: rewards and, for score-function estimators, w - 1, whose value is zero and whose tangent is
 // that of log p. `finish` turns them into what the gradients need.
@@ -123,14 +45,14 @@ PK_FN Group<V> group_in(V* scratch, Index count) {
 
 template <class V>
 PK_FN V transformed_reward(const Surrogate& s, V reward) {
-  return s.has_rbf ? exp(reward * Element<V>(s.rbf_gamma)) : reward;
+  return s.rbf_gamma.given ? exp(reward * Element<V>(s.rbf_gamma.value)) : reward;
 }
 
 // Returns (1/G) Σ_g [r_g + (w_g - 1) A_g]. Without `pulls`, leaves out `pull` where it is one for all.
 template <class V, class Team = Alone>
 PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = true) {
   using T = Element<V>;
-  const Index count = s.samples;
+  const Index count = s.num_samples;
   const bool score = s.estimator != kReparam;
   V sum = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return group.reward[g]; });
   if (score) advantages(s.advantage, count, group.reward, group.advantage, team);
@@ -143,11 +65,12 @@ PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = 
       team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = V{}; });
     }
     team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = group.pull[g] + T(1); });
-  } else if (pulls || s.has_rbf) {
+  } else if (pulls || s.rbf_gamma.given) {
     team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = constant<V>(T(1)); });
   }
-  if (s.has_rbf) {
-    team.each(count, [&](Index g) PK_LAMBDA { group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma); });
+  if (s.rbf_gamma.given) {
+    team.each(count,
+              [&](Index g) PK_LAMBDA { group.pull[g] = group.pull[g] * group.reward[g] * T(s.rbf_gamma.value); });
   }
   return sum * ratio<T>(1, count);
 }
@@ -162,10 +85,10 @@ struct RowStats {
 template <class V, class Team = Alone>
 PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group, Team team = {}) {
   RowStats<V> stats{};
-  stats.reward_mean = group_mean_from_first(s.samples, group.reward, team) + group.reward[0];
-  stats.reward_std = group_std(s.samples, group.reward, team);
-  if (s.estimator == kReparam) advantages(s.advantage, s.samples, group.reward, group.advantage, team);
-  stats.advantage_std = group_std(s.samples, group.advantage, team);
+  stats.reward_mean = group_mean_from_first(s.num_samples, group.reward, team) + group.reward[0];
+  stats.reward_std = group_std(s.num_samples, group.reward, team);
+  if (s.estimator == kReparam) advantages(s.advantage, s.num_samples, group.reward, group.advantage, team);
+  stats.advantage_std = group_std(s.num_samples, group.advantage, team);
   return stats;
 }
 

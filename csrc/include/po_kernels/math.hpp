@@ -438,5 +438,25 @@ PK_FN V square(V a) {
   return a * a;
 }
 
+// sum + a b, a chain of fused operations also on duals; and of its output alone.
+template <class V, class R>
+PK_FN V plus_product(V sum, V a, R b) {
+  if constexpr (is_dual<V> && is_dual<R>) {
+    return {sum.v + a.v * b.v, sum.t + a.v * b.t + a.t * b.v};
+  } else if constexpr (is_dual<V>) {
+    return {sum.v + a.v * b, sum.t + a.t * b};
+  } else {
+    return sum + a * b;
+  }
+}
+template <class V, class R>
+PK_FN Primal<V> plus_output(Primal<V> sum, V a, R b) {
+  if constexpr (is_dual<V> && is_dual<R>) {
+    return sum + a.v * b.t + a.t * b.v;
+  } else {
+    return sum + output(a * b);
+  }
+}
+
 }  // namespace PK_LEVEL
 }  // namespace po_kernels

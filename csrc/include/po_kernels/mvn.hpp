@@ -42,14 +42,12 @@ struct TriangularScale {
   PK_FN void stretch(const R* base, const P* eps, R* y) const {
     for (Index i = 0; i < dim; ++i) {
       R sum[S];
-      unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = base[i]; });
+      unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = base[i]; });
       for (Index j = 0; j <= i; ++j) {
         const R l = as<R>(row(i)[j]);
-        unrolled<S>([&](auto s) PK_LAMBDA {
-          sum[decltype(s)::value] = sum[decltype(s)::value] + l * eps[decltype(s)::value * dim + j];
-        });
+        unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] + l * eps[s * dim + j]; });
       }
-      unrolled<S>([&](auto s) PK_LAMBDA { y[decltype(s)::value * dim + i] = sum[decltype(s)::value]; });
+      unrolled<S>([&](auto s) PK_LAMBDA { y[s * dim + i] = sum[s]; });
     }
   }
 
@@ -58,15 +56,12 @@ struct TriangularScale {
   PK_FN void whiten(const V* residual, V* z) const {
     for (Index i = 0; i < dim; ++i) {
       V sum[S];
-      unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = residual[decltype(s)::value * dim + i]; });
+      unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = residual[s * dim + i]; });
       for (Index j = 0; j < i; ++j) {
         const V l = row(i)[j];
-        unrolled<S>([&](auto s) PK_LAMBDA {
-          sum[decltype(s)::value] = sum[decltype(s)::value] - l * z[decltype(s)::value * dim + j];
-        });
+        unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * z[s * dim + j]; });
       }
-      unrolled<S>([&](auto s)
-                      PK_LAMBDA { z[decltype(s)::value * dim + i] = sum[decltype(s)::value] * inverse_diag[i]; });
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = sum[s] * inverse_diag[i]; });
     }
   }
 
@@ -75,15 +70,12 @@ struct TriangularScale {
   PK_FN void whiten_transposed(const V* z, V* a) const {
     for (Index i = dim - 1; i >= 0; --i) {
       V sum[S];
-      unrolled<S>([&](auto s) PK_LAMBDA { sum[decltype(s)::value] = z[decltype(s)::value * dim + i]; });
+      unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = z[s * dim + i]; });
       for (Index k = i + 1; k < dim; ++k) {
         const V l = row(k)[i];
-        unrolled<S>([&](auto s) PK_LAMBDA {
-          sum[decltype(s)::value] = sum[decltype(s)::value] - l * a[decltype(s)::value * dim + k];
-        });
+        unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * a[s * dim + k]; });
       }
-      unrolled<S>([&](auto s)
-                      PK_LAMBDA { a[decltype(s)::value * dim + i] = sum[decltype(s)::value] * inverse_diag[i]; });
+      unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = sum[s] * inverse_diag[i]; });
     }
   }
 
@@ -94,18 +86,18 @@ struct TriangularScale {
       for (Index i = 0; i < dim; ++i) {
         P sum[S];
         unrolled<S>([&](auto s) PK_LAMBDA {
-          constexpr int at = decltype(s)::value;
+          constexpr int at = s;
           sum[at] = -mean[i].t - row(i)[i].t * eps[at * dim + i];
         });
         for (Index j = 0; j < i; ++j) {
           const V l = row(i)[j];
           unrolled<S>([&](auto s) PK_LAMBDA {
-            constexpr int at = decltype(s)::value;
+            constexpr int at = s;
             sum[at] = sum[at] - l.t * eps[at * dim + j] - l.v * z[at * dim + j].t;
           });
         }
         unrolled<S>([&](auto s) PK_LAMBDA {
-          constexpr int at = decltype(s)::value;
+          constexpr int at = s;
           z[at * dim + i] = V{eps[at * dim + i], sum[at] * inverse_diag[i].v};
         });
       }
@@ -118,12 +110,12 @@ struct TriangularScale {
     V* a = work_;
     whiten_transposed<S>(z, a);
     V all{};
-    unrolled<S>([&](auto s) PK_LAMBDA { all = all + f[decltype(s)::value]; });
+    unrolled<S>([&](auto s) PK_LAMBDA { all = all + f[s]; });
     for (Index i = 0; i < dim; ++i) {
       P sum{};
       unrolled<S>([&](auto s) PK_LAMBDA {
-        V& to = a[decltype(s)::value * dim + i];
-        to = f[decltype(s)::value] * to;
+        V& to = a[s * dim + i];
+        to = f[s] * to;
         sum = sum + output(to);
       });
       if (mean) mean[i] = mean[i] + sum;

@@ -98,7 +98,7 @@ PK_FN void normals_of_blocks(uint64_t seed, const uint32_t (&block)[S], const ui
   using W = Word<V>;
   Several<W, S> c[4];
   unrolled<S>([&](auto s) PK_LAMBDA {
-    constexpr int at = decltype(s)::value;
+    constexpr int at = s;
     c[0].v[at] = W{} + block[at];
     c[1].v[at] = W{} + sample[at];
     c[2].v[at] = row_low;
@@ -107,16 +107,14 @@ PK_FN void normals_of_blocks(uint64_t seed, const uint32_t (&block)[S], const ui
   philox4x32(c[0], c[1], c[2], c[3], seed);
   // Pair p of sample s is number s P + p.
   const auto words = [&](auto first) PK_LAMBDA {
-    return each_of<S * P>([&](auto i) PK_LAMBDA {
-      return c[decltype(first)::value + 2 * (decltype(i)::value % P)].v[decltype(i)::value / P];
-    });
+    return each_of<S * P>([&](auto i) PK_LAMBDA { return c[first + 2 * (i % P)].v[i / P]; });
   };
   using All = Several<V, S * P>;
   const All radius = square_root_of_normal(minus_twice_log_uniform<All>(words(Constant<0>{})));
   All cosine, sine;
   circle(words(Constant<1>{}), cosine, sine);
   unrolled<S * P>([&](auto i) PK_LAMBDA {
-    constexpr int at = decltype(i)::value;
+    constexpr int at = i;
     V* to = z + at / P * stride + 2 * (at % P);
     to[0] = cosine.v[at] * radius.v[at];
     to[1] = sine.v[at] * radius.v[at];
@@ -129,8 +127,8 @@ PK_FN void normals_of_block(uint64_t seed, uint32_t block, uint32_t sample, Word
                             int64_t stride) {
   uint32_t blocks[S], samples[S];
   unrolled<S>([&](auto s) PK_LAMBDA {
-    blocks[decltype(s)::value] = block;
-    samples[decltype(s)::value] = sample + uint32_t(decltype(s)::value);
+    blocks[s] = block;
+    samples[s] = sample + uint32_t(s);
   });
   normals_of_blocks<S, P>(seed, blocks, samples, row_low, row_high, z, stride);
 }

@@ -34,17 +34,15 @@ PK_FN Shared<V> precision_diagonal(Precision<V> p, Index dim, Index j) {
 // Rows i..i+R of y = U x for the S vectors of x (S, dim), which are zero before `first`: sums[r][s].
 template <int S, int R, class V>
 PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Index i, const V* x, V (&sums)[R][S]) {
-  unrolled<R>([&](auto r) PK_LAMBDA {
-    unrolled<S>([&](auto s) PK_LAMBDA { sums[decltype(r)::value][decltype(s)::value] = V{}; });
-  });
+  unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = V{}; }); });
   for (Index j = first; j < end; ++j) {
     Shared<V> u[R];
-    unrolled<R>([&](auto r) PK_LAMBDA { u[decltype(r)::value] = p.u[(i + decltype(r)::value) * dim + j]; });
+    unrolled<R>([&](auto r) PK_LAMBDA { u[r] = p.u[(i + r) * dim + j]; });
     unrolled<S>([&](auto s) PK_LAMBDA {
-      const V from = x[decltype(s)::value * dim + j];
+      const V from = x[s * dim + j];
       unrolled<R>([&](auto r) PK_LAMBDA {
-        V& sum = sums[decltype(r)::value][decltype(s)::value];
-        sum = sum + from * u[decltype(r)::value];
+        V& sum = sums[r][s];
+        sum = sum + from * u[r];
       });
     });
   }
@@ -56,19 +54,15 @@ PK_FN void apply(Precision<V> p, Index dim, const V* x, V* y, Index first = 0) {
   if (p.kind != kFull) {
     for (Index i = first; i < dim; ++i) {
       const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
-      unrolled<S>([&](auto s) PK_LAMBDA { y[decltype(s)::value * dim + i] = x[decltype(s)::value * dim + i] * u; });
+      unrolled<S>([&](auto s) PK_LAMBDA { y[s * dim + i] = x[s * dim + i] * u; });
     }
     return;
   }
   const auto rows = [&](Index i, auto count) PK_LAMBDA {
-    constexpr int R = decltype(count)::value;
+    constexpr int R = count;
     V sums[R][S];
     multiply_rows<S, R>(p, dim, first, dim, i, x, sums);
-    unrolled<R>([&](auto r) PK_LAMBDA {
-      unrolled<S>([&](auto s) PK_LAMBDA {
-        y[decltype(s)::value * dim + i + decltype(r)::value] = sums[decltype(r)::value][decltype(s)::value];
-      });
-    });
+    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { y[s * dim + i + r] = sums[r][s]; }); });
   };
   constexpr int R = S == 1 ? 4 : 2;  // as many sums at once as keep the processor busy
   Index i = first;
@@ -89,13 +83,11 @@ PK_FN V apply_at(Precision<V> p, Index dim, const V* x, Index i) {
 template <int S, class V>
 PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
   using T = Element<V>;
-  unrolled<S>([&](auto s) PK_LAMBDA { total[decltype(s)::value] = V{}; });
+  unrolled<S>([&](auto s) PK_LAMBDA { total[s] = V{}; });
   if (p.kind != kFull) {
     for (Index i = 0; i < dim; ++i) {
       const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
-      unrolled<S>([&](auto s) PK_LAMBDA {
-        total[decltype(s)::value] = total[decltype(s)::value] + square(x[decltype(s)::value * dim + i]) * u;
-      });
+      unrolled<S>([&](auto s) PK_LAMBDA { total[s] = total[s] + square(x[s * dim + i]) * u; });
     }
     return;
   }
@@ -107,7 +99,7 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
     const Shared<V>* row = p.u + (i + 1) * dim + i;
     const Shared<V> head = p.u[i * dim + i], off = row[0], tail = row[1];
     unrolled<S>([&](auto s) PK_LAMBDA {
-      constexpr int at = decltype(s)::value;
+      constexpr int at = s;
       const V a = x[at * dim + i], b = x[at * dim + i + 1];
       total[at] = total[at] + a * (below[0][at] * T(2) + a * head);
       total[at] = total[at] + b * ((below[1][at] + a * off) * T(2) + b * tail);
@@ -118,7 +110,7 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
     multiply_rows<S, 1>(p, dim, 0, i, i, x, below);
     const Shared<V> tail = p.u[i * dim + i];
     unrolled<S>([&](auto s) PK_LAMBDA {
-      constexpr int at = decltype(s)::value;
+      constexpr int at = s;
       const V b = x[at * dim + i];
       total[at] = total[at] + b * (below[0][at] * T(2) + b * tail);
     });
@@ -136,9 +128,7 @@ PK_FN void accumulate_outer(int kind, Index dim, const V* weighted, const R* x, 
   Primal<V> all{};
   for (Index j = first; j < dim; ++j) {
     Primal<V> sum = kind == kScalar ? all : acc[j];
-    unrolled<S>([&](auto s) PK_LAMBDA {
-      sum = sum + output(weighted[decltype(s)::value * dim + j] * x[decltype(s)::value * dim + j]);
-    });
+    unrolled<S>([&](auto s) PK_LAMBDA { sum = sum + output(weighted[s * dim + j] * x[s * dim + j]); });
     if (kind == kScalar) {
       all = sum;
     } else {

@@ -26,18 +26,18 @@ struct LaneTraits<Several<V, M>> {
 template <int M, class F>
 PK_FN auto each_of(F f) {
   Several<decltype(f(Constant<0>{})), M> y;
-  unrolled<M>([&](auto i) PK_LAMBDA { y.v[decltype(i)::value] = f(i); });
+  unrolled<M>([&](auto i) PK_LAMBDA { y.v[i] = f(i); });
   return y;
 }
 
-#define PK_SEVERAL_OPERATOR(op)                                                                                 \
-  template <class V, int M>                                                                                     \
-  PK_FN Several<V, M> operator op(const Several<V, M>& a, const Several<V, M>& b) {                             \
-    return each_of<M>([&](auto i) PK_LAMBDA { return V(a.v[decltype(i)::value] op b.v[decltype(i)::value]); }); \
-  }                                                                                                             \
-  template <class V, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0>                   \
-  PK_FN Several<V, M> operator op(const Several<V, M>& a, T b) {                                                \
-    return each_of<M>([&](auto i) PK_LAMBDA { return V(a.v[decltype(i)::value] op b); });                       \
+#define PK_SEVERAL_OPERATOR(op)                                                               \
+  template <class V, int M>                                                                   \
+  PK_FN Several<V, M> operator op(const Several<V, M>& a, const Several<V, M>& b) {           \
+    return each_of<M>([&](auto i) PK_LAMBDA { return V(a.v[i] op b.v[i]); });                 \
+  }                                                                                           \
+  template <class V, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0> \
+  PK_FN Several<V, M> operator op(const Several<V, M>& a, T b) {                              \
+    return each_of<M>([&](auto i) PK_LAMBDA { return V(a.v[i] op b); });                      \
   }
 PK_SEVERAL_OPERATOR(+)
 PK_SEVERAL_OPERATOR(-)
@@ -53,7 +53,7 @@ PK_SEVERAL_OPERATOR(>>)
 #define PK_SEVERAL_COMPARISON(op)                                                             \
   template <class V, class T, int M, std::enable_if_t<std::is_arithmetic<T>::value, int> = 0> \
   PK_FN auto operator op(const Several<V, M>& a, T b) {                                       \
-    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[decltype(i)::value] op b; });        \
+    return each_of<M>([&](auto i) PK_LAMBDA { return a.v[i] op b; });                         \
   }
 PK_SEVERAL_COMPARISON(<)
 PK_SEVERAL_COMPARISON(>)
@@ -62,13 +62,13 @@ PK_SEVERAL_COMPARISON(!=)
 
 template <class V, int M>
 PK_FN Several<V, M> operator-(const Several<V, M>& a) {
-  return each_of<M>([&](auto i) PK_LAMBDA { return -a.v[decltype(i)::value]; });
+  return each_of<M>([&](auto i) PK_LAMBDA { return -a.v[i]; });
 }
 
-#define PK_SEVERAL_FUNCTION(name)                                                       \
-  template <class A, int M>                                                             \
-  PK_FN auto name(const Several<A, M>& a) {                                             \
-    return each_of<M>([&](auto i) PK_LAMBDA { return name(a.v[decltype(i)::value]); }); \
+#define PK_SEVERAL_FUNCTION(name)                                      \
+  template <class A, int M>                                            \
+  PK_FN auto name(const Several<A, M>& a) {                            \
+    return each_of<M>([&](auto i) PK_LAMBDA { return name(a.v[i]); }); \
   }
 PK_SEVERAL_FUNCTION(square_root)
 PK_SEVERAL_FUNCTION(square_root_of_normal)
@@ -79,11 +79,11 @@ PK_SEVERAL_FUNCTION(narrow)
 #undef PK_SEVERAL_FUNCTION
 
 // Conversions to V, a Several.
-#define PK_SEVERAL_CONVERSION(name)                                                         \
-  template <class V, class A, int M>                                                        \
-  PK_FN auto name(const Several<A, M>& a) {                                                 \
-    using To = std::remove_reference_t<decltype(V{}.v[0])>;                                 \
-    return each_of<M>([&](auto i) PK_LAMBDA { return name<To>(a.v[decltype(i)::value]); }); \
+#define PK_SEVERAL_CONVERSION(name)                                        \
+  template <class V, class A, int M>                                       \
+  PK_FN auto name(const Several<A, M>& a) {                                \
+    using To = std::remove_reference_t<decltype(V{}.v[0])>;                \
+    return each_of<M>([&](auto i) PK_LAMBDA { return name<To>(a.v[i]); }); \
   }
 PK_SEVERAL_CONVERSION(from_word)
 PK_SEVERAL_CONVERSION(from_integer)
@@ -92,16 +92,12 @@ PK_SEVERAL_CONVERSION(element_mask)
 
 template <class Mask, class V, int M>
 PK_FN Several<V, M> select(const Several<Mask, M>& mask, const Several<V, M>& a, const Several<V, M>& b) {
-  return each_of<M>([&](auto i) PK_LAMBDA {
-    return select(mask.v[decltype(i)::value], a.v[decltype(i)::value], b.v[decltype(i)::value]);
-  });
+  return each_of<M>([&](auto i) PK_LAMBDA { return select(mask.v[i], a.v[i], b.v[i]); });
 }
 
 template <class W, int M>
 PK_FN void multiply_wide(const Several<W, M>& a, uint32_t b, Several<W, M>& high, Several<W, M>& low) {
-  unrolled<M>([&](auto i) PK_LAMBDA {
-    multiply_wide(a.v[decltype(i)::value], b, high.v[decltype(i)::value], low.v[decltype(i)::value]);
-  });
+  unrolled<M>([&](auto i) PK_LAMBDA { multiply_wide(a.v[i], b, high.v[i], low.v[i]); });
 }
 
 }  // namespace PK_LEVEL

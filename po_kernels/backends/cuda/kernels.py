@@ -15,7 +15,7 @@ from ..contract import OPS, Request
 _BLOCKS_PER_MULTIPROCESSOR = 12
 _MOST_BLOCKS = 4096
 _MOST_SUMS = 2**20
-_HEAD = 6  # the loss and its statistics, as in csrc/cuda/gaussian_family.hpp
+_HEAD = 6  # the loss and its statistics, as in csrc/cuda/loss_sums.hpp
 
 
 def emulated() -> bool:

@@ -36,14 +36,25 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 
 
 def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The value, and the statistics of a loss; both have derivatives by autograd."""
+    """The value, and the statistics of a loss; both have derivatives by autograd. Autocast changes neither."""
     checks.values(OPS[op], inputs, constants)
-    found = DEFINITIONS[op](inputs, constants, config)
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        found = DEFINITIONS[op](inputs, constants, config)
     if not isinstance(found, RowLoss):
         return found, ()
     loss, *statistics = found
     averaged = "none" if config.reduction == "none" else "mean"
     return reduced(loss, config.reduction), tuple(reduced(column, averaged) for column in statistics)
+
+
+def entropy(op: str, inputs: Any, reduction: str) -> Tensor:
+    """The entropy of a policy whose inputs begin as those of `op`, reduced as its loss is."""
+    family = op.split("_")[0]
+    if family == "categorical":
+        rows = categorical.entropy(inputs[0])
+    else:
+        rows = (gaussian if family == "gaussian" else mvn).entropy(inputs[1])
+    return reduced(rows, reduction)
 
 
 def _kernel(op: str) -> Kernel:

@@ -5,6 +5,7 @@ Key = the 64-bit seed; counter = (dimension block of 4, sample, row low word, ro
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,15 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def philox4x32(counter: tuple[Any, ...], key: tuple[Any, Any]) -> tuple[Any, ...]:
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: four int64 tensors holding 32-bit words, mutually broadcastable.
-        key: two such tensors.
+        counter: four int64 tensors holding 32-bit words, mutually broadcastable, or integers.
+        key: two such.
 
     Returns:
-        four int64 tensors of the broadcast shape, each in [0, 2**32).
+        four of the broadcast shape, each in [0, 2**32).
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -38,6 +39,27 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def stream_key(seed: Tensor, stream: int) -> Tensor:
+    """The key of a stream of random numbers other than stream 0, which has the seed itself.
+
+    It is two words of Philox under the seed, at a counter that no sample has: its sample number is 2**32 - 1.
+
+    Args:
+        seed: () int64.
+        stream: from 1 to 2**63 - 1.
+    """
+    if not torch.compiler.is_compiling() and seed.device.type == "cpu":
+        number = int(seed)  # in integers of Python, of which a hundred operations take a few microseconds
+        low, high, _, _ = _words(number & _MASK, (number >> 32) & _MASK, stream)
+        return torch.tensor((high << 32 | low) - (2**64 if high >> 31 else 0), dtype=torch.int64, device="cpu")
+    low, high, _, _ = _words(seed & _MASK, (seed >> 32) & _MASK, stream)
+    return high << 32 | low
+
+
+def _words(low: Any, high: Any, stream: int) -> tuple[Any, ...]:
+    return philox4x32((_MASK, _MASK, stream & _MASK, stream >> 32), (low, high))
 
 
 def random_bits(

@@ -13,10 +13,9 @@ R sets how sure of the label the policy is asked to be, and the outer loss learn
 """
 
 import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,19 +23,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.optim import Optimizer
-from tqdm import tqdm
 
-from .. import data, metrics
-from ..errors import NonFiniteError, UsageError
+from ..errors import UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import SOLVED, lbfgs
 from ..optional import require
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
-from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
-from ..trainer import BilevelTrainer, OuterStep, train_nll, train_policy_gradient
-from .runs import Outcome, check_counts, check_reals, first_step_of_torch, threads
+from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, diagonal, one_hot_table
+from ..trainer import BilevelTrainer, OuterStep
+from ..training import train_nll, train_policy_gradient
+from . import data, metrics, plots, runs
+from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads
 
 Method = Literal[
     "nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned", "pg_learned_isotropic",
@@ -51,7 +50,7 @@ DEFAULT_INNER_STEPS = {"lbfgs": 100, "adam": 40}
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(OptionsInParts):
     """Compare likelihood with policy gradient under fixed and learned rewards on tabular data."""
 
     dataset: tuple[str, ...] = ("wine",)
@@ -61,12 +60,6 @@ class ClassifyConfig:
     """Column of the file that holds the classes."""
     max_rows: int | None = None
     """A stratified random choice of so many rows, the same for all seeds, where a data set has more."""
-    seeds: int = 10
-    """How many random splits and initial weights, numbered from --first-seed."""
-    first_seed: int = 0
-    """The number of the first, where they are run in parts."""
-    out: Path = Path("results")
-    """Folder for results.json, curves.json and classification.png; made if it is not there."""
     methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned")
     """Methods to compare."""
     reward: PrecisionKind = "diagonal"
@@ -108,32 +101,12 @@ class ClassifyConfig:
     """Of all rows."""
     held_out_fraction: float = 0.25
     """Of the training rows: the outer loss reads these while the reward is learned."""
-    threads: int = 1
-    """Threads of torch; tables of a few thousand rows lose time with more, and a great deal on a busy machine."""
-    plot: bool = True
-    """Draw classification.png."""
-    progress: bool = True
-    """Show progress bars on a terminal."""
 
 
 def check(config: ClassifyConfig) -> None:
-    """Refuses options that no run can have.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    for option, value in (("dataset", config.dataset), ("methods", config.methods)):
-        if not value:
-            raise UsageError(f"--{option}: expected at least one, got none")
-        if len(set(value)) < len(value):
-            raise UsageError(f"--{option}: expected each once, got {' '.join(value)}")
-    check_counts(
-        config, "seeds", "max_rows", "outer_steps", "cg_iterations", "steps", "inner_steps", "batch_size", "threads"
-    )
-    if any(width < 1 for width in config.hidden):
-        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
-    check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate", "cg_tolerance")
-    check_reals(config, "l2", "damping", "first_seed", zero=True)
+    """See `Experiment`."""
+    fractions = ("test_fraction", "held_out_fraction")
+    runs.check_options(config, fractions=fractions, zero=("l2", "damping", "first_seed"))
     if config.l2 == 0 and config.damping == 0 and any(method.startswith("pg_learned") for method in config.methods):
         raise UsageError(
             "--damping: expected a positive number with --l2 0, got 0: adding the same number to all logits changes "
@@ -161,35 +134,30 @@ def run(config: ClassifyConfig) -> Outcome:
         optimiser steps of the final training, on the test rows; "reward_paths", for each data set a list over seeds of
         {"outer_loss", "precision"}, lists over outer steps, where the precision is the diagonal of U (of length C, or 1
         if isotropic), or of the table. Those of other methods than pg_learned are under "data set, method".
-
-    Raises:
-        UsageError: an option or a data set that cannot be used.
-        MissingDependencyError: scikit-learn or pandas is not installed.
-        NonFiniteError: training diverged.
     """
     check(config)
     tables = [data.subset(data.load(name, config.target), config.max_rows) for name in config.dataset]
     names = [table.name for table in tables]
     if len(set(names)) < len(names):
         raise UsageError(f"--dataset: expected files of different names, got {' '.join(names)}")
-    curves: dict[str, Any] = {name: {method: [] for method in config.methods} for name in names}
-    outcome = Outcome([], {"curves": curves, "reward_paths": {}}, [])
-    total = len(tables) * config.seeds * len(config.methods)
-    with (
-        threads(config.threads),
-        tqdm(total=total, desc="runs", disable=None if config.progress else True, leave=False) as bar,
-    ):
-        first_step_of_torch()
+    outcome = new_outcome()
+    with threads(config.threads):
         for table in tables:
-            for seed in range(config.first_seed, config.first_seed + config.seeds):
-                splits = data.split(
-                    table, test_fraction=config.test_fraction, held_out_fraction=config.held_out_fraction, seed=seed
-                )
-                for method in config.methods:
-                    bar.set_postfix_str(f"{table.name}, seed {seed}, {method}")
-                    run_method(config, table.name, len(table.classes), splits, seed, method, outcome)
-                    bar.update()
+            splits = functools.lru_cache(maxsize=1)(functools.partial(splits_of, config, table))
+            for seed, method in each_run(config, config.methods, label=table.name):
+                run_method(config, table.name, len(table.classes), splits(seed), seed, method, outcome)
     return outcome
+
+
+def new_outcome() -> Outcome:
+    """One for `run_method` to add to."""
+    return Outcome([], {"curves": {}, "reward_paths": {}}, [])
+
+
+def splits_of(config: ClassifyConfig, table: data.Table, seed: int) -> data.Splits:
+    """The splits of a seed."""
+    fractions = {"test_fraction": config.test_fraction, "held_out_fraction": config.held_out_fraction}
+    return data.split(table, seed=seed, **fractions)
 
 
 def run_method(
@@ -202,68 +170,59 @@ def run_method(
         NonFiniteError: training diverged.
     """
     outcome.curves["curves"].setdefault(name, {}).setdefault(method, [])
-    try:
+    with named(name, f"seed {seed}", method):
         _Run(config, name, num_classes, splits, seed, method, outcome).run()
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{name}, seed {seed}, {method}: {error}") from error
 
 
+@dataclasses.dataclass
 class _Run:
     """One method on one data set and seed."""
 
-    def __init__(
-        self, config: ClassifyConfig, name: str, num_classes: int, splits: data.Splits, seed: int, method: Method,
-        outcome: Outcome,
-    ) -> None:  # fmt: skip
-        self.config = config
-        self.name = name
-        self.num_classes = num_classes
-        self.splits = splits
-        self.seed = seed
-        self.method = method
-        self.outcome = outcome
+    config: ClassifyConfig
+    name: str
+    num_classes: int
+    splits: data.Splits
+    seed: int
+    method: Method
+    outcome: Outcome
+
+    def __post_init__(self) -> None:
+        config = self.config
         noisy = config.estimator == "dice" or config.batch_size is not None
         self.optimizer = config.optimizer if config.optimizer != "auto" else "adam" if noisy else "lbfgs"
         self.tolerance = 0.0 if noisy else SOLVED
         self.damping = DEFAULT_DAMPING[config.estimator] if config.damping is None else config.damping
         self.steps = config.steps or DEFAULT_STEPS[self.optimizer]
+        self.clock = Clock()
 
     def run(self) -> None:
         """Trains, and adds the row and the learning curve to the outcome."""
-        curve: dict[str, list[float]] = {"step": [], "nll": [], "accuracy": []}
-        policy = self._policy()
-        started = time.perf_counter()
         if self.method in ESTIMATORS:
             self._estimator()
             return
-        table, u = self._reward()
-        spent = time.perf_counter() - started
+        curve: dict[str, list[float]] = {"step": [], "nll": [], "accuracy": []}
+        policy = self._policy()
 
-        def watch(step: int, _: float = 0.0) -> None:
-            nonlocal started, spent
-            # Looking at the test rows is no part of training, nor of its time.
-            spent += time.perf_counter() - started
-            found = self._evaluate(policy)
-            curve["step"].append(step + 1)
-            curve["nll"].append(found["nll"])
-            curve["accuracy"].append(found["accuracy"])
-            started = time.perf_counter()
+        def watch(step: int, _: float) -> None:
+            with self.clock.paused():
+                found = self._evaluate(policy)
+                for metric, value in (("step", step + 1), ("nll", found["nll"]), ("accuracy", found["accuracy"])):
+                    curve[metric].append(value)
 
-        started = time.perf_counter()
-        self._train(policy, table, self.splits.train, watch)
-        spent += time.perf_counter() - started
-        self._record(self._evaluate(policy), u, spent, curve)
+        with self.clock:
+            table, u = self._reward()
+            self._train(policy, table, self.splits.train, watch)
+        self._record(self._evaluate(policy), u, curve)
 
-    def _record(self, found: dict[str, float], u: float | None, seconds: float, curve: dict[str, list[float]]) -> None:
+    def _record(self, found: dict[str, float], u: float | None, curve: dict[str, list[float]]) -> None:
         row = {"dataset": self.name, "method": self.method, "seed": self.seed}
-        self.outcome.rows.append(row | found | {"u": u, "seconds": seconds})
+        self.outcome.rows.append(row | found | {"u": u, "seconds": self.clock.seconds})
         self.outcome.curves["curves"][self.name][self.method].append(curve)
 
     def _estimator(self) -> None:
         """Fits an estimator to the training rows; its curve is the one point that it ends at."""
         config = self.config
         train, test = self.splits.train, self.splits.test
-        started = time.perf_counter()
         model: Any
         if self.method == "logistic_regression":
             model = require("sklearn.linear_model", "sklearn").LogisticRegression(
@@ -277,12 +236,12 @@ class _Run:
                 config.reward, hidden_layer_sizes=config.hidden if config.policy == "mlp" else (), l2=config.l2,
                 outer_steps=config.outer_steps, random_state=self.seed,
             )  # fmt: skip
-        model.fit(train.inputs.numpy(), train.target.numpy())
-        seconds = time.perf_counter() - started
+        with self.clock:
+            model.fit(train.inputs.numpy(), train.target.numpy())
         found = metrics.classification(torch.from_numpy(model.predict_log_proba(test.inputs.numpy())), test.target)
-        u = float(_diagonal(torch.from_numpy(model.precision_)).mean()) if hasattr(model, "precision_") else None
+        u = float(diagonal(torch.from_numpy(model.precision_)).mean()) if hasattr(model, "precision_") else None
         curve = {"step": [float(np.max(model.n_iter_))], "nll": [found["nll"]], "accuracy": [found["accuracy"]]}
-        self._record(found, u, seconds, curve)
+        self._record(found, u, curve)
 
     def _train(
         self, policy: CategoricalPolicy, table: Tensor | None, rows: Batch,
@@ -308,12 +267,12 @@ class _Run:
             reward = self._learned()
             table = reward.table().detach()
             if isinstance(reward, OneHotMahalanobisReward):
-                return table, float(_diagonal(reward.precision().detach()).mean())
+                return table, float(diagonal(reward.precision().detach()).mean())
             # A right and a wrong answer of a table u I differ by 2u.
             gap = table.diagonal().mean() - table[~torch.eye(self.num_classes, dtype=torch.bool)].mean()
             return table, 0.5 * float(gap)
         precision = self._fixed_precision()
-        return one_hot_table(precision, self.num_classes), float(_diagonal(precision).mean())
+        return one_hot_table(precision, self.num_classes), float(diagonal(precision).mean())
 
     def _fixed_precision(self) -> Tensor:
         if self.method == "pg_identity":
@@ -336,40 +295,26 @@ class _Run:
         else:
             reward = OneHotMahalanobisReward(self.num_classes, cast(PrecisionKind, form)).double()
         trainer = BilevelTrainer(
-            self._policy(),
-            reward,
-            inner_data=self.splits.fit,
-            outer_data=self.splits.held_out,
+            self._policy(), reward, inner_data=self.splits.fit, outer_data=self.splits.held_out,
             inner_optimizer=self._optimizer,
             outer_optimizer=torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate),
             inner_steps=config.inner_steps or DEFAULT_INNER_STEPS[self.optimizer],
-            inner_loss=self._inner_loss(self.splits.fit),
-            outer_loss=NegativeLogLikelihood(),
+            inner_loss=self._inner_loss(self.splits.fit), outer_loss=NegativeLogLikelihood(),
             hypergradient=ImplicitCG(self.damping, config.cg_tolerance, config.cg_iterations),
-            inner_tolerance=self.tolerance,
-            keep_inner_state=self.optimizer == "adam",
-            batch_size=config.batch_size,
-            seed=self.seed,
-            progress=config.progress,
-            description=f"{self.name}, seed {self.seed}: reward",
-        )
+            inner_tolerance=self.tolerance, keep_inner_state=self.optimizer == "adam", batch_size=config.batch_size,
+            seed=self.seed, progress=config.progress, description=f"{self.name}, seed {self.seed}: reward",
+        )  # fmt: skip
         self._record_path(trainer.fit(config.outer_steps))
         return reward
 
     def _record_path(self, history: list[OuterStep]) -> None:
-        path: dict[str, list[Any]] = {"outer_loss": [], "precision": []}
-        for step in history:
-            assert step.reward is not None
-            path["outer_loss"].append(step.outer_loss)
-            path["precision"].append(_diagonal(step.reward).tolist())
+        path = {
+            "outer_loss": [step.outer_loss for step in history],
+            "precision": [diagonal(step.reward).tolist() for step in history if step.reward is not None],
+        }
         key = self.name if self.method == "pg_learned" else f"{self.name}, {self.method}"
         self.outcome.curves["reward_paths"].setdefault(key, []).append(path)
-        flawed = [step for step in history if step.problems]
-        if flawed:
-            self.outcome.warnings.append(
-                f"{self.name}, seed {self.seed}, {self.method}: {len(flawed)} of {len(history)} outer steps had an "
-                f"imperfect hypergradient; the last: {flawed[-1].problems[0]}"
-            )
+        self.outcome.warnings.extend(imperfect(f"{self.name}, seed {self.seed}, {self.method}", history))
 
     def _optimal(self, covariance: Tensor) -> Tensor:
         # One-hot labels sum to one, so the covariance is singular and "full" takes the pseudo-inverse.
@@ -396,11 +341,9 @@ class _Run:
     def _inner_loss(self, rows: Batch) -> PolicyGradient:
         config = self.config
         return PolicyGradient(
-            entropy_coef=config.entropy_coef,
-            estimator=config.estimator,
-            num_samples=config.num_samples,
+            entropy_coef=config.entropy_coef, estimator=config.estimator, num_samples=config.num_samples,
             l2=config.entropy_coef * self._l2(rows),
-        )
+        )  # fmt: skip
 
     def _l2(self, rows: Batch) -> float:
         return self.config.l2 / rows.inputs.shape[0]
@@ -411,5 +354,20 @@ class _Run:
         return metrics.classification(log_probabilities, self.splits.test.target)
 
 
-def _diagonal(precision: Tensor) -> Tensor:
-    return precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
+# The data sets of docs/experiments.md, and the quick version of a run on them.
+_SETS = {"dataset": ("wine", "iris", "breast_cancer", "digits")}
+_QUICK = {"dataset": ("iris",), "seeds": 2, "outer_steps": 2, "steps": 20, "inner_steps": 10}
+_FORMS = ("pg_learned_isotropic", "pg_learned_diagonal", "pg_learned_full", "pg_learned_table", "pg_learned_cv")
+
+EXPERIMENT = Experiment(
+    "classify", ClassifyConfig, check, run, "classification",
+    figure=lambda config, outcome: plots.figure_of_classification(outcome),
+    reproduced={
+        "classification": (
+            _SETS | {"methods": ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", *_FORMS)}, _QUICK
+        ),
+        "estimators": (
+            _SETS | {"methods": ("nll", "logistic_regression", "pg_learned_cv"), "outer_steps": 30}, _QUICK
+        ),
+    },
+)  # fmt: skip

@@ -11,7 +11,6 @@ The split is by episodes, so that no row has its neighbour on the other side.
 
 import dataclasses
 import math
-import time
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
@@ -19,20 +18,20 @@ from typing import Literal, NamedTuple, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
-from .. import planner, transitions
-from ..errors import NonFiniteError, UsageError
+from ..errors import UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
 from ..losses import Batch, PolicyGradient
 from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, GaussianPolicy, MLPFullGaussian, MLPGaussian, Policy
-from ..rewards import MahalanobisReward, PrecisionKind
-from ..trainer import BatchStream, BilevelTrainer, InnerLoss, train, train_policy_gradient
-from ..transitions import Behaviour, Transitions
-from .runs import Outcome, check_counts, check_reals, each_run, threads
+from ..rewards import MahalanobisReward, PrecisionKind, as_matrix, diagonal
+from ..trainer import BilevelTrainer
+from ..training import BatchStream, InnerLoss, train, train_policy_gradient
+from . import planner, runs, transitions
+from .runs import Clock, Experiment, Once, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .transitions import Behaviour, Transitions
 
 Method = Literal[
     "mse", "nll", "nll_state", "beta_nll", "pg_identity", "pg_isotropic_marginal", "pg_isotropic_residual",
@@ -59,7 +58,7 @@ LEARNED = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicsConfig:
+class DynamicsConfig(OptionsInParts):
     """Learn models of an environment's dynamics, and measure what they are good for."""
 
     env: str = "HalfCheetah-v5"
@@ -76,12 +75,6 @@ class DynamicsConfig:
     """How many are collected, or read."""
     horizon: int = 200
     """Steps after which an episode is ended."""
-    seeds: int = 10
-    """How many collections, splits and initial weights, numbered from --first-seed."""
-    first_seed: int = 0
-    """The number of the first, where they are run in parts."""
-    out: Path = Path("results")
-    """Folder for results.json, curves.json and dynamics.png; made if it is not there."""
     methods: tuple[Method, ...] = METHODS
     """Methods to compare."""
     hidden: tuple[int, ...] = (64, 64)
@@ -110,34 +103,12 @@ class DynamicsConfig:
     """Episodes of model-predictive control with each model; for Pendulum-v1, InvertedPendulum-v5 and Reacher-v5."""
     plan_steps: int = 200
     """The most steps of such an episode."""
-    threads: int = 1
-    """Threads of torch."""
-    plot: bool = True
-    """Draw dynamics.png."""
-    progress: bool = True
-    """Show progress bars on a terminal."""
 
 
 def check(config: DynamicsConfig) -> None:
-    """Refuses options that no run can have.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    if not config.methods or len(set(config.methods)) < len(config.methods):
-        raise UsageError(f"--methods: expected at least one and each once, got {' '.join(config.methods) or 'none'}")
-    check_counts(
-        config, "transitions", "horizon", "seeds", "steps", "batch_size", "outer_steps", "inner_steps", "plan_steps",
-        "threads",
-    )  # fmt: skip
-    check_reals(config, "learning_rate", "outer_learning_rate", "entropy_coef")
-    check_reals(config, "noise", "weight_decay", "plan_episodes", "first_seed", zero=True)
-    if any(width < 1 for width in config.hidden):
-        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
-    for option in ("test_fraction", "held_out_fraction"):
-        if not 0 < getattr(config, option) < 1:
-            name = option.replace("_", "-")
-            raise UsageError(f"--{name}: expected a number between 0 and 1, got {getattr(config, option)}")
+    """See `Experiment`."""
+    fractions = ("test_fraction", "held_out_fraction")
+    runs.check_options(config, fractions=fractions, zero=("noise", "weight_decay", "plan_episodes", "first_seed"))
     if config.plan_episodes > 0 and (config.minari is not None or config.env not in planner.REWARDS):
         raise UsageError(
             f"--plan-episodes: expected 0, or --env one of {', '.join(planner.REWARDS)}, "
@@ -152,11 +123,6 @@ def run(config: DynamicsConfig) -> Outcome:
         rows with "rmse" (of one step, in standard deviations of s' - s), "nll_per_dim", "coverage_50", "coverage_90",
         "rmse_k" (k steps open loop, in standard deviations of s), "u", "seconds" and, if asked for, "return"; curves
         with "per_dimension" {method: {"rmse", "nll"}}, means over seeds.
-
-    Raises:
-        UsageError: an option, an environment or a data set that cannot be used.
-        MissingDependencyError: gymnasium, MuJoCo or minari is not installed.
-        NonFiniteError: training diverged.
     """
     check(config)
     outcome = Outcome([], {"per_dimension": {}}, [])
@@ -174,10 +140,8 @@ def run(config: DynamicsConfig) -> Outcome:
                 problem = _Problem(config, data, seed)
                 if seed == config.first_seed and problem.dropped:
                     outcome.warnings.append(f"{data.name}: {problem.dropped}")
-            try:
+            with named(data.name, f"seed {seed}", method):
                 row, per_dimension = problem.evaluate(method, outcome)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{data.name}, seed {seed}, {method}: {error}") from error
             outcome.rows.append(row)
             found.setdefault(method, []).append(per_dimension)
     for method, seeds in found.items():
@@ -219,16 +183,14 @@ class _Problem:
         )
         self.test_rows = np.flatnonzero(test)
         self.dim = y.shape[1]
-        self._regression = cast(GaussianPolicy, self._policy("mse"))
-        self._residuals: Tensor | None = None
+        # Of the rows of `fit`, for what is computed from its residuals.
+        self._regression = Once(lambda: self._trained("mse", self.fit, None))
 
     def evaluate(self, method: Method, outcome: Outcome) -> tuple[dict, dict[str, list[float]]]:
         """Trains a method; its row of the results, and RMSE and NLL of each dimension."""
-        started = time.perf_counter()
-        precision = self._precision(method, outcome)
-        policy = self._policy(method)
-        self._train(policy, method, self.train, precision)
-        seconds = time.perf_counter() - started
+        with Clock() as clock:
+            precision = self._precision(method, outcome, clock)
+            policy = self._trained(method, self.train, precision)
         with torch.no_grad():
             mean, variance = self._moments(policy, method, self.test.inputs)
             error = self.test.target - mean
@@ -242,9 +204,9 @@ class _Problem:
             for name, width in INTERVALS.items():
                 found[name] = float((error.abs() <= width * variance.sqrt()).float().mean())
             found |= self._open_loop(policy)
-        u = None if precision is None else precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
+        u = None if precision is None else float(diagonal(precision).mean())
         row = {"dataset": self.data.name, "method": method, "seed": self.seed} | found
-        row |= {"u": None if u is None else float(u.mean()), "seconds": seconds}
+        row |= {"u": u, "seconds": clock.seconds}
         if self.config.plan_episodes:
             returns = [
                 planner.control(lambda s, a: self._step(policy, s, a), self.config.env, seed=1000 * self.seed + episode,
@@ -254,7 +216,7 @@ class _Problem:
             row["return"] = float(np.mean(returns))
         return row, {"rmse": rmse.tolist(), "nll": nll.tolist()}
 
-    def _precision(self, method: Method, outcome: Outcome) -> Tensor | None:
+    def _precision(self, method: Method, outcome: Outcome, clock: Clock) -> Tensor | None:
         """U of the method, detached; None where there is none."""
         if not method.startswith("pg_"):
             return None
@@ -262,31 +224,27 @@ class _Problem:
             return torch.ones(())
         _, first, second = method.split("_")
         if first == "learned":
-            return self._learned(cast(PrecisionKind, second), outcome)
+            return self._learned(cast(PrecisionKind, second), outcome, clock)
         if second == "marginal":
             covariance = marginal_covariance(self.train.target)
         else:
-            covariance = residual_covariance(self._held_out_residuals())
+            # Of rows that the regression has not seen.
+            covariance = residual_covariance(self.held_out.target - self._mean(self.held_out, clock))
         return optimal_precision(covariance, self.config.entropy_coef, cast(PrecisionKind, first), ridge=RIDGE)
 
-    def _held_out_residuals(self) -> Tensor:
-        """Residuals of a regression on the rows of `fit`, of the rows held out; trained once."""
-        if self._residuals is None:
-            self._train(self._regression, "mse", self.fit, None)
-            with torch.no_grad():
-                self._residuals = self.held_out.target - self._regression(self.held_out.inputs)[0]
-        return self._residuals
+    @torch.no_grad()
+    def _mean(self, rows: Batch, clock: Clock) -> Tensor:
+        """What the regression says of rows."""
+        return self._regression(clock)(rows.inputs)[0]
 
-    def _learned(self, kind: PrecisionKind, outcome: Outcome) -> Tensor:
+    def _learned(self, kind: PrecisionKind, outcome: Outcome, clock: Clock) -> Tensor:
         """U that makes the held-out rows likeliest around the regression's mean, from U of its residuals in training.
 
         The mean is held: at a minimum it does not depend on U. A network that is stopped before one would fit better
         under any larger U, which the implicit function theorem takes for a reason to raise it without end.
         """
         config = self.config
-        self._held_out_residuals()
-        with torch.no_grad():
-            fit, held_out = (Batch(self._regression(rows.inputs)[0], rows.target) for rows in (self.fit, self.held_out))
+        fit, held_out = (Batch(self._mean(rows, clock), rows.target) for rows in (self.fit, self.held_out))
         covariance = residual_covariance(fit.target - fit.inputs)
         # In units of the residuals U starts at λ/2 in all dimensions, whose ends are as far for one rate of Adam's.
         variance = covariance.diagonal() + RIDGE
@@ -300,39 +258,29 @@ class _Problem:
         _spread_under(policy, start, config.entropy_coef)
         outer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate, betas=(0.5, 0.9))
         trainer = BilevelTrainer(
-            policy,
-            reward,
-            inner_data=fit,
-            outer_data=held_out,
-            inner_optimizer=lambda parameters: lbfgs(parameters, SOLVED),
-            outer_optimizer=outer,
-            outer_scheduler=LinearLR(outer, 1.0, 0.1, config.outer_steps),
-            inner_steps=config.inner_steps,
-            inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)),
-            inner_tolerance=SOLVED,
-            keep_inner_state=False,
-            hypergradient=ImplicitCG(0.0, 1e-3, 50),
-            seed=self.seed,
-            progress=False,
-        )
+            policy, reward, inner_data=fit, outer_data=held_out,
+            inner_optimizer=lambda parameters: lbfgs(parameters, SOLVED), outer_optimizer=outer,
+            outer_scheduler=LinearLR(outer, 1.0, 0.1, config.outer_steps), inner_steps=config.inner_steps,
+            inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)), inner_tolerance=SOLVED,
+            keep_inner_state=False, hypergradient=ImplicitCG(0.0, 1e-3, 50), seed=self.seed, progress=False,
+        )  # fmt: skip
         history = trainer.fit(config.outer_steps)
-        flawed = [step for step in history if step.problems]
-        if flawed:
-            outcome.warnings.append(
-                f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: {len(flawed)} of {len(history)} "
-                f"hypergradients were imperfect; the last: {flawed[-1].problems[0]}"
-            )
+        where = f"{self.data.name}, seed {self.seed}, pg_learned_{kind}"
+        outcome.warnings.extend(imperfect(where, history))
         if history[-1].gradient_norm > LEARNED:
             outcome.warnings.append(
-                f"{self.data.name}, seed {self.seed}, pg_learned_{kind}: the reward is not at its optimum, where its "
-                f"gradient has norm {history[-1].gradient_norm:.2g}; raise --outer-steps or --outer-learning-rate"
+                f"{where}: the reward is not at its optimum, where its gradient has norm "
+                f"{history[-1].gradient_norm:.2g}; raise --outer-steps or --outer-learning-rate"
             )
         u = reward.precision().detach()
         return u / (unit[0].square() if kind == "isotropic" else torch.outer(unit, unit) if kind == "full" else unit**2)
 
-    def _train(self, policy: Policy, method: Method, rows: Batch, precision: Tensor | None) -> None:
-        config = self.config
-        optimizer = self._optimizer(list(policy.parameters()))
+    def _trained(self, method: Method, rows: Batch, precision: Tensor | None) -> Policy:
+        """A policy trained by the method, under the precision if it has one."""
+        config, policy = self.config, self._policy(method)
+        optimizer = torch.optim.Adam(
+            policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+        )
         scheduler = LinearLR(optimizer, 1.0, 0.01, config.steps)
         if precision is not None:
             _spread_under(policy, precision, config.entropy_coef)
@@ -341,12 +289,11 @@ class _Problem:
                 policy, reward, rows, optimizer, config.steps, loss=PolicyGradient(config.entropy_coef),
                 batch_size=config.batch_size, seed=self.seed, scheduler=scheduler,
             )  # fmt: skip
-            return
-        losses = {"mse": _squared_error, "beta_nll": _beta_nll}
-        loss = losses.get(method, lambda policy, batch, _: -policy.log_prob(*batch).mean())
-        train(
-            policy, loss, BatchStream(rows, config.batch_size, self.seed), optimizer, config.steps, scheduler=scheduler
-        )
+        else:
+            loss = {"mse": _squared_error, "beta_nll": _beta_nll}.get(method, _negative_log_likelihood)
+            stream = BatchStream(rows, config.batch_size, self.seed)
+            train(policy, loss, stream, optimizer, config.steps, scheduler=scheduler)
+        return policy
 
     def _policy(self, method: Method) -> Policy:
         """The initial policy: the same mean for every method of a seed."""
@@ -357,10 +304,6 @@ class _Problem:
                 return MLPFullGaussian(features, self.dim, hidden=self.config.hidden)
             return MLPGaussian(features, self.dim, hidden=self.config.hidden,
                                state_dependent_std=method in ("nll_state", "beta_nll"))  # fmt: skip
-
-    def _optimizer(self, parameters: list[torch.nn.Parameter]) -> Optimizer:
-        config = self.config
-        return torch.optim.Adam(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
     def _moments(self, policy: Policy, method: Method, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Means and variances of standardised changes, (N, D)."""
@@ -404,6 +347,10 @@ class _Problem:
         return found
 
 
+def _negative_log_likelihood(policy: Policy, batch: Batch, seed: int) -> Tensor:
+    return -policy.log_prob(*batch).mean()
+
+
 def _squared_error(policy: Policy, batch: Batch, seed: int) -> Tensor:
     return (cast(GaussianPolicy, policy)(batch.inputs)[0] - batch.target).square().sum(dim=1).mean()
 
@@ -422,8 +369,7 @@ def _spread_under(policy: Policy, precision: Tensor, entropy_coef: float) -> Non
     Known before training, and far for adam: the gradient by log σ is of order U σ² at first, and its average with it.
     """
     if isinstance(policy, FullGaussianPolicy):
-        dim = policy.log_diagonal.shape[0]
-        matrix = precision if precision.ndim == 2 else torch.diag(precision.expand(dim))
+        matrix = as_matrix(precision, len(policy.log_diagonal))
         factor = torch.linalg.cholesky(0.5 * entropy_coef * torch.linalg.inv(matrix))
         policy.log_diagonal.copy_(factor.diagonal().log())
         policy.below_diagonal.copy_(factor.tril(-1))
@@ -470,3 +416,20 @@ def _split(
     parts = names[tested + held :], names[tested : tested + held], names[:tested]
     fit, held_out, test = (np.isin(episodes, part) for part in parts)
     return fit, held_out, test
+
+
+_QUICK = {"seeds": 1, "transitions": 600, "steps": 50, "outer_steps": 2}
+
+EXPERIMENT = Experiment(
+    "dynamics", DynamicsConfig, check, run,
+    reproduced={
+        "dynamics": ({}, _QUICK | {"horizon": 60, "inner_steps": 5}),
+        "planning": (
+            {
+                "env": "Pendulum-v1", "transitions": 2000, "steps": 2000, "seeds": 3, "plan_episodes": 2,
+                "methods": ("mse", "nll", "pg_diagonal_residual", "pg_learned_diagonal"),
+            },
+            _QUICK | {"plan_episodes": 1, "plan_steps": 3},
+        ),
+    },
+)  # fmt: skip

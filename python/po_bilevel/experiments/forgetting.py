@@ -13,24 +13,23 @@ left of A at the first step at which B is as good as `target_accuracy` or `targe
 
 import copy
 import dataclasses
-import time
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .. import data
-from ..errors import NonFiniteError, UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..hypergradients import ImplicitCG
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..policies import GaussianPolicy, MLPCategorical, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, OneHotMahalanobisReward
-from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
-from .runs import Outcome, check_counts, check_reals, each_run, first_step_of_torch, threads
+from ..trainer import BilevelTrainer
+from ..training import train_nll, train_policy_gradient
+from . import data, runs
+from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, named, threads
 
+Name = Literal["digits", "regression"]
 Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay"]
 
 # Standard deviation of the noise of the regression.
@@ -42,17 +41,11 @@ LOOKS = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class ForgettingConfig:
+class ForgettingConfig(OptionsInParts):
     """Learn one task, then another, and measure what is left of the first."""
 
-    tasks: tuple[Literal["digits", "regression"], ...] = ("digits", "regression")
+    tasks: tuple[Name, ...] = ("digits", "regression")
     """Digits 0 to 4 and then 5 to 9; a curve left and then right of zero."""
-    seeds: int = 10
-    """How many splits and initial weights, numbered from --first-seed."""
-    first_seed: int = 0
-    """The number of the first, where they are run in parts."""
-    out: Path = Path("results")
-    """Folder for results.json, curves.json and forgetting.png; made if it is not there."""
     methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay")
     """Methods to compare."""
     hidden: tuple[int, ...] = (64,)
@@ -71,12 +64,6 @@ class ForgettingConfig:
     """Accuracy on B at which what is left of A is compared."""
     target_rmse: float = 0.2
     """RMSE on B at which what is left of A is compared."""
-    threads: int = 1
-    """Threads of torch."""
-    plot: bool = True
-    """Draw forgetting.png."""
-    progress: bool = True
-    """Show progress bars on a terminal."""
 
 
 class Task(NamedTuple):
@@ -88,23 +75,12 @@ class Task(NamedTuple):
 
     @property
     def train(self) -> Batch:
-        return _joined(self.fit, self.held_out)
+        return self.fit.joined(self.held_out)
 
 
 def check(config: ForgettingConfig) -> None:
-    """Refuses options that no run can have.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    for option, value in (("tasks", config.tasks), ("methods", config.methods)):
-        if not value or len(set(value)) < len(value):
-            raise UsageError(f"--{option}: expected at least one and each once, got {' '.join(value) or 'none'}")
-    check_counts(config, "seeds", "steps", "outer_steps", "inner_steps", "threads")
-    check_reals(config, "learning_rate", "outer_learning_rate", "target_accuracy", "target_rmse")
-    check_reals(config, "first_seed", zero=True)
-    if any(width < 1 for width in config.hidden):
-        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
+    """See `Experiment`."""
+    runs.check_options(config, zero=("first_seed",))
 
 
 def run(config: ForgettingConfig) -> Outcome:
@@ -114,23 +90,13 @@ def run(config: ForgettingConfig) -> Outcome:
         rows with "a_before", "kept" (of A after B), "won" (of B after B) and "kept_at_target": accuracy for digits,
         RMSE for the regression; "kl_moved", KL(policy after A ‖ policy after B) on A's test inputs, nats a row. Curves
         {data set: {method: [{"step", "a", "b"}, ...]}}.
-
-    Raises:
-        UsageError: an option that cannot be used.
-        MissingDependencyError: scikit-learn is not installed.
-        NonFiniteError: training diverged.
     """
     check(config)
     outcome = Outcome([], {}, [])
     with threads(config.threads):
-        first_step_of_torch()
-        pairs = [f"{task}/{method}" for task in config.tasks for method in config.methods]
-        for seed, pair in each_run(config, pairs):
-            name, method = pair.split("/")
-            try:
-                _Run(config, name, seed, cast(Method, method), outcome).run()
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{name}, seed {seed}, {method}: {error}") from error
+        for seed, name, method in each_run(config, config.tasks, config.methods):
+            with named(name, f"seed {seed}", method):
+                _Run(config, name, seed, method, outcome).run()
     return outcome
 
 
@@ -144,9 +110,10 @@ class _Run:
 
     def run(self) -> None:
         """Trains on A, then on B, and adds the row and the curve to the outcome."""
-        started = time.perf_counter()
+        clock = Clock()
         policy = self._policy()
-        self._train(policy, self.first, self.first.train, None)
+        with clock:
+            self._train(policy, self.first, self.first.train, None)
         before = copy.deepcopy(policy)
         curve: dict[str, list[float]] = {"step": [0], "a": [self._score(policy, self.first)],
                                          "b": [self._score(policy, self.second)]}  # fmt: skip
@@ -154,14 +121,16 @@ class _Run:
 
         def watch(step: int, _: float) -> None:
             if (step + 1) % every == 0 or step + 1 == self.config.steps:
-                curve["step"].append(step + 1)
-                curve["a"].append(self._score(policy, self.first))
-                curve["b"].append(self._score(policy, self.second))
+                with clock.paused():
+                    curve["step"].append(step + 1)
+                    curve["a"].append(self._score(policy, self.first))
+                    curve["b"].append(self._score(policy, self.second))
 
         rows = self.second.train
         if self.method == "nll_replay":
-            rows = _joined(rows, self.first.train)
-        self._train(policy, self.second, rows, watch)
+            rows = rows.joined(self.first.train)
+        with clock:
+            self._train(policy, self.second, rows, watch)
         target = self.config.target_accuracy if self.labels else self.config.target_rmse
         reached = [
             a for a, b in zip(curve["a"], curve["b"], strict=True) if (b >= target if self.labels else b <= target)
@@ -169,7 +138,7 @@ class _Run:
         self.outcome.rows.append({
             "dataset": self.name, "method": self.method, "seed": self.seed, "a_before": curve["a"][0],
             "kept": curve["a"][-1], "won": curve["b"][-1], "kept_at_target": reached[0] if reached else None,
-            "kl_moved": self._divergence(before, policy), "seconds": time.perf_counter() - started,
+            "kl_moved": self._divergence(before, policy), "seconds": clock.seconds,
         })  # fmt: skip
         self.outcome.curves.setdefault(self.name, {}).setdefault(self.method, []).append(curve)
 
@@ -260,5 +229,7 @@ def _regression(seed: int) -> tuple[Task, Task]:
     return first, second
 
 
-def _joined(first: Batch, second: Batch) -> Batch:
-    return Batch(torch.cat([first.inputs, second.inputs]), torch.cat([first.target, second.target]))
+EXPERIMENT = Experiment(
+    "forgetting", ForgettingConfig, check, run,
+    reproduced={"forgetting": ({}, {"seeds": 1, "steps": 20, "outer_steps": 2, "inner_steps": 5})},
+)  # fmt: skip

@@ -12,25 +12,24 @@ makes the mean wrong on the second draw, and u too small, by the square of that 
 
 import dataclasses
 import math
-import time
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from .. import hypergradients as h
-from ..errors import NonFiniteError, UsageError
+from ..errors import UsageError
 from ..heuristics import marginal_covariance, optimal_precision, residual_covariance
 from ..losses import Batch, NegativeLogLikelihood, PolicyGradient
 from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, LinearFullGaussian, MLPFullGaussian, MLPGaussian
-from ..results import Row
-from ..rewards import MahalanobisReward, PrecisionKind
-from ..trainer import BilevelTrainer, train_nll, train_policy_gradient
-from .runs import Outcome, check_counts, check_device, check_reals, first_step_of_torch, threads
+from ..rewards import MahalanobisReward, PrecisionKind, diagonal
+from ..trainer import BilevelTrainer
+from ..training import train_nll, train_policy_gradient
+from . import plots, runs
+from .results import Row
+from .runs import Clock, Experiment, Options, Outcome, imperfect, named, shown, threads
 
 Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -53,15 +52,11 @@ SOLVED = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussianConfig:
+class GaussianConfig(Options):
     """Reproduce the Gaussian experiments whose outer optimum is known in closed form."""
 
     figure: Literal[1, 2, 3] = 3
     """1: moments and likelihood over random targets; 2: learned densities; 3: the path of a learned reward."""
-    out: Path = Path("results")
-    """Folder for results.json, curves.json and the figure; made if it is not there."""
-    seeds: int = 10
-    """Figure 3: how many data sets and initial weights, numbered from 0."""
     targets: int = 150
     """Figure 1: how many random targets."""
     dim: int = 2
@@ -94,34 +89,18 @@ class GaussianConfig:
     """Figure 3: of adam for the reward's parameters at first; falls linearly to a tenth."""
     device: str = "cpu"
     """Figure 3: where everything is computed, such as cuda or cuda:1. No inner step waits for it."""
-    threads: int = 1
-    """Threads of torch; networks of this size lose time with more, and a great deal on a busy machine."""
-    plot: bool = True
-    """Draw the figure."""
-    progress: bool = True
-    """Show progress bars on a terminal."""
 
 
 def check(config: GaussianConfig) -> None:
-    """Refuses options that no run can have.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    check_counts(
-        config, "seeds", "targets", "dim", "num_samples", "inputs", "observations", "outer_steps", "inner_steps",
-        "threads",
-    )  # fmt: skip
-    check_reals(config, "entropy_coef", "learning_rate", "outer_learning_rate")
-    if any(width < 1 for width in config.hidden):
-        raise UsageError(f"--hidden: expected widths of at least 1, got {' '.join(map(str, config.hidden))}")
+    """See `Experiment`."""
+    runs.check_options(config, free=("correlation",))
     if not -1 < config.correlation < 1:
         raise UsageError(f"--correlation: expected a number between -1 and 1, got {config.correlation}")
     if config.estimator == "analytic" and config.num_samples is not None:
         raise UsageError(f"--num-samples: expected none with --estimator analytic, got {config.num_samples}")
     if config.estimator == "dice" and config.num_samples == 1:
         raise UsageError("--num-samples: expected at least 2 with --estimator dice, got 1")
-    check_device(config.device)
+    runs.check_device(config.device)
     if config.figure == 2 and config.dim != 2:
         raise UsageError(f"--dim: expected 2 with --figure 2, which draws densities in a plane, got {config.dim}")
 
@@ -131,14 +110,9 @@ def run(config: GaussianConfig) -> Outcome:
 
     Returns:
         the rows, and the curves that the figure draws.
-
-    Raises:
-        UsageError: an option that cannot be used.
-        NonFiniteError: training diverged.
     """
     check(config)
     with threads(config.threads), torch.random.fork_rng(devices=[]):
-        first_step_of_torch()
         return {1: _moments, 2: _densities, 3: _paths}[config.figure](config)
 
 
@@ -208,16 +182,19 @@ def _precision(config: GaussianConfig, target: Target, method: Method, seed: int
     return optimal_precision(marginal_covariance(target.data.target.flatten(0, 1)), config.entropy_coef)
 
 
+def _measured(config: GaussianConfig, target: Target, method: Method, seed: int) -> tuple[FullGaussianPolicy, Row]:
+    """A policy trained by one method, and its row of the results."""
+    with Clock() as clock:
+        policy = _fitted(config, target, method, seed)
+    row = {"dataset": "gaussian", "method": method, "seed": seed}
+    return policy, row | _errors(policy, target) | {"seconds": clock.seconds}
+
+
 def _moments(config: GaussianConfig) -> Outcome:
     rows: list[Row] = []
-    for seed in tqdm(range(config.targets), desc="targets", disable=_quiet(config), leave=False):
+    for seed in shown(config, range(config.targets), "targets"):
         target = _target(config, seed)
-        for method in METHODS:
-            started = time.perf_counter()
-            policy = _fitted(config, target, method, seed)
-            seconds = time.perf_counter() - started
-            rows.append({"dataset": "gaussian", "method": method, "seed": seed}
-                        | _errors(policy, target) | {"seconds": seconds})  # fmt: skip
+        rows += [_measured(config, target, method, seed)[1] for method in METHODS]
     return Outcome(rows, {}, [])
 
 
@@ -245,11 +222,8 @@ def _densities(config: GaussianConfig) -> Outcome:
         "densities": {"target": {"mean": target.mean.tolist(), "covariance": target.covariance.tolist()}},
     }
     for method in METHODS:
-        started = time.perf_counter()
-        policy = _fitted(config, target, method, 0)
-        seconds = time.perf_counter() - started
-        rows.append({"dataset": "gaussian", "method": method, "seed": 0}
-                    | _errors(policy, target) | {"seconds": seconds})  # fmt: skip
+        policy, row = _measured(config, target, method, 0)
+        rows.append(row)
         with torch.no_grad():
             mean, factor = policy(target.data.inputs)
         curves["densities"][method] = {"mean": mean[0].tolist(), "covariance": (factor @ factor.mT).tolist()}
@@ -277,11 +251,9 @@ def draw(config: GaussianConfig, seed: int) -> tuple[Batch, Batch]:
 
 def _paths(config: GaussianConfig) -> Outcome:
     outcome = Outcome([], {"paths": [], "optimum": _optimum(config, noise_covariance(config)).tolist()}, [])
-    for seed in tqdm(range(config.seeds), desc="seeds", disable=_quiet(config), leave=False):
-        try:
+    for seed in shown(config, range(config.seeds), "seeds"):
+        with named(f"seed {seed}"):
             _learn(config, seed, outcome)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"seed {seed}: {error}") from error
     return outcome
 
 
@@ -324,9 +296,8 @@ def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
     learner = trainer(config, seed)
     reward = cast(MahalanobisReward, learner.reward)
     outer_data = draw(config, seed)[1]
-    started = time.perf_counter()
-    history = learner.fit(config.outer_steps)
-    seconds = time.perf_counter() - started
+    with Clock() as clock:
+        history = learner.fit(config.outer_steps)
     with torch.no_grad():
         residual = outer_data.target - learner.policy(outer_data.inputs)[0]
         nll = float(learner.policy.log_prob(*outer_data).mean().neg())
@@ -336,13 +307,13 @@ def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
     true = _optimum(config, noise_covariance(config))
     outcome.rows.append({
         "dataset": "y = x + 6 + ε", "method": f"pg_learned, {config.estimator}, {config.hypergradient}", "seed": seed,
-        "u": float(_diagonal(learned).mean()), "u_optimal": float(_diagonal(best).mean()),
+        "u": float(diagonal(learned).mean()), "u_optimal": float(diagonal(best).mean()),
         "error": float((learned - best).norm() / best.norm()),
-        "error_true": float((learned - true).norm() / true.norm()), "nll": nll, "seconds": seconds,
+        "error_true": float((learned - true).norm() / true.norm()), "nll": nll, "seconds": clock.seconds,
     })  # fmt: skip
-    path = [_diagonal(step.reward).tolist() for step in history if step.reward is not None]
+    path = [diagonal(step.reward).tolist() for step in history if step.reward is not None]
     outcome.curves["paths"].append({
-        "u": [*path, _diagonal(learned).tolist()],
+        "u": [*path, diagonal(learned).tolist()],
         "inner_loss": [step.inner_loss for step in history], "outer_loss": [step.outer_loss for step in history],
         "products": [step.num_products for step in history],
     })  # fmt: skip
@@ -353,15 +324,10 @@ def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
             "another --outer-learning-rate may get it there"
         )
     # While the policy is being found the Hessian is indefinite and the damping is there for that.
-    late = [step for step in history[len(history) // 2 :] if step.problems]
-    if late:
-        outcome.warnings.append(
-            f"seed {seed}: {len(late)} of the last {len(history) - len(history) // 2} outer steps had an imperfect "
-            f"hypergradient; the last: {late[-1].problems[0]}"
-        )
+    outcome.warnings.extend(imperfect(f"seed {seed}", history[len(history) // 2 :]))
 
 
-def summary_of_paths(outcome: Outcome) -> str:
+def _summary(config: GaussianConfig, outcome: Outcome) -> str:
     """The path of u over outer steps, mean over seeds and dimensions, as text; empty if none was learned."""
     if "paths" not in outcome.curves:
         return ""
@@ -369,7 +335,7 @@ def summary_of_paths(outcome: Outcome) -> str:
     optimum = torch.tensor(outcome.curves["optimum"], dtype=torch.float64)
     shown = sorted({*range(0, len(paths), max(1, (len(paths) - 1) // 10)), len(paths) - 1})
     return (
-        f"u over outer steps, to u* = {float(_diagonal(optimum).mean()):.4g}: "
+        f"u over outer steps, to u* = {float(diagonal(optimum).mean()):.4g}: "
         + ", ".join(f"{step}: {float(paths[step]):.4f}" for step in shown)
     )  # fmt: skip
 
@@ -404,9 +370,12 @@ def _optimum(config: GaussianConfig, covariance: Tensor) -> Tensor:
     return optimal_precision(covariance, config.entropy_coef, config.reward)
 
 
-def _diagonal(precision: Tensor) -> Tensor:
-    return precision.diagonal() if precision.ndim == 2 else precision.reshape(-1)
-
-
-def _quiet(config: GaussianConfig) -> bool | None:
-    return None if config.progress else True
+EXPERIMENT = Experiment(
+    "gaussian", GaussianConfig, check, run, "gaussian_figure{figure}",
+    figure=lambda config, outcome: plots.figure_of_gaussian(outcome, config.figure), summary=_summary, baseline=None,
+    reproduced={
+        "gaussian1": ({"figure": 1}, {"targets": 5}),
+        "gaussian2": ({"figure": 2}, {}),
+        "gaussian3": ({"figure": 3}, {"seeds": 1, "outer_steps": 3, "inner_steps": 10}),
+    },
+)  # fmt: skip

@@ -1,82 +1,23 @@
-"""What the experiments have in common: checks of options, threads, and the clock."""
+"""What the experiments have in common: their form, options and checks of these, the loop over seeds, and the clock."""
 
 import contextlib
+import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from ..errors import UsageError
-from ..results import Row
+from ..errors import NonFiniteError, UsageError
+from ..trainer import OuterStep
+from . import plots, results
+from .results import Row
 
-
-def flag(option: str) -> str:
-    """The option as it is written on the command line."""
-    return "--" + option.replace("_", "-")
-
-
-def check_counts(config: Any, *options: str) -> None:
-    """Refuses counts below 1, and threads by the thousand; None passes.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    for option in options:
-        count = getattr(config, option)
-        if count is not None and count < 1:
-            raise UsageError(f"{flag(option)}: expected an integer of at least 1, got {count}")
-        if option == "threads" and count > 4096:
-            raise UsageError(f"--threads: expected at most 4096, got {count}")
-
-
-def check_reals(config: Any, *options: str, zero: bool = False) -> None:
-    """Refuses numbers that are not finite and positive, or zero if that is allowed; None passes.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    for option in options:
-        value = getattr(config, option)
-        if value is not None and (not math.isfinite(value) or value < 0 or (value == 0 and not zero)):
-            expected = "a finite number of at least 0" if zero else "a finite positive number"
-            raise UsageError(f"{flag(option)}: expected {expected}, got {value}")
-
-
-def check_device(device: str) -> None:
-    """Refuses a device that torch does not see.
-
-    Raises:
-        UsageError: naming the option, what was expected and what came.
-    """
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        found = None
-    if found is None or found.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device: expected cpu, cuda or cuda and a number, got {device}")
-    count = torch.cuda.device_count() if found.type == "cuda" else 1
-    if (found.index or 0) >= count:
-        raise UsageError(f"--device: expected a device that torch sees, of {count} of this kind, got {device}")
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch has that many threads inside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def first_step_of_torch() -> None:
-    """The first optimiser step of a process imports a second's worth of torch: no method's time."""
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    torch.optim.Adam([parameter]).step()
+T = TypeVar("T")
 
 
 class Outcome(NamedTuple):
@@ -93,12 +34,221 @@ class Outcome(NamedTuple):
     warnings: list[str]
 
 
-def each_run(config: Any, methods: Sequence[str]) -> Iterator[tuple[int, Any]]:
-    """Every seed of a configuration with every method, behind a progress bar if standard error is a terminal."""
-    total = config.seeds * len(methods)
-    with tqdm(total=total, desc="runs", disable=None if config.progress else True, leave=False) as bar:
-        for seed in range(config.first_seed, config.first_seed + config.seeds):
-            for method in methods:
-                bar.set_postfix_str(f"seed {seed}, {method}")
-                yield seed, method
-                bar.update()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of every experiment."""
+
+    seeds: int = 10
+    """How many random data sets, splits and initial weights, numbered from 0, or from --first-seed if there is one."""
+    out: Path = Path("results")
+    """Folder for results.json, curves.json and the figure; made if it is not there."""
+    threads: int = 1
+    """Threads of torch; problems of this size lose time with more, and a great deal on a busy machine."""
+    plot: bool = True
+    """Draw the figure."""
+    progress: bool = True
+    """Show progress bars on a terminal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionsInParts(Options):
+    """The options of an experiment whose seeds can be run apart: a sweep makes a run of each."""
+
+    first_seed: int = 0
+    """The number of the first, where they are run in parts."""
+
+
+def _figure(config: Any, outcome: Outcome) -> Any:
+    return plots.figure_of_summary(results.summarise(outcome.rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """All that the command line, sweeps and `po-bilevel reproduce` know of an experiment.
+
+    Attributes:
+        name: of its command.
+        config: its options, a frozen dataclass derived from `Options`, each with a default and a docstring.
+        check: refuses options that no run can have: a UsageError names the option and what was expected.
+        run: runs it, checking first. Raises UsageError, MissingDependencyError, NonFiniteError (training diverged).
+        title: of its results and its figure's file, {option} standing for that option's value; the name if empty.
+        figure: the figure of (config, outcome), see `plots`; means and intervals of all metrics as it stands.
+        summary: what is printed of (config, outcome) under the table.
+        baseline: method whose differences to the others on the same seed are printed and kept; None for no such.
+        reproduced: its runs in `po-bilevel reproduce`: by folder, options, and what the quick version changes.
+    """
+
+    name: str
+    config: type[Options]
+    check: Callable[[Any], object]
+    run: Callable[[Any], Outcome]
+    title: str = ""
+    figure: Callable[[Any, Outcome], Any] = _figure
+    summary: Callable[[Any, Outcome], str] = lambda config, outcome: ""
+    baseline: str | None = "nll"
+    reproduced: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = dataclasses.field(default_factory=dict)
+
+    def title_of(self, config: Options) -> str:
+        """The title of a run."""
+        return (self.title or self.name).format(**vars(config))
+
+
+Names = tuple[str, ...]
+
+
+def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free: Names = ()) -> None:
+    """Refuses counts below 1, reals that are not finite and positive, and lists that are empty or name a thing twice.
+
+    Lists of counts are sizes, and may.
+
+    Args:
+        config: of a run.
+        zero: options that may be zero, or empty.
+        fractions: options between 0 and 1.
+        free: options that are any number.
+
+    Raises:
+        UsageError: naming the option, what was expected and what came, as all checks do.
+    """
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        flag, values = f"--{name.replace('_', '-')}", value if isinstance(value, tuple) else (value,)
+        sizes = field.type in ("tuple[int, ...]", tuple[int, ...])
+        if isinstance(value, tuple) and not sizes and (len(set(value)) < len(value) or not (value or name in zero)):
+            expected = "each once" if name in zero else "at least one and each once"
+            raise UsageError(f"{flag}: expected {expected}, got {' '.join(map(str, value)) or 'none'}")
+        for number in values:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or name in free:
+                continue
+            if name in fractions:
+                right, expected = 0 < number < 1, "a number between 0 and 1"
+            elif name in zero:
+                right, expected = 0 <= number < math.inf, "a finite number of at least 0"
+            elif isinstance(number, int):
+                right, expected = number >= 1, "an integer of at least 1"
+            else:
+                right, expected = 0 < number < math.inf, "a finite positive number"
+            if not right:
+                raise UsageError(f"{flag}: expected {expected}, got {number}")
+    if getattr(config, "threads", 1) > 4096:
+        raise UsageError(f"--threads: expected at most 4096, got {config.threads}")
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that torch does not see."""
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected cpu, cuda or cuda and a number, got {device}")
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise UsageError(f"--device: expected a device that torch sees, of {count} of this kind, got {device}")
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch has that many threads inside, and has taken the first optimiser step of its process.
+
+    That step imports a second's worth of torch: no method's time.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.Adam([parameter]).step()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Clock:
+    """Measures what the rows of every experiment call `seconds`: the time to train a method's model from the data.
+
+    All that the method needs for it counts, such as its reward and what that is computed from, whether or not another
+    method has had it computed before (see `Once`). Reading data does not count, nor what is measured on a model.
+
+    It runs inside `with clock:`, and stands still inside `with clock.paused():`.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def __enter__(self) -> "Clock":
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._started
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is no part of training."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+class Once(Generic[T]):
+    """What several methods need and is computed when the first asks; each is charged the time that it took, once.
+
+    Args:
+        compute: what to call once.
+    """
+
+    def __init__(self, compute: Callable[[], T]) -> None:
+        self._compute = compute
+        self._found: tuple[T, float] | None = None
+        self._charged: set[Clock] = set()
+
+    def __call__(self, clock: Clock) -> T:
+        """What was computed.
+
+        Args:
+            clock: a running one, of the method that asks.
+        """
+        with clock.paused():
+            if self._found is None:
+                with Clock() as own:
+                    value = self._compute()
+                self._found = value, own.seconds
+        if clock not in self._charged:
+            self._charged.add(clock)
+            clock.seconds += self._found[1]
+        return self._found[0]
+
+
+def shown(config: Options, cases: Sequence[T], label: str = "runs") -> Iterator[T]:
+    """The cases behind a progress bar, if one is asked for and standard error is a terminal."""
+    with tqdm(total=len(cases), desc=label, disable=None if config.progress else True, leave=False) as bar:
+        for case in cases:
+            bar.set_postfix_str(", ".join(map(str, case)) if isinstance(case, tuple) else str(case))
+            yield case
+            bar.update()
+
+
+def each_run(config: OptionsInParts, *axes: Iterable[Any], label: str = "runs") -> Iterator[tuple[Any, ...]]:
+    """Every seed of a configuration with every combination of the axes, such as the methods; see `shown`."""
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    return shown(config, list(itertools.product(seeds, *axes)), label)
+
+
+@contextlib.contextmanager
+def named(*parts: object) -> Iterator[None]:
+    """Training that diverges inside says of what run it was."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{', '.join(map(str, parts))}: {error}") from error
+
+
+def imperfect(where: str, history: Sequence[OuterStep]) -> list[str]:
+    """A warning if there were problems with hypergradients of these outer steps, or none; where says of what run."""
+    flawed = [step for step in history if step.problems]
+    many = f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient"
+    return [f"{where}: {many}; the last: {flawed[-1].problems[0]}"] if flawed else []

@@ -14,22 +14,7 @@ from .interface import Hypergradient, HypergradientMethod, Loss, Tensors
 from .unrolled import Recompute, Truncated, Unrolled
 
 __all__ = [
-    "BOME",
-    "Dense",
-    "EvolutionStrategies",
-    "FiniteDifference",
-    "FixedPoint",
-    "Hypergradient",
-    "HypergradientMethod",
-    "Identity",
-    "ImplicitCG",
-    "Loss",
-    "Neumann",
-    "NormalCG",
-    "Penalty",
-    "Recompute",
-    "SingleLoop",
-    "Tensors",
-    "Truncated",
-    "Unrolled",
-]
+    "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FixedPoint", "Hypergradient", "HypergradientMethod",
+    "Identity", "ImplicitCG", "Loss", "Neumann", "NormalCG", "Penalty", "Recompute", "SingleLoop", "Tensors",
+    "Truncated", "Unrolled",
+]  # fmt: skip

@@ -7,25 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import checks
 from .interface import Hypergradient, Loss, Tensors
-from .problem import (
-    all_finite,
-    all_reached,
-    flat,
-    inner_gradient,
-    inner_parameters,
-    outer_gradients,
-    parameters,
-    scalar,
-    started,
-    unflat,
-)
+from .method import Method, Start
+from .problem import all_finite, all_reached, filled, flat, inner_gradient, outer_gradients, scalar, started, unflat
 from .unrolled import descend
 
 
 @dataclass(frozen=True)
-class FiniteDifference:
+class FiniteDifference(Method):
     """The Hessian as I/scale and the mixed product by central differences (DARTS, Liu et al. 2019, eq. 8).
 
         dF/dφ = ∂F/∂φ - [∂L/∂φ(θ + εv) - ∂L/∂φ(θ - εv)] / 2ε,    v = scale · ∂F/∂θ,  ε = radius/‖v‖
@@ -40,19 +29,10 @@ class FiniteDifference:
     scale: float = 1.0
     radius: float = 1e-2
 
-    def __post_init__(self) -> None:
-        checks.positive(self, "scale", self.scale)
-        checks.positive(self, "radius", self.radius)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        theta, phi = inner_parameters(theta), parameters("phi", phi)
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         outer, by_theta, direct = outer_gradients(outer_loss, theta, phi)
         norm = float(flat(by_theta, theta).norm())
-        gradient = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True)]
+        gradient = list(filled(direct, phi))
         # Where ∂F/∂θ is zero there is no direction, and nothing to subtract.
         shift = self.radius / norm if norm > 0 else 0.0
         ends = []
@@ -70,7 +50,7 @@ class FiniteDifference:
 
 
 @dataclass(frozen=True)
-class Penalty:
+class Penalty(Method):
     """The value-function penalty (F2SA, Kwon et al. 2023, algorithm 1).
 
         dF/dφ ≈ ∂F/∂φ(y) + μ [∂L/∂φ(y) - ∂L/∂φ(θ)],    y = argmin L + F/μ
@@ -90,18 +70,7 @@ class Penalty:
     learning_rate: float
     tolerance: float = 1e-1
 
-    def __post_init__(self) -> None:
-        checks.positive(self, "multiplier", self.multiplier)
-        checks.count(self, "steps", self.steps)
-        checks.positive(self, "learning_rate", self.learning_rate)
-        checks.positive(self, "tolerance", self.tolerance)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is y."""
-        theta, phi = inner_parameters(theta), parameters("phi", phi)
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         y = tuple(t.detach().requires_grad_() for t in (theta if start is None else started(start, theta)))
 
         def penalised(theta: Tensors, phi: Tensors) -> Tensor:
@@ -116,10 +85,7 @@ class Penalty:
         residual = float(flat(left, y).norm()) / scale if scale > 0 else 0.0
         inner, at_theta = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
         _, at_y = _by_phi(inner_loss, tuple(t.detach() for t in y), phi)
-        gradient = [
-            (torch.zeros_like(p) if d is None else d) + self.multiplier * (a - b)
-            for p, d, a, b in zip(phi, direct, at_y, at_theta, strict=True)
-        ]
+        gradient = [d + self.multiplier * (a - b) for d, a, b in zip(filled(direct, phi), at_y, at_theta, strict=True)]
         problems = []
         if residual > self.tolerance:
             problems.append(
@@ -133,7 +99,7 @@ class Penalty:
 
 
 @dataclass(frozen=True)
-class BOME:
+class BOME(Method):
     """Bilevel optimisation made easy (Ye et al. 2022, algorithm 1): one joint step of (φ, θ) that lowers F and L - L*.
 
         q(φ, θ) = L(θ, φ) - L(θ^(T), φ),    direction ∇F + μ∇q,    μ = max(0, η - ⟨∇F, ∇q⟩/‖∇q‖²)
@@ -154,20 +120,9 @@ class BOME:
     step: float
     control: float = 0.5
 
-    def __post_init__(self) -> None:
-        checks.count(self, "steps", self.steps)
-        checks.positive(self, "learning_rate", self.learning_rate)
-        checks.positive(self, "step", self.step)
-        checks.positive(self, "control", self.control)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        theta, phi = inner_parameters(theta), parameters("phi", phi)
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         outer, f_theta, direct = outer_gradients(outer_loss, theta, phi)
-        f_phi = tuple(torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True))
+        f_phi = filled(direct, phi)
         inner, q_theta = inner_gradient(inner_loss, theta, phi)
         _, here = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
         lower = descend(inner_loss, theta, phi, self.steps, self.learning_rate)
@@ -183,7 +138,7 @@ class BOME:
 
 
 @dataclass(frozen=True)
-class EvolutionStrategies:
+class EvolutionStrategies(Method):
     """The gradient of F(θ_T(φ)) smoothed over φ, by antithetic pairs (Salimans et al. 2017; Metz et al. 2019).
 
         dF/dφ ≈ (1/N) Σ_i ε_i [F(θ_T(φ + σε_i)) - F(θ_T(φ - σε_i))] / 2σ
@@ -207,18 +162,7 @@ class EvolutionStrategies:
     learning_rate: float
     seed: int | None = None
 
-    def __post_init__(self) -> None:
-        checks.count(self, "pairs", self.pairs)
-        checks.positive(self, "radius", self.radius)
-        checks.count(self, "steps", self.steps)
-        checks.positive(self, "learning_rate", self.learning_rate)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        theta, phi = inner_parameters(theta), parameters("phi", phi)
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         outer, _, _ = outer_gradients(outer_loss, theta, phi)
         inner = self._checked(inner_loss, theta, phi)
         centre = flat(tuple(p.detach() for p in phi), phi)
@@ -280,14 +224,4 @@ def _unmoved(first: Tensors, second: Tensors) -> tuple[str, ...]:
 
 
 def _first_order(gradient: Sequence[Tensor], inner: float, outer: Tensor) -> Hypergradient:
-    return Hypergradient(
-        gradient=all_finite(tuple(gradient)),
-        inner_loss=inner,
-        outer_loss=float(outer.detach()),
-        residual_norm=None,
-        num_products=0,
-        converged=True,
-        min_curvature=None,
-        problems=(),
-        solution=None,
-    )
+    return Hypergradient(all_finite(tuple(gradient)), inner, float(outer.detach()))

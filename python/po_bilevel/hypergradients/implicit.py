@@ -4,20 +4,19 @@ They differ in how v is come by. θ has to be near a minimum of the inner loss; 
 """
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from . import checks
-from .interface import Hypergradient, Loss, Tensors
+from .interface import Hypergradient
+from .method import ImplicitMethod, Start
 from .problem import ImplicitProblem
 
 
 @dataclass(frozen=True)
-class ImplicitCG:
+class ImplicitCG(ImplicitMethod):
     """Conjugate gradients on the Hessian (Pedregosa 2016; Rajeswaran et al. 2019).
 
     Costs `num_products` Hessian products, the last of which comes with the mixed product in one backward pass. For a
@@ -37,15 +36,7 @@ class ImplicitCG:
     tolerance: float = 1e-6
     max_iterations: int = 100
 
-    def __post_init__(self) -> None:
-        _check_solver(self, self.damping, self.tolerance, self.max_iterations)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`."""
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         solution, residual = _begin(problem, problem.start(start), self.damping)
         goal = self.tolerance * problem.scale
         problems: list[str] = []
@@ -75,7 +66,7 @@ class ImplicitCG:
 
 
 @dataclass(frozen=True)
-class NormalCG:
+class NormalCG(ImplicitMethod):
     """Conjugate gradients on the normal equations, (H + δI)² v = (H + δI) ∂F/∂θ (Hestenes and Stiefel 1952).
 
     Two Hessian products an iteration, and the condition number is squared; in return the system may be indefinite, as
@@ -90,15 +81,7 @@ class NormalCG:
     tolerance: float = 1e-6
     max_iterations: int = 100
 
-    def __post_init__(self) -> None:
-        _check_solver(self, self.damping, self.tolerance, self.max_iterations)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`."""
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
 
         def product(vector: Tensor) -> Tensor:
             image = problem.product(vector)
@@ -142,7 +125,7 @@ class NormalCG:
 
 
 @dataclass(frozen=True)
-class Neumann:
+class Neumann(ImplicitMethod):
     """A truncated Neumann series, v = α Σ_{k<K} (I - α(H + δI))ᵏ ∂F/∂θ (Lorraine et al. 2020, algorithm 3).
 
     What backpropagation through the last K steps of gradient descent of size α gives, without storing them. K
@@ -162,24 +145,13 @@ class Neumann:
     damping: float = 0.0
     tolerance: float = 1e-2
 
-    def __post_init__(self) -> None:
-        _check_solver(self, self.damping, self.tolerance, None)
-        checks.count(self, "terms", self.terms)
-        if self.learning_rate is not None:
-            checks.positive(self, "learning_rate", self.learning_rate)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         solution, problems = _richardson(problem, None, self.damping, self.learning_rate, 0.0, self.terms)
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
 
 @dataclass(frozen=True)
-class FixedPoint:
+class FixedPoint(ImplicitMethod):
     """The fixed point of v = v - α((H + δI) v - ∂F/∂θ), warm-started (Grazzi et al. 2020, eq. 11).
 
     The Neumann series continued from where the last solve ended until the residual is small. One product an
@@ -195,17 +167,7 @@ class FixedPoint:
     tolerance: float = 1e-6
     max_iterations: int = 1000
 
-    def __post_init__(self) -> None:
-        _check_solver(self, self.damping, self.tolerance, self.max_iterations)
-        if self.learning_rate is not None:
-            checks.positive(self, "learning_rate", self.learning_rate)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`."""
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         solution, problems = _richardson(
             problem, problem.start(start), self.damping, self.learning_rate, self.tolerance, self.max_iterations
         )
@@ -213,7 +175,7 @@ class FixedPoint:
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(ImplicitMethod):
     """The Hessian itself, by P products, and its eigenvalues: what the others are tested against.
 
     O(P²) memory and O(P³) time. A direction without curvature is left out of the solution (the pseudo-inverse), and
@@ -227,26 +189,13 @@ class Dense:
     damping: float = 0.0
     max_size: int = 2000
 
-    def __post_init__(self) -> None:
-        checks.at_least_zero(self, "damping", self.damping)
-        checks.count(self, "max_size", self.max_size)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used.
-
-        Raises:
-            ValueError: more parameters than max_size, or as every method.
-        """
-        size = sum(t.numel() for t in theta)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+        size = problem.right.numel()
         if size > self.max_size:
             raise ValueError(
                 f"Dense: theta: expected at most max_size = {self.max_size} parameters, got {size}, whose Hessian has "
                 f"{size * size} entries; use ImplicitCG, which stores none of them, or raise max_size"
             )
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
         basis = torch.eye(size, dtype=problem.right.dtype, device=problem.right.device)
         hessian = torch.stack([problem.product(unit) for unit in basis])
         if not hessian.isfinite().all():
@@ -274,7 +223,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(ImplicitMethod):
     """The Hessian taken as I/scale, v = scale · ∂F/∂θ: T1-T2 (Luketina et al. 2016).
 
     One backward pass. A descent direction as long as the Hessian is not far from a multiple of the identity, and zero
@@ -286,20 +235,12 @@ class Identity:
 
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        checks.positive(self, "scale", self.scale)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, 0.0)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         return problem.result(self.scale * problem.right, tolerance=None)
 
 
 @dataclass(frozen=True)
-class SingleLoop:
+class SingleLoop(ImplicitMethod):
     """One step of the linear system for each call: SOBA (Dagréou et al. 2022, algorithm 1).
 
         dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v,    v ← v - ρ((H + δI) v - ∂F/∂θ)
@@ -315,16 +256,7 @@ class SingleLoop:
     learning_rate: float
     damping: float = 0.0
 
-    def __post_init__(self) -> None:
-        checks.positive(self, "learning_rate", self.learning_rate)
-        checks.at_least_zero(self, "damping", self.damping)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is v."""
-        problem = ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping)
+    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         vector = problem.start(start)
         result = problem.result(
             torch.zeros_like(problem.right) if vector is None else vector, tolerance=None, next_step=self.learning_rate
@@ -402,10 +334,3 @@ def _ran_out(residual: float, iterations: int, tolerance: float) -> str:
         f"the linear solve stopped at a relative residual of {residual:.1e} after {iterations} iterations, "
         f"tolerance {tolerance:.1e}"
     )
-
-
-def _check_solver(method: object, damping: float, tolerance: float, max_iterations: int | None) -> None:
-    checks.at_least_zero(method, "damping", damping)
-    checks.positive(method, "tolerance", tolerance)
-    if max_iterations is not None:
-        checks.count(method, "max_iterations", max_iterations)

@@ -35,12 +35,12 @@ class Hypergradient:
     gradient: Tensors
     inner_loss: float
     outer_loss: float
-    residual_norm: float | None
-    num_products: int
-    converged: bool
-    min_curvature: float | None
-    problems: tuple[str, ...]
-    solution: Tensors | None
+    residual_norm: float | None = None
+    num_products: int = 0
+    converged: bool = True
+    min_curvature: float | None = None
+    problems: tuple[str, ...] = ()
+    solution: Tensors | None = None
     theta: Tensors | None = None
 
     @property

@@ -1,4 +1,7 @@
-"""A bilevel problem at a point: losses, gradients and products, each checked once and for all methods."""
+"""A bilevel problem at a point: losses, gradients and products, each checked once and for all methods.
+
+What is not finite raises a NonFiniteError, a loss or a tensor that cannot be used a ValueError or a TypeError.
+"""
 
 import math
 from collections.abc import Sequence
@@ -19,11 +22,7 @@ class Curvature:
         self._lowest: tuple[Tensor, Tensor] | None = None
 
     def observe(self, vector: Tensor, image: Tensor, squared: float | None = None) -> float:
-        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of a vector too short to square.
-
-        Raises:
-            NonFiniteError: it is infinite or not a number.
-        """
+        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of a vector too short to square."""
         squared = float(vector @ vector) if squared is None else squared
         if squared < torch.finfo(vector.dtype).tiny:
             return 0.0
@@ -85,10 +84,8 @@ class ImplicitProblem:
         curvature: of what was multiplied so far.
     """
 
-    def __init__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor], damping: float
-    ) -> None:
-        self._theta, self._phi = inner_parameters(theta), parameters("phi", phi)
+    def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
+        self._theta, self._phi = theta, phi
         self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
         self._inner, self._gradient = _differentiable_gradient(inner_loss, self._theta, self._phi)
         self._damping = damping
@@ -98,11 +95,7 @@ class ImplicitProblem:
         self.curvature = Curvature()
 
     def start(self, start: Tensors | None) -> Tensor | None:
-        """A warm start, flat.
-
-        Raises:
-            ValueError: it has other shapes than θ.
-        """
+        """A warm start, flat."""
         return None if start is None else flat(started(start, self._theta), self._theta)
 
     def product(self, vector: Tensor) -> Tensor:
@@ -152,21 +145,12 @@ class ImplicitProblem:
             )
         if next_step is not None:
             solution = solution + next_step * residual
-        gradient = tuple(
-            (torch.zeros_like(p) if d is None else d) - m
-            for p, d, m in zip(self._phi, self._direct, mixed, strict=True)
-        )
+        gradient = tuple(d - m for d, m in zip(filled(self._direct, self._phi), mixed, strict=True))
         return Hypergradient(
-            gradient=all_finite(gradient),
-            inner_loss=float(self._inner.detach()),
-            outer_loss=float(self._outer.detach()),
-            residual_norm=residual_norm,
-            num_products=self.num_products,
-            converged=converged,
-            min_curvature=least,
-            problems=tuple(found),
-            solution=unflat(solution, self._theta),
-        )
+            gradient=all_finite(gradient), inner_loss=float(self._inner.detach()),
+            outer_loss=float(self._outer.detach()), residual_norm=residual_norm, num_products=self.num_products,
+            converged=converged, min_curvature=least, problems=tuple(found), solution=unflat(solution, self._theta),
+        )  # fmt: skip
 
 
 def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
@@ -175,11 +159,7 @@ def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
 
 
 def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
-    """The tensors as a tuple.
-
-    Raises:
-        ValueError: there is none, or one does not require grad.
-    """
+    """The tensors as a tuple."""
     tensors = tuple(tensors)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, got none")
@@ -192,12 +172,7 @@ def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
 def outer_gradients(
     outer_loss: Loss, theta: Tensors, phi: Tensors
 ) -> tuple[Tensor, Tensors, tuple[Tensor | None, ...]]:
-    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there.
-
-    Raises:
-        ValueError: F depends on no θ at all, or is no scalar.
-        NonFiniteError: F or ∂F/∂θ is not finite.
-    """
+    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there."""
     with torch.enable_grad():
         loss = outer_loss(theta, phi)
     scalar("outer_loss", loss)
@@ -205,31 +180,26 @@ def outer_gradients(
     by_theta, by_phi = gradients[: len(theta)], gradients[len(theta) :]
     if all(g is None for g in by_theta):
         raise ValueError("outer_loss: expected a loss that depends on theta, got one that does not")
-    filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, by_theta, strict=True))
-    if not _finite(filled):
+    by_theta = filled(by_theta, theta)
+    if not _finite(by_theta):
         raise NonFiniteError("the gradient of the outer loss is not finite")
-    return loss, filled, by_phi
+    return loss, by_theta, by_phi
 
 
 def inner_gradient(
     inner_loss: Loss, theta: Tensors, phi: Tensors, *, create_graph: bool = False
 ) -> tuple[Tensor, Tensors]:
-    """L and ∂L/∂θ, with zeros where L does not depend on it.
-
-    Raises:
-        ValueError: L depends on no θ at all, or is no scalar.
-        NonFiniteError: L or ∂L/∂θ is not finite.
-    """
+    """L and ∂L/∂θ, with zeros where L does not depend on it."""
     with torch.enable_grad():
         loss = inner_loss(theta, phi)
         scalar("inner_loss", loss)
         gradients = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True)
     if all(g is None for g in gradients):
         raise ValueError("inner_loss: expected a loss that depends on theta, got one that does not")
-    filled = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(theta, gradients, strict=True))
-    if not _finite(filled):
+    gradients = filled(gradients, theta)
+    if not _finite(gradients):
         raise NonFiniteError("the gradient of the inner loss is not finite")
-    return loss, filled
+    return loss, gradients
 
 
 def scalar(name: str, loss: Tensor) -> None:
@@ -245,11 +215,7 @@ def scalar(name: str, loss: Tensor) -> None:
 
 
 def all_reached(by_phi: Sequence[Tensor | None]) -> Tensors:
-    """The derivatives by φ of something that has to depend on all of φ.
-
-    Raises:
-        ValueError: one is None.
-    """
+    """The derivatives by φ of something that has to depend on all of φ."""
     reached = []
     for index, part in enumerate(by_phi):
         if part is None:
@@ -262,22 +228,14 @@ def all_reached(by_phi: Sequence[Tensor | None]) -> Tensors:
 
 
 def all_finite(gradient: Tensors) -> Tensors:
-    """The hypergradient.
-
-    Raises:
-        NonFiniteError: it is infinite or not a number somewhere.
-    """
+    """The hypergradient."""
     if not _finite(gradient):
         raise NonFiniteError("the hypergradient is not finite")
     return gradient
 
 
 def started(start: Tensors, theta: Tensors) -> Tensors:
-    """A warm start.
-
-    Raises:
-        ValueError: it has other shapes than θ.
-    """
+    """A warm start."""
     expected, came = ([tuple(t.shape) for t in tensors] for tensors in (theta, start))
     if came != expected:
         raise ValueError(f"start: expected shapes {expected} like theta, got {came}")
@@ -286,9 +244,12 @@ def started(start: Tensors, theta: Tensors) -> Tensors:
 
 def flat(tensors: Sequence[Tensor | None], like: Tensors) -> Tensor:
     """One vector, (P,), with zeros for None."""
-    return torch.cat(
-        [(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in zip(tensors, like, strict=True)]
-    )
+    return torch.cat([t.reshape(-1) for t in filled(tensors, like)])
+
+
+def filled(tensors: Sequence[Tensor | None], like: Tensors) -> Tensors:
+    """The tensors, with zeros for None."""
+    return tuple(torch.zeros_like(p) if t is None else t for t, p in zip(tensors, like, strict=True))
 
 
 def unflat(vector: Tensor, like: Tensors) -> Tensors:

@@ -5,19 +5,34 @@ hypergradient is that of θ_T as a function of φ; it tends to the implicit one 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from . import checks
 from .interface import Hypergradient, Loss, Tensors
-from .problem import all_finite, all_reached, inner_gradient, inner_parameters, outer_gradients, parameters
+from .method import Method, Start
+from .problem import all_finite, all_reached, filled, inner_gradient, outer_gradients
+
+
+class _Unrolling(Method):
+    steps: int
+    learning_rate: float
+
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
+        lengths = self._lengths()
+        begins = [descend(inner_loss, theta, phi, self.steps - sum(lengths), self.learning_rate)]
+        for each in lengths[:-1]:
+            begins.append(descend(inner_loss, begins[-1], phi, each, self.learning_rate))
+        return _backward(inner_loss, outer_loss, begins, lengths, phi, self.learning_rate)
+
+    def _lengths(self) -> list[int]:
+        """Of the pieces that the last steps are differentiated in, one at a time."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(_Unrolling):
     """Backpropagation through all steps (Maclaurin et al. 2015; Franceschi et al. 2017, reverse mode).
 
     Memory grows with steps: the graph of each is kept.
@@ -30,21 +45,12 @@ class Unrolled:
     steps: int
     learning_rate: float
 
-    def __post_init__(self) -> None:
-        checks.count(self, "steps", self.steps)
-        checks.positive(self, "learning_rate", self.learning_rate)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        begin, phi = inner_parameters(theta), parameters("phi", phi)
-        return _backward(inner_loss, outer_loss, [begin], [self.steps], phi, self.learning_rate)
+    def _lengths(self) -> list[int]:
+        return [self.steps]
 
 
 @dataclass(frozen=True)
-class Truncated:
+class Truncated(_Unrolling):
     """Backpropagation through the last steps only (Shaban et al. 2019).
 
     Memory grows with backward_steps. What is left out falls with (1 - α λ_min)^backward_steps.
@@ -60,56 +66,30 @@ class Truncated:
     learning_rate: float
 
     def __post_init__(self) -> None:
-        checks.count(self, "steps", self.steps)
-        checks.count(self, "backward_steps", self.backward_steps)
+        super().__post_init__()
         if self.backward_steps > self.steps:
             raise ValueError(
                 f"Truncated: backward_steps: expected at most steps = {self.steps}, got {self.backward_steps}"
             )
-        checks.positive(self, "learning_rate", self.learning_rate)
 
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        begin, phi = inner_parameters(theta), parameters("phi", phi)
-        begin = descend(inner_loss, begin, phi, self.steps - self.backward_steps, self.learning_rate)
-        return _backward(inner_loss, outer_loss, [begin], [self.backward_steps], phi, self.learning_rate)
+    def _lengths(self) -> list[int]:
+        return [self.backward_steps]
 
 
 @dataclass(frozen=True)
-class Recompute:
+class Recompute(Unrolled):
     """`Unrolled` with the steps recomputed in reverse, √T at a time (Griewank 1992; Chen et al. 2016).
 
     The same gradient, in memory that grows with √T, for one more inner gradient a step.
 
     Attributes:
-        steps: T.
-        learning_rate: α.
+        steps, learning_rate: as for `Unrolled`.
     """
 
-    steps: int
-    learning_rate: float
-
-    def __post_init__(self) -> None:
-        checks.count(self, "steps", self.steps)
-        checks.positive(self, "learning_rate", self.learning_rate)
-
-    def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Tensors | None = None,
-    ) -> Hypergradient:  # fmt: skip
-        """See `HypergradientMethod.__call__`; start is not used."""
-        begin, phi = inner_parameters(theta), parameters("phi", phi)
+    def _lengths(self) -> list[int]:
         length = math.isqrt(self.steps - 1) + 1
-        lengths = [length] * (self.steps // length)
-        if self.steps % length:
-            lengths.append(self.steps % length)
-        begins = [begin]
-        for each in lengths[:-1]:
-            begins.append(descend(inner_loss, begins[-1], phi, each, self.learning_rate))
-        return _backward(inner_loss, outer_loss, begins, lengths, phi, self.learning_rate)
+        whole, left = divmod(self.steps, length)
+        return [length] * whole + [left] * (left > 0)
 
 
 def descend(inner_loss: Loss, theta: Tensors, phi: Tensors, steps: int, learning_rate: float) -> Tensors:
@@ -121,9 +101,7 @@ def descend(inner_loss: Loss, theta: Tensors, phi: Tensors, steps: int, learning
     return theta
 
 
-def _differentiable_steps(
-    inner_loss: Loss, theta: Tensors, phi: Tensors, steps: int, learning_rate: float
-) -> Tensors:  # fmt: skip
+def _differentiable_steps(inner_loss: Loss, theta: Tensors, phi: Tensors, steps: int, learning_rate: float) -> Tensors:
     """θ after steps of gradient descent, as a function of theta and phi."""
     for _ in range(steps):
         _, gradients = inner_gradient(inner_loss, theta, phi, create_graph=True)
@@ -150,22 +128,14 @@ def _backward(
             if adjoint is None:
                 end = tuple(t.detach().requires_grad_() for t in reached)
                 outer, adjoint, direct = outer_gradients(outer_loss, end, phi)
-                total = [torch.zeros_like(p) if d is None else d for p, d in zip(phi, direct, strict=True)]
+                total = list(filled(direct, phi))
             pulled = torch.autograd.grad(reached, leaves + phi, adjoint, allow_unused=True)
-            adjoint = tuple(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, pulled, strict=False))
+            adjoint = filled(pulled[: len(leaves)], leaves)
             for index, part in enumerate(all_reached(pulled[len(leaves) :])):
                 total[index] = total[index] + part
     with torch.no_grad():
         inner = inner_loss(end, phi)
     return Hypergradient(
-        gradient=all_finite(tuple(total)),
-        inner_loss=float(inner),
-        outer_loss=float(outer.detach()),
-        residual_norm=None,
-        num_products=sum(lengths),
-        converged=True,
-        min_curvature=None,
-        problems=(),
-        solution=None,
-        theta=tuple(t.detach() for t in end),
-    )
+        gradient=all_finite(tuple(total)), inner_loss=float(inner), outer_loss=float(outer.detach()),
+        num_products=sum(lengths), theta=tuple(t.detach() for t in end),
+    )  # fmt: skip

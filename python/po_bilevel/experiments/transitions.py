@@ -1,18 +1,22 @@
-"""Transitions of an environment, collected from gymnasium or read from a Minari data set."""
+"""Transitions of an environment, collected from gymnasium or read from a Minari data set.
+
+What cannot be used is a UsageError, what is not installed a MissingDependencyError.
+"""
 
 import contextlib
+import itertools
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .errors import UsageError
-from .optional import require
+from ..errors import UsageError
+from ..optional import require
 
 Behaviour = Literal["random", "controller"]
 
@@ -54,12 +58,7 @@ class Controller:
 
 @contextlib.contextmanager
 def environment(name: str) -> Iterator[Any]:
-    """A gymnasium environment with continuous observations (O,) and bounded actions (A,), closed at the end.
-
-    Raises:
-        UsageError: no environment of that name, or one of other spaces.
-        MissingDependencyError: gymnasium or MuJoCo is not installed.
-    """
+    """A gymnasium environment with continuous observations (O,) and bounded actions (A,), closed at the end."""
     gymnasium = require("gymnasium", "mbrl")
     with warnings.catch_warnings(), _elsewhere():
         # Of old versions of environments and of MuJoCo's deprecations: nothing that a user could do about.
@@ -79,6 +78,28 @@ def environment(name: str) -> Iterator[Any]:
         yield made
 
 
+def episode(
+    env: Any, act: Callable[[np.ndarray], np.ndarray], steps: int, seed: int | None
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, float]]:  # fmt: skip
+    """The steps (s, a, s', reward) of an episode, at most so many.
+
+    Args:
+        env: as `environment` makes it.
+        act: s (O,) -> a (A,).
+        steps: after which it is ended, if it has not ended itself.
+        seed: of the environment; None to go on from where its generator is.
+    """
+    observation, _ = env.reset(seed=seed)
+    for _ in range(steps):
+        action = act(observation)
+        following, reward, terminated, truncated, _ = env.step(action.astype(env.action_space.dtype))
+        # Copies, for an environment may hand out a buffer of its own.
+        yield np.array(observation), action, np.array(following), float(reward)
+        if terminated or truncated:
+            return
+        observation = following
+
+
 def collect(
     name: str, count: int, *, horizon: int, behaviour: Behaviour, noise: float, seed: int,
     controller: Controller | None = None,
@@ -93,9 +114,6 @@ def collect(
         noise: its standard deviation, in units of half the action's range.
         seed: of the environment and of the actions.
         controller: None to train one, see `train_controller`.
-
-    Raises:
-        UsageError, MissingDependencyError: as `environment`; a controller of another shape.
     """
     random = np.random.default_rng(seed)
     with environment(name) as env:
@@ -105,25 +123,20 @@ def collect(
         shape = (len(half), env.observation_space.shape[0])
         if controller is not None and controller.weight.shape != shape:
             raise UsageError(f"--controller: expected a weight of shape {shape}, got {controller.weight.shape}")
-        rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        episodes: list[int] = []
-        observation, _ = env.reset(seed=seed)
-        episode = steps = 0
-        while len(rows) < count:
+
+        def act(observation: np.ndarray) -> np.ndarray:
             if controller is None:
-                unit = random.uniform(-1.0, 1.0, len(half))
-            else:
-                unit = np.clip(controller(observation) + noise * random.standard_normal(len(half)), -1.0, 1.0)
-            action = middle + half * unit
-            following, _, terminated, truncated, _ = env.step(action.astype(env.action_space.dtype))
-            # Copies, for an environment may hand out a buffer of its own.
-            rows.append((np.array(observation), action, np.array(following)))
-            episodes.append(episode)
-            observation, steps = following, steps + 1
-            if terminated or truncated or steps == horizon:
-                observation, _ = env.reset()
-                episode, steps = episode + 1, 0
-    before, actions, after = (np.array(part, dtype=np.float64) for part in zip(*rows, strict=True))
+                return middle + half * random.uniform(-1.0, 1.0, len(half))
+            unit = controller(observation) + noise * random.standard_normal(len(half))
+            return middle + half * np.clip(unit, -1.0, 1.0)
+
+        endless = (
+            (*step[:3], number)
+            for number in itertools.count()
+            for step in episode(env, act, horizon, None if number else seed)
+        )
+        *steps, episodes = zip(*itertools.islice(endless, count), strict=True)
+    before, actions, after = (np.array(part, dtype=np.float64) for part in steps)
     return Transitions(name, before, actions, after, np.array(episodes))
 
 
@@ -142,31 +155,21 @@ def train_controller(
     middle, half = _range(env)
     size = (len(half), env.observation_space.shape[0] + 1)
     mean, std = np.zeros(size), np.full(size, 0.5)
+
+    def value(tried: np.ndarray) -> float:
+        controller = Controller(tried[:, :-1], tried[:, -1])
+        steps = episode(env, lambda s: middle + half * controller(s), horizon, seed)
+        return sum(reward for *_, reward in steps)
+
     for _ in range(rounds):
         tried = mean + std * random.standard_normal((candidates, *size))
-        returns = []
-        for each in tried:
-            controller = Controller(each[:, :-1], each[:, -1])
-            observation, _ = env.reset(seed=seed)
-            total = 0.0
-            for _ in range(horizon):
-                action = middle + half * controller(observation)
-                observation, reward, terminated, truncated, _ = env.step(action.astype(env.action_space.dtype))
-                total += float(reward)
-                if terminated or truncated:
-                    break
-            returns.append(total)
-        best = tried[np.argsort(returns)[-elites:]]
+        best = tried[np.argsort([value(each) for each in tried])[-elites:]]
         mean, std = best.mean(axis=0), best.std(axis=0) + 0.05
     return Controller(mean[:, :-1], mean[:, -1])
 
 
 def load_controller(path: Path) -> Controller:
-    """A controller from a NumPy archive with `weight` (A, O) and `bias` (A,).
-
-    Raises:
-        UsageError: there is none at the path.
-    """
+    """A controller from a NumPy archive with `weight` (A, O) and `bias` (A,)."""
     try:
         with np.load(path) as archive:
             return Controller(np.asarray(archive["weight"], np.float64), np.asarray(archive["bias"], np.float64))
@@ -177,12 +180,7 @@ def load_controller(path: Path) -> Controller:
 
 
 def load_minari(name: str, count: int | None = None) -> Transitions:
-    """The first `count` transitions of a Minari data set, all for None; downloaded if it is not there.
-
-    Raises:
-        UsageError: no such data set, or one whose observations or actions are not vectors.
-        MissingDependencyError: minari is not installed.
-    """
+    """The first `count` transitions of a Minari data set, all for None; downloaded if it is not there."""
     minari = require("minari", "mbrl")
     try:
         with warnings.catch_warnings():

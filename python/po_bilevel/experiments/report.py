@@ -8,10 +8,10 @@ from typing import Any
 
 import tyro
 
+from ..errors import UsageError
+from ..files import atomic
+from ..optional import require
 from . import plots, results
-from .errors import UsageError
-from .files import atomic
-from .optional import require
 from .results import KEYS, Row
 
 
@@ -58,7 +58,7 @@ def report(config: ReportConfig) -> Path:
             lines += [f"No figure: it would have more than {plots.MOST_PANELS} rows of panels.", ""]
         elif config.plot:
             image = f"{name.replace('/', '-')}.png"
-            plots.figure_of_summary(results.summarise(rows), config.folder / image)
+            plots.save(plots.figure_of_summary(results.summarise(rows)), config.folder / image)
             lines += [f"![{name}]({image})", ""]
     path = config.folder / "report.md"
     with atomic(path) as temporary:

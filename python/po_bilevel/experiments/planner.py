@@ -1,14 +1,13 @@
 """Model-predictive control with a learned model, by the cross-entropy method, on tasks whose reward is known."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import UsageError
-from .transitions import environment
+from ..errors import UsageError
+from .transitions import environment, episode
 
 # s (N, O), a (N, A) -> s' (N, O).
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -96,17 +95,14 @@ def control(step: Step, name: str, *, seed: int, steps: int = 200, horizon: int 
         low, high = (
             torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high)
         )
-        observation: Any
-        observation, _ = env.reset(seed=seed)
         actions = torch.zeros(horizon, len(low))
-        total = 0.0
-        for _ in range(steps):
+
+        def act(observation: np.ndarray) -> np.ndarray:
+            nonlocal actions
             state = torch.from_numpy(np.asarray(observation, dtype=np.float32))
-            actions = plan(step, REWARDS[name], state, actions, (low, high), generator)
-            observation, reward, terminated, truncated, _ = env.step(actions[0].numpy().astype(env.action_space.dtype))
-            total += float(reward)
-            if terminated or truncated:
-                break
-            # The rest of the plan is a good start for the next.
-            actions = torch.cat([actions[1:], torch.zeros(1, len(low))])
-    return total
+            # The rest of the last plan is a good start.
+            start = torch.cat([actions[1:], torch.zeros(1, len(low))])
+            actions = plan(step, REWARDS[name], state, start, (low, high), generator)
+            return actions[0].numpy()
+
+        return sum(reward for *_, reward in episode(env, act, steps, seed))

@@ -1,36 +1,21 @@
-"""Metrics of predicted class probabilities."""
+"""Metrics of predicted class probabilities (N, C), whose rows sum to one, and integer labels, the target, (N,)."""
 
 import torch
 from torch import Tensor
 
 
 def accuracy(probabilities: Tensor, target: Tensor) -> float:
-    """Fraction of rows whose most probable class is the label.
-
-    Args:
-        probabilities: (N, C), rows that sum to one.
-        target: (N,) integer labels.
-    """
+    """Fraction of rows whose most probable class is the label."""
     return float((probabilities.argmax(dim=-1) == target).double().mean())
 
 
 def nll(log_probabilities: Tensor, target: Tensor) -> float:
-    """Mean negative log-probability of the label, in nats.
-
-    Args:
-        log_probabilities: (N, C). Logarithms, so that a confident error costs what it should and not infinity.
-        target: (N,) integer labels.
-    """
+    """Mean negative log-probability of the label, in nats; logarithms, for a confident error to cost what it should."""
     return float(-log_probabilities.gather(-1, target[:, None]).mean())
 
 
 def brier(probabilities: Tensor, target: Tensor) -> float:
-    """Brier's score, the mean over rows of the squared distance to the one-hot label: from 0 to 2.
-
-    Args:
-        probabilities: (N, C).
-        target: (N,) integer labels.
-    """
+    """Brier's score, the mean over rows of the squared distance to the one-hot label: from 0 to 2."""
     one_hot = torch.nn.functional.one_hot(target, probabilities.shape[-1])
     return float((probabilities - one_hot).square().sum(dim=-1).mean())
 
@@ -41,8 +26,6 @@ def ece(probabilities: Tensor, target: Tensor, num_bins: int = 15) -> float:
     The mean over rows of |accuracy - confidence| of the row's bin, bins of equal width over confidences from 0 to 1.
 
     Args:
-        probabilities: (N, C).
-        target: (N,) integer labels.
         num_bins: number of bins.
     """
     confidence, answer = probabilities.double().max(dim=-1)
@@ -54,12 +37,7 @@ def ece(probabilities: Tensor, target: Tensor, num_bins: int = 15) -> float:
 
 
 def classification(log_probabilities: Tensor, target: Tensor) -> dict[str, float]:
-    """All of the above, by name: accuracy, nll, brier, ece.
-
-    Args:
-        log_probabilities: (N, C).
-        target: (N,) integer labels.
-    """
+    """All of the above, by name: accuracy, nll, brier, ece."""
     probabilities = log_probabilities.exp()
     return {
         "accuracy": accuracy(probabilities, target),

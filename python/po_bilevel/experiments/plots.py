@@ -1,28 +1,23 @@
-"""Figures of a run, as PNG."""
+"""Figures of a run. Those who make one need matplotlib: a MissingDependencyError says so."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import atomic
-from .optional import require
+from ..files import atomic
+from ..optional import require
 
 if TYPE_CHECKING:
-    from .experiments.runs import Outcome
+    from .runs import Outcome
 
 
 # Rows of panels in a figure: more take minutes to draw, and no one looks at them.
 MOST_PANELS = 60
 
 
-def figure_of_classification(outcome: "Outcome", path: Path) -> None:
-    """Learning curves on the test rows, and the reward's path: one row of panels a data set.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OSError: the folder cannot be written to.
-    """
+def figure_of_classification(outcome: "Outcome") -> Any:
+    """Learning curves on the test rows, and the reward's path: one row of panels a data set."""
     names = list(outcome.curves["curves"])
     figure = _figure(13, 3.6 * len(names))
     panels = figure.subplots(len(names), 3, squeeze=False)
@@ -34,27 +29,16 @@ def figure_of_classification(outcome: "Outcome", path: Path) -> None:
         middle.set(title=f"{name}: test accuracy", xlabel="optimiser step", ylabel="fraction")
         left.legend(fontsize="x-small", framealpha=0.6)
         _reward(right, outcome, name)
-    _save(figure, path)
+    return figure
 
 
-def figure_of_gaussian(outcome: "Outcome", number: int, path: Path) -> None:
-    """Figure 1, 2 or 3 of the Gaussian experiments.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OSError: the folder cannot be written to.
-    """
-    figure = {1: _moments, 2: _densities, 3: _learned_path}[number](outcome)
-    _save(figure, path)
+def figure_of_gaussian(outcome: "Outcome", number: int) -> Any:
+    """Figure 1, 2 or 3 of the Gaussian experiments."""
+    return {1: _moments, 2: _densities, 3: _learned_path}[number](outcome)
 
 
-def figure_of_summary(summary: list[dict[str, Any]], path: Path) -> None:
-    """Means with their 95% intervals: one row of panels a data set, one panel a metric, one mark a method.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-        OSError: the folder cannot be written to.
-    """
+def figure_of_summary(summary: list[dict[str, Any]]) -> Any:
+    """Means with their 95% intervals: one row of panels a data set, one panel a metric, one mark a method."""
     names = list(dict.fromkeys(entry["dataset"] for entry in summary))
     known = ("dataset", "method", "seeds", "seconds", "u")
     metrics = list(dict.fromkeys(key for entry in summary for key in entry if key not in known))
@@ -73,7 +57,7 @@ def figure_of_summary(summary: list[dict[str, Any]], path: Path) -> None:
             panel.set_title(metric, fontsize="small")
             panel.grid(axis="x", alpha=0.3)
         line[0].set_ylabel(name, fontsize="small")
-    _save(figure, path)
+    return figure
 
 
 def _moments(outcome: "Outcome") -> Any:
@@ -123,9 +107,8 @@ def _learned_path(outcome: "Outcome") -> Any:
     left.plot(paths.T, color="tab:blue", alpha=0.25)
     left.plot(paths.mean(axis=0), color="tab:blue", label="u, mean over seeds")
     optimum = np.array(outcome.curves["optimum"])
-    left.axhline(
-        np.diag(optimum).mean() if optimum.ndim == 2 else optimum.mean(), color="grey", linestyle="--", label="u*"
-    )
+    mean = np.diag(optimum).mean() if optimum.ndim == 2 else optimum.mean()
+    left.axhline(mean, color="grey", linestyle="--", label="u*")
     left.set(title="learned reward", xlabel="outer step", ylabel="u")
     left.legend()
     right.plot(losses.T, color="black", alpha=0.25)
@@ -141,7 +124,12 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, all of it or nothing.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=120)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import atomic
+from ..files import atomic
 
 Row = dict[str, Any]
 KEYS = ("dataset", "method", "seed")
@@ -27,13 +27,8 @@ def document(experiment: str, config: Mapping[str, Any], rows: Sequence[Row]) ->
     Returns:
         {"experiment", "config", "versions", "rows", "summary"}, see `summarise`.
     """
-    return {
-        "experiment": experiment,
-        "config": dict(config),
-        "versions": versions(),
-        "rows": list(rows),
-        "summary": summarise(rows),
-    }
+    parts = {"experiment": experiment, "config": dict(config), "versions": versions()}
+    return parts | {"rows": list(rows), "summary": summarise(rows)}
 
 
 def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:

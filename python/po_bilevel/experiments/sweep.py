@@ -8,9 +8,11 @@ A sweep's file is JSON:
 A run is one point of the grid and one seed. The folder has manifest.json, which lists the runs; runs/ID.parquet for
 each that is finished, written as a whole by the one process that starts them; and results.parquet of all at the end.
 A run is finished if its file is there, so that a sweep that was killed goes on by being started again.
+
+What cannot be used is a UsageError that names the option or the key, what was expected and what came; a package that is
+not installed a MissingDependencyError.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -21,20 +23,26 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
+from ..errors import UsageError
+from ..files import atomic
+from ..optional import require
 from . import results
-from .errors import UsageError
-from .experiments.registry import EXPERIMENTS
-from .experiments.runs import check_counts, check_reals
-from .files import atomic
-from .optional import require
+from .registry import EXPERIMENTS
 from .results import Row
+from .runs import OptionsInParts, Outcome, check_options
+
+# A run, its rows, and what went wrong or None.
+Ended = tuple["Run", list[Row], str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,37 +71,30 @@ class Run:
 
     Attributes:
         id: of its options, the same in every sweep.
-        experiment: its name.
-        options: all that are not defaults.
+        options: all that are not defaults, as they stand in the sweep's file.
         label: what of the grid tells it from others besides the data set, and the methods if no two lists of them have
             one in common.
+        config: the experiment's, of these options.
+        start: the experiment's `run`.
     """
 
     id: str
-    experiment: str
     options: dict[str, Any]
     label: str
+    config: Any
+    start: Callable[[Any], Outcome]
 
 
 def check(config: SweepConfig) -> list[Run]:
-    """The runs of a sweep, or what is wrong with it.
-
-    Raises:
-        UsageError: naming the option or the key, what was expected and what came.
-    """
-    check_counts(config, "workers")
-    check_reals(config, "gpus", zero=True)
+    """The runs of a sweep, or what is wrong with it."""
+    check_options(config, zero=("gpus",))
     if config.engine == "processes" and (config.gpus > 0 or config.address is not None):
         raise UsageError("--engine: expected ray with --gpus or --address, got processes")
     return runs_of(read(config.config))
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The contents of a sweep's file.
-
-    Raises:
-        UsageError: there is none, it is no JSON, or a key is missing or unknown.
-    """
+    """The contents of a sweep's file."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -116,24 +117,17 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def runs_of(content: dict[str, Any]) -> list[Run]:
-    """The runs of a sweep's file, each checked.
-
-    Raises:
-        UsageError: an option that the experiment does not have, or a value that it cannot have.
-    """
+    """The runs of a sweep's file, each checked."""
     experiment = EXPERIMENTS[content["experiment"]]
     names = {field.name for field in dataclasses.fields(experiment.config)}
     own = {"seeds", "first_seed", "out", "plot", "progress"}
     for option in (*content["options"], *content["grid"]):
         if option not in names - own:
             raise UsageError(f"config: expected options of {content['experiment']}, got {option!r}")
-    # An experiment without a first seed runs all its seeds at once.
-    apart = "first_seed" in names
-    seeds = (
-        [{"first_seed": seed, "seeds": 1} for seed in range(content["seeds"])]
-        if apart
-        else [{"seeds": content["seeds"]}]
-    )
+    # Without a first seed an experiment runs all its seeds at once.
+    apart = issubclass(experiment.config, OptionsInParts)
+    parts = [{"first_seed": seed, "seeds": 1} for seed in range(content["seeds"])]
+    seeds = parts if apart else [{"seeds": content["seeds"]}]
     lists = [value if isinstance(value, list) else [value] for value in content["grid"].get("methods", [])]
     named = {"dataset"} if sum(map(len, lists)) > len(set(itertools.chain(*lists))) else {"dataset", "methods"}
     found: dict[str, Run] = {}
@@ -143,10 +137,35 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
         for seed in seeds:
             options = content["options"] | chosen | seed
             key = json.dumps([content["experiment"], options], sort_keys=True)
-            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], content["experiment"], options, label)
-            experiment.check(_configuration(run))
+            config = configured(experiment.config, options | {"plot": False, "progress": False})
+            experiment.check(config)
+            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], options, label, config, experiment.run)
             found[run.id] = run
     return list(found.values())
+
+
+def configured(kind: type[Any], options: dict[str, Any]) -> Any:
+    """The dataclass with options from JSON: lists are tuples, and what is no list is one of one; texts are paths."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(hints[name], value, name) for name, value in options.items()})
+
+
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        return tuple(_typed(choices[0], each, name) for each in (value if isinstance(value, list) else [value]))
+    if origin in (Union, types.UnionType):
+        (hint,) = (each for each in choices if each is not type(None))
+        return None if value is None else _typed(hint, value, name)
+    if origin is Literal:
+        right = any(value == each and type(value) is type(each) for each in choices)
+    else:
+        accepted = {float: (int, float), Path: (str,)}.get(hint, (hint,))
+        right = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+    if not right:
+        expected = "one of " + ", ".join(map(repr, choices)) if choices else f"a JSON value for {hint.__name__}"
+        raise UsageError(f"config: --{name.replace('_', '-')}: expected {expected}, got {value!r}")
+    return value if origin is Literal else hint(value)
 
 
 def sweep(config: SweepConfig) -> list[str]:
@@ -154,10 +173,6 @@ def sweep(config: SweepConfig) -> list[str]:
 
     Returns:
         for people, one sentence for each run that failed; those are tried again next time.
-
-    Raises:
-        UsageError: an option that cannot be used, or a folder of another sweep.
-        MissingDependencyError: pandas, pyarrow or ray is not installed.
     """
     runs = check(config)
     pandas = require("pandas", "sklearn")
@@ -196,11 +211,10 @@ def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:
     folder = config.out / "runs"
     waiting = [run for run in runs if not (folder / f"{run.id}.parquet").exists()]
     failures = []
-    engine = _on_ray if config.engine == "ray" else _in_processes
     with tqdm(
         total=len(runs), initial=len(runs) - len(waiting), desc="runs", disable=None if config.progress else True
     ) as bar:
-        for run, rows, error in engine(waiting, config):
+        for run, rows, error in ENGINES[config.engine](waiting, config):
             if error is None:
                 with atomic(folder / f"{run.id}.parquet") as temporary:
                     pandas.DataFrame(rows).to_parquet(temporary)
@@ -216,29 +230,11 @@ def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:
 
 def execute(run: Run) -> list[Row]:
     """What a run finds, its id with each row."""
-    outcome = EXPERIMENTS[run.experiment].run(_configuration(run))
     rows = []
-    for row in outcome.rows:
+    for row in run.start(run.config).rows:
         name = f"{row['dataset']}, {run.label}" if run.label else row["dataset"]
         rows.append({"run": run.id} | row | {"dataset": name})
     return rows
-
-
-def _configuration(run: Run) -> Any:
-    """The run's options through the command line's parser, which knows their types."""
-    arguments = ["--no-progress", "--no-plot"]
-    for name, value in run.options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    try:
-        return tyro.cli(EXPERIMENTS[run.experiment].config, args=arguments, console_outputs=False)
-    except SystemExit:
-        raise UsageError(
-            f"config: expected options that `po-bilevel {run.experiment}` takes, got {arguments}"
-        ) from None
 
 
 def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
@@ -256,19 +252,36 @@ def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
     results.write_json(path, {"sweep": content, "versions": results.versions(), "runs": listed})
 
 
-def _in_processes(runs: list[Run], config: SweepConfig) -> Iterator[tuple[Run, list[Row], str | None]]:
-    # A fork of a process that has run torch's threads may hang.
-    with concurrent.futures.ProcessPoolExecutor(
-        config.workers or os.cpu_count(), multiprocessing.get_context("spawn"), _end_with_parent, (os.getpid(),)
-    ) as pool:
-        tasks = {pool.submit(execute, run): run for run in runs}
-        try:
-            for done in concurrent.futures.as_completed(tasks):
-                error = done.exception()
-                yield tasks[done], [] if error else done.result(), repr(error) if error else None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+def _in_processes(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
+    """Runs in processes of this machine.
+
+    One that is killed takes its pool along, and all that ran in it. Whose fault it was shows when each of these has a
+    pool to itself.
+    """
+    waiting, suspects = list(reversed(runs)), list[Run]()
+    while waiting or suspects:
+        count = (config.workers or os.cpu_count() or 1) if waiting else 1
+        left = waiting or [suspects.pop()]
+        # A fork of a process that has run torch's threads may hang.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, context, _end_with_parent, (os.getpid(),)) as pool:
+            tasks: dict[Future[list[Row]], Run] = {}
+            try:
+                while left or tasks:
+                    while left and len(tasks) < count:
+                        tasks[pool.submit(execute, left[-1])] = left[-1]
+                        left.pop()
+                    for done in wait(tasks, return_when=FIRST_COMPLETED).done:
+                        run, error = tasks.pop(done), done.exception()
+                        if isinstance(error, BrokenProcessPool) and count > 1:
+                            suspects.append(run)
+                        else:
+                            yield run, [] if error else done.result(), repr(error) if error else None
+            except BrokenProcessPool:
+                suspects.extend(tasks.values())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def _end_with_parent(parent: int) -> None:
@@ -282,7 +295,7 @@ def _end_with_parent(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[tuple[Run, list[Row], str | None]]:
+def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
     ray = require("ray", "ray")
     here = {} if config.address else {"num_cpus": config.workers, "include_dashboard": False}
     ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **here)
@@ -298,6 +311,9 @@ def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[tuple[Run, list[Ro
                 yield run, [], str(error).strip().splitlines()[-1]
     finally:
         ray.shutdown()
+
+
+ENGINES = {"processes": _in_processes, "ray": _on_ray}
 
 
 def _text(value: Any) -> str:

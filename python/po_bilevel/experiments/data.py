@@ -1,4 +1,8 @@
-"""Tabular data for classification: built-in sets, sets of openml.org and files, split and standardised."""
+"""Tabular data for classification: built-in sets, sets of openml.org and files, split and standardised.
+
+What cannot be used is a UsageError that names the option, what was expected and what came; scikit-learn or pandas that
+is not installed a MissingDependencyError.
+"""
 
 import math
 import warnings
@@ -9,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import UsageError
-from .losses import Batch
-from .optional import require
+from ..errors import UsageError
+from ..losses import Batch
+from ..optional import require
 
 BUILT_IN = ("wine", "iris", "breast_cancer", "digits")
 # Numbers of data sets at openml.org, which are versions too: spambase, default-of-credit-card-clients, poker-hand.
@@ -59,10 +63,6 @@ def load(dataset: str, target: str | None = None) -> Table:
         dataset: one of BUILT_IN; one of OPENML, from scikit-learn's cache or else the network; or the path of a CSV or
             Parquet file whose columns but the target's are numbers.
         target: the column that holds the classes of a file.
-
-    Raises:
-        UsageError: no such data set, file or column; or a file whose contents cannot be classified.
-        MissingDependencyError: scikit-learn or pandas is not installed.
     """
     if dataset in BUILT_IN or dataset in OPENML:
         if target is not None:
@@ -80,12 +80,7 @@ def load(dataset: str, target: str | None = None) -> Table:
 
 
 def subset(table: Table, max_rows: int | None) -> Table:
-    """A stratified random choice of max_rows rows, the same each time; the table itself if it has no more.
-
-    Raises:
-        UsageError: fewer rows than there are classes.
-        MissingDependencyError: scikit-learn is not installed.
-    """
+    """A stratified random choice of max_rows rows, the same each time; the table itself if it has no more."""
     if max_rows is None or len(table.labels) <= max_rows:
         return table
     if max_rows < len(table.classes):
@@ -105,11 +100,6 @@ def split(table: Table, *, test_fraction: float, held_out_fraction: float, seed:
         test_fraction: of all rows.
         held_out_fraction: of the rows that are not test rows.
         seed: of the random splits.
-
-    Raises:
-        UsageError: a fraction outside (0, 1), fewer than two classes, or a class too small for each part to have
-            a row of it.
-        MissingDependencyError: scikit-learn is not installed.
     """
     for option, value in (("--test-fraction", test_fraction), ("--held-out-fraction", held_out_fraction)):
         if not 0 < value < 1:

@@ -1,0 +1,156 @@
+"""What the estimators cross-fit with: policies that train together, one for each fold, and the folds."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .losses import Batch
+from .policies import CategoricalPolicy, FullGaussianPolicy, Policy
+
+RowLoss = Callable[[Policy, Batch], Tensor]
+
+
+class Rows(NamedTuple):
+    """Distinct rows: inputs (N, F), target (N,) labels or (N, D) values, weight (N,), positive; float64 but labels."""
+
+    inputs: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+class Stack(nn.Module):
+    """M tanh networks (linear without hidden layers) of the same shape, evaluated together: (N, F) -> (M, N, out).
+
+    Attributes:
+        unit: (out,), the units of the outputs that the penalty is to be free of.
+
+    Args:
+        members: M.
+        sizes: F, the widths of the hidden layers, out.
+        seed: of the initial weights, the same for all members; a linear network starts at zero.
+    """
+
+    unit: Tensor
+
+    def __init__(self, members: int, sizes: list[int], seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("unit", torch.ones(sizes[-1], dtype=torch.float64))
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for width, out in pairwise(sizes):
+            weight = torch.zeros(width, out, dtype=torch.float64)
+            if len(sizes) > 2:
+                nn.init.xavier_uniform_(weight, generator=generator)
+            self.weights.append(nn.Parameter(weight.repeat(members, 1, 1)))
+            self.biases.append(nn.Parameter(torch.zeros(members, 1, out, dtype=torch.float64)))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # For the first layer einsum makes one matrix of all members' weights, matmul copies the inputs for each.
+        hidden = torch.einsum("nf,mfo->mno", inputs, self.weights[0]) + self.biases[0]
+        for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
+            hidden = torch.matmul(hidden.tanh(), weight) + bias
+        return hidden
+
+    def squares(self) -> Tensor:
+        """‖weights‖² of each member for outputs in units of one, without intercepts, (M,)."""
+        *hidden, last = self.weights
+        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last * self.unit)]).sum(dim=0)
+
+    def measure_in(self, unit: Tensor) -> None:
+        """Gives the outputs in units of unit (out,) instead of one."""
+        with torch.no_grad():
+            self.weights[-1].div_(unit)
+            self.biases[-1].div_(unit)
+            self.unit.copy_(unit)
+
+
+class LogStd(nn.Module):
+    """One log σ for each member and dimension, the same for all x: (N, F) -> (M, N, D)."""
+
+    def __init__(self, members: int, dim: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(members, 1, dim, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.value.expand(-1, inputs.shape[0], -1)
+
+
+class FullStack(FullGaussianPolicy):
+    """`FullGaussianPolicy` with a covariance for each of M members; forward gives (M, N, D) and (M, N, D, D)."""
+
+    def __init__(self, mean_network: Stack, members: int, dim: int) -> None:
+        super().__init__(mean_network, dim)
+        self.log_diagonal = nn.Parameter(torch.zeros(members, dim, dtype=torch.float64))
+        self.below_diagonal = nn.Parameter(torch.zeros(members, dim, dim, dtype=torch.float64))
+
+    def scale_tril(self) -> Tensor:
+        """L, (M, D, D)."""
+        return torch.tril(self.below_diagonal, -1) + torch.diag_embed(self.log_diagonal.exp())
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean_network(inputs), self.scale_tril()[:, None].expand(-1, inputs.shape[0], -1, -1)
+
+
+def network_of(policy: Policy) -> Stack:
+    return cast(Stack, policy.network if isinstance(policy, CategoricalPolicy) else policy.mean_network)
+
+
+def likelihood(policy: Policy, batch: Batch) -> Tensor:
+    """Negative log-likelihood of each row, (M, N)."""
+    return -policy.log_prob(*batch)
+
+
+def policy_gradient(reward: nn.Module) -> RowLoss:
+    """The policy-gradient loss of each row under the reward, (M, N), with λ = 1."""
+    return lambda policy, batch: policy.policy_loss(*batch, reward, entropy_coef=1.0, reduction="none", seed=0)
+
+
+def repeated(rows: Rows, members: int) -> Batch:
+    """The rows once for each member: targets (M, N) or (M, N, D)."""
+    return Batch(rows.inputs, rows.target.expand(members, *rows.target.shape))
+
+
+def in_units(target: Tensor, unit: Tensor) -> Tensor:
+    """Values (N, D) in units of unit (D,); labels have none."""
+    return target / unit if target.is_floating_point() else target
+
+
+def spread(policy: Policy, together: Policy) -> None:
+    """Each member of `together` becomes a copy of the single member of `policy`."""
+    with torch.no_grad():
+        for source, parameter in zip(policy.parameters(), together.parameters(), strict=True):
+            parameter.copy_(source.expand_as(parameter))
+        network_of(together).unit.copy_(network_of(policy).unit)
+
+
+def distinct(X: np.ndarray, y: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The distinct rows of positive weight, sorted, and the sums of their weights: (N', F), (N', D), (N',)."""
+    # Adding zero makes -0 and 0 the same row.
+    rows = np.column_stack([X, y])[weight > 0] + 0.0
+    rows, index = np.unique(rows, axis=0, return_inverse=True)
+    return rows[:, : X.shape[1]], rows[:, X.shape[1] :], np.bincount(index.reshape(-1), weight[weight > 0])
+
+
+def deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.RandomState) -> np.ndarray:
+    """What of each row's weight is in each fold, (M, N), M at most `folds`.
+
+    Rows of a stratum are shuffled and laid end to end, each as long as its weight; units of that length go to the folds
+    in turn. A unit is an observation, of weight one, or of the mean weight if that is less.
+    """
+    order = random.permutation(len(strata))
+    order = order[np.argsort(strata[order], kind="stable")]
+    ends = np.cumsum(weight[order]) / min(1.0, weight.mean())
+    members = min(folds, max(2, math.floor(ends[-1])))
+    # Of what lies below a place a fold has its units of whole rounds, and what the last round has reached of the next.
+    edges = np.concatenate([[0.0], ends])
+    rounds = np.floor(edges / members)
+    below = rounds + np.clip(edges - members * rounds - np.arange(members)[:, None], 0.0, 1.0)
+    dealt = np.empty((members, len(strata)))
+    dealt[:, order] = np.diff(below, axis=1) * min(1.0, weight.mean())
+    return dealt

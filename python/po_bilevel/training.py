@@ -1,0 +1,229 @@
+"""One level: a policy trained under one loss, by likelihood or by policy gradient under a reward that stays."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from .errors import NonFiniteError
+from .losses import Batch, NegativeLogLikelihood, PolicyGradient
+from .policies import Policy
+
+InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
+
+# Losses read at once where nothing asks for each: reading one waits for the device that computes it.
+_READ_TOGETHER = 100
+
+
+class BatchStream:
+    """An endless stream of (batch, seed), the same for the same arguments.
+
+    Args:
+        data: all rows.
+        batch_size: rows a batch, in a new random order each epoch, the last batch of an epoch smaller if need be;
+            None for all rows each time.
+        seed: of the order and of the seeds handed out.
+    """
+
+    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
+        data.check("data")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
+        self._data = data
+        self._batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._order: list[Tensor] = []
+
+    def next(self) -> tuple[Batch, int]:
+        seed = int(torch.randint(2**62, (), generator=self._generator))
+        if self._batch_size is None:
+            return self._data, seed
+        if not self._order:
+            rows = torch.randperm(self._data.inputs.shape[0], generator=self._generator)
+            self._order = list(rows.to(self._data.inputs.device).split(self._batch_size))
+        return self._data.rows(self._order.pop(0)), seed
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream is, for `restore`."""
+        return {"generator": self._generator.get_state(), "order": list(self._order)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from where a stream of the same arguments was."""
+        self._generator.set_state(state["generator"])
+        self._order = list(state["order"])
+
+
+def train(
+    policy: Policy, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream, optimizer: Optimizer,
+    steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
+    max_grad_norm: float | None = None, scheduler: LRScheduler | None = None,
+    callback: Callable[[int, float], Any] | None = None,
+) -> tuple[float, int]:  # fmt: skip
+    """Takes optimiser steps on the policy until there is a reason to stop.
+
+    Args:
+        loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
+            the optimiser calls for it (as `torch.optim.LBFGS` does).
+        stream: where batches and seeds come from.
+        optimizer: any torch optimiser over parameters of the policy.
+        steps: the most steps to take.
+        tolerance: stop after a step if the Euclidean norm of the last gradient that it used, before it was scaled, is
+            at most this.
+        patience: stop after so many steps in a row whose loss did not fall below the least before; None for never.
+        min_delta: by how much a loss has to fall below it to count.
+        max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
+        scheduler: of the optimiser's learning rates, stepped after each step; `ReduceLROnPlateau` is given the loss.
+        callback: called after each step with its number, from 0, and its loss; True from it stops.
+
+    Returns:
+        the loss at the start of the last step, and the number of steps taken.
+
+    Raises:
+        ValueError: an option out of range, or an optimiser of parameters that the loss does not depend on.
+        NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
+            device not to be waited for at each step, unless one of the other options asks for each.
+    """
+    check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
+    parameters = trained(optimizer)
+    if not parameters:
+        raise ValueError("optimizer: expected parameters that require grad, got none")
+    value, least, since = float("nan"), float("inf"), 0
+    norm: Tensor | float = 0.0
+    unread: list[Tensor] = []
+    at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
+    for step in range(steps):
+        batch, seed = stream.next()
+
+        def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
+            nonlocal norm
+            # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
+            for parameter in parameters:
+                parameter.grad = None
+            result = loss(policy, batch, seed)
+            if result.ndim != 0:
+                raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
+            result.backward(inputs=parameters)
+            # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
+            # that is not finite makes the next loss so, or the parameters below.
+            if max_grad_norm is not None:
+                norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            elif tolerance > 0:
+                norm = norm_of([p.grad for p in parameters if p.grad is not None])
+            return result.detach()
+
+        unread.append(optimizer.step(closure))  # type: ignore[arg-type]
+        if at_once or step == steps - 1 or len(unread) == _READ_TOGETHER:
+            value = _read(unread, step)
+        if step == 0 and all(p.grad is None for p in parameters):
+            raise ValueError("optimizer: expected parameters that the loss depends on, got others")
+        if scheduler is not None:
+            advance(scheduler, value)
+        if callback is not None and callback(step, value) is True:
+            return value, step + 1
+        if tolerance > 0:
+            check_finite(f"the gradient's norm at step {step}", float(norm))
+            if norm <= tolerance:
+                return value, step + 1
+        if patience is not None:
+            since = 0 if value < least - min_delta else since + 1
+            least = min(least, value)
+            if since >= patience:
+                return value, step + 1
+    check_finite("the norm of the policy's parameters", norm_of([p.detach() for p in parameters]))
+    return value, steps
+
+
+def train_nll(
+    policy: Policy, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
+    batch_size: int | None = None, seed: int = 0, **options: Any,
+) -> tuple[float, int]:  # fmt: skip
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
+    objective = NegativeLogLikelihood() if loss is None else loss
+    return train(
+        policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
+        steps, **options,
+    )  # fmt: skip
+
+
+def train_policy_gradient(
+    policy: Policy, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
+    loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
+) -> tuple[float, int]:  # fmt: skip
+    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
+    objective = PolicyGradient() if loss is None else loss
+    with under(reward, objective) as fixed:
+        return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
+
+
+def check_loop(
+    steps: int, tolerance: float, patience: int | None, min_delta: float, max_grad_norm: float | None, prefix: str = ""
+) -> None:  # fmt: skip
+    """Refuses options that no loop can have; prefix is that of two of their names."""
+    check_count(f"{prefix}steps", steps, 0)
+    if patience is not None:
+        check_count("patience", patience, 1)
+    for name, value in ((f"{prefix}tolerance", tolerance), ("min_delta", min_delta)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    check_norm("max_grad_norm", max_grad_norm)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    if value < least or value != int(value):
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+
+
+def check_norm(name: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{name}: expected a positive number or None, got {value}")
+
+
+def trained(optimizer: Optimizer) -> list[Tensor]:
+    """What of an optimiser's parameters requires grad."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def advance(scheduler: LRScheduler, loss: float) -> None:
+    if isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step(loss)
+    else:
+        scheduler.step()
+
+
+@contextlib.contextmanager
+def under(reward: nn.Module, loss: InnerLoss) -> Iterator[Callable[[Policy, Batch, int], Tensor]]:
+    """The loss under a reward that stays as it is inside: no derivative is computed for its parameters."""
+    parameters = [p for p in reward.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        if isinstance(loss, PolicyGradient):
+            yield loss.under(reward)
+        else:
+            yield lambda policy, batch, seed: loss(policy, reward, batch, seed)
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def norm_of(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def _read(unread: list[Tensor], step: int) -> float:
+    """Empties the list of the losses up to that of a step; returns the last, and refuses one that is not finite."""
+    values = torch.stack(unread).tolist()
+    unread.clear()
+    for number, value in enumerate(values, step + 1 - len(values)):
+        check_finite(f"the loss at step {number}", value)
+    return values[-1]
+
+
+def check_finite(what: str, value: float, more: str = "") -> None:
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{what} is not finite ({value}); a smaller learning rate or other data may help{more}")

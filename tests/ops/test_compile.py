@@ -1,0 +1,165 @@
+"""Every op under torch.compile and torch.export: what programs do besides a training step."""
+
+import pytest
+import torch
+from torch.func import grad, hessian, jvp, vmap
+
+import po_kernels as pk
+from po_kernels.backends.contract import OPS
+
+from .cases import LOSSES, Case, directions, draw, fused_pairs, pairs
+from .test_contract import agree
+
+# Each trace takes a second: one backend of the kernels, and the reference.
+BACKENDS = ("native", "reference")
+TRACED = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def new_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def small(op: str, **options) -> Case:
+    if op in LOSSES:
+        options = {"estimator": "dice", "reduction": "mean", "advantage": "loo", "rbf_gamma": None, **options}
+    return draw(op, 1, lead=(3,), dim=2, group=3, mask=False, shared_scale=False, **options)
+
+
+def chosen(ops):
+    return [pair for pair in pairs(ops) if pair[1] in BACKENDS]
+
+
+def compiled(function, **options):
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("op", "backend"), chosen(tuple(OPS)))
+def test_without_gradients(op, backend, mode):
+    """Rollouts: no input requires grad, or nothing is recorded."""
+    case = small(op)
+    inputs = case.inputs if mode is torch.no_grad else list(case.tensors.values())
+    with mode():
+        found = compiled(lambda *xs: case(*xs, backend=backend))(*inputs)
+        agree(found, case(*inputs, backend=backend), case)
+
+
+@pytest.mark.parametrize(("op", "backend"), chosen(LOSSES))
+def test_statistics(op, backend):
+    case = small(op)
+    inputs = case.inputs
+    loss, stats = compiled(lambda *xs: case(*xs, backend=backend, return_stats=True))(*inputs)
+    expected = case(*inputs, backend=backend, return_stats=True)
+    agree((loss.detach(), *stats), (expected[0].detach(), *expected[1]), case)
+    assert loss.requires_grad
+    assert not any(x.requires_grad for x in stats)
+
+
+@TRACED
+@pytest.mark.parametrize(("op", "backend"), chosen(("gaussian_policy_loss", "categorical_policy_loss", "mvn_log_prob")))
+def test_transforms_of_torch_func(op, backend):
+    case = small(op)
+    inputs, tangents = tuple(case.tensors.values()), tuple(directions(case, 1))
+
+    def scalar(x):
+        return case(x, *inputs[1:], backend=backend).sum()
+
+    batch = torch.stack([inputs[0], 0.5 * inputs[0]])
+    for function, argument in (
+        (grad(scalar), inputs[0]),
+        (lambda x: jvp(grad(scalar), (x,), (tangents[0],))[1], inputs[0]),
+        (hessian(scalar), inputs[0]),
+        (vmap(scalar), batch),
+        (vmap(grad(scalar)), batch),
+    ):
+        agree(compiled(function)(argument), function(argument), case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_transforms_refuse_reinforce(backend):
+    case = small("gaussian_policy_loss", estimator="reinforce")
+    with pytest.raises(Exception, match=r"gaussian_policy_loss: estimator='reinforce'.*use estimator='dice'"):
+        compiled(grad(lambda x: case(x, backend=backend)))(case.tensors["mean"])
+
+
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(("gaussian_policy_loss", "categorical_surrogate_loss")))
+def test_a_gradient_penalty_through_a_graph_that_autograd_differentiates(op, backend):
+    """`backend="eager"` runs a traced graph under autograd, which asks the operators for second derivatives."""
+
+    def penalised(step, case):
+        inputs = case.inputs
+        loss = step(*inputs)
+        gradients = torch.autograd.grad(loss, inputs, create_graph=True)
+        (loss + sum(g.square().sum() for g in gradients)).backward()
+        return [x.grad for x in inputs]
+
+    for reduction in ("mean", "none"):
+        case = small(op, reduction=reduction)
+
+        def step(*xs, case=case):
+            return case(*xs, backend=backend).sum()
+
+        traced = torch.compile(step, backend="eager", fullgraph=True)
+        agree(penalised(traced, case), penalised(step, case), case)
+        torch._dynamo.reset()
+    case = small(op, estimator="reinforce")
+    traced = torch.compile(lambda *xs: case(*xs, backend=backend), backend="eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=rf"{op}: estimator='reinforce'.*use estimator='dice'"):
+        penalised(traced, case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphs_are_made_once(backend):
+    """No recompilation from the second batch size on, nor from the second value of an annealed coefficient."""
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(mean, coefficient):
+        return pk.gaussian_policy_loss(
+            mean, torch.zeros(2), 0.5 * mean, 1.0, entropy_coef=coefficient, estimator="dice", num_samples=4, seed=3,
+            backend=backend,
+        )  # fmt: skip
+
+    for rows in (3, 5, 7, 9):
+        step(torch.randn(rows, 2, requires_grad=True), 0.1)
+    assert counter.frame_count == 2
+    for coefficient in (0.2, 0.3, 0.4):
+        step(torch.randn(3, 2, requires_grad=True), coefficient)
+    assert counter.frame_count <= 4
+    torch._dynamo.reset()
+    counter.frame_count = 0
+    for coefficient in (0.2, 0.3, 0.4):
+        step(torch.randn(3, 2, requires_grad=True), torch.tensor(coefficient))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(("op", "backend"), chosen(("gaussian_policy_loss", "categorical_policy_loss")))
+def test_dynamic_shapes(op, backend):
+    case = small(op, reduction="none")
+    step = compiled(lambda *xs: case(*xs, backend=backend), dynamic=True)
+    inputs = case.inputs
+    agree(step(*inputs).detach(), case(*inputs, backend=backend).detach(), case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_export_with_a_dynamic_batch(backend):
+    class Module(torch.nn.Module):
+        def forward(self, mean):
+            return pk.gaussian_policy_loss(mean, torch.zeros(2), 0.5 * mean, 1.5, reduction="none", backend=backend)
+
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(Module(), (torch.randn(3, 2),), dynamic_shapes={"mean": {0: rows}})
+    mean = torch.randn(7, 2)
+    assert torch.equal(program.module()(mean), Module()(mean))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(("gaussian_policy_loss", "categorical_sample")))
+def test_tracing_by_torch_jit_is_refused(op, backend):
+    case = small(op)
+    head = next(iter(case.tensors.values()))
+    with pytest.raises(RuntimeError, match=rf"{op}: torch.jit.trace .*use torch.export"):
+        torch.jit.trace(lambda x: case(x, backend=backend), (head,), check_trace=False)
