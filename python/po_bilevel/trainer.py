@@ -1,8 +1,9 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class OuterStep:
         reward: `Reward.shown`; None of a module that is no `Reward`.
         reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
-        residual_norm, num_products, converged, negative_curvature, problems: as in `Hypergradient`.
+        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
+            `Hypergradient`.
     """
 
     step: int
@@ -50,9 +52,11 @@ class OuterStep:
     gradient_norm: float
     residual_norm: float | None
     num_products: int
-    converged: bool
+    converged: bool | None
     negative_curvature: bool
     problems: tuple[str, ...]
+    inner_gradient_norm: float | None = None
+    stationarity: float | None = None
 
 
 class BilevelTrainer:
@@ -60,6 +64,9 @@ class BilevelTrainer:
 
     Each outer step trains the policy on from where it is (warm start), takes the hypergradient there, and lets the
     outer optimiser update the reward. The outer optimiser and the linear solve's start are kept across steps.
+
+    The outer loss sees the policy in evaluation mode, the inner loss in the mode that it is in. Buffers, such as the
+    statistics of BatchNorm, take in the rows of the inner loss, as often as the policy takes a step.
 
     Args:
         policy: p_θ, trained in place.
@@ -277,6 +284,7 @@ class BilevelTrainer:
             reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
             residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
             negative_curvature=result.negative_curvature, problems=result.problems,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity,
         )  # fmt: skip
         self._update_reward(phi, result)
         norm = training.norm_of([p.detach() for p in phi])
@@ -294,13 +302,16 @@ class BilevelTrainer:
             return self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
 
         def outer(theta: Tensors, phi: Tensors) -> Tensor:
-            return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
+            with _evaluating(self.policy):
+                return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
 
         result = self._hypergradient(inner, outer, theta, _named(self.reward, self._phi), start=self._solution)
         if result.theta is not None:
             with torch.no_grad():
                 for parameter, value in zip(theta, result.theta, strict=True):
                     parameter.copy_(value)
+                if self._inner_steps == 0 and any(True for _ in self.policy.buffers()):
+                    self._inner_loss(self.policy, self.reward, batch, seed)
         elif self._inner_steps == 0:
             raise ValueError(
                 f"inner_steps: expected at least 1 with {type(self._hypergradient).__name__}, which leaves the policy "
@@ -345,10 +356,11 @@ class BilevelTrainer:
         return steps
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
-        """The loss with θ and φ in place of the modules' own parameters."""
+        """The loss with θ and φ in place of the modules' own parameters, and copies in place of their buffers."""
         together = _Together(self.policy, self.reward, loss)
         values = {f"policy.{name}": value for name, value in zip(self._theta, theta, strict=True)}
         values |= {f"reward.{name}": value for name, value in zip(self._phi, phi, strict=True)}
+        values |= {name: buffer.clone() for name, buffer in together.named_buffers()}
         return functional_call(together, values, arguments)
 
 
@@ -363,6 +375,18 @@ class _Together(nn.Module):
 
     def forward(self, *arguments: object) -> Tensor:
         return self._loss(*arguments)
+
+
+@contextlib.contextmanager
+def _evaluating(policy: nn.Module) -> Iterator[None]:
+    """The policy is in evaluation mode inside, and each of its modules in its own afterwards."""
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Optimizer) -> None:
@@ -397,4 +421,4 @@ def _summary(step: OuterStep) -> str:
         text += ", reward " + " ".join(f"{value:.3g}" for value in shown[:6]) + (" …" if len(shown) > 6 else "")
     else:
         text += f", ‖φ‖ {step.reward_norm:.4g}"
-    return text if step.converged else text + ", not converged"
+    return text + ", not converged" if step.converged is False else text
