@@ -66,9 +66,9 @@ class HypergradientMethod(Protocol):
     ) -> Hypergradient:  # fmt: skip
         """The hypergradient at (θ, φ).
 
-        The methods of this package evaluate the losses with torch's default generators at the same state each time,
-        from a seed that they draw once a call, and leave these as they were otherwise: dropout is one fixed mask. Each
-        loss is evaluated twice at the first point, and a difference, such as other generators make, is a problem.
+        The methods of this package evaluate the losses with torch's default generators at the same state each time:
+        dropout is one mask, and another in the next call. Each loss is evaluated twice at the first point, and a
+        difference, such as other generators make, is a problem.
 
         Args:
             inner_loss: L(θ, φ) -> (), twice differentiable in θ and in θ and φ jointly; once for a first-order method.

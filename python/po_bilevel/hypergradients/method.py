@@ -43,8 +43,8 @@ class Method(ABC):
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`."""
         theta, phi = inner_parameters(theta), parameters("phi", phi)
-        inner, outer = repeatable(theta + phi, inner_loss=inner_loss, outer_loss=outer_loss)
-        result = self._at(inner, outer, theta, phi, start)
+        with repeatable(theta + phi, inner_loss=inner_loss, outer_loss=outer_loss) as (inner, outer):
+            result = self._at(inner, outer, theta, phi, start)
         noise = (*inner.problems, *outer.problems)
         return dataclasses.replace(result, converged=False, problems=noise + result.problems) if noise else result
 

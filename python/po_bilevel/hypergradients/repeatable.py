@@ -1,6 +1,8 @@
 """Losses that draw the same random numbers each time that they are evaluated."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ class Repeatable:
     """A loss under torch's default generators at one state, whatever was drawn before; these move on by nothing.
 
     Attributes:
+        draws: it has drawn from them.
         problems: a sentence if two evaluations at the first point differed all the same.
 
     Args:
@@ -23,8 +26,10 @@ class Repeatable:
     """
 
     def __init__(self, name: str, loss: Loss, seed: int, devices: list[int]) -> None:
+        self.draws = False
         self.problems: tuple[str, ...] = ()
-        self._name, self._loss, self._seed, self._devices = name, loss, seed, devices
+        self._name, self._loss, self._seed = name, loss, seed
+        self._devices = devices
         self._compared = False
 
     def __call__(self, theta: Tensors, phi: Tensors) -> Tensor:
@@ -47,17 +52,29 @@ class Repeatable:
 
     def _evaluate(self, theta: Tensors, phi: Tensors) -> Tensor:
         with torch.random.fork_rng(devices=self._devices):
-            torch.default_generator.manual_seed(self._seed)
-            for index in self._devices:
-                torch.cuda.default_generators[index].manual_seed(self._seed)
-            return self._loss(theta, phi)
+            generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in self._devices)]
+            for generator in generators:
+                generator.manual_seed(self._seed)
+            states = [generator.get_state() for generator in generators]
+            loss = self._loss(theta, phi)
+            self.draws |= any(not torch.equal(g.get_state(), s) for g, s in zip(generators, states, strict=True))
+            return loss
 
 
-def repeatable(used: Tensors, **losses: Loss) -> list[Repeatable]:
-    """The losses by their names, with one seed, drawn from torch's default generator, on the devices of the tensors."""
-    seed = int(torch.randint(2**62, ()))
+@contextlib.contextmanager
+def repeatable(used: Tensors, **losses: Loss) -> Iterator[list[Repeatable]]:
+    """The losses by their names, on the devices of the tensors, with one seed that torch's default generator gives.
+
+    Where one of them draws, that generator has moved on at the end, so that the next seed is another; else it has not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        # Not the next number, which the method may make a seed of.
+        seed = int(torch.randint(2**62, (2,))[1])
     devices = sorted({tensor.get_device() for tensor in used if tensor.is_cuda})
-    return [Repeatable(name, loss, seed, devices) for name, loss in losses.items()]
+    made = [Repeatable(name, loss, seed, devices) for name, loss in losses.items()]
+    yield made
+    if any(each.draws for each in made):
+        torch.randint(2**62, (2,))
 
 
 def _number(loss: Any) -> float | None:
