@@ -1,8 +1,9 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
 import contextlib
-import dataclasses
+import copy
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from . import checkpoints, training
-from .errors import NonFiniteError
+from . import checkpoints, fingerprints, training
+from .errors import NonFiniteError, UsageError
 from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
@@ -93,7 +94,8 @@ class BilevelTrainer:
         batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
         seed: of batches and samples.
         checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
-            before, never in between.
+            before, never in between. The history is beside it, in a file of that name and eight characters and
+            ".history": copy both.
         checkpoint_every: outer steps between two writes.
         progress: False for no progress bar. With True there is one if standard error is a terminal.
         description: the label of the progress bar.
@@ -141,13 +143,16 @@ class BilevelTrainer:
         self._outer_scheduler = outer_scheduler
         self._sampling = {"batch_size": batch_size, "seed": seed}
         # Before they take a step.
-        self._outer_start = checkpoints.describe("outer_optimizer", outer_optimizer)
-        self._outer_start |= checkpoints.describe("outer_scheduler", outer_scheduler)
+        self._start = _described(
+            outer_optimizer=outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
+            outer_loss=self._outer_loss, hypergradient=self._hypergradient,
+        )  # fmt: skip
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         if self._checkpoint is not None and not self._checkpoint.parent.is_dir():
             raise ValueError(f"checkpoint: expected a file in a folder that exists, got {str(checkpoint)!r}")
         self._checkpoint_every = checkpoint_every
         self._good: str | None = None
+        self._log: checkpoints.History | None = None
         self._keep_inner_state = keep_inner_state
         self._progress = progress
         self._description = description
@@ -175,7 +180,8 @@ class BilevelTrainer:
             NonFiniteError: a loss, a gradient or a parameter is infinite or not a number; names the last good
                 checkpoint.
             ValueError, RuntimeError: as the hypergradient method.
-            OSError: the checkpoint cannot be written.
+            OSError: the checkpoint cannot be written. The steps taken are in the history, the last checkpoint is as it
+                was, and another call goes on.
         """
         training.check_count("outer_steps", outer_steps, 0)
         callbacks = [callback] if callable(callback) else list(callback)
@@ -208,9 +214,19 @@ class BilevelTrainer:
         """Writes a checkpoint to go on from with `resume`.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: the folder cannot be written to, or is full; a checkpoint that was there is as it was.
         """
-        state = {
+        path = Path(path)
+        if self._log is None or self._log.checkpoint != path:
+            self._log = checkpoints.History(path)
+        self._log.add(self.history)
+        checkpoints.save(path, self._state() | {"history": self._log.mark}, self._configuration)
+        self._log.sweep()
+        self._good = f"{path}, after {len(self.history)} outer steps"
+
+    def _state(self) -> dict[str, Any]:
+        """Where the run is, but for its history."""
+        return {
             "policy": self.policy.state_dict(),
             "reward": self.reward.state_dict(),
             "inner_optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
@@ -218,24 +234,44 @@ class BilevelTrainer:
             "outer_scheduler": None if self._outer_scheduler is None else self._outer_scheduler.state_dict(),
             "stream": self._stream.state(),
             "solution": self._solution,
-            "history": [dataclasses.asdict(step) for step in self.history],
             "random": checkpoints.random_state(),
         }
-        checkpoints.save(path, state, self._configuration)
-        self._good = f"{path}, after {len(self.history)} outer steps"
 
     def resume(self, path: Path) -> list[OuterStep]:
         """Goes on from a checkpoint of a trainer that was made with the same arguments, to the bit.
 
-        The states of Python's, NumPy's and torch's global random number generators are those of then, too.
+        The states of Python's, NumPy's and torch's global random number generators are those of then, too. Warns of
+        arguments that cannot be compared, such as objects whose contents Python does not show.
 
         Returns:
             the history up to there.
 
         Raises:
-            UsageError: there is no such file, it is no checkpoint, or the arguments differ: says which.
+            UsageError: there is no such file, it is no checkpoint, it or its history has changed, or the arguments
+                differ: says which. The trainer is as it was.
         """
+        path = Path(path)
         state = checkpoints.load(path, self._configuration)
+        before = copy.deepcopy(self._state())
+        try:
+            log, steps = checkpoints.History.open(path, state["history"])
+            history = [OuterStep(**(step | {"problems": tuple(step["problems"])})) for step in steps]
+            self._restore(state)
+        except UsageError:
+            raise
+        except Exception as error:
+            self._restore(before)
+            raise UsageError(
+                f"checkpoint: expected the state of such a trainer, got {str(path)!r}: {type(error).__name__}: {error}"
+            ) from error
+        self._log, self.history[:] = log, history
+        self._good = f"{path}, after {len(self.history)} outer steps"
+        unknown = [name for name, text in self._configuration.items() if fingerprints.UNKNOWN in text]
+        if unknown:
+            warnings.warn(f"checkpoint: taken to be as they were: {', '.join(unknown)}", stacklevel=2)
+        return self.history
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         self.reward.load_state_dict(state["reward"])
         self._outer_optimizer.load_state_dict(state["outer_optimizer"])
@@ -247,27 +283,19 @@ class BilevelTrainer:
             self._optimizer.load_state_dict(state["inner_optimizer"])
         self._stream.restore(state["stream"])
         self._solution = state["solution"]
-        self.history[:] = [OuterStep(**step) for step in state["history"]]
         checkpoints.set_random_state(state["random"])
-        self._good = f"{path}, after {len(self.history)} outer steps"
-        return self.history
 
     @functools.cached_property
     def _configuration(self) -> dict[str, str]:
         """Read once, for it reads all data."""
         inner = self._new_optimizer()
-        parts: dict[str, Any] = {
+        return self._start | _described(**{
             "policy": self.policy, "trained": tuple(self._theta), "reward": self.reward, "learned": tuple(self._phi),
             "inner_data": self._inner_data, "outer_data": self._outer_data, "inner_optimizer": inner,
-            "inner_steps": self._inner_steps, "inner_loss": self._inner_loss, "outer_loss": self._outer_loss,
-            "hypergradient": self._hypergradient, **self._loop, "max_outer_grad_norm": self._max_outer_grad_norm,
+            "inner_steps": self._inner_steps, **self._loop, "max_outer_grad_norm": self._max_outer_grad_norm,
             "inner_scheduler": None if self._inner_scheduler is None else self._inner_scheduler(inner),
             "keep_inner_state": self._keep_inner_state, **self._sampling,
-        }  # fmt: skip
-        text = dict(self._outer_start)
-        for name, value in parts.items():
-            text |= checkpoints.describe(name, value)
-        return text
+        })  # fmt: skip
 
     def step(self) -> OuterStep:
         """One outer step; see `fit`."""
@@ -406,6 +434,10 @@ def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Opt
             raise ValueError(
                 f"reward: expected parameters of its own, got {phi[id(parameter)]}, which is the policy's {name} too"
             )
+
+
+def _described(**parts: Any) -> dict[str, str]:
+    return {key: text for name, part in parts.items() for key, text in fingerprints.describe(name, part).items()}
 
 
 def _named(module: nn.Module, names: Sequence[str]) -> tuple[nn.Parameter, ...]:
