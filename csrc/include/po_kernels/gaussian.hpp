@@ -15,7 +15,7 @@ struct DiagonalScale {
   Index dim;
   const V* log_std;
   V* std = nullptr;
-  V* inverse_std = nullptr;
+  P* inverse_std = nullptr;
 
   PK_FN DiagonalScale(Index dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
@@ -28,16 +28,29 @@ struct DiagonalScale {
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
-    inverse_std = scratch + padded(dim);
+    inverse_std = reinterpret_cast<P*>(scratch + padded(dim));
+    const T most = sizeof(T) == 4 ? T(3.402823466e38) : T(1.7976931348623157e308);
     team.each(dim, [&](Index j) PK_LAMBDA {
       std[j] = exp(log_std[j]);
-      if (whitens) inverse_std[j] = exp(-log_std[j]);
+      if (!whitens) return;
+      const P inverse = exp(-stop(log_std[j]));  // finite, so that nothing over a subnormal σ is nothing
+      inverse_std[j] = select(inverse > most, broadcast<P>(most), inverse);
     });
   }
 
   template <class Team = Alone>
   PK_FN V log_determinant(Team team = {}) const {
     return team.template sum<V>(dim, [&](Index j) PK_LAMBDA { return log_std[j]; });
+  }
+
+  // x / σ_j.
+  PK_FN V divided(V x, Index j) const {
+    if constexpr (is_dual<V>) {
+      const P value = x.v * inverse_std[j];
+      return {value, x.t * inverse_std[j] - value * log_std[j].t};
+    } else {
+      return x * inverse_std[j];
+    }
   }
 
   // Of one dimension.
@@ -60,8 +73,7 @@ struct DiagonalScale {
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
     for (Index j = 0; j < dim; ++j) {
-      const V inverse = inverse_std[j];
-      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = residual[s * dim + j] * inverse; });
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = divided(residual[s * dim + j], j); });
     }
   }
 
@@ -83,7 +95,7 @@ struct DiagonalScale {
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
       for (Index j = 0; j < dim; ++j) {
-        const P shift = mean[j].t * inverse_std[j].v, growth = log_std[j].t;
+        const P shift = mean[j].t * inverse_std[j], growth = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = s;
           z[at * dim + j] = whitened(shift, growth, eps[at * dim + j]);
@@ -107,7 +119,7 @@ struct DiagonalScale {
         constexpr int at = s;
         add_score_terms(f[at], z[at * dim + j], to_mean, to_scale);
       });
-      if (mean) mean[j] = mean[j] + output(to_mean * inverse_std[j]);
+      if (mean) mean[j] = mean[j] + output(divided(to_mean, j));
       if (scale) scale[j] = scale[j] + output(to_scale);
     }
   }
@@ -127,17 +139,17 @@ struct DiagonalScale {
   }
 
   PK_FN V trace(Precision<V> precision, V weight, P* scale, P* precision_out) const {
-    V sum{};
-    for (Index j = 0; j < dim; ++j) {
-      sum = sum + trace_at(j, precision, weight, scale);
-      if (precision_out) {
-        const V variance = square(std[j]);
-        const int kind = precision.kind;
-        const Index at = kind == kScalar ? 0 : kind == kDiagonal ? j : j * (j + 1) / 2 + j;
-        precision_out[at] = precision_out[at] + output(weight * variance);
-      }
+    const int kind = precision.kind;
+    for (Index j = 0; precision_out && kind != kScalar && j < dim; ++j) {
+      P& to = precision_out[kind == kDiagonal ? j : j * (j + 1) / 2 + j];
+      to = to + output(weight * square(std[j]));
     }
-    return sum;
+    if (precision_out && kind == kScalar) {
+      precision_out[0] =
+          precision_out[0] +
+          long_sum<P>(dim, [&](Index j) PK_LAMBDA { return output(weight * square(std[j])); });
+    }
+    return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return trace_at(j, precision, weight, scale); });
   }
 
   // The term of dimension j, without the gradient in U.
@@ -148,20 +160,17 @@ struct DiagonalScale {
   }
 
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
-    V sum{};
-    for (Index i = 0; i < dim; ++i) sum = sum + reward_variance_at(i, precision, x);
-    return sum;
+    return long_sum<V>(dim, [&](Index i) PK_LAMBDA { return reward_variance_at(i, precision, x); });
   }
 
   // The terms of dimension i with those before it.
   PK_FN V reward_variance_at(Index i, Precision<V> precision, const V* x, V* = nullptr, V* = nullptr) const {
     const V variance = square(std[i]);
-    V sum = square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
-    for (Index j = 0; precision.kind == kFull && j < i; ++j) {
-      const Shared<V> off = precision.u[i * dim + j];
-      sum = sum + variance * square(std[j]) * (off * off) * T(4);
-    }
-    return sum;
+    const V sum = square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
+    return sum + long_sum<V>(precision.kind == kFull ? i : 0, [&](Index j) PK_LAMBDA {
+             const Shared<V> off = precision.u[i * dim + j];
+             return variance * square(std[j]) * (off * off) * T(4);
+           });
   }
 };
 
