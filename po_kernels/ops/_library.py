@@ -36,7 +36,8 @@ def _define(op: Op) -> None:
             resolved(cotangent), resolved(cotangent_tangent), needs, want_stats,
             _config(*options[:-1], entropy_coef=float(options[-1])),
         )  # fmt: skip
-        found = dispatch.kernel(op.name, backend)(request)
+        with _modes.autograd_on():
+            found = dispatch.kernel(op.name, backend)(request)
         return [inputs[0].new_empty(0) if x is None else x for x in found]  # for what was not asked for
 
     def fake(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):

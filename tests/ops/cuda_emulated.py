@@ -9,6 +9,7 @@ from po_kernels.backends.contract import OpConfig
 from po_kernels.backends.cuda import kernels
 
 from . import test_numbers
+from .bounds import agrees
 from .cases import (
     ADVANTAGES,
     DIFFERENTIABLE,
@@ -24,22 +25,9 @@ from .cases import (
     draw,
     repeats_second_order,
 )
-from .test_contract import allowed
 
 BACKEND = "cuda"
 OPS = [op for op in DIFFERENTIABLE if op in kernels.KERNELS]
-
-
-def agrees(case: Case, seed: int = 0, *, second: bool = True) -> None:
-    """Value, statistics, first and second derivatives, within the bound of the contract's test."""
-    second = second and repeats_second_order(case)
-    exact = derivatives(case.to(torch.float64), "reference", seed, second=second)
-    reference = derivatives(case, "reference", seed, second=second)
-    found = derivatives(case, BACKEND, seed, second=second)
-    for name, order in (("value", 0), ("statistics", 0), ("first", 1), ("second", 2)):
-        if name in found:
-            bound = allowed(case, exact[name], reference[name], order)
-            assert distance(found[name], exact[name]) <= bound, (name, str(case))
 
 
 def bits(case: Case, seed: int = 0) -> list[torch.Tensor]:

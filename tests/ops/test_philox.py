@@ -152,7 +152,10 @@ def test_labels_are_equal_to_the_bit(backend, dtype):
     assert (found[:, 5] == 20).all()
 
 
-def every_sample(backend, rows=slice(None), group=6, row_offset=0):
+ALL = slice(None)
+
+
+def every_sample(backend, rows=ALL, group=6, row_offset=0):
     """Samples of all families for a fixed batch of 7 policies, or of some of its rows."""
     generator = torch.Generator().manual_seed(5)
     mean = torch.randn(7, 5, generator=generator)
