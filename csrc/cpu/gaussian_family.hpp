@@ -60,27 +60,43 @@ void store_precision(int kind, int64_t dim, const double* totals, T* to) {
   }
 }
 
+// Refuses a matrix that is no triangular scale.
+template <class T>
+Verdict check_triangular(const T* matrix, int64_t dim, int64_t row) {
+  for (int64_t i = 0; i < dim * dim; ++i) {
+    if (!std::isfinite(matrix[i])) return {kScaleNotFinite, row};
+  }
+  for (int64_t i = 0; i < dim; ++i) {
+    if (!(matrix[i * dim + i] > T(0))) return {kSingular, row};
+  }
+  for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t j = i + 1; j < dim; ++j) {
+      const double scale = std::sqrt(double(matrix[i * dim + i]) * double(matrix[j * dim + j]));
+      if (!(std::fabs(double(matrix[i * dim + j])) <= kMatrixTolerance * scale)) return {kNotTriangular, row};
+    }
+  }
+  return {};
+}
+
 // Refuses a triangular scale that is none, or singular. A diagonal one is always right.
-template <class T, bool triangular>
-Verdict check_scale(Tile tile, int64_t dim, RowInput scale) {
-  if constexpr (triangular) {
-    for (int64_t row = tile.begin; row < tile.begin + tile.count; ++row) {
-      const T* matrix = static_cast<const T*>(scale.value) + row * scale.stride;
-      bool finite = true, positive = true, above = false;
-      for (int64_t i = 0; i < dim * dim; ++i) finite = finite & (std::fabs(matrix[i]) < T(__builtin_huge_val()));
-      for (int64_t i = 0; i < dim; ++i) {
-        positive = positive & (matrix[i * dim + i] > T(0));
-        for (int64_t j = i + 1; j < dim; ++j) above = above | (matrix[i * dim + j] != T(0));
-      }
-      if (!finite) return {kScaleNotFinite, row};
-      if (!positive) return {kSingular, row};
-      for (int64_t i = 0; above && i < dim; ++i) {
-        for (int64_t j = i + 1; j < dim; ++j) {
-          const double scale = std::sqrt(double(matrix[i * dim + i]) * double(matrix[j * dim + j]));
-          if (!(std::fabs(double(matrix[i * dim + j])) <= kMatrixTolerance * scale)) return {kNotTriangular, row};
-        }
-      }
-      if (scale.stride == 0) break;  // all rows are one matrix
+template <template <class> class Scale, class V>
+Verdict check_scale(Tile tile, const Scale<V>& loaded, RowInput scale) {
+  if constexpr (Scale<V>::triangular) {
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t dim = loaded.dim;
+    P wrong{};  // lane by lane, not zero where the matrix has to be looked at
+    for (int64_t i = 0; i < dim; ++i) {
+      const V* row = loaded.row(i);
+      for (int64_t j = 0; j <= i; ++j) wrong = wrong + stop(row[j]) * T(0);
+      wrong = select(stop(row[i]) > T(0), wrong, broadcast<P>(T(1)));
+      for (int64_t j = i + 1; j < dim; ++j) wrong = select(stop(row[j]) != T(0), broadcast<P>(T(1)), wrong);
+    }
+    for (int l = 0; l < tile.count; ++l) {
+      if (wrong.v[l] == T(0)) continue;
+      const Verdict verdict = check_triangular(static_cast<const T*>(scale.value) + (tile.begin + l) * scale.stride, dim,
+                                               tile.begin + l);
+      if (verdict.code != kAccepted) return verdict;
     }
   }
   return {};
@@ -146,11 +162,11 @@ Verdict gaussian_kernel(const GaussianPolicyLoss& call) {
     const Totals totals = for_each_tile<V>(
         call, (samples + 1) * gaussian_operations<Scale<V>>(dim), sums, bytes,
         [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
-          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-          if (judged.code != kAccepted) return judged;
           V* mean;
           const bool whitens = s.estimator != kClosedForm || call.stats != nullptr;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean, whitens);
+          const Verdict judged = check_scale(tile, scale, call.scale);
+          if (judged.code != kAccepted) return judged;
           V* target = arena.take(dim);
           V* work = arena.take(work_size);
           P* noise = arena.template take<P>(samples * dim);
@@ -205,10 +221,10 @@ Verdict gaussian_kernel(const GaussianSurrogateLoss& call) {
     const Totals totals = for_each_tile<V>(
         call, operations, SharedSums{}, bytes,
         [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
-          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-          if (judged.code != kAccepted) return judged;
           V* mean;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+          const Verdict judged = check_scale(tile, scale, call.scale);
+          if (judged.code != kAccepted) return judged;
           V* rewards = arena.take(samples);
           V* work = arena.take(work_size);
           P* given = arena.template take<P>(samples * dim);
@@ -249,10 +265,10 @@ Verdict gaussian_kernel(const GaussianLogProb& call) {
     const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim) + sizeof(P) * size_t(runs_size);
     const int64_t operations = (call.count + 1) * gaussian_operations<Scale<V>>(dim);
     return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
-      const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-      if (judged.code != kAccepted) return judged;
       V* mean;
       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      const Verdict judged = check_scale(tile, scale, call.scale);
+      if (judged.code != kAccepted) return judged;
       V* value = arena.take(dim);
       V* work = arena.take(2 * dim);
       P* grad_mean = arena.template take_for<P>(call.mean.gradient, dim);
@@ -291,10 +307,10 @@ Verdict gaussian_kernel(const GaussianSample& call) {
         policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t((kBlock + 1) * dim + runs_size);
     const int64_t operations = (call.num_samples + 1) * gaussian_operations<Scale<V>>(dim);
     return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
-      const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-      if (judged.code != kAccepted) return judged;
       V* mean;
       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      const Verdict judged = check_scale(tile, scale, call.scale);
+      if (judged.code != kAccepted) return judged;
       V* sample = arena.take(dim);
       V* slope = arena.take(dim);
       P* noise = arena.template take<P>(kBlock * dim);

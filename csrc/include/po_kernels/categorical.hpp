@@ -98,7 +98,7 @@ PK_FN void categorical_labels(int64_t classes, const D* distribution, const D (&
     for (int64_t c = 0; c < classes; ++c) {
       const D threshold = distribution[c];
       unrolled<S>([&](auto s) PK_LAMBDA {
-        label[s] = label[s] + select(u[s] >= threshold, broadcast<D>(1.0), D{});
+        label[s] = select(u[s] >= threshold, label[s] + 1.0, label[s]);
       });
     }
     unrolled<S>([&](auto s) PK_LAMBDA {

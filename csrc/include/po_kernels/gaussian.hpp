@@ -15,26 +15,31 @@ struct DiagonalScale {
   Index dim;
   const V* log_std;
   V* std = nullptr;
-  P* inverse_std = nullptr;
+  P* inverse_std = nullptr;  // 1 / (σ_j lift_j)
+  P* lift = nullptr;         // of σ_j whose inverse would be inf: a power of two
 
   PK_FN DiagonalScale(Index dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
   PK_FN static Index size(Index dim) { return dim; }
-  PK_FN static Index work(Index dim) { return 2 * padded(dim); }
-  PK_FN static Index team_work(Index dim) { return 2 * padded(dim); }
-  PK_FN static Index padded(Index dim) { return (dim + 3) / 4 * 4; }  // of std and inverse_std
+  PK_FN static Index work(Index dim) { return 3 * padded(dim); }
+  PK_FN static Index team_work(Index dim) { return 3 * padded(dim); }
+  PK_FN static Index padded(Index dim) { return (dim + 3) / 4 * 4; }  // of std, inverse_std and lift
   PK_FN Index size() const { return dim; }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
     inverse_std = reinterpret_cast<P*>(scratch + padded(dim));
-    const T most = sizeof(T) == 4 ? T(3.402823466e38) : T(1.7976931348623157e308);
+    lift = inverse_std + padded(dim);
+    const T small = sizeof(T) == 4 ? T(-80) : T(-700);
+    const T power = T(18446744073709551616.0), log_power = T(44.3614195558365);  // 2^64
     team.each(dim, [&](Index j) PK_LAMBDA {
       std[j] = exp(log_std[j]);
       if (!whitens) return;
-      const P inverse = exp(-stop(log_std[j]));  // finite, so that nothing over a subnormal σ is nothing
-      inverse_std[j] = select(inverse > most, broadcast<P>(most), inverse);
+      const P value = stop(log_std[j]);
+      const auto lifted = value < small;
+      lift[j] = select(lifted, broadcast<P>(power), broadcast<P>(T(1)));
+      inverse_std[j] = exp(-select(lifted, value + log_power, value));
     });
   }
 
@@ -43,15 +48,22 @@ struct DiagonalScale {
     return team.template sum<V>(dim, [&](Index j) PK_LAMBDA { return log_std[j]; });
   }
 
-  // x / σ_j.
-  PK_FN V divided(V x, Index j) const {
-    if constexpr (is_dual<V>) {
-      const P value = x.v * inverse_std[j];
-      return {value, x.t * inverse_std[j] - value * log_std[j].t};
-    } else {
-      return x * inverse_std[j];
+  // Divides by σ_j.
+  struct Divisor {
+    V log_std;
+    P lift, inverse;
+
+    PK_FN P of_value(P x) const { return x * lift * inverse; }
+    PK_FN V of(V x) const {
+      if constexpr (is_dual<V>) {
+        const P value = of_value(x.v);
+        return {value, of_value(x.t) - value * log_std.t};
+      } else {
+        return of_value(x);
+      }
     }
-  }
+  };
+  PK_FN Divisor divisor(Index j) const { return {log_std[j], lift[j], inverse_std[j]}; }
 
   // Of one dimension.
   template <class R>
@@ -73,7 +85,8 @@ struct DiagonalScale {
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
     for (Index j = 0; j < dim; ++j) {
-      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = divided(residual[s * dim + j], j); });
+      const Divisor divisor = this->divisor(j);
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = divisor.of(residual[s * dim + j]); });
     }
   }
 
@@ -95,7 +108,7 @@ struct DiagonalScale {
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
       for (Index j = 0; j < dim; ++j) {
-        const P shift = mean[j].t * inverse_std[j], growth = log_std[j].t;
+        const P shift = divisor(j).of_value(mean[j].t), growth = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = s;
           z[at * dim + j] = whitened(shift, growth, eps[at * dim + j]);
@@ -119,7 +132,7 @@ struct DiagonalScale {
         constexpr int at = s;
         add_score_terms(f[at], z[at * dim + j], to_mean, to_scale);
       });
-      if (mean) mean[j] = mean[j] + output(divided(to_mean, j));
+      if (mean) mean[j] = mean[j] + output(divisor(j).of(to_mean));
       if (scale) scale[j] = scale[j] + output(to_scale);
     }
   }

@@ -8,7 +8,7 @@
 //   team_work()                      scratch that is enough for what writes nothing but its results: not for
 //                                    add_score, add_path, trace and reward_variance
 //   log_determinant()                log det S
-//   divided(x, j)                    x / S_jj
+//   divisor(j).of(x)                 x / S_jj, also where 1 / S_jj is beyond all numbers
 //   stretch<S>(base, eps, y)         y = base + S eps
 //   whiten<S>(residual, z)           z = S⁻¹ residual
 //   whiten_transposed<S>(z, a)       a = S⁻ᵀ z

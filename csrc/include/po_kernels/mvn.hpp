@@ -41,16 +41,22 @@ struct TriangularScale {
     });
   }
 
-  // x / L_jj.
-  PK_FN P divided_value(P x, Index j) const { return x * lift[j] * inverse_diag[j]; }
-  PK_FN V divided(V x, Index j) const {
-    if constexpr (is_dual<V>) {
-      const P value = divided_value(x.v, j);
-      return {value, divided_value(x.t - value * row(j)[j].t, j)};
-    } else {
-      return divided_value(x, j);
+  // Divides by L_jj.
+  struct Divisor {
+    V diagonal;
+    P lift, inverse;
+
+    PK_FN P of_value(P x) const { return x * lift * inverse; }
+    PK_FN V of(V x) const {
+      if constexpr (is_dual<V>) {
+        const P value = of_value(x.v);
+        return {value, of_value(x.t - value * diagonal.t)};
+      } else {
+        return of_value(x);
+      }
     }
-  }
+  };
+  PK_FN Divisor divisor(Index j) const { return {row(j)[j], lift[j], inverse_diag[j]}; }
 
   template <class Team = Alone>
   PK_FN V log_determinant(Team team = {}) const {
@@ -80,7 +86,8 @@ struct TriangularScale {
         const V l = row(i)[j];
         unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * z[s * dim + j]; });
       }
-      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = divided(sum[s], i); });
+      const Divisor divisor = this->divisor(i);
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = divisor.of(sum[s]); });
     }
   }
 
@@ -94,7 +101,8 @@ struct TriangularScale {
         const V l = row(k)[i];
         unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * a[s * dim + k]; });
       }
-      unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = divided(sum[s], i); });
+      const Divisor divisor = this->divisor(i);
+      unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = divisor.of(sum[s]); });
     }
   }
 
@@ -115,9 +123,10 @@ struct TriangularScale {
             sum[at] = sum[at] - l.t * eps[at * dim + j] - l.v * z[at * dim + j].t;
           });
         }
+        const Divisor divisor = this->divisor(i);
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = s;
-          z[at * dim + i] = V{eps[at * dim + i], divided_value(sum[at], i)};
+          z[at * dim + i] = V{eps[at * dim + i], divisor.of_value(sum[at])};
         });
       }
     }
@@ -138,7 +147,7 @@ struct TriangularScale {
         sum = sum + output(to);
       });
       if (mean) mean[i] = mean[i] + sum;
-      if (scale) scale[i * dim + i] = scale[i * dim + i] - output(divided(all, i));
+      if (scale) scale[i * dim + i] = scale[i * dim + i] - output(divisor(i).of(all));
     }
     if (scale) add_outer<S>(dim, 0, a, z, [&](Index i) PK_LAMBDA { return scale + i * dim; });
   }
@@ -152,7 +161,7 @@ struct TriangularScale {
 
   template <class Team = Alone>
   PK_FN void add_entropy(V f, P* scale, Team team = {}) const {
-    team.each(dim, [&](Index j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(divided(f, j)); });
+    team.each(dim, [&](Index j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(divisor(j).of(f)); });
   }
 
   // Column by column of L: tr(U L Lᵀ) = Σ_j l_jᵀ U l_j.
