@@ -42,7 +42,8 @@ def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
         rewards = transform_rewards(column, config.rbf_gamma)
         p = torch.softmax(logits, dim=-1)
         mean = (p * rewards).sum(dim=-1)
-        std = (p * (rewards - mean.unsqueeze(-1)).square()).sum(dim=-1).detach().sqrt()
+        deviations = (rewards - mean.unsqueeze(-1)).detach().double()  # whose squares vanish in float32
+        std = (p.detach() * deviations.square()).sum(dim=-1).sqrt().to(p.dtype)
         return RowLoss(-(mean + config.entropy_coef * h), mean.detach(), std, h.detach(), target_log_prob, std)
     samples = sample(logits, constants.seed, config)
     return sampled_loss(
