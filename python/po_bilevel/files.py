@@ -27,7 +27,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         # Held until it has its name, so that no other process takes it for left over.
         if fcntl is not None:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -45,13 +46,22 @@ def atomic(path: Path) -> Iterator[Path]:
 def alone(path: Path) -> Iterator[None]:
     """A file or folder that is there is held by this process, until the block or the process ends, however it does.
 
+    Nothing is held on a system or a file system that has no such locks.
+
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: it is held already.
     """
+    if fcntl is None:
+        yield
+        return
     held = os.open(path, os.O_RDONLY)
     try:
-        if fcntl is not None:
+        try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass
         yield
     finally:
         os.close(held)
