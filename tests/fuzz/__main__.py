@@ -12,6 +12,7 @@ from collections import Counter
 
 import torch
 from hypothesis import HealthCheck, Phase, assume, given, seed, settings
+from hypothesis.errors import Flaky, Unsatisfiable
 
 from po_kernels.backends.contract import OPS
 
@@ -27,34 +28,33 @@ def main() -> int:
     start = secrets.randbits(32) if options.seed is None else options.seed
     print(f"--seed {start}", flush=True)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("ignore")
     known: set[tuple[str, ...]] = set()
     count: Counter[str] = Counter()
+    last: list[Call] = []
     end = time.monotonic() + 60 * options.minutes
-    number = 0
-    while time.monotonic() < end:
-        last: list[Call] = []
 
-        @seed(start + number)
-        @settings(
-            max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck),
-            phases=(Phase.generate, Phase.shrink), print_blob=False, report_multiple_bugs=False,
-        )  # fmt: skip
-        @given(calls(options.op))
-        def run(call: Call, last: list[Call] = last) -> None:
-            assume(_kind(call) not in known)
-            assume(time.monotonic() < end)
-            count[call.transform] += 1
-            try:
-                call.check()
-            except Fault:
-                last[:] = [call]
-                raise
-
+    def run(call: Call) -> None:
+        assume(_kind(call) not in known and time.monotonic() < end)
+        count[call.transform] += 1
         try:
-            run()
-        except Fault as fault:
-            print(f"\n{fault}", flush=True)
+            call.check()
+        except Fault:
+            last[:] = [call]
+            raise
+
+    number = start
+    while time.monotonic() < end:
+        # Given anew in each round: a function keeps the random numbers of its first.
+        try:
+            settings(
+                max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+                phases=(Phase.generate, Phase.shrink), print_blob=False, report_multiple_bugs=False,
+            )(seed(number)(given(calls(options.op))(run)))()  # fmt: skip
+        except Unsatisfiable:  # the time is over
+            pass
+        except (Fault, Flaky) as fault:
+            print(f"\n{type(fault).__name__}: {fault}", flush=True)
             known.add(_kind(last[0]))
         number += 1
     print(f"\n{sum(count.values())} calls, of which {dict(count)}; {len(known)} kinds of fault", flush=True)
