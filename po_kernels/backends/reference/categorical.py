@@ -36,7 +36,8 @@ def entropy(logits: Tensor) -> Tensor:
 def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
     (logits, reward_table), target = inputs, constants.target
     target_log_prob = log_prob(logits, target).detach()
-    column = reward_table.t()[target]  # (B, C): the reward of each class given the row's label
+    # (B, C): the reward of each class given the row's label. In float64, in which autograd then adds up the rows.
+    column = reward_table.t().double()[target].to(reward_table.dtype)
     h = entropy(logits)
     if config.estimator == "exact":
         rewards = transform_rewards(column, config.rbf_gamma)
