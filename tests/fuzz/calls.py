@@ -19,7 +19,18 @@ from torch import Tensor
 from po_kernels.backends.advantages import ADVANTAGES
 from po_kernels.backends.contract import OPS
 from tests.ops import bounds
-from tests.ops.cases import ESTIMATORS, LOG_PROBS, LOSSES, PRECISIONS, REDUCTIONS, Case, draw, largest, repeats_second_order, serving
+from tests.ops.cases import (
+    ESTIMATORS,
+    LOG_PROBS,
+    LOSSES,
+    PRECISIONS,
+    REDUCTIONS,
+    Case,
+    draw,
+    largest,
+    repeats_second_order,
+    serving,
+)
 
 from .memory import LAYOUTS, place, unaliased
 from .transforms import TRANSFORMS, WITHOUT_DERIVATIVES, Found
@@ -136,7 +147,9 @@ class Call:
             run = partial(TRANSFORMS[self.transform].run, backend="reference", seed=self.seed, move=lambda x: x)
             torchs = [
                 {
-                    name: [None if x is None else bounds.distance([x], [y]) for x, y in zip(xs, exact[name], strict=True)]
+                    name: [
+                        None if x is None else bounds.distance([x], [y]) for x, y in zip(xs, exact[name], strict=True)
+                    ]
                     for name, xs in found.items()
                 }
                 for found, exact in zip(run(there), run(there.to(torch.float64)), strict=True)
@@ -189,7 +202,10 @@ def complaints(found: Found, right: bounds.Expected) -> list[str]:
     least, eps = torch.finfo(computed).smallest_normal, dict.fromkeys(right.exact, torch.finfo(computed).eps)
     eps["second"] = torch.finfo(dtype).eps
     halves = [x.dtype for tensors in found.values() for x in tensors if x is not None and x.dtype in HALF]
-    if halves and right.case.op not in (*LOSSES, *LOG_PROBS):  # whose value has the dtype of its inputs, and so the cotangent
+    if halves and right.case.op not in (
+        *LOSSES,
+        *LOG_PROBS,
+    ):  # whose value has the dtype of its inputs, and so the cotangent
         eps["first"] = torch.finfo(halves[0]).eps
     magnified = max((largest(tensors) for tensors in right.exact.values()), default=0.0)
     underflow = right.factor * right.case.terms * (1 + magnified) * least * torch.finfo(computed).eps
@@ -242,9 +258,7 @@ WEIGHTED = [name for name, transform in TRANSFORMS.items() for _ in range(transf
 
 
 @st.composite
-def calls(
-    pick: Any, op: str | None = None, backend: str | None = None, transform: str | None = None
-) -> Call:
+def calls(pick: Any, op: str | None = None, backend: str | None = None, transform: str | None = None) -> Call:
     """Calls, of the smallest first; what is given is fixed."""
     op = pick(st.sampled_from(tuple(OPS))) if op is None else op
     row = OPS[op]

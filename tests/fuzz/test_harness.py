@@ -39,7 +39,9 @@ def plant(monkeypatch, change):
     right = dispatch.kernel
 
     def kernel(op, name):
-        return lambda request: change(request, list(right(op, name)(request))) if name == "native" else right(op, name)(request)
+        return lambda request: (
+            change(request, list(right(op, name)(request))) if name == "native" else right(op, name)(request)
+        )
 
     monkeypatch.setattr(dispatch, "kernel", kernel)
 

@@ -153,7 +153,9 @@ def _mixed(case: Case, backend: str, seed: int, move: Move) -> list[Found]:
 def _in_child(connection: Any, case: Case, backend: str, seed: int) -> None:
     torch.set_num_threads(1)  # torch's own operations: those of ours find out by themselves
     found = _value(case, backend, seed, lambda x: x)
-    connection.send([{order: [(x.tolist(), x.dtype) for x in tensors] for order, tensors in each.items()} for each in found])
+    connection.send(
+        [{order: [(x.tolist(), x.dtype) for x in tensors] for order, tensors in each.items()} for each in found]
+    )
 
 
 FORK_SECONDS = 60
@@ -179,7 +181,8 @@ def _forked(case: Case, backend: str, seed: int, move: Move) -> list[Found]:
         child.kill()
         child.join()
     return [
-        {order: [torch.tensor(x, dtype=dtype) for x, dtype in tensors] for order, tensors in each.items()} for each in found
+        {order: [torch.tensor(x, dtype=dtype) for x, dtype in tensors] for order, tensors in each.items()}
+        for each in found
     ]
 
 

@@ -19,9 +19,7 @@ def standardized(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     std = np.sqrt(((centred / unit) ** 2).mean()) * unit
     below = std + np.longdouble("1e-6")
     count = len(r)
-    return centred / below, (np.eye(count) - 1 / count) / below - np.outer(
-        centred, centred / std / count / below**2
-    )
+    return centred / below, (np.eye(count) - 1 / count) / below - np.outer(centred, centred / std / count / below**2)
 
 
 @DTYPES
