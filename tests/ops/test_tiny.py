@@ -1,4 +1,4 @@
-"""Rewards and scales among the subnormal numbers, where 1 over a number is inf: no nan, and the value that float64 has."""
+"""Rewards and scales among the subnormal numbers, where 1 over a number is inf: no nan, but the value of float64."""
 
 import numpy as np
 import pytest
@@ -19,9 +19,7 @@ def standardized(r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     std = np.sqrt(((centred / unit) ** 2).mean()) * unit
     below = std + np.longdouble("1e-6")
     count = len(r)
-    return centred / below, (np.eye(count) - 1 / count) / below - np.outer(
-        centred, centred / std / count / below**2
-    )
+    return centred / below, (np.eye(count) - 1 / count) / below - np.outer(centred, centred / std / count / below**2)
 
 
 @DTYPES
