@@ -61,7 +61,7 @@ def _standardized(rewards: Tensor) -> Tensor:
 
 
 ADVANTAGES = {
-    "none": Advantage(0, "A = r", lambda r: r),
+    "none": Advantage(0, "A = r", lambda r: r.clone()),
     "min": Advantage(1, "A = r - min r, the minimum held constant", lambda r: r - r.detach().amin(dim=0, keepdim=True)),
     "mean": Advantage(2, "A = r - mean r", _centred),
     "loo": Advantage(

@@ -39,7 +39,7 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
 
 
-class Fault(AssertionError):
+class WrongResultError(AssertionError):
     """An op is wrong: how, and the code that shows it."""
 
 
@@ -102,7 +102,7 @@ class Call:
         )
 
     def check(self) -> None:
-        """Raises a `Fault`, with what is wrong and the code that shows it."""
+        """Raises a `WrongResultError`, with what is wrong and the code that shows it."""
         case, transform = self.case(), TRANSFORMS[self.transform]
         cases = transform.cases(case)
         expected = [self._expected(each, transform.order) for each in cases]
@@ -112,13 +112,13 @@ class Call:
             with poisoned_memory():
                 found = transform.run(placed, self.backend, self.seed, LAYOUTS[self.memory])
         except Exception as error:
-            raise Fault(f"{type(error).__name__}: {error}\n\n{self.reproduction()}") from error
+            raise WrongResultError(f"{type(error).__name__}: {error}\n\n{self.reproduction()}") from error
         after = (*placed.tensors.values(), *placed.constants.values())
         lines = [] if all(map(torch.equal, before, after)) else ["an input is changed"]
         for index, each in enumerate(found):
             lines += complaints(each, expected[index % len(expected)])
         if lines:
-            raise Fault("\n".join([*lines[:6], "", self.reproduction()]))
+            raise WrongResultError("\n".join([*lines[:6], "", self.reproduction()]))
 
     def _expected(self, case: Case, order: int) -> bounds.Expected:
         """Where exact results leave what float32 can hold, nothing is expected: hypothesis draws another call."""
@@ -137,7 +137,7 @@ class Call:
         except AssertionError as error:
             if self.exponent > 0 or self.log_scale:
                 assume("is not finite" not in str(error))
-            raise Fault(f"the reference: {error}\n\n{self.reproduction()}") from error
+            raise WrongResultError(f"the reference: {error}\n\n{self.reproduction()}") from error
         if self.dtype == torch.float16:
             assume(max(map(largest, right.exact.values())) < torch.finfo(self.dtype).max / 2)
         torchs = [{}]

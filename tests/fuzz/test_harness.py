@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from po_kernels import dispatch
 from po_kernels.ops import _autograd, _library, _modes
 
-from .calls import Fault, calls
+from .calls import WrongResultError, calls
 
 EXAMPLES = 200
 
@@ -23,7 +23,7 @@ def shown(op, transform=None):
     def run(call):
         call.check()
 
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(WrongResultError) as caught:
         run()
     return str(caught.value).split("\n\n")
 
@@ -94,7 +94,7 @@ def one_thread(torch_state):
 
 def found_and_gone(monkeypatch, op, transform=None):
     what, code = shown(op, transform)
-    with pytest.raises(Fault):
+    with pytest.raises(WrongResultError):
         rerun(code)
     monkeypatch.undo()
     rerun(code)
