@@ -8,7 +8,7 @@ from po_kernels import dispatch
 from po_kernels.backends.contract import OpConfig
 from po_kernels.backends.cuda import kernels
 
-from . import test_numbers
+from . import test_long_sums, test_mvn, test_numbers, test_tiny
 from .bounds import agrees
 from .cases import (
     ADVANTAGES,
@@ -47,7 +47,9 @@ def test_every_option(op, dtype):
         for advantage in ADVANTAGES if estimator in ("dice", "reinforce") else ("loo",):
             for kind in PRECISIONS if op in GAUSSIAN_LOSSES else ("full",):
                 options = {"estimator": estimator, "advantage": advantage, "reduction": REDUCTIONS[number % 3]}
-                agrees(draw(op, number, dtype, lead=(3,), dim=6, group=7, precision_kind=kind, **options), number)
+                agrees(
+                    draw(op, number, dtype, lead=(3,), dim=6, group=7, precision_kind=kind, **options), BACKEND, number
+                )
                 number += 1
 
 
@@ -64,7 +66,7 @@ def test_shapes(op, shape):
             options = {"estimator": estimator} if estimator else {}
             case = draw(op, number, dtype, lead=(3,), dim=dim, group=group, precision_kind="full", **options)
             # A second derivative in float64 takes four times the shared memory of a first in float32.
-            agrees(case, second=not (dim > 33 and "mvn" in op and dtype == torch.float64))
+            agrees(case, BACKEND, second=not (dim > 33 and "mvn" in op and dtype == torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -87,7 +89,7 @@ def test_blocks_of_many_rows(op, monkeypatch):
         options = {"estimator": "dice", "precision_kind": "full", "shared_scale": False}
         case = draw(op, seed, dtype, lead=(37,), dim=5, group=6, **options)
         for reduction in REDUCTIONS:
-            agrees(case.with_options(reduction=reduction))
+            agrees(case.with_options(reduction=reduction), BACKEND)
         case = case.with_options(reduction="none")
         assert torch.equal(test_numbers.rows_of(case, 3, 20)(backend=BACKEND), case(backend=BACKEND)[3:20])
 
@@ -158,3 +160,22 @@ def test_it_is_never_chosen_unasked():
     for op in OPS:
         assert dispatch.select(op, "cpu", torch.float32, None) != BACKEND
         assert dispatch.select(op, "cpu", torch.float32, BACKEND) == BACKEND
+
+
+@pytest.mark.parametrize("advantage", sorted(ADVANTAGES))
+@pytest.mark.parametrize("op", ["gaussian_surrogate_loss", "mvn_surrogate_loss"])
+def test_rewards_among_the_subnormal_numbers(op, advantage):
+    test_tiny.test_rewards_of_a_loss(op, BACKEND, advantage)
+
+
+def test_scales_among_the_subnormal_numbers():
+    test_tiny.test_log_std_of_a_subnormal_deviation(BACKEND)
+    test_tiny.test_subnormal_scale_tril(BACKEND)
+
+
+def test_a_scale_that_is_not_finite():
+    test_mvn.test_a_scale_that_is_not_finite(BACKEND, float("inf"))
+
+
+def test_sums_over_rows_of_equal_numbers():
+    test_long_sums.test_rows_share_a_precision(BACKEND)
