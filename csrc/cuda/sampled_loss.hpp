@@ -52,7 +52,7 @@ struct SampledRows : PolicyLossRows<V, Scale, false> {
                   load(held.policy.mean + j, mean);
                   load(held.policy.parameter + j, parameter);
                   load(scale.inverse_std + j, inverse);
-                  load(scale.lift + j, lift);
+                  load(scale.lift() + j, lift);
                   unrolled<kTile>([&](auto i) PK_LAMBDA {
                     constexpr int at = i;
                     white[at] = Scale<V>::whitened(mean[at].t * lift[at] * inverse[at], parameter[at].t, noise[at]);

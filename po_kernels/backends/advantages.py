@@ -35,29 +35,42 @@ def _centred(rewards: Tensor) -> Tensor:
     return shifted - shifted.mean(dim=0, keepdim=True)
 
 
-def _spread(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x - mean x) / unit, the standard deviation over unit, unit, and whether the members of a group differ.
+def _relative(values: Tensor, unit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Deviations from the mean and their standard deviation, both over unit, and whether they are not all zero.
 
-    In float64, where the squares and inverses of float32 numbers, the subnormal ones too, are normal numbers; relative
-    to the largest member, so that those of float64 are.
+    Relative to the largest, squares neither overflow nor vanish.
     """
-    x = values.double()
-    unit = x.detach().abs().amax(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    centred = _centred(x / unit)
+    centred = _centred(values) / unit
     variance = centred.square().mean(dim=0, keepdim=True)
     varies = variance.detach() != 0  # a nan goes on as such
-    return centred, torch.where(varies, variance, 1.0).sqrt(), unit, varies
+    return centred, torch.where(varies, variance, 1.0).sqrt(), varies
+
+
+def _unit(values: Tensor) -> Tensor:
+    """The largest deviation of a group, or 1."""
+    largest = _centred(values.detach()).abs().amax(dim=0, keepdim=True)
+    return torch.where(largest != 0, largest, 1.0)
 
 
 def group_std(values: Tensor) -> Tensor:
     """Standard deviation of (G, *) over the leading axis with G in the denominator."""
-    _, std, unit, varies = _spread(values)
-    return torch.where(varies, std * unit, 0.0).squeeze(0).to(values.dtype)
+    unit = _unit(values)
+    _, std, varies = _relative(values, unit)
+    return torch.where(varies, std * unit, 0.0).squeeze(0)
 
 
 def _standardized(rewards: Tensor) -> Tensor:
-    centred, std, unit, varies = _spread(rewards)
-    return torch.where(varies, centred / (std + STANDARDIZED_EPS / unit), 0.0).to(rewards.dtype)
+    # Derivatives divide by the square of the deviation: that of tiny rewards is a normal number in float64 alone.
+    tiny = _unit(rewards) < (2.0**-60 if rewards.dtype == torch.float32 else 2.0**-500)
+    usual = torch.where(tiny, 0.0, rewards)
+    unit = _unit(usual)
+    centred = _centred(usual)
+    _, std, varies = _relative(usual, unit)
+    advantages = torch.where(varies, centred / (std * unit + STANDARDIZED_EPS), 0.0)
+    rest = torch.where(tiny, rewards, 0.0).double()
+    unit = rest.detach().abs().amax(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    centred, std, varies = _relative(rest, unit)
+    return advantages + torch.where(varies, centred / (std + STANDARDIZED_EPS / unit), 0.0).to(rewards.dtype)
 
 
 ADVANTAGES = {

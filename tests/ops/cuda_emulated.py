@@ -9,7 +9,8 @@ from po_kernels.backends import contract
 from po_kernels.backends.contract import OpConfig
 from po_kernels.backends.cuda import kernels
 
-from . import bounds, test_numbers
+from . import test_long_sums, test_mvn, test_numbers, test_tiny
+from .bounds import agrees
 from .cases import (
     ADVANTAGES,
     DIFFERENTIABLE,
@@ -27,12 +28,6 @@ from .cases import (
 )
 
 BACKEND = "cuda"
-
-
-def agrees(case: Case, seed: int = 0, *, second: bool = True) -> None:
-    bounds.agrees(case, BACKEND, seed, second=second)
-
-
 OPS = [op for op in DIFFERENTIABLE if op in kernels.KERNELS]
 
 
@@ -53,7 +48,9 @@ def test_every_option(op, dtype):
         for advantage in ADVANTAGES if estimator in ("dice", "reinforce") else ("loo",):
             for kind in PRECISIONS if op in GAUSSIAN_LOSSES else ("full",):
                 options = {"estimator": estimator, "advantage": advantage, "reduction": REDUCTIONS[number % 3]}
-                agrees(draw(op, number, dtype, lead=(3,), dim=6, group=7, precision_kind=kind, **options), number)
+                agrees(
+                    draw(op, number, dtype, lead=(3,), dim=6, group=7, precision_kind=kind, **options), BACKEND, number
+                )
                 number += 1
 
 
@@ -70,7 +67,7 @@ def test_shapes(op, shape):
             options = {"estimator": estimator} if estimator else {}
             case = draw(op, number, dtype, lead=(3,), dim=dim, group=group, precision_kind="full", **options)
             # A second derivative in float64 takes four times the shared memory of a first in float32.
-            agrees(case, second=not (dim > 33 and "mvn" in op and dtype == torch.float64))
+            agrees(case, BACKEND, second=not (dim > 33 and "mvn" in op and dtype == torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -93,7 +90,7 @@ def test_blocks_of_many_rows(op, monkeypatch):
         options = {"estimator": "dice", "precision_kind": "full", "shared_scale": False}
         case = draw(op, seed, dtype, lead=(37,), dim=5, group=6, **options)
         for reduction in REDUCTIONS:
-            agrees(case.with_options(reduction=reduction))
+            agrees(case.with_options(reduction=reduction), BACKEND)
         case = case.with_options(reduction="none")
         assert torch.equal(test_numbers.rows_of(case, 3, 20)(backend=BACKEND), case(backend=BACKEND)[3:20])
 
@@ -123,23 +120,17 @@ def test_an_absent_tangent_is_zero(op):
     case = draw(op, 3, lead=(4,), dim=3, group=5, shared_scale=False, precision_kind="full", estimator="dice")
     inputs, seed = list(case.tensors.values()), torch.tensor(7)
     config = OpConfig("dice", 5, "loo", None, 0.5, "mean", 0)
-
-    def second(tangents, moved):
-        request = contract.OPS[op].request(
-            inputs, [seed], tangents, cotangent, moved, [True] * 4, want_stats=False, config=config
-        )
-        value, _, *gradients = kernels.KERNELS[op](request)
-        return [value, *gradients]
-
+    row, kernel = contract.OPS[op], kernels.KERNELS[op]
     cotangent = torch.tensor(0.7, dtype=torch.float64)
     for given in range(len(inputs)):
         some = [torch.ones_like(x) if i == given else None for i, x in enumerate(inputs)]
         every = [torch.ones_like(x) if i == given else torch.zeros_like(x) for i, x in enumerate(inputs)]
         results = [
-            second(tangents, tangent) for tangents, tangent in ((some, None), (every, torch.zeros_like(cotangent)))
+            kernel(row.request(inputs, [seed], tangents, cotangent, tangent, [True] * 4, False, config))
+            for tangents, tangent in ((some, None), (every, torch.zeros_like(cotangent)))
         ]
         for found, expected in zip(*results, strict=True):
-            assert torch.equal(found, expected)
+            assert found is expected is None or torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -170,3 +161,22 @@ def test_it_is_never_chosen_unasked():
     for op in OPS:
         assert dispatch.select(op, "cpu", torch.float32, None) != BACKEND
         assert dispatch.select(op, "cpu", torch.float32, BACKEND) == BACKEND
+
+
+@pytest.mark.parametrize("advantage", sorted(ADVANTAGES))
+@pytest.mark.parametrize("op", ["gaussian_surrogate_loss", "mvn_surrogate_loss"])
+def test_rewards_among_the_subnormal_numbers(op, advantage):
+    test_tiny.test_rewards_of_a_loss(op, BACKEND, advantage)
+
+
+def test_scales_among_the_subnormal_numbers():
+    test_tiny.test_log_std_of_a_subnormal_deviation(BACKEND)
+    test_tiny.test_subnormal_scale_tril(BACKEND)
+
+
+def test_a_scale_that_is_not_finite():
+    test_mvn.test_a_scale_that_is_not_finite(BACKEND, float("inf"))
+
+
+def test_sums_over_rows_of_equal_numbers():
+    test_long_sums.test_rows_share_a_precision(BACKEND)

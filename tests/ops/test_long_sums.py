@@ -119,8 +119,8 @@ def test_dimensions(backend):
 
 
 @pytest.mark.parametrize("backend", serving("gaussian_policy_loss"))
-def test_rows(backend):
-    """Gradients that rows share: of equal rows, so that every sum is of equal numbers."""
+def test_rows_share_a_precision(backend):
+    """Of equal rows, so that every sum is of equal numbers."""
     rows = 200_000
     mean, target = torch.full((rows, 2), 0.4), torch.full((rows, 2), 0.1)
     precision = torch.tensor([0.7, 0.9], requires_grad=True)
@@ -129,6 +129,10 @@ def test_rows(backend):
     delta = float(np.float32(0.4)) - float(np.float32(0.1))
     assert np.abs(found.double().numpy() / (rows * (delta**2 + 1)) - 1).max() <= RUN
 
+
+@pytest.mark.parametrize("backend", serving("categorical_policy_loss"))
+def test_rows_share_a_table(backend):
+    rows = 200_000
     table = torch.zeros(3, 3, requires_grad=True)
     target = torch.ones(rows, dtype=torch.int64)
     loss = pk.categorical_policy_loss(torch.zeros(rows, 3), target, table, reduction="sum", backend=backend)

@@ -16,7 +16,6 @@ struct DiagonalScale {
   const V* log_std;
   V* std = nullptr;
   P* inverse_std = nullptr;  // 1 / (σ_j lift_j)
-  P* lift = nullptr;         // of σ_j whose inverse would be inf: a power of two
 
   PK_FN DiagonalScale(Index dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
@@ -26,11 +25,13 @@ struct DiagonalScale {
   PK_FN static Index padded(Index dim) { return (dim + 3) / 4 * 4; }  // of std, inverse_std and lift
   PK_FN Index size() const { return dim; }
 
+  // Of a σ_j whose inverse would be inf: a power of two. Not a member, which would take registers on a device.
+  PK_FN P* lift() const { return inverse_std + padded(dim); }
+
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
     inverse_std = reinterpret_cast<P*>(scratch + padded(dim));
-    lift = inverse_std + padded(dim);
     const T small = sizeof(T) == 4 ? T(-80) : T(-700);
     const T power = T(18446744073709551616.0), log_power = T(44.3614195558365);  // 2^64
     team.each(dim, [&](Index j) PK_LAMBDA {
@@ -38,7 +39,7 @@ struct DiagonalScale {
       if (!whitens) return;
       const P value = stop(log_std[j]);
       const auto lifted = value < small;
-      lift[j] = select(lifted, broadcast<P>(power), broadcast<P>(T(1)));
+      lift()[j] = select(lifted, broadcast<P>(power), broadcast<P>(T(1)));
       inverse_std[j] = exp(-select(lifted, value + log_power, value));
     });
   }
@@ -63,7 +64,7 @@ struct DiagonalScale {
       }
     }
   };
-  PK_FN Divisor divisor(Index j) const { return {log_std[j], lift[j], inverse_std[j]}; }
+  PK_FN Divisor divisor(Index j) const { return {log_std[j], lift()[j], inverse_std[j]}; }
 
   // Of one dimension.
   template <class R>
