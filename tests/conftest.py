@@ -26,7 +26,7 @@ from po_kernels import dispatch, extension
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the tensors of the op tests are: cpu or cuda")
-    parser.addoption("--fast", action="store_true", help="fewer random cases, and no test that is marked as slow")
+    parser.addoption("--fast", action="store_true", help="fewer random cases, and no slow test")
 
 
 def pytest_configure(config):
@@ -64,13 +64,17 @@ def torch_state(request):
     torch.set_default_dtype(dtype)
 
 
+# Files that --fast leaves out whole: most of their time is that of a compiler, or of processes that start.
+SLOW = ("test_compile.py", "test_docs.py", "test_sweep.py", "test_triton.py")
+
+
 def pytest_collection_modifyitems(config, items):
     """A test over the backends that serve an op is not there at all where none does."""
     fast = config.getoption("--fast")
     left_out = {
         item
         for item in items
-        if (fast and item.get_closest_marker("slow"))
+        if (fast and (item.path.name in SLOW or item.get_closest_marker("slow")))
         or any("got empty parameter set" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip"))
     }
     if left_out:

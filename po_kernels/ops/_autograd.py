@@ -32,11 +32,11 @@ class Call(NamedTuple):
     want_stats: bool
 
 
-def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> Sequence[Any]:
+def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None], compiling: bool) -> Sequence[Any]:
     """The value, and of a loss the statistics (5, ...) if they are wanted."""
     track = torch.is_grad_enabled()
     needs = [track and x.requires_grad for x in inputs]
-    if torch.compiler.is_compiling():
+    if compiling:
         early = _library.known_early(OPS[call.op], needs, call.config)
         found, stats, *_ = run(call, inputs, constants, needs=early, want_stats=call.want_stats)
         return found, stats.detach()

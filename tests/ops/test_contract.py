@@ -226,6 +226,7 @@ def test_compiled_by_inductor(backend):
     compiled_agrees(case, backend, "inductor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("op", "backend"), fused_pairs(tuple(OPS)))
 def test_opcheck(op, backend, monkeypatch):
     """The arguments are those of real calls, kept on their way to the kernel."""
