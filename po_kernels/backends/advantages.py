@@ -61,5 +61,4 @@ ADVANTAGES = {
         "a group whose rewards are all equal has A = 0 and passes no derivative",
         _standardized,
     ),
-    "max": Advantage(5, "A = r - max r, the maximum held constant", lambda r: r - r.detach().amax(dim=0, keepdim=True)),
 }

@@ -8,9 +8,9 @@
 
 namespace po_kernels {
 
-enum Advantage : int { kNone = 0, kMin = 1, kMean = 2, kLoo = 3, kStandardized = 4, kMax = 5 };
+enum Advantage : int { kNone = 0, kMin = 1, kMean = 2, kLoo = 3, kStandardized = 4 };
 constexpr std::pair<const char*, int> kAdvantages[] = {
-    {"none", kNone}, {"min", kMin}, {"mean", kMean}, {"loo", kLoo}, {"standardized", kStandardized}, {"max", kMax}};
+    {"none", kNone}, {"min", kMin}, {"mean", kMean}, {"loo", kLoo}, {"standardized", kStandardized}};
 
 inline namespace PK_LEVEL {
 
@@ -61,13 +61,6 @@ PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team
     team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g] - least; });
     return;
   }
-  if (kind == kMax) {
-    const P largest = team.template fold<P>(
-        count, stop(first), [&](Index g) PK_LAMBDA { return stop(reward[g]); },
-        [](P a, P b) PK_LAMBDA { return select(b > a, b, a); });
-    team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g] - largest; });
-    return;
-  }
   const V mean = group_mean_from_first(count, reward, team);
   if (kind == kStandardized) {
     const V std = group_std(count, reward, team);
@@ -85,7 +78,7 @@ PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team
 template <class V, class Team = Alone>
 PK_FN void advantages_transposed(int kind, Index count, const V* reward, V* u, Team team = {}) {
   using T = Element<V>;
-  if (kind == kNone || kind == kMin || kind == kMax) return;
+  if (kind == kNone || kind == kMin) return;
   const T inverse_count = ratio<T>(1, count);
   const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * inverse_count;
   if (kind != kStandardized) {

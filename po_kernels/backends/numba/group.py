@@ -13,7 +13,7 @@ from ..contract import ESTIMATORS, OpConfig
 from .rows import dot, helper, total
 
 CLOSED_FORM, REPARAM = ESTIMATORS["analytic"], ESTIMATORS["reparam"]
-NONE, MIN, LOO, STANDARDIZED, MAX = (ADVANTAGES[name].number for name in ("none", "min", "loo", "standardized", "max"))
+NONE, MIN, LOO, STANDARDIZED = (ADVANTAGES[name].number for name in ("none", "min", "loo", "standardized"))
 
 
 class Surrogate(NamedTuple):
@@ -74,13 +74,6 @@ def advantages(kind, reward, advantage):
         for g in range(count):
             advantage[g] = reward[g] - least
         return
-    if kind == MAX:
-        most = reward[0]
-        for g in range(count):
-            most = most if most >= reward[g] else reward[g]  # a nan is taken
-        for g in range(count):
-            advantage[g] = reward[g] - most
-        return
     _centre(reward, advantage)
     if kind == LOO:
         for g in range(count):
@@ -93,8 +86,8 @@ def advantages(kind, reward, advantage):
 
 @helper
 def advantages_transposed(kind, reward, u, centred):
-    """u <- Jᵀ u with J the Jacobian of the advantages in the rewards, the extremes being constants."""
-    if kind in (NONE, MIN, MAX):
+    """u <- Jᵀ u with J the Jacobian of the advantages in the rewards, the minimum being a constant."""
+    if kind in (NONE, MIN):
         return
     count = len(reward)
     mean, scale = total(u) / count, count / (count - 1.0) if kind == LOO else 1.0

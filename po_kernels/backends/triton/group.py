@@ -32,7 +32,6 @@ MIN = tl.constexpr(ADVANTAGES["min"].number)
 MEAN = tl.constexpr(ADVANTAGES["mean"].number)
 LOO = tl.constexpr(ADVANTAGES["loo"].number)
 STANDARDIZED = tl.constexpr(ADVANTAGES["standardized"].number)
-MAX = tl.constexpr(ADVANTAGES["max"].number)
 STANDARDIZED_EPS = tl.constexpr(EPS)
 
 
@@ -43,9 +42,6 @@ def advantages(reward, g, count, K: tl.constexpr):
     elif K.ADVANTAGE == MIN:
         least = tl.min(tl.where(g < count, value(reward), float("inf")), axis=0, keep_dims=True)
         return masked(g < count, plus(reward, -tl.min(least, axis=2, keep_dims=True)))
-    elif K.ADVANTAGE == MAX:
-        most = tl.max(tl.where(g < count, value(reward), float("-inf")), axis=0, keep_dims=True)
-        return masked(g < count, plus(reward, -tl.max(most, axis=2, keep_dims=True)))
     elif K.ADVANTAGE == MEAN:
         return centred(reward, g, count)
     elif K.ADVANTAGE == LOO:
@@ -60,7 +56,7 @@ def advantages(reward, g, count, K: tl.constexpr):
 @triton.jit
 def advantages_transposed(reward, u, g, count, K: tl.constexpr):
     """Jᵀ u with J the Jacobian of the advantages in the rewards; u is zero beyond the group."""
-    if K.ADVANTAGE == NONE or K.ADVANTAGE == MIN or K.ADVANTAGE == MAX:
+    if K.ADVANTAGE == NONE or K.ADVANTAGE == MIN:
         return u
     elif K.ADVANTAGE == MEAN:
         return less_mean(u, g, count)
