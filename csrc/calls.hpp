@@ -145,15 +145,6 @@ struct CategoricalLogProb : Call {
   PK_FIELDS((Call), classes, count, logits, value, cotangent, out)
 };
 
-struct CategoricalEntropy : Call {
-  int64_t classes = 0;
-  RowInput logits;
-  Input cotangent;      // (rows)
-  void* out = nullptr;  // (rows)
-
-  PK_FIELDS((Call), classes, logits, cotangent, out)
-};
-
 struct CategoricalSample : Call, RandomNumbers {
   int64_t classes = 0;
   int64_t num_samples = 0;
@@ -183,7 +174,7 @@ struct GroupAdvantage : Call {
   PK_GAUSSIAN_KERNELS(both, cpu, mvn)                                                                           \
   cpu(categorical_policy_loss, CategoricalPolicyLoss) cpu(categorical_surrogate_loss, CategoricalSurrogateLoss) \
       cpu(categorical_log_prob, CategoricalLogProb) cpu(categorical_sample, CategoricalSample)                  \
-          cpu(categorical_entropy, CategoricalEntropy) cpu(group_advantage, GroupAdvantage)
+          cpu(group_advantage, GroupAdvantage)
 #define PK_NO_KERNEL(name, type)
 #define PK_FOR_EACH_KERNEL(do) PK_KERNELS(do, do)
 #define PK_FOR_EACH_CUDA_KERNEL(do) PK_KERNELS(do, PK_NO_KERNEL)

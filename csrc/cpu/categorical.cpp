@@ -277,33 +277,6 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
   });
 }
 
-Verdict categorical_entropy(const CategoricalEntropy& call) {
-  return with_lanes(call, [](auto lane, const CategoricalEntropy& call) -> Verdict {
-    using V = decltype(lane);
-    using T = Element<V>;
-    using P = Primal<V>;
-    const int64_t classes = call.classes;
-    const size_t bytes = sizeof(V) * size_t(3 * classes) + sizeof(P) * size_t(2 * classes) + 1024;
-    return for_each_tile<V>(call, 8 * classes, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
-      const Verdict verdict = check_logits<T>(tile, classes, call.logits, false);
-      if (verdict.code != kAccepted) return verdict;
-      V* logits = arena.take(classes);
-      V* p = arena.take(classes);
-      V* log_p = arena.take(classes);
-      P* gradient = arena.template take_for<P>(call.logits.gradient, classes);
-      load(tile, call.logits, classes, logits);
-      const V entropy = softmax(classes, logits, p, log_p);
-      store(tile, output(entropy), call.out);
-      if (gradient == nullptr) return {};
-      V weight;
-      load(tile, slice<T>(call.cotangent, 0, call.rows, 1), 1, &weight);
-      for (int64_t c = 0; c < classes; ++c) gradient[c] = output(weight * entropy_slope(p[c], log_p[c], entropy));
-      store(tile, gradient, classes, call.logits.gradient, arena);
-      return {};
-    });
-  });
-}
-
 Verdict categorical_sample(const CategoricalSample& call) {
   return with_lanes(call, [](auto lane, const CategoricalSample& call) -> Verdict {
     using V = Primal<decltype(lane)>;

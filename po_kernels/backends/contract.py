@@ -183,7 +183,6 @@ OPS = {
         ),
         Op("categorical_surrogate_loss", {**_LOGITS, "rewards": "GB"}, {"samples": "GB"}, estimators=_SAMPLED[1:]),
         Op("categorical_log_prob", _LOGITS, {"value": "NB"}, "NB"),
-        Op("categorical_entropy", _LOGITS, {}, "B"),
         Op("categorical_sample", _LOGITS, _SEED, "GB", differentiable=False),
         Op("group_advantage", {"rewards": "GB"}, {}, "GB", options=("advantage", "rbf_gamma", "num_samples")),
     )

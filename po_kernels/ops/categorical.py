@@ -11,13 +11,7 @@ from . import _check, _loss
 from ._evaluate import evaluate
 from ._loss import LossStats
 
-__all__ = [
-    "categorical_entropy",
-    "categorical_log_prob",
-    "categorical_policy_loss",
-    "categorical_sample",
-    "categorical_surrogate_loss",
-]
+__all__ = ["categorical_log_prob", "categorical_policy_loss", "categorical_sample", "categorical_surrogate_loss"]
 
 
 def categorical_sample(
@@ -74,28 +68,6 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     batch = _check.batch_before(op, "value", value, lead)
     value = value.reshape(math.prod(batch), logits.shape[0])
     return evaluate(op, backend, (logits,), (value,), OpConfig())[0].reshape((*batch, *lead))
-
-
-def categorical_entropy(logits: Tensor, *, backend: str | None = None) -> Tensor:
-    """The entropy -Σ p log p, in nats, of which a masked class has no part.
-
-    >>> categorical_entropy(torch.zeros(2))
-    tensor(0.6931)
-
-    Args:
-        logits: (*, C); -inf masks a class.
-        backend: name of the backend; None for the first that can serve the call.
-
-    Returns:
-        entropy, (*); float32 for half-precision logits.
-
-    Raises:
-        TypeError, ValueError: an argument of another type or shape, a row that is all -inf.
-        RuntimeError: the backend asked for cannot serve the call.
-    """
-    op = "categorical_entropy"
-    lead, logits = _policy(op, (), logits)
-    return evaluate(op, backend, (logits,), (), OpConfig())[0].reshape(lead)
 
 
 def categorical_policy_loss(

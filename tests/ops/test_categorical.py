@@ -113,18 +113,6 @@ def test_labels_of_every_integer_type(backend, dtype):
     assert torch.equal(found, pk.categorical_log_prob(logits, value, backend=backend))
 
 
-@pytest.mark.parametrize("backend", serving("categorical_entropy"))
-def test_entropy(backend):
-    """-Σ p log p of p that are written out, and where masked 0; its gradient is p (H + log p), negated."""
-    p = torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]], **F64)
-    logits = (p.log() + torch.tensor([[3.0], [-200.0], [0.0]], **F64)).requires_grad_()
-    found = pk.categorical_entropy(logits, backend=backend)
-    expected = torch.tensor([1.5, 0.0, 2.0], **F64) * torch.tensor(2.0, **F64).log()
-    assert torch.allclose(found, expected, rtol=1e-14, atol=1e-14)
-    (slope,) = grad(found.sum(), logits)
-    assert torch.allclose(slope, -torch.special.xlogy(p, p) - p * expected[:, None], rtol=1e-13, atol=1e-14)
-
-
 @pytest.mark.parametrize("backend", serving("categorical_surrogate_loss"))
 def test_the_surrogate_of_the_ops_own_samples_is_the_policy_loss(backend):
     logits, table, target = torch.randn(3, 4, **F64), torch.randn(4, 4, **F64), torch.tensor([1, 3, 0])

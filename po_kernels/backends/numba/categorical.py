@@ -189,20 +189,6 @@ def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
 
 
 @kernel
-def _entropy_kernel(chunks, logits, cotangent, out, to_logits):
-    """cotangent and out (B,)."""
-    classes, refused = logits.shape[1], False
-    p, log_p = np.empty(classes), np.empty(classes)
-    for row in range(chunks.first, chunks.last):
-        entropy, wrong = _softmax(logits, row, p, log_p)
-        out[row] = entropy
-        refused |= wrong
-        for c in range(classes if to_logits.size > 0 else 0):
-            to_logits[row, c] = -cotangent[row] * p[c] * (log_p[c] + entropy)
-    return refused
-
-
-@kernel
 def _sample_kernel(chunks, logits, seed, row_offset, _, out, unwanted):
     """out (G, B); labels have no gradient."""
     classes, refused = logits.shape[1], False
@@ -251,11 +237,6 @@ def _log_prob(request: Request) -> rows.Served:
     return rows.valued(request, _log_prob_kernel, len(logits), out, rows.once(logits), value)
 
 
-def _entropy(request: Request) -> rows.Served:
-    (logits,) = request.inputs
-    return rows.valued(request, _entropy_kernel, len(logits), logits.new_empty(len(logits)), rows.once(logits))
-
-
 def _sample(request: Request) -> rows.Served:
     (logits,) = request.inputs
     out = torch.empty((request.config.num_samples, len(logits)), dtype=torch.int64)
@@ -267,7 +248,6 @@ KERNELS = rows.served(
         "categorical_policy_loss": _policy_loss,
         "categorical_surrogate_loss": _surrogate_loss,
         "categorical_log_prob": _log_prob,
-        "categorical_entropy": _entropy,
         "categorical_sample": _sample,
     }
 )

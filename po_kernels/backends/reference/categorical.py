@@ -69,7 +69,6 @@ def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
 DEFINITIONS = {
     "categorical_policy_loss": policy_loss,
     "categorical_surrogate_loss": surrogate_loss,
-    "categorical_entropy": lambda inputs, constants, config: entropy(inputs.logits),
     "categorical_log_prob": lambda inputs, constants, config: log_prob(inputs.logits, constants.value),
     "categorical_sample": lambda inputs, constants, config: sample(inputs.logits, constants.seed, config),
 }

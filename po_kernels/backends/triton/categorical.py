@@ -299,23 +299,6 @@ def log_prob(
         tl.store(to.logits + row * classes + c, sums, inside & (c < classes))
 
 
-@triton.jit(do_not_specialize=["rows", "chunks", "count"])
-def entropy_of(
-    logits, logits_stride: tl.int64, cotangent, out, to, rows: tl.int64, chunks: tl.int64, classes, count: tl.int64,
-    K: tl.constexpr,
-):  # fmt: skip
-    """Entropies (1, rows) and, with a cotangent (rows,), the gradient."""
-    c = tl.arange(0, K.BLOCK_D)[None, None, :]
-    row = tally.rows_of_block(0, 1, K)
-    inside = row < rows
-    here = inside & (c < classes)
-    p, log_p, entropy, _ = softmax(load(logits, row * logits_stride + c, here, 0, K), c, classes)
-    tl.store(out + row, output(entropy, K), inside)
-    if K.HAS_COTANGENT and K.NEED_LOGITS:
-        slope = mul(load(cotangent, row, inside, 0, K), mul(p, add(log_p, entropy)))
-        tl.store(to.logits + row * classes + c, output(negative(slope), K), here)
-
-
 @triton.jit(do_not_specialize=["rows", "row_offset", "count"])
 def sample(
     logits, logits_stride: tl.int64, seed, out, rows: tl.int64, row_offset: tl.int64, chunks: tl.int64, classes,
@@ -372,15 +355,6 @@ def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
 
 
-def _entropy(call: Call) -> tuple[Tensor, Tensor]:
-    rows, classes = call.inputs.logits.shape
-    out, none = launch.in_chunks(
-        call, entropy_of, call.empty(1, rows), launch.class_tile(1, classes), {}, call.needs.logits,
-        **call.rows("logits"), cotangent=call.cotangent, to=call.gradients, classes=classes,
-    )  # fmt: skip
-    return out.reshape(rows), none
-
-
 def _sample(call: Call) -> tuple[Tensor, Tensor]:
     rows, classes = call.inputs.logits.shape
     count = call.config.num_samples
@@ -395,6 +369,5 @@ KERNELS = {
     f"categorical_{name}": launch.served(f"categorical_{name}", evaluate)
     for name, evaluate in {
         "policy_loss": _policy_loss, "surrogate_loss": _surrogate_loss, "log_prob": _log_prob, "sample": _sample,
-        "entropy": _entropy,
     }.items()
 }  # fmt: skip
