@@ -8,7 +8,7 @@ BENCH = mkdir -p build && $(BIN)/python -m pytest benchmarks -o python_files='be
 SOURCES := $(shell find csrc -type f)
 EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: demo test test-fast bench bench-check bench-quick count sanitize lint format clean
+.PHONY: demo test test-fast fuzz bench bench-check bench-quick count sanitize lint format clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -21,6 +21,11 @@ test: $(VENV)/installed-test
 # For work in progress: fewer random cases and no slow test, in a minute and a half.
 test-fast: $(VENV)/installed-test
 	$(BIN)/python -m pytest --fast --durations 10
+
+# Random calls of every op for hours, each fault as code that shows it: make fuzz MINUTES=30 SEED=7.
+MINUTES ?= 480
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # Ratios against eager torch and torch.compile, in one process; build/bench.json and a table.
 bench: $(VENV)/installed-test

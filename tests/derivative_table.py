@@ -38,6 +38,11 @@ the derivatives of. A test holds this page to what it finds.
 - jvp: `torch.func.jvp`;
 - compile: `torch.compile(fullgraph=True)` of value and gradient.
 
+Under `torch.compile` calls without gradients (`no_grad`, `inference_mode`), statistics, dynamic batches and
+`torch.export` are traced too, and a graph that autograd differentiates (`backend="eager"`) has second derivatives.
+Transforms of `torch.func` under `torch.compile` (`grad`, `jvp`, `vmap`, `hessian`) are traced as plain torch, whatever
+the backend; `reinforce` refuses them. `tests/ops/test_compile.py` holds this. `torch.jit.trace` is refused.
+
 The kernels of numba compute values and gradients; the reference serves its second order and jvp.
 
 "raises" is a `RuntimeError` that says what to use instead; an operation without a tensor for "mixed" has no say in it.

@@ -19,8 +19,10 @@ def scalars(step: "OuterStep") -> dict[str, float]:
         "gradient_norm": step.gradient_norm,
         "residual_norm": step.residual_norm,
         "num_products": float(step.num_products),
-        "converged": float(step.converged),
+        "converged": None if step.converged is None else float(step.converged),
         "negative_curvature": float(step.negative_curvature),
+        "inner_gradient_norm": step.inner_gradient_norm,
+        "stationarity": step.stationarity,
     }
     found = {name: value for name, value in named.items() if value is not None}
     if step.reward is not None:

@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 training diverged; 2 something about the command, a file o
 130 interrupted. The functions of the commands raise, and `main` makes a line of that.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -20,9 +21,8 @@ from .experiments import plots, results
 from .experiments.registry import EXPERIMENTS
 from .experiments.report import ReportConfig, report
 from .experiments.reproduce import ReproduceConfig, plan
-from .experiments.runs import Experiment, Options
+from .experiments.runs import Experiment, Options, Outcome, folder
 from .experiments.sweep import SweepConfig, sweep
-from .experiments.sweep import check as check_sweep
 from .optional import require
 
 PROGRAM = "po-bilevel"
@@ -58,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (OSError, MemoryError) as error:
         return _fail(2, str(error) or "out of memory")
+    except RuntimeError as error:
+        # torch's word for a MemoryError, with lines of frames below.
+        if not any(part in str(error) for part in ("allocate memory", "CUDA out of memory", "calculation overflowed")):
+            raise
+        return _fail(2, f"out of memory; smaller --hidden, --dim or the like may help: {str(error).splitlines()[0]}")
     return 0
 
 
@@ -67,19 +72,26 @@ def run_experiment(experiment: Experiment, config: Options) -> None:
     if config.plot:
         # Better said now than after the run.
         require("matplotlib", "plots")
-    _make_folder(config.out)
-    outcome = experiment.run(config)
+    with folder(config.out):
+        _write(experiment, config, experiment.run(config))
+
+
+def _write(experiment: Experiment, config: Options, outcome: Outcome) -> None:
+    """Writes what a run found and prints its table, whatever becomes of the files."""
     title, curves = experiment.title_of(config), outcome.curves
     if experiment.baseline is not None:
         curves = curves | {"paired": results.paired(outcome.rows, experiment.baseline)}
     options = dataclasses.asdict(config) | {"out": str(config.out)}
     document = results.document(title, options, outcome.rows)
-    written = [config.out / "curves.json", config.out / "results.json"]
-    results.write_json(written[0], curves)
-    if config.plot:
-        written.insert(1, config.out / f"{title}.png")
-        plots.save(experiment.figure(config, outcome), written[1])
-    results.write_json(written[-1], document)
+    written, trouble = [config.out / "curves.json", config.out / "results.json"], None
+    try:
+        results.write_json(written[0], curves)
+        if config.plot:
+            written.insert(1, config.out / f"{title}.png")
+            plots.save(experiment.figure(config, outcome), written[1])
+        results.write_json(written[-1], document)
+    except OSError as error:
+        trouble = error
     # Last, so that no trouble with the terminal costs the run.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -87,15 +99,20 @@ def run_experiment(experiment: Experiment, config: Options) -> None:
     for text in (results.table(document["summary"]), paired, experiment.summary(config, outcome)):
         if text:
             print(text)
-    print("wrote " + ", ".join(map(str, written)), flush=True)
     for warning in outcome.warnings:
         print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
+    if trouble is not None:
+        sys.stdout.flush()
+        kept = Path(tempfile.mkdtemp(prefix=f"{PROGRAM}-")) / "results.json"
+        with contextlib.suppress(OSError):
+            results.write_json(kept, document)
+        where = f"results.json is in {kept.parent}" if kept.exists() else "the table above is all there is"
+        raise OSError(f"{config.out}: cannot be written to: {trouble}; {where}") from trouble
+    print("wrote " + ", ".join(map(str, written)), flush=True)
 
 
 def run_sweep(config: SweepConfig) -> int:
     """Runs a sweep; returns 1 if a run failed."""
-    check_sweep(config)
-    _make_folder(config.out)
     failures = sweep(config)
     for failure in failures:
         print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
@@ -118,15 +135,6 @@ def reproduce(config: ReproduceConfig) -> None:
         print(f"{options.out.name}:", flush=True)
         run_experiment(experiment, options)
     write_report(ReportConfig(config.out, plot=config.plot))
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UsageError(f"--out: expected a folder to write to, got {str(path)!r}: {error.strerror}") from None
 
 
 def _fail(code: int, message: str) -> int:

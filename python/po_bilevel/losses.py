@@ -27,10 +27,10 @@ class Batch(NamedTuple):
         return int(self.target.ndim == (3 if self.target.is_floating_point() else 2))
 
     def check(self, name: str) -> "Batch":
-        """Itself, if it has rows and a target for each.
+        """Itself, if it has rows, a target for each, and no number that is not finite.
 
         Raises:
-            ValueError: it has not; names the argument `name`.
+            ValueError: it has not; names the argument `name`, and the place of such a number.
         """
         if self.inputs.ndim < 1 or len(self.inputs) < 1:
             raise ValueError(f"{name}: expected at least one row, got inputs of shape {tuple(self.inputs.shape)}")
@@ -39,6 +39,11 @@ class Batch(NamedTuple):
                 f"{name}: expected a target for each of {len(self.inputs)} rows of inputs, got targets of shape "
                 f"{tuple(self.target.shape)}"
             )
+        for field, values in zip(self._fields, self, strict=True):
+            if values.is_floating_point() and not (finite := values.isfinite()).all():
+                place = (~finite).nonzero()[0].tolist()
+                value = float(values[tuple(place)])
+                raise ValueError(f"{name}: expected finite numbers, got {value} at {field}{place}")
         return self
 
     def rows(self, index: Tensor) -> "Batch":

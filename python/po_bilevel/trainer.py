@@ -1,8 +1,10 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
-import dataclasses
+import contextlib
+import copy
 import functools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from . import checkpoints, training
-from .errors import NonFiniteError
+from . import checkpoints, fingerprints, training
+from .errors import NonFiniteError, UsageError
 from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
@@ -38,7 +40,8 @@ class OuterStep:
         reward: `Reward.shown`; None of a module that is no `Reward`.
         reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
-        residual_norm, num_products, converged, negative_curvature, problems: as in `Hypergradient`.
+        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
+            `Hypergradient`.
     """
 
     step: int
@@ -50,9 +53,11 @@ class OuterStep:
     gradient_norm: float
     residual_norm: float | None
     num_products: int
-    converged: bool
+    converged: bool | None
     negative_curvature: bool
     problems: tuple[str, ...]
+    inner_gradient_norm: float | None = None
+    stationarity: float | None = None
 
 
 class BilevelTrainer:
@@ -60,6 +65,9 @@ class BilevelTrainer:
 
     Each outer step trains the policy on from where it is (warm start), takes the hypergradient there, and lets the
     outer optimiser update the reward. The outer optimiser and the linear solve's start are kept across steps.
+
+    The outer loss sees the policy in evaluation mode, the inner loss in the mode that it is in. Buffers, such as the
+    statistics of BatchNorm, take in the rows of the inner loss, as often as the policy takes a step.
 
     Args:
         policy: p_θ, trained in place.
@@ -86,7 +94,8 @@ class BilevelTrainer:
         batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
         seed: of batches and samples.
         checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
-            before, never in between.
+            before, never in between. The history is beside it, in a file of that name and eight characters and
+            ".history": copy both.
         checkpoint_every: outer steps between two writes.
         progress: False for no progress bar. With True there is one if standard error is a terminal.
         description: the label of the progress bar.
@@ -134,13 +143,16 @@ class BilevelTrainer:
         self._outer_scheduler = outer_scheduler
         self._sampling = {"batch_size": batch_size, "seed": seed}
         # Before they take a step.
-        self._outer_start = checkpoints.describe("outer_optimizer", outer_optimizer)
-        self._outer_start |= checkpoints.describe("outer_scheduler", outer_scheduler)
+        self._start = _described(
+            outer_optimizer=outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
+            outer_loss=self._outer_loss, hypergradient=self._hypergradient,
+        )  # fmt: skip
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         if self._checkpoint is not None and not self._checkpoint.parent.is_dir():
             raise ValueError(f"checkpoint: expected a file in a folder that exists, got {str(checkpoint)!r}")
         self._checkpoint_every = checkpoint_every
         self._good: str | None = None
+        self._log: checkpoints.History | None = None
         self._keep_inner_state = keep_inner_state
         self._progress = progress
         self._description = description
@@ -168,7 +180,8 @@ class BilevelTrainer:
             NonFiniteError: a loss, a gradient or a parameter is infinite or not a number; names the last good
                 checkpoint.
             ValueError, RuntimeError: as the hypergradient method.
-            OSError: the checkpoint cannot be written.
+            OSError: the checkpoint cannot be written. The steps taken are in the history, the last checkpoint is as it
+                was, and another call goes on.
         """
         training.check_count("outer_steps", outer_steps, 0)
         callbacks = [callback] if callable(callback) else list(callback)
@@ -201,9 +214,19 @@ class BilevelTrainer:
         """Writes a checkpoint to go on from with `resume`.
 
         Raises:
-            OSError: the folder cannot be written to.
+            OSError: the folder cannot be written to, or is full; a checkpoint that was there is as it was.
         """
-        state = {
+        path = Path(path)
+        if self._log is None or self._log.checkpoint != path:
+            self._log = checkpoints.History(path)
+        self._log.add(self.history)
+        checkpoints.save(path, self._state() | {"history": self._log.mark}, self._configuration)
+        self._log.sweep()
+        self._good = f"{path}, after {len(self.history)} outer steps"
+
+    def _state(self) -> dict[str, Any]:
+        """Where the run is, but for its history."""
+        return {
             "policy": self.policy.state_dict(),
             "reward": self.reward.state_dict(),
             "inner_optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
@@ -211,24 +234,44 @@ class BilevelTrainer:
             "outer_scheduler": None if self._outer_scheduler is None else self._outer_scheduler.state_dict(),
             "stream": self._stream.state(),
             "solution": self._solution,
-            "history": [dataclasses.asdict(step) for step in self.history],
             "random": checkpoints.random_state(),
         }
-        checkpoints.save(path, state, self._configuration)
-        self._good = f"{path}, after {len(self.history)} outer steps"
 
     def resume(self, path: Path) -> list[OuterStep]:
         """Goes on from a checkpoint of a trainer that was made with the same arguments, to the bit.
 
-        The states of Python's, NumPy's and torch's global random number generators are those of then, too.
+        The states of Python's, NumPy's and torch's global random number generators are those of then, too. Warns of
+        arguments that cannot be compared, such as objects whose contents Python does not show.
 
         Returns:
             the history up to there.
 
         Raises:
-            UsageError: there is no such file, it is no checkpoint, or the arguments differ: says which.
+            UsageError: there is no such file, it is no checkpoint, it or its history has changed, or the arguments
+                differ: says which. The trainer is as it was.
         """
+        path = Path(path)
         state = checkpoints.load(path, self._configuration)
+        before = copy.deepcopy(self._state())
+        try:
+            log, steps = checkpoints.History.open(path, state["history"])
+            history = [OuterStep(**(step | {"problems": tuple(step["problems"])})) for step in steps]
+            self._restore(state)
+        except UsageError:
+            raise
+        except Exception as error:
+            self._restore(before)
+            raise UsageError(
+                f"checkpoint: expected the state of such a trainer, got {str(path)!r}: {type(error).__name__}: {error}"
+            ) from error
+        self._log, self.history[:] = log, history
+        self._good = f"{path}, after {len(self.history)} outer steps"
+        unknown = [name for name, text in self._configuration.items() if fingerprints.UNKNOWN in text]
+        if unknown:
+            warnings.warn(f"checkpoint: taken to be as they were: {', '.join(unknown)}", stacklevel=2)
+        return self.history
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.policy.load_state_dict(state["policy"])
         self.reward.load_state_dict(state["reward"])
         self._outer_optimizer.load_state_dict(state["outer_optimizer"])
@@ -240,27 +283,19 @@ class BilevelTrainer:
             self._optimizer.load_state_dict(state["inner_optimizer"])
         self._stream.restore(state["stream"])
         self._solution = state["solution"]
-        self.history[:] = [OuterStep(**step) for step in state["history"]]
         checkpoints.set_random_state(state["random"])
-        self._good = f"{path}, after {len(self.history)} outer steps"
-        return self.history
 
     @functools.cached_property
     def _configuration(self) -> dict[str, str]:
         """Read once, for it reads all data."""
         inner = self._new_optimizer()
-        parts: dict[str, Any] = {
+        return self._start | _described(**{
             "policy": self.policy, "trained": tuple(self._theta), "reward": self.reward, "learned": tuple(self._phi),
             "inner_data": self._inner_data, "outer_data": self._outer_data, "inner_optimizer": inner,
-            "inner_steps": self._inner_steps, "inner_loss": self._inner_loss, "outer_loss": self._outer_loss,
-            "hypergradient": self._hypergradient, **self._loop, "max_outer_grad_norm": self._max_outer_grad_norm,
+            "inner_steps": self._inner_steps, **self._loop, "max_outer_grad_norm": self._max_outer_grad_norm,
             "inner_scheduler": None if self._inner_scheduler is None else self._inner_scheduler(inner),
             "keep_inner_state": self._keep_inner_state, **self._sampling,
-        }  # fmt: skip
-        text = dict(self._outer_start)
-        for name, value in parts.items():
-            text |= checkpoints.describe(name, value)
-        return text
+        })  # fmt: skip
 
     def step(self) -> OuterStep:
         """One outer step; see `fit`."""
@@ -277,6 +312,7 @@ class BilevelTrainer:
             reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
             residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
             negative_curvature=result.negative_curvature, problems=result.problems,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity,
         )  # fmt: skip
         self._update_reward(phi, result)
         norm = training.norm_of([p.detach() for p in phi])
@@ -294,13 +330,16 @@ class BilevelTrainer:
             return self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
 
         def outer(theta: Tensors, phi: Tensors) -> Tensor:
-            return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
+            with _evaluating(self.policy):
+                return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
 
         result = self._hypergradient(inner, outer, theta, _named(self.reward, self._phi), start=self._solution)
         if result.theta is not None:
             with torch.no_grad():
                 for parameter, value in zip(theta, result.theta, strict=True):
                     parameter.copy_(value)
+                if self._inner_steps == 0 and any(True for _ in self.policy.buffers()):
+                    self._inner_loss(self.policy, self.reward, batch, seed)
         elif self._inner_steps == 0:
             raise ValueError(
                 f"inner_steps: expected at least 1 with {type(self._hypergradient).__name__}, which leaves the policy "
@@ -345,10 +384,11 @@ class BilevelTrainer:
         return steps
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
-        """The loss with θ and φ in place of the modules' own parameters."""
+        """The loss with θ and φ in place of the modules' own parameters, and copies in place of their buffers."""
         together = _Together(self.policy, self.reward, loss)
         values = {f"policy.{name}": value for name, value in zip(self._theta, theta, strict=True)}
         values |= {f"reward.{name}": value for name, value in zip(self._phi, phi, strict=True)}
+        values |= {name: buffer.clone() for name, buffer in together.named_buffers()}
         return functional_call(together, values, arguments)
 
 
@@ -363,6 +403,18 @@ class _Together(nn.Module):
 
     def forward(self, *arguments: object) -> Tensor:
         return self._loss(*arguments)
+
+
+@contextlib.contextmanager
+def _evaluating(policy: nn.Module) -> Iterator[None]:
+    """The policy is in evaluation mode inside, and each of its modules in its own afterwards."""
+    modes = [(module, module.training) for module in policy.modules()]
+    policy.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Optimizer) -> None:
@@ -384,6 +436,10 @@ def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Opt
             )
 
 
+def _described(**parts: Any) -> dict[str, str]:
+    return {key: text for name, part in parts.items() for key, text in fingerprints.describe(name, part).items()}
+
+
 def _named(module: nn.Module, names: Sequence[str]) -> tuple[nn.Parameter, ...]:
     parameters = dict(module.named_parameters())
     return tuple(parameters[name] for name in names)
@@ -397,4 +453,4 @@ def _summary(step: OuterStep) -> str:
         text += ", reward " + " ".join(f"{value:.3g}" for value in shown[:6]) + (" …" if len(shown) > 6 else "")
     else:
         text += f", ‖φ‖ {step.reward_norm:.4g}"
-    return text if step.converged else text + ", not converged"
+    return text + ", not converged" if step.converged is False else text

@@ -93,6 +93,10 @@ class Quadratic:
     def theta(self, vector: Tensor):
         return vector[:6].reshape(2, 3).clone().requires_grad_(), vector[6:].clone().requires_grad_()
 
+    def theta_like(self, theta, mask: Tensor):
+        """θ under a mask (10,)."""
+        return tuple(t * m for t, m in zip(theta, self.theta(mask), strict=True))
+
     def inner(self, theta, phi):
         t = self.flat(theta)
         return 0.5 * t @ self.hessian @ t - t @ (self.coupling @ self.flat(phi))

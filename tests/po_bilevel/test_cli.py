@@ -1,6 +1,7 @@
 """The command line, end to end and with bad input, through main()."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -224,3 +225,41 @@ def test_no_test_row_reaches_training_or_the_scaler():
     assert not torch.equal(other.test.target, splits.test.target) or not torch.equal(
         other.test.inputs, splits.test.inputs
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("classify", "--first-seed"), ("dynamics", "--first-seed"), ("classify", "--seeds"), ("dynamics", "--hidden"),
+        ("gaussian", "--hidden"), ("classify", "--batch-size"), ("dynamics", "--horizon"),
+        ("forgetting", "--first-seed"),
+    ],
+)  # fmt: skip
+def test_integers_that_are_too_large_for_others(command, option, tmp_path, capsys):
+    code = cli.main([command, option, str(2**31), "--no-plot", "--out", str(tmp_path / "out")])
+    refused(capsys, code, f"{option}: expected an integer of at most 2147483647, got 2147483648")
+
+
+def test_a_network_that_does_not_fit_is_one_line(tmp_path, capsys):
+    options = ["--policy", "mlp", "--hidden", str(2**31 - 1), "--methods", "nll", "--seeds", "1", "--no-plot"]
+    refused(capsys, classify(tmp_path, *options), "out of memory; smaller --hidden")
+
+
+def test_a_full_disk_does_not_cost_the_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    real = os.fsync
+
+    def full(handle):
+        if "out" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(28, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", full)
+    assert classify(tmp_path, "--dataset", "iris", "--methods", "nll", "--seeds", "1", "--no-plot") == 2
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].startswith("iris")
+    assert "No space left on device" in captured.err
+    (kept,) = tmp_path.glob("po-bilevel-*/results.json")
+    assert f"results.json is in {kept.parent}" in captured.err
+    assert [row["method"] for row in json.loads(kept.read_text())["rows"]] == ["nll"]
+    assert list((tmp_path / "out").iterdir()) == []

@@ -120,3 +120,48 @@ def test_every_method_and_paired_differences(tmp_path, capsys):
     by_seed = {(row["seed"], row["method"]): row["nll"] for row in found}
     differences = [by_seed[seed, "pg_learned_table"] - by_seed[seed, "nll"] for seed in range(2)]
     assert paired[2]["nll"]["mean"] == pytest.approx(np.mean(differences))
+
+
+def written(frame, path, **options):
+    if path.suffix == ".csv":
+        frame.to_csv(path, **options)
+    else:
+        frame.to_parquet(path, **options)
+    return str(path)
+
+
+def test_an_index_of_a_parquet_file_is_a_column_of_it(tmp_path):
+    expected = data.load(written(FRAME, tmp_path / "columns.parquet"), "kind")
+    table = data.load(written(FRAME.set_index("length"), tmp_path / "index.parquet"), "kind")
+    np.testing.assert_array_equal(table.inputs, expected.inputs)
+    table = data.load(written(FRAME.set_index("kind"), tmp_path / "target.parquet"), "kind")
+    np.testing.assert_array_equal(table.labels, expected.labels)
+
+
+def test_a_column_without_a_name_is_refused(tmp_path):
+    for path, frame in (
+        (tmp_path / "numbered.csv", FRAME),
+        (tmp_path / "chosen.parquet", FRAME[FRAME["length"] != 3]),
+        (tmp_path / "again.parquet", FRAME.rename(columns={"width": "Unnamed: 0"})),
+    ):
+        with pytest.raises(UsageError, match=r"--dataset: expected a name for each column of .*'Unnamed: 0'"):
+            data.load(written(frame, path), "kind")
+
+
+@pytest.mark.parametrize(
+    "values", [pd.date_range("2020", periods=40), pd.date_range("2020", periods=40, tz="UTC"),
+               pd.to_timedelta(np.arange(40), "h"), pd.period_range("2020", periods=40, freq="D")],
+)  # fmt: skip
+def test_times_are_refused_from_parquet_as_from_csv(values, tmp_path):
+    for suffix, options in ((".csv", {"index": False}), (".parquet", {})):
+        path = written(FRAME.assign(when=values), tmp_path / f"times{suffix}", **options)
+        with pytest.raises(UsageError, match=r"expected finite numbers in column 'when' of .* in data row 1"):
+            data.load(path, "kind")
+
+
+def test_labels_are_the_texts_of_the_file(tmp_path):
+    path = tmp_path / "codes.csv"
+    path.write_text("x,code\n" + "".join(f"{i},{('01', '1', '2')[i % 3]}\n" for i in range(30)))
+    table = data.load(str(path), "code")
+    assert table.classes == ("01", "1", "2")
+    np.testing.assert_array_equal(table.labels, np.arange(30) % 3)

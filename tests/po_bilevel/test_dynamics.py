@@ -260,3 +260,42 @@ def test_seconds_do_not_depend_on_the_order_of_methods(monkeypatch):
         seconds = {row["method"]: row["seconds"] for row in outcome.rows}
         # One training, and the regression whose residuals the last two are computed from.
         assert seconds == dict(zip(methods, (7.0, 7.0, 14.0, 14.0), strict=True))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
+def test_a_number_that_is_not_finite_is_no_constant_dimension(bad, tmp_path, monkeypatch):
+    """In what is read, from wherever; 1e39 is infinite in float32."""
+
+    class Broken(gymnasium.Wrapper):
+        def step(self, action):
+            observation, *rest = self.env.step(action)
+            return np.append(observation.astype(np.float64)[:2], bad), *rest
+
+    made = gymnasium.make
+    monkeypatch.setattr("gymnasium.make", lambda name: Broken(made(name)))
+    with pytest.raises(UsageError, match=r"--env: observations of Pendulum-v1: .* in row 1, column 2"):
+        transitions.collect("Pendulum-v1", 30, horizon=10, behaviour="random", noise=0.0, seed=0)
+    episodes = [
+        minari.data_collector.EpisodeBuffer(
+            id=0, observations=np.zeros((4, 2)), actions=np.array([[0.0], [1.0], [bad]]), rewards=[0.0] * 3,
+            terminations=[False] * 3, truncations=[False] * 3,
+        )
+    ]  # fmt: skip
+    dataset = type("Dataset", (), {"iterate_episodes": lambda self: episodes})
+    monkeypatch.setattr("minari.load_dataset", lambda name, download: dataset())
+    with pytest.raises(UsageError, match=r"--minari: actions of any/set-v0: .* in row 2, column 0"):
+        transitions.load_minari("any/set-v0")
+    np.savez(tmp_path / "controller.npz", weight=np.array([[0.0, bad]]), bias=np.zeros(1))
+    with pytest.raises(UsageError, match=r"--controller: weight of .* in row 0, column 1"):
+        transitions.load_controller(tmp_path / "controller.npz")
+
+
+def test_files_that_are_no_controller(tmp_path):
+    path = tmp_path / "controller.npz"
+    np.savez(path, weight=np.zeros((1, 2)), bias=np.zeros(3))
+    with pytest.raises(UsageError, match=r"--controller: expected a weight \(A, O\) and a bias \(A,\)"):
+        transitions.load_controller(path)
+    for content in (b"", path.read_bytes()[:100], b"PK\x03\x04"):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"--controller: expected an \.npz file"):
+            transitions.load_controller(path)

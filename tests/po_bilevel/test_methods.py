@@ -207,7 +207,9 @@ def test_every_solver_reports_an_indefinite_hessian(method):
 def test_a_singular_hessian_is_reported_where_it_matters():
     root = double(10, 4, seed=8)
     problem = Quadratic(root @ root.mT)
-    theta = problem.theta(torch.zeros(10, dtype=torch.float64))
+    # Inside its range, where there is a minimum.
+    problem.coupling = problem.hessian @ problem.coupling
+    theta = problem.theta(torch.linalg.pinv(problem.hessian) @ problem.coupling @ problem.flat(problem.phi).detach())
     result = Dense()(problem.inner, problem.outer, theta, problem.phi)
     assert "singular along 6 directions" in result.problems[0]
     assert not result.converged

@@ -9,11 +9,13 @@ import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
+import numpy as np
 import pandas as pd
 import pytest
 from po_bilevel import UsageError, cli
 from po_bilevel.experiments import sweep
 from po_bilevel.experiments.report import ReportConfig, report
+from po_bilevel.experiments.runs import folder
 from po_bilevel.experiments.sweep import read, runs_of
 
 CONTENT = {
@@ -172,7 +174,7 @@ def test_a_run_that_fails_is_said_and_tried_again(tmp_path, capsys):
         (CONTENT | {"grid": {"l2": 1.0}}, "list of values for 'l2'"),
         (CONTENT | {"grid": {"l2": [-1.0]}}, "--l2"),
         (CONTENT | {"grid": {"l2": ["much"]}}, "--l2"),
-        (CONTENT | {"seeds": 0}, "seeds: expected at least 1"),
+        (CONTENT | {"seeds": 0}, "seeds: expected from 1"),
         (CONTENT | {"options": []}, "options: expected a JSON dict"),
     ],
 )
@@ -205,20 +207,49 @@ def test_methods_in_two_lists_tell_runs_apart():
     assert labels([["nll"], ["nll", "pg_identity"]]) == ["methods=nll", "methods=nll pg_identity"]
 
 
-def test_one_sweep_at_a_time_in_a_folder(tmp_path, capsys):
+def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
     out = tmp_path / "out"
-    out.mkdir()
-    with sweep._alone(out):
-        assert cli.main(["sweep", written(tmp_path), "--out", str(out)]) == 2
-    assert "no sweep is running in" in capsys.readouterr().err
-    with sweep._alone(out):
-        pass
+    classify = ["classify", "--dataset", "iris", "--methods", "nll", "--seeds", "1", "--no-plot"]
+    with folder(out):
+        for arguments in (["sweep", written(tmp_path)], classify):
+            assert cli.main([*arguments, "--out", str(out)]) == 2
+            assert "--out: expected a folder that no run is writing to" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+    assert cli.main([*classify, "--out", str(out)]) == 0
+
+
+def test_a_broken_run_of_a_sweep_is_run_again(tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ["sweep", written(tmp_path, CONTENT | {"seeds": 2}), "--out", str(out), "--workers", "1"]
+    assert cli.main(arguments) == 0
+    runs = sorted((out / "runs").iterdir())
+    contents = [path.read_bytes() for path in runs]
+    before = pd.read_parquet(out / "results.parquet").drop(columns="seconds")
+    capsys.readouterr()
+    # A flipped bit of a number, which Parquet does not notice.
+    value = np.float64(pd.read_parquet(runs[1])["nll"][0]).tobytes()
+    flipped = contents[1].replace(value, bytes([value[0] ^ 4]) + value[1:])
+    assert flipped != contents[1]
+    for path, broken in zip(runs, (contents[0][:-100], flipped, b"", contents[0]), strict=True):
+        path.write_bytes(broken)
+    with pytest.raises(UsageError, match=r"\.parquet: expected the rows of a run"):
+        report(ReportConfig(out, plot=False))
+    assert cli.main(arguments) == 0
+    error = capsys.readouterr().err
+    assert error.count("it is run again") == 4
+    for path in runs:
+        assert f"{path}: expected the rows of a run" in error
+    pd.testing.assert_frame_equal(pd.read_parquet(out / "results.parquet").drop(columns="seconds"), before)
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
     [
         ("results.json", "[1, 2]"), ("results.json", '{"rows": [{"a": 1}]}'), ("results.json", '{"rows": {"a": 1}}'),
+        *(
+            ("results.json", json.dumps({"rows": [{"dataset": "d", "method": "m", "seed": 0} | row]}))
+            for row in ({"nll": "0.3"}, {"nll": float("nan")}, {"seed": None}, {"method": 3}, {"nll": [1.0]})
+        ),
         ("manifest.json", "[]"), ("manifest.json", '{"runs": [{"x": 1}]}'),
     ],
 )  # fmt: skip
@@ -237,6 +268,15 @@ def test_a_report_of_a_folder_and_a_baseline_that_are_not_there(tmp_path, capsys
     )
     with pytest.raises(UsageError, match="--baseline: expected one of nll, got mle"):
         report(ReportConfig(tmp_path, baseline="mle", plot=False))
+
+
+def test_a_report_of_rows_that_lack_a_metric(tmp_path):
+    rows = [{"dataset": "d", "method": "nll", "seed": seed, "nll": 0.5, "brier": 0.1} for seed in range(2)]
+    del rows[1]["brier"]
+    (tmp_path / "results.json").write_text(json.dumps({"rows": rows}))
+    text = report(ReportConfig(tmp_path, plot=False)).read_text()
+    assert "| 0.500 ± 0.000 |" in text
+    assert "brier" not in text
 
 
 def test_nothing_to_report(tmp_path):

@@ -189,3 +189,9 @@ def test_batches_have_a_target_for_each_row():
             BatchStream(Batch(inputs, target), None, 0)
     labels = Batch(inputs, torch.arange(12).reshape(2, 6))
     assert labels.rows(torch.tensor([1, 4])).target.tolist() == [[1, 4], [7, 10]]
+
+
+def test_data_that_are_not_finite_are_refused_with_their_place(regression):
+    regression.target[7, 1] = float("nan")
+    with pytest.raises(ValueError, match=r"data: expected finite numbers, got nan at target\[7, 1\]"):
+        BatchStream(regression, None, 0)

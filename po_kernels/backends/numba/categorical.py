@@ -45,29 +45,28 @@ def _log_prob_of(label, p, log_p):
 
 
 @helper
-def _thresholds(p, limits):
-    """Inversion thresholds in 24-bit integers."""
+def _distribution(p, limits):
+    """The distribution function; from the last class that has mass on, it is beyond all random numbers."""
     cumulative, last = 0.0, 0
     for c in range(len(p)):
         cumulative += p[c]
-        limits[c] = math.ceil(cumulative * 16777216.0 - 0.5)
+        limits[c] = cumulative
         if p[c] > 0.0:
             last = c
-    # No word may pass the last class that has mass.
     for c in range(last, len(p)):
-        limits[c] = 1 << 24
+        limits[c] = 2.0
 
 
 @helper
 def _draw(seed, row, limits, labels):
-    """Of each sample the first class whose threshold is above its bits, by bisection."""
+    """Of each sample the first class whose distribution function is above its uniform number, by bisection."""
     for g in range(len(labels)):
         labels[g] = random_bits(g, row, seed)
     for g in range(len(labels)):
-        bits, label, size = labels[g], 0, len(limits)
+        u, label, size = labels[g] * 2.0**-53, 0, len(limits)
         while size > 1:
             half = size // 2
-            label += half if limits[label + half - 1] <= bits else 0
+            label += half if limits[label + half - 1] <= u else 0
             size -= half
         labels[g] = label
 
@@ -108,7 +107,7 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
     """The table and its gradient are transposed; the latter is summed by chunk: (chunks, C, C)."""
     classes, refused, closed = logits.shape[1], False, s.estimator == CLOSED_FORM
     p, log_p, slope = np.empty(classes), np.empty(classes), np.empty(classes)
-    labels, limits = np.zeros(s.samples, np.int64), np.zeros(classes, np.int64)
+    labels, limits = np.zeros(s.samples, np.int64), np.empty(classes)
     reward, advantage = np.empty(classes if closed else s.samples), np.empty(s.samples)
     for row in range(chunks.first, chunks.last):
         y, chunk = target[row], row // chunks.size
@@ -125,7 +124,7 @@ def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight,
             for c in range(classes if to_columns.size > 0 else 0):
                 to_columns[chunk, y, c] += pull(s, -weight[row] * p[c], reward[c])
         else:
-            _thresholds(p, limits)
+            _distribution(p, limits)
             _draw(seed, row_offset + np.uint64(row), limits, labels)
             for g in range(s.samples):
                 reward[g] = columns[y, labels[g]]
@@ -193,11 +192,11 @@ def _sample_kernel(chunks, logits, seed, row_offset, _, out, unwanted):
     """out (G, B); labels have no gradient."""
     classes, refused = logits.shape[1], False
     p, log_p = np.empty(classes), np.empty(classes)
-    limits, labels = np.zeros(classes, np.int64), np.zeros(len(out), np.int64)
+    limits, labels = np.empty(classes), np.zeros(len(out), np.int64)
     for row in range(chunks.first, chunks.last):
         _, wrong = _softmax(logits, row, p, log_p)
         refused |= wrong
-        _thresholds(p, limits)
+        _distribution(p, limits)
         _draw(seed, row_offset + np.uint64(row), limits, labels)
         for g in range(len(out)):
             out[g, row] = labels[g]

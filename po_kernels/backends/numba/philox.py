@@ -12,7 +12,7 @@ from .rows import helper, inlined
 _MASK = np.uint64(0xFFFFFFFF)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
-_32, _8 = np.uint64(32), np.uint64(8)
+_32, _26, _8, _6, _5 = np.uint64(32), np.uint64(26), np.uint64(8), np.uint64(6), np.uint64(5)
 _LN2_HIGH, _LN2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 _SQRT_HALF_BITS = 0x3FE6A09E667F3BCD
 
@@ -31,8 +31,9 @@ def philox4x32(block, sample, row, seed):
 
 @inlined
 def random_bits(sample, row, seed):
-    """The 24 bits that a label is drawn with."""
-    return np.int64(philox4x32(0, sample, row, seed)[0] >> _8)
+    """The 53 bits that a label is drawn with."""
+    x0, x1, _, _ = philox4x32(0, sample, row, seed)
+    return np.int64(x0 >> _5 << _26 | x1 >> _6)
 
 
 @inlined

@@ -29,12 +29,20 @@ _MOST_SUMS = 2**21  # numbers summed by chunk, all chunks together
 _ELEMENTS_PER_THREAD = 4096  # roughly what waking a thread costs
 _PARTS_PER_THREAD = 4  # for all threads to end together
 
-kernel = numba.njit(error_model="numpy", nogil=True, cache=True)
 helper = numba.njit(error_model="numpy")
 # For scalars within a loop over rows, which is vector code only where nothing is called.
 inlined = numba.njit(error_model="numpy", forceinline=True)
 # A sum over rows may be taken in any order that depends on their number alone.
 summing = numba.njit(error_model="numpy", fastmath={"reassoc"})
+
+
+def kernel(function: Callable[..., bool]) -> Any:
+    """Compiled at the first call and kept on disk, or where there is no place to keep it, in this process."""
+    compiled = partial(numba.njit, error_model="numpy", nogil=True)
+    try:
+        return compiled(cache=True)(function)
+    except RuntimeError:  # of a read-only install, by a user without a home
+        return compiled()(function)
 
 
 class Chunks(NamedTuple):

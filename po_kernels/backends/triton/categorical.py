@@ -77,27 +77,26 @@ def log_prob_of(logits, offset, label, log_normaliser, inside, classes, K: tl.co
 
 
 @triton.jit
-def first_words(seed, g, row):
-    """24 random bits for each sample (1, B, G) of g (1, 1, G) and row (1, B, 1)."""
-    word, _, _, _ = words(seed, tl.zeros_like(g).to(tl.uint32), g.to(tl.uint32), row)
-    return word >> 8
+def uniforms(seed, g, row):
+    """Uniform numbers of 53 bits for each sample (1, B, G) of g (1, 1, G) and row (1, B, 1)."""
+    x0, x1, _, _ = words(seed, tl.zeros_like(g).to(tl.uint32), g.to(tl.uint32), row)
+    return (((x0 >> 5).to(tl.int64) << 26) | (x1 >> 6).to(tl.int64)).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
 
 @triton.jit
-def draw(logits, c, word, classes):
-    """Labels (1, B, G) from words of 24 bits, by inversion: the thresholds are integers, computed in float64."""
+def draw(logits, c, u, classes):
+    """Labels (1, B, G) from uniform numbers: the classes whose distribution function, in float64, is not above them."""
     x = tl.where(c < classes, logits.to(tl.float64), float("-inf"))
     top = tl.max(x, axis=2, keep_dims=True)
     weight = tl.where(x == float("-inf"), 0, tl.exp(x - top))
     last = tl.max(tl.where(weight > 0, c, 0), axis=2, keep_dims=True)
-    scale = 16777216.0 / tl.sum(weight, axis=2, keep_dims=True)
+    scale = 1.0 / tl.sum(weight, axis=2, keep_dims=True)
     cumulative = tl.zeros_like(top)
-    label = tl.zeros_like(word).to(tl.int32)
+    label = tl.zeros_like(u).to(tl.int32)
     for i in range(0, classes):
         cumulative += tl.sum(tl.where(c == i, weight, 0), axis=2, keep_dims=True)
-        # No word may pass the last class that has mass.
-        threshold = tl.where(i >= last, 16777216.0, tl.ceil(cumulative * scale - 0.5))
-        label += (word.to(tl.float64) >= threshold).to(tl.int32)
+        # No number may pass the last class that has mass.
+        label += (u >= tl.where(i >= last, 2.0, cumulative * scale)).to(tl.int32)
     return label
 
 
@@ -220,7 +219,7 @@ def policy_loss(
             moments = value(objective), std, std
         else:
             g = tl.arange(0, K.BLOCK_G)[None, None, :]
-            label = draw(value(x), c, first_words(tl.load(seed), g, row + row_offset), classes)
+            label = draw(value(x), c, uniforms(tl.load(seed), g, row + row_offset), classes)
             there = inside & (g < count)
             given = load_of(table, y * classes + label, y, there, classes, K)
             density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
@@ -311,7 +310,7 @@ def sample(
     x = value(load(logits, row * logits_stride + c, inside & (c < classes), 0, K))
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
-        label = draw(x, c, first_words(tl.load(seed), g, row + row_offset), classes)
+        label = draw(x, c, uniforms(tl.load(seed), g, row + row_offset), classes)
         tl.store(out + g * rows + row, label.to(tl.int64), inside & (g < count))
 
 

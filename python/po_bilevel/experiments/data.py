@@ -5,6 +5,7 @@ is not installed a MissingDependencyError.
 """
 
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def load(dataset: str, target: str | None = None) -> Table:
     Args:
         dataset: one of BUILT_IN; one of OPENML, from scikit-learn's cache or else the network; or the path of a CSV or
             Parquet file whose columns but the target's are numbers.
-        target: the column that holds the classes of a file.
+        target: the column that holds the classes of a file. In a CSV file its entries are texts: 01 and 1 are two.
     """
     if dataset in BUILT_IN or dataset in OPENML:
         if target is not None:
@@ -75,7 +76,7 @@ def load(dataset: str, target: str | None = None) -> Table:
             f"got {dataset!r}"
         )
     pandas = require("pandas", "sklearn")
-    frame = _parquet(pandas, path) if path.suffix.lower() == ".parquet" else _csv(pandas, path)
+    frame = _parquet(pandas, path) if path.suffix.lower() == ".parquet" else _csv(pandas, path, target)
     return _from_frame(pandas, path.stem, str(path), frame, target)
 
 
@@ -158,19 +159,24 @@ def _openml(name: str) -> Table:
 def _parquet(pandas: Any, path: Path) -> Any:
     require("pyarrow", "sklearn")
     try:
-        return pandas.read_parquet(path)
+        frame = pandas.read_parquet(path)
+        # What pandas took for its index are columns of the file, but for counted rows.
+        if not isinstance(frame.index, pandas.RangeIndex) or frame.index.name is not None:
+            names = [f"Unnamed: {i}" if name is None else name for i, name in enumerate(frame.index.names)]
+            frame = frame.reset_index(names=names)
+        return frame
     except FileNotFoundError:
         raise UsageError(f"--dataset: expected a Parquet file, and there is none at {str(path)!r}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--dataset: expected a Parquet file, and {str(path)!r} is none: {error}") from None
 
 
-def _csv(pandas: Any, path: Path) -> Any:
+def _csv(pandas: Any, path: Path, target: str | None) -> Any:
     try:
         with warnings.catch_warnings():
             # By default a first row with one field too many makes the first column an index, without a word.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
-            frame = pandas.read_csv(path, index_col=False)
+            frame = pandas.read_csv(path, index_col=False, dtype={target: str})
     except FileNotFoundError:
         raise UsageError(f"--dataset: expected a CSV file, and there is none at {str(path)!r}") from None
     except (
@@ -190,6 +196,12 @@ def _csv(pandas: Any, path: Path) -> Any:
 def _from_frame(pandas: Any, name: str, source: str, frame: Any, target: str | None) -> Table:
     """A table of a frame's columns, all of them numbers but the target's."""
     columns = ", ".join(map(repr, frame.columns))
+    # What pandas calls a column without a name, and writes where it is not told index=False.
+    if unnamed := [name for name in frame.columns if re.fullmatch(r"Unnamed: \d+", str(name))]:
+        raise UsageError(
+            f"--dataset: expected a name for each column of {source!r}, got none for {', '.join(map(repr, unnamed))}; "
+            "drop it if it counts the rows, or name it"
+        )
     if target is None:
         raise UsageError(f"--target: expected the column of {source!r} that holds the classes, one of {columns}")
     if target not in frame.columns:
@@ -202,6 +214,10 @@ def _from_frame(pandas: Any, name: str, source: str, frame: Any, target: str | N
     for column in features.columns:
         _numeric(pandas, source, features[column])
     names, labels = np.unique(frame[target].astype(str).to_numpy(dtype=str), return_inverse=True)
+    if len(names) != frame[target].nunique():
+        raise UsageError(
+            f"--target: expected classes of one type in {target!r}, got some of the same text, as 1 and '1'"
+        )
     return Table(name, features.to_numpy(dtype=np.float64), labels.astype(np.int64), tuple(str(name) for name in names))
 
 
@@ -212,13 +228,29 @@ def _numeric(pandas: Any, source: str, column: Any) -> None:
             f"--dataset: expected numbers in every row of {source!r}, got {_missing(column)} in column "
             f"{column.name!r}; fill in or drop these rows"
         )
-    numbers = pandas.to_numeric(column, errors="coerce")
-    bad = ~np.isfinite(numbers.to_numpy(dtype=np.float64))
+    if isinstance(column.dtype, pandas.PeriodDtype) or column.dtype.kind in "mMc":
+        # Whose numbers would be nanoseconds, or lack a part.
+        numbers = np.full(len(column), np.nan)
+    else:
+        numbers = pandas.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    bad = ~np.isfinite(numbers)
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         raise UsageError(
             f"--dataset: expected finite numbers in column {column.name!r} of {source!r}, got "
             f"{str(column.iloc[first])!r} in data row {first + 1}; encode it as numbers or drop the column"
+        )
+
+
+def refuse_non_finite(what: str, values: np.ndarray) -> None:
+    """Refuses rows (N, D) with anything but finite numbers of float32; what says of what, from the option on."""
+    with np.errstate(over="ignore"):
+        bad = np.argwhere(~np.isfinite(values.astype(np.float32)))
+    if len(bad):
+        row, column = bad[0]
+        raise UsageError(
+            f"{what}: expected finite numbers, got {values[row, column]} in row {row}, column {column}, counted from 0 "
+            f"({len(np.unique(bad[:, 0]))} of {len(values)} rows have such)"
         )
 
 

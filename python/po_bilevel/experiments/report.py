@@ -10,9 +10,8 @@ import tyro
 
 from ..errors import UsageError
 from ..files import atomic
-from ..optional import require
 from . import plots, results
-from .results import KEYS, Row
+from .results import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,27 +73,22 @@ def markdown(summary: list[dict[str, Any]]) -> list[str]:
 
 def _rows(path: Path) -> list[Row]:
     try:
-        rows = json.loads(path.read_text())["rows"]
-        if not all(set(KEYS) <= set(row) for row in rows):
-            raise KeyError(*KEYS)
+        return results.check_rows(json.loads(path.read_text(encoding="utf-8"))["rows"])
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"folder: expected a results.json of a run, got {str(path)!r}: {error!r}") from None
-    return rows
 
 
 def _sweep_rows(manifest: Path) -> list[Row]:
     """Rows of the finished runs of a sweep, in the order of its manifest."""
-    pandas = require("pandas", "sklearn")
-    require("pyarrow", "sklearn")
     try:
-        names = [run["id"] for run in json.loads(manifest.read_text())["runs"]]
+        names = [run["id"] for run in json.loads(manifest.read_text(encoding="utf-8"))["runs"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"folder: expected a manifest of a sweep, got {str(manifest)!r}: {error!r}") from None
     rows: list[Row] = []
     for name in names:
-        path = manifest.parent / "runs" / f"{name}.parquet"
-        if path.exists():
-            for row in pandas.read_parquet(path).drop(columns="run").to_dict("records"):
+        frame = results.read_run(manifest.parent / "runs" / f"{name}.parquet")
+        if frame is not None:
+            for row in frame.drop(columns="run").to_dict("records"):
                 rows.append({key: None if _absent(value) else value for key, value in row.items()})
     return rows
 

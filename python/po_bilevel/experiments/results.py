@@ -1,5 +1,6 @@
 """What a run leaves behind: results.json and the table on the terminal."""
 
+import hashlib
 import json
 import math
 import platform
@@ -10,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from ..files import atomic
+from ..optional import require
 
 Row = dict[str, Any]
 KEYS = ("dataset", "method", "seed")
@@ -45,8 +48,8 @@ def summarise(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for (dataset, method), members in groups.items():
         entry: dict[str, Any] = {"dataset": dataset, "method": method, "seeds": len(members)}
         for metric in members[0]:
-            values = [member[metric] for member in members]
-            if metric not in KEYS and None not in values:
+            values = [member[metric] for member in members if member.get(metric) is not None]
+            if metric not in KEYS and len(values) == len(members):
                 entry[metric] = interval(values)
         summary.append(entry)
     return summary
@@ -120,6 +123,61 @@ def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
     with atomic(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_run(path: Path, rows: Sequence[Row]) -> None:
+    """Writes the rows of a run of a sweep as Parquet, with a digest of them, all of it or nothing."""
+    frame = require("pandas", "sklearn").DataFrame(rows)
+    frame.attrs["sha256"] = _digest(frame)
+    with atomic(path) as temporary:
+        frame.to_parquet(temporary)
+
+
+def read_run(path: Path) -> Any:
+    """The rows of a run of a sweep, a pandas frame; None if there is no file.
+
+    Raises:
+        UsageError: the file is not whole, or not that run's.
+    """
+    pandas = require("pandas", "sklearn")
+    require("pyarrow", "sklearn")
+    if not path.exists():
+        return None
+    try:
+        frame = pandas.read_parquet(path)
+        # Of before there were digests, if there is none.
+        if set(frame["run"]) != {path.stem} or frame.attrs.pop("sha256", None) not in (None, _digest(frame)):
+            raise ValueError("others")
+    except Exception as error:
+        # Whatever a reader raises on bytes that it cannot make sense of.
+        raise UsageError(f"{path}: expected the rows of a run, got {error}") from None
+    return frame
+
+
+def _digest(frame: Any) -> str:
+    return hashlib.sha256(frame.to_csv(index=False).encode()).hexdigest()
+
+
+def check_rows(rows: Any) -> list[Row]:
+    """Rows as `document` takes them, read from a file.
+
+    Raises:
+        ValueError: they are not: says which row and what.
+    """
+    if not isinstance(rows, list):
+        raise ValueError(f"expected a list of rows, got {type(rows).__name__}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not set(KEYS) <= set(row):
+            raise ValueError(f"expected {', '.join(KEYS)} in row {number}, got {row!r:.100}")
+        for key, value in row.items():
+            if key in ("dataset", "method"):
+                right, expected = isinstance(value, str), "a text"
+            else:
+                real = isinstance(value, (int, float)) and math.isfinite(value)
+                right, expected = real or (value is None and key != "seed"), "a finite number"
+            if not right:
+                raise ValueError(f"expected {expected} as {key!r} of row {number}, got {value!r:.100}")
+    return rows
 
 
 def cells(summary: Sequence[Mapping[str, Any]]) -> list[list[str]]:

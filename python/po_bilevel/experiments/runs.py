@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import NonFiniteError, UsageError
+from ..files import alone
 from ..trainer import OuterStep
 from . import plots, results
 from .results import Row
@@ -94,12 +96,13 @@ class Experiment:
 
 
 Names = tuple[str, ...]
+MOST = 2**31 - 1
 
 
 def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free: Names = ()) -> None:
     """Refuses counts below 1, reals that are not finite and positive, and lists that are empty or name a thing twice.
 
-    Lists of counts are sizes, and may.
+    Integers end at `MOST`, as many libraries' do, and so do the seeds' numbers. Lists of counts are sizes, and may.
 
     Args:
         config: of a run.
@@ -122,6 +125,8 @@ def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free:
                 continue
             if name in fractions:
                 right, expected = 0 < number < 1, "a number between 0 and 1"
+            elif isinstance(number, int) and number > MOST:
+                right, expected = False, f"an integer of at most {MOST}"
             elif name in zero:
                 right, expected = 0 <= number < math.inf, "a finite number of at least 0"
             elif isinstance(number, int):
@@ -132,6 +137,24 @@ def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free:
                 raise UsageError(f"{flag}: expected {expected}, got {number}")
     if getattr(config, "threads", 1) > 4096:
         raise UsageError(f"--threads: expected at most 4096, got {config.threads}")
+
+
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """The folder of --out is there, can be written to, and is that of no other run until the block ends."""
+    with contextlib.ExitStack() as stack:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+            stack.enter_context(alone(path))
+        except BlockingIOError:
+            raise UsageError(
+                f"--out: expected a folder that no run is writing to, got {str(path)!r}; wait for that to end"
+            ) from None
+        except OSError as error:
+            raise UsageError(f"--out: expected a folder to write to, got {str(path)!r}: {error.strerror}") from None
+        yield
 
 
 def check_device(device: str) -> None:

@@ -7,20 +7,19 @@ A sweep's file is JSON:
 
 A run is one point of the grid and one seed. The folder has manifest.json, which lists the runs; runs/ID.parquet for
 each that is finished, written as a whole by the one process that starts them; and results.parquet of all at the end.
-A run is finished if its file is there, so that a sweep that was killed goes on by being started again.
+A run is finished if its file is there and whole, so that a sweep that was killed goes on by being started again.
 
 What cannot be used is a UsageError that names the option or the key, what was expected and what came; a package that is
 not installed a MissingDependencyError.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import types
@@ -39,7 +38,7 @@ from ..optional import require
 from . import results
 from .registry import EXPERIMENTS
 from .results import Row
-from .runs import OptionsInParts, Outcome, check_options
+from .runs import MOST, OptionsInParts, Outcome, check_options, folder
 
 # A run, its rows, and what went wrong or None.
 Ended = tuple["Run", list[Row], str | None]
@@ -108,8 +107,8 @@ def read(path: Path) -> dict[str, Any]:
             raise UsageError(f"config: {key}: expected a JSON {kind.__name__}, got {content[key]!r}")
     if content["experiment"] not in EXPERIMENTS:
         raise UsageError(f"config: experiment: expected one of {', '.join(EXPERIMENTS)}, got {content['experiment']!r}")
-    if content["seeds"] < 1:
-        raise UsageError(f"config: seeds: expected at least 1, got {content['seeds']}")
+    if not 1 <= content["seeds"] <= MOST:
+        raise UsageError(f"config: seeds: expected from 1 to {MOST}, got {content['seeds']}")
     for option, values in content["grid"].items():
         if not isinstance(values, list) or not values:
             raise UsageError(f"config: grid: expected a list of values for {option!r}, got {values!r}")
@@ -179,50 +178,38 @@ def sweep(config: SweepConfig) -> list[str]:
     require("pyarrow", "sklearn")
     if config.engine == "ray":
         require("ray", "ray")
-    folder = config.out / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(config.out):
+    with folder(config.out):
+        (config.out / "runs").mkdir(exist_ok=True)
         _manifest(config.out / "manifest.json", read(config.config), runs)
-        for left in folder.glob(".*"):
+        for left in (config.out / "runs").glob(".*"):
             # Of a write that was killed.
             left.unlink()
         return _finish(config, runs, pandas)
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other sweep runs in the folder, which is held until this process ends, however it does."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(held)
-        raise UsageError(
-            f"--out: expected a folder that no sweep is running in, got {str(folder)!r}; wait for it to end"
-        ) from None
-    try:
-        yield
-    finally:
-        os.close(held)
-
-
 def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:
-    """Runs what has no file yet, and puts all together when none failed; returns the failures."""
-    folder = config.out / "runs"
-    waiting = [run for run in runs if not (folder / f"{run.id}.parquet").exists()]
-    failures = []
+    """Runs what has no file yet, or a broken one, and puts all together when none failed; returns the failures."""
+    paths = {run.id: config.out / "runs" / f"{run.id}.parquet" for run in runs}
+    waiting: list[Run] = []
+    failures: list[str] = []
+    for run in runs:
+        try:
+            if results.read_run(paths[run.id]) is None:
+                waiting.append(run)
+        except UsageError as broken:
+            print(f"{broken}; it is run again", file=sys.stderr)
+            waiting.append(run)
     with tqdm(
         total=len(runs), initial=len(runs) - len(waiting), desc="runs", disable=None if config.progress else True
     ) as bar:
         for run, rows, error in ENGINES[config.engine](waiting, config):
             if error is None:
-                with atomic(folder / f"{run.id}.parquet") as temporary:
-                    pandas.DataFrame(rows).to_parquet(temporary)
+                results.write_run(paths[run.id], rows)
             else:
                 failures.append(f"{run.options}: {error}")
             bar.update()
     if not failures:
-        parts = [pandas.read_parquet(folder / f"{run.id}.parquet") for run in runs]
+        parts = [results.read_run(path) for path in paths.values()]
         with atomic(config.out / "results.parquet") as temporary:
             pandas.concat(parts, ignore_index=True).to_parquet(temporary)
     return failures

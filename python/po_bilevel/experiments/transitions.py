@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..optional import require
+from .data import refuse_non_finite
 
 Behaviour = Literal["random", "controller"]
 
@@ -37,6 +38,12 @@ class Transitions:
     actions: np.ndarray
     following: np.ndarray
     episodes: np.ndarray
+
+    def check(self, option: str) -> "Transitions":
+        """Itself, if all its numbers are finite; a UsageError names the option, the row and the column."""
+        for what in ("observations", "actions", "following"):
+            refuse_non_finite(f"{option}: {what} of {self.name}", getattr(self, what))
+        return self
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,7 @@ def collect(
         )
         *steps, episodes = zip(*itertools.islice(endless, count), strict=True)
     before, actions, after = (np.array(part, dtype=np.float64) for part in steps)
-    return Transitions(name, before, actions, after, np.array(episodes))
+    return Transitions(name, before, actions, after, np.array(episodes)).check("--env")
 
 
 def train_controller(
@@ -171,12 +178,21 @@ def train_controller(
 def load_controller(path: Path) -> Controller:
     """A controller from a NumPy archive with `weight` (A, O) and `bias` (A,)."""
     try:
-        with np.load(path) as archive:
-            return Controller(np.asarray(archive["weight"], np.float64), np.asarray(archive["bias"], np.float64))
-    except (OSError, ValueError, KeyError) as error:
+        with path.open("rb") as file, np.load(file) as archive:
+            found = Controller(np.asarray(archive["weight"], np.float64), np.asarray(archive["bias"], np.float64))
+    except Exception as error:
+        # What zip files and arrays that are broken in whatever way raise.
         raise UsageError(
             f"--controller: expected an .npz file with weight and bias, got {str(path)!r}: {error}"
         ) from None
+    if found.weight.ndim != 2 or found.bias.shape != found.weight.shape[:1]:
+        raise UsageError(
+            f"--controller: expected a weight (A, O) and a bias (A,), got shapes {found.weight.shape} and "
+            f"{found.bias.shape}"
+        )
+    refuse_non_finite(f"--controller: weight of {path}", found.weight)
+    refuse_non_finite(f"--controller: bias of {path}", found.bias[:, None])
+    return found
 
 
 def load_minari(name: str, count: int | None = None) -> Transitions:
@@ -209,7 +225,7 @@ def load_minari(name: str, count: int | None = None) -> Transitions:
     if not parts:
         raise UsageError(f"--minari: expected episodes in {name!r}, got none")
     before, actions, after = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
-    return Transitions(name, before, actions, after, np.concatenate(episodes)[:count])
+    return Transitions(name, before, actions, after, np.concatenate(episodes)[:count]).check("--minari")
 
 
 def _range(env: Any) -> tuple[np.ndarray, np.ndarray]:

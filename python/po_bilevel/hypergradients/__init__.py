@@ -4,8 +4,9 @@
 
 A method is called with the two losses as functions of (θ, φ) and returns a `Hypergradient`: the gradient, and
 what there is to know about how it was come by. The losses have to be deterministic functions: a method that
-evaluates them more than once must see the same batch and the same random numbers each time, so fix both outside
-(the sampled losses of `po_kernels` take a `seed`). docs/hypergradients.md compares the methods.
+evaluates them more than once must see the same batch and the same random numbers each time. Fix the batch outside, and
+the seed of what draws from generators of its own (the sampled losses of `po_kernels` take one); torch's default
+generators, which dropout draws from, are put back at each evaluation. docs/hypergradients.md compares the methods.
 """
 
 from .first_order import BOME, EvolutionStrategies, FiniteDifference, Penalty

@@ -9,7 +9,20 @@ from torch import Tensor
 
 from .interface import Hypergradient, Loss, Tensors
 from .method import Method, Start
-from .problem import all_finite, all_reached, filled, flat, inner_gradient, outer_gradients, scalar, started, unflat
+from .problem import (
+    all_finite,
+    all_reached,
+    depends,
+    filled,
+    flat,
+    inner_gradient,
+    length,
+    no_minimum,
+    outer_gradients,
+    scalar,
+    started,
+    unflat,
+)
 from .unrolled import descend
 
 
@@ -19,7 +32,7 @@ class FiniteDifference(Method):
 
         dF/dφ = ∂F/∂φ - [∂L/∂φ(θ + εv) - ∂L/∂φ(θ - εv)] / 2ε,    v = scale · ∂F/∂θ,  ε = radius/‖v‖
 
-    Two gradients of the inner loss by φ. SAMA (Choe et al. 2023) is this with v scaled by the inner optimiser's state.
+    Two gradients of the inner loss. SAMA (Choe et al. 2023) is this with v scaled by the inner optimiser's state.
 
     Attributes:
         scale: 1/curvature, the inner learning rate in DARTS.
@@ -31,22 +44,27 @@ class FiniteDifference(Method):
 
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         outer, by_theta, direct = outer_gradients(outer_loss, theta, phi)
-        norm = float(flat(by_theta, theta).norm())
+        norm = length(flat(by_theta, theta))
         gradient = list(filled(direct, phi))
         # Where ∂F/∂θ is zero there is no direction, and nothing to subtract.
         shift = self.radius / norm if norm > 0 else 0.0
-        ends = []
-        values = []
+        values, slopes, ends = [], [], []
         for sign in (1.0, -1.0):
             moved = tuple(t.detach() + sign * shift * g for t, g in zip(theta, by_theta, strict=True))
-            value, by_phi = _by_phi(inner_loss, moved, phi)
+            value, by_moved, by_phi = _gradients(inner_loss, moved, phi)
             values.append(value)
+            slopes.append(flat(by_moved, theta))
             ends.append(by_phi)
         if norm > 0:
             for index, (plus, minus) in enumerate(zip(*ends, strict=True)):
                 gradient[index] = gradient[index] - self.scale * (plus - minus) / (2.0 * shift)
-        result = _first_order(gradient, 0.5 * sum(values), outer)
-        return dataclasses.replace(result, problems=_unmoved(*ends)) if norm > 0 else result
+        # The mean of both ends is right to second order.
+        inner_norm = length(0.5 * (slopes[0] + slopes[1]))
+        stationarity, far = no_minimum(theta, inner_norm, 1.0 / self.scale)
+        return dataclasses.replace(
+            _first_order(gradient, 0.5 * sum(values), outer), inner_gradient_norm=inner_norm, stationarity=stationarity,
+            problems=(*far, *(_unmoved(*ends) if norm > 0 else ())),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,14 +73,15 @@ class Penalty(Method):
 
         dF/dφ ≈ ∂F/∂φ(y) + μ [∂L/∂φ(y) - ∂L/∂φ(θ)],    y = argmin L + F/μ
 
-    Right to O(1/μ); what y and θ lack in accuracy is multiplied by μ. y takes gradient steps from where it ended the
-    last time, θ is the minimum of L that it is called with. steps + 3 gradients of L.
+    Right to O(1/μ); what y and θ lack in accuracy is multiplied by μ, so that both have to be minima as good as
+    `tolerance` says. y takes gradient steps from where it ended the last time, θ is the minimum of L that it is called
+    with. steps + 3 gradients of L.
 
     Attributes:
         multiplier: μ.
         steps: of gradient descent on y.
         learning_rate: of it, in units of 1/curvature of the inner loss.
-        tolerance: of ‖∂(L + F/μ)/∂y‖ relative to ‖∂F/∂y‖/μ.
+        tolerance: of ‖∂(L + F/μ)/∂y‖ and of ‖∂L/∂θ‖, both relative to ‖∂F/∂y‖/μ.
     """
 
     multiplier: float
@@ -81,10 +100,11 @@ class Penalty(Method):
         y = descend(penalised, y, phi, self.steps, self.learning_rate)
         outer, by_y, direct = outer_gradients(outer_loss, y, phi)
         _, left = inner_gradient(penalised, y, phi)
-        scale = float(flat(by_y, y).norm()) / self.multiplier
-        residual = float(flat(left, y).norm()) / scale if scale > 0 else 0.0
-        inner, at_theta = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
-        _, at_y = _by_phi(inner_loss, tuple(t.detach() for t in y), phi)
+        inner, slope, at_theta = _gradients(inner_loss, theta, phi)
+        _, _, at_y = _gradients(inner_loss, y, phi)
+        scale = length(flat(by_y, y)) / self.multiplier
+        inner_norm = length(flat(slope, theta))
+        residual, stationarity = (n / scale if scale > 0 else 0.0 for n in (length(flat(left, y)), inner_norm))
         gradient = [d + self.multiplier * (a - b) for d, a, b in zip(filled(direct, phi), at_y, at_theta, strict=True)]
         problems = []
         if residual > self.tolerance:
@@ -92,9 +112,16 @@ class Penalty(Method):
                 f"the penalised problem stopped at a relative gradient of {residual:.1e} after {self.steps} steps, "
                 f"tolerance {self.tolerance:.1e}; take more steps"
             )
+        if stationarity > self.tolerance:
+            problems.append(
+                f"θ is no minimum of the inner loss, whose gradient has norm {inner_norm:.2g} there, "
+                f"{stationarity:.1e} relative to ‖∂F/∂θ‖/μ, tolerance {self.tolerance:.1e}; train the inner "
+                "problem further"
+            )
         return dataclasses.replace(
             _first_order(gradient, inner, outer), residual_norm=residual, converged=not problems,
             problems=(*problems, *_unmoved(at_y, at_theta)), solution=tuple(t.detach() for t in y),
+            inner_gradient_norm=inner_norm, stationarity=stationarity,
         )  # fmt: skip
 
 
@@ -106,7 +133,7 @@ class BOME(Method):
 
     θ^(T) is θ after T steps of gradient descent, a constant in ∇q. The direction's φ part is handed out as the
     gradient, its θ part moves `theta`: the method is an inner loop of its own, so train with no other inner steps. At
-    a θ that already is a minimum of L, q and so the pull of L on φ vanish. T + 3 gradients of L.
+    a θ that already is a minimum of L, q and so the pull of L on φ vanish. T + 2 gradients of L.
 
     Attributes:
         steps: T.
@@ -123,18 +150,19 @@ class BOME(Method):
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         outer, f_theta, direct = outer_gradients(outer_loss, theta, phi)
         f_phi = filled(direct, phi)
-        inner, q_theta = inner_gradient(inner_loss, theta, phi)
-        _, here = _by_phi(inner_loss, tuple(t.detach() for t in theta), phi)
+        inner, q_theta, here = _gradients(inner_loss, theta, phi)
         lower = descend(inner_loss, theta, phi, self.steps, self.learning_rate)
-        _, there = _by_phi(inner_loss, tuple(t.detach() for t in lower), phi)
+        _, _, there = _gradients(inner_loss, lower, phi)
         q_phi = tuple(a - b for a, b in zip(here, there, strict=True))
         f, q = flat(f_phi + f_theta, phi + theta), flat(q_phi + q_theta, phi + theta)
-        squared = float(q @ q)
-        weight = max(0.0, self.control - float(f @ q) / squared) if squared > 0 else 0.0
+        size = length(q)
+        weight = max(0.0, self.control - float((f / size) @ (q / size))) if size > 0 else 0.0
         direction = unflat(f + weight * q, phi + theta)
         moved = tuple(t.detach() - self.step * d for t, d in zip(theta, direction[len(phi) :], strict=True))
-        result = _first_order(direction[: len(phi)], float(inner.detach()), outer)
-        return dataclasses.replace(result, theta=moved, problems=_unmoved(here, there))
+        return dataclasses.replace(
+            _first_order(direction[: len(phi)], inner, outer), theta=moved, problems=_unmoved(here, there),
+            inner_gradient_norm=length(flat(q_theta, theta)),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -204,14 +232,15 @@ class EvolutionStrategies(Method):
         return size**0.5 * torch.cat(blocks).to(like)
 
 
-def _by_phi(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[float, Tensors]:
-    """L and ∂L/∂φ at a constant θ."""
+def _gradients(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[float, Tensors, Tensors]:
+    """L, ∂L/∂θ and ∂L/∂φ, at θ as a constant."""
+    leaves = tuple(t.detach().requires_grad_() for t in theta)
     with torch.enable_grad():
-        loss = inner_loss(theta, phi)
-        if isinstance(loss, Tensor) and not loss.requires_grad:
-            all_reached([None] * len(phi))
+        loss = inner_loss(leaves, phi)
         scalar("inner_loss", loss)
-        return float(loss.detach()), all_reached(torch.autograd.grad(loss, phi, allow_unused=True))
+        found = torch.autograd.grad(loss, leaves + phi, allow_unused=True)
+    by_phi = all_reached(found[len(leaves) :])
+    return float(loss.detach()), depends(found[: len(leaves)], leaves), by_phi
 
 
 def _unmoved(first: Tensors, second: Tensors) -> tuple[str, ...]:

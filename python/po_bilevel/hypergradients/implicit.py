@@ -4,6 +4,7 @@ They differ in how v is come by. θ has to be near a minimum of the inner loss; 
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import NonFiniteError
 from .interface import Hypergradient
 from .method import ImplicitMethod, Start
-from .problem import ImplicitProblem
+from .problem import ImplicitProblem, length
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,15 @@ class ImplicitCG(ImplicitMethod):
             if squared**0.5 <= goal:
                 break
             image = problem.product(direction)
-            length = float(direction @ direction)
-            curvature = problem.curvature.observe(direction, image, length)
+            squares = float(direction @ direction)
+            curvature = problem.curvature.observe(direction, image, squares)
             if curvature + self.damping <= 0:
                 problems.append(
                     f"the linear solve stopped after {problem.num_products} products, at curvature {curvature:.3g} "
                     f"with damping {self.damping:.3g}; train the inner problem further or raise the damping"
                 )
                 break
-            step = squared / ((curvature + self.damping) * length)
+            step = squared / ((curvature + self.damping) * squares)
             solution.add_(direction, alpha=step)
             residual.sub_(image, alpha=step).sub_(direction, alpha=step * self.damping)
             previous, squared = squared, float(residual @ residual)
@@ -178,8 +179,9 @@ class FixedPoint(ImplicitMethod):
 class Dense(ImplicitMethod):
     """The Hessian itself, by P products, and its eigenvalues: what the others are tested against.
 
-    O(P²) memory and O(P³) time. A direction without curvature is left out of the solution (the pseudo-inverse), and
-    is reported if ∂F/∂θ has a part along it.
+    O(P²) memory and O(P³) time; the eigenvalues in float64. A direction whose curvature is less than what rounding has
+    left of the products, which shows in how far they are from symmetric, is left out of the solution (the
+    pseudo-inverse), and is reported if ∂F/∂θ has a part along it; so is a solution that rounding has a hundredth of.
 
     Attributes:
         damping: δ.
@@ -200,26 +202,37 @@ class Dense(ImplicitMethod):
         hessian = torch.stack([problem.product(unit) for unit in basis])
         if not hessian.isfinite().all():
             raise NonFiniteError("the Hessian of the inner loss is not finite")
+        eps = torch.finfo(hessian.dtype).eps
+        hessian = hessian.double()
         eigenvalues, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
-        # A product's rounding is of the order of the largest eigenvalue's, in each of P directions.
-        rounding = size * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().amax()
+        largest = float(eigenvalues.abs().amax())
+        # Of independent errors of the entries the symmetric part has a norm like that of the other one, ‖H - Hᵀ‖/√P.
+        rounding = 4.0 * eps * largest + 2.0 * float((hessian - hessian.mT).norm()) / size**0.5
         eigenvalues = torch.where(eigenvalues.abs() > rounding, eigenvalues, 0.0)
         for index in (-1, 0):
             problem.curvature.observe(vectors[:, index], eigenvalues[index] * vectors[:, index])
         regular = eigenvalues + self.damping
         kept = regular.abs() > rounding
-        coordinates = vectors.mT @ problem.right
-        solution = vectors @ torch.where(kept, coordinates / torch.where(kept, regular, 1.0), 0.0)
+        coordinates = vectors.mT @ problem.right.double()
+        along = torch.where(kept, coordinates / torch.where(kept, regular, 1.0), 0.0)
         lost = float(coordinates[~kept].norm())
-        # The square root of rounding: b's part along a null direction is found by the rounding of both.
-        tolerance = torch.finfo(regular.dtype).eps ** 0.5
         problems = []
-        if lost > tolerance * problem.scale:
+        # What rounding leaves of b along a null direction is more than its own: its sums cancel.
+        if lost > eps**0.75 * problem.scale:
             problems.append(
                 f"the inner Hessian is singular along {int((~kept).sum())} directions that the outer loss depends on; "
                 "regularise the inner loss or give a damping"
             )
-        return problem.result(solution, tolerance=tolerance, problems=problems)
+        smallest = float(regular.abs().amin())
+        condition = float(regular.abs().amax()) / smallest if smallest > rounding else math.inf
+        unsure = float((along * rounding / torch.where(kept, regular, 1.0)).norm() / along.norm())
+        if unsure > 0.01:
+            problems.append(
+                f"the inner Hessian's condition number of {condition:.1e} makes up to {100.0 * unsure:.0f}% of the "
+                "solution of what rounding left of its products; compute the losses in float64 or raise the damping"
+            )
+        solution = (vectors @ along).to(problem.right.dtype)
+        return problem.result(solution, tolerance=eps**0.5, problems=problems, condition=condition)
 
 
 @dataclass(frozen=True)
@@ -325,8 +338,8 @@ def _step(problem: ImplicitProblem, damping: float) -> float:
 
 
 def _squared(vector: Tensor) -> float:
-    """‖v‖², of an image of an image: in float64, for float32 would underflow."""
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+    """‖v‖², of an image of an image."""
+    return length(vector) ** 2
 
 
 def _ran_out(residual: float, iterations: int, tolerance: float) -> str:

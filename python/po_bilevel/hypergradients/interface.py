@@ -22,14 +22,20 @@ class Hypergradient:
             / ‖b‖ of a linear system, 0 for b = 0. None for a method that solves no equation.
         num_products: how many products with the Hessian H of the inner loss were computed; a backward pass through a
             step of gradient descent is one.
-        converged: the residual is within the tolerance asked for, or what rounding leaves of it; True for a method that
-            is asked for none.
+        converged: the method's own equation is solved within the tolerance asked for, or what rounding leaves of it, at
+            a θ that is near enough to a minimum of L. None for a method that is asked for no tolerance: what it leaves
+            out it cannot know, such as the steps that an unrolled descent did not take.
         min_curvature: the least vᵀHv/vᵀv met, without damping; None if none was looked at. Below zero the inner
             loss is not at a minimum, and the implicit function theorem promises nothing.
         problems: for people, one sentence for each thing that makes the gradient less than it should be.
         solution: what the next call close by can start from, one tensor for each of θ: v of a linear system, or the
             minimiser of a penalised problem. None for a method that has no use for one.
         theta: where a method that moves θ moved it to, detached. None for the others.
+        inner_gradient_norm: ‖∂L/∂θ‖ where `inner_loss` was taken; None where it is not computed.
+        stationarity: it, relative to λ max(‖θ‖, 1) with λ the largest curvature of L that was met: the relative error
+            of θ as a solution of ∂L/∂θ = 0. Above 0.005, where hypergradients are some per cent off, it is a problem.
+            None of a method that does not take θ for a minimum, or knows no curvature.
+        condition: of H + δI, its largest eigenvalue over its least, for a method that computes them; else None.
     """
 
     gradient: Tensors
@@ -37,11 +43,14 @@ class Hypergradient:
     outer_loss: float
     residual_norm: float | None = None
     num_products: int = 0
-    converged: bool = True
+    converged: bool | None = None
     min_curvature: float | None = None
     problems: tuple[str, ...] = ()
     solution: Tensors | None = None
     theta: Tensors | None = None
+    inner_gradient_norm: float | None = None
+    stationarity: float | None = None
+    condition: float | None = None
 
     @property
     def negative_curvature(self) -> bool:
@@ -57,6 +66,10 @@ class HypergradientMethod(Protocol):
     ) -> Hypergradient:  # fmt: skip
         """The hypergradient at (θ, φ).
 
+        The methods of this package evaluate the losses with torch's default generators at the same state each time:
+        dropout is one mask, and another in the next call. Each loss is evaluated twice at the first point, and a
+        difference, such as other generators make, is a problem.
+
         Args:
             inner_loss: L(θ, φ) -> (), twice differentiable in θ and in θ and φ jointly; once for a first-order method.
             outer_loss: F(θ, φ) -> ().
@@ -65,6 +78,7 @@ class HypergradientMethod(Protocol):
             start: `solution` of an earlier call close by, where the method has one.
 
         Raises:
+            TypeError: θ or φ is a tensor and not a sequence of tensors, or a loss is no tensor.
             ValueError: θ or φ does not require grad; a loss does not depend on θ; φ does not reach the gradient of
                 the inner loss; the inner loss has no second derivative; a start of other shapes.
             NonFiniteError: a loss or a gradient is infinite or not a number.

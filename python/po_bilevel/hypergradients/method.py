@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .interface import Hypergradient, Loss, Tensors
 from .problem import ImplicitProblem, inner_parameters, parameters
+from .repeatable import repeatable
 
 Start = Tensors | None
 # Options that count something; the others are positive numbers, but for the seed, and a damping may be zero.
@@ -41,7 +42,11 @@ class Method(ABC):
         *, start: Start = None,
     ) -> Hypergradient:  # fmt: skip
         """See `HypergradientMethod.__call__`."""
-        return self._at(inner_loss, outer_loss, inner_parameters(theta), parameters("phi", phi), start)
+        theta, phi = inner_parameters(theta), parameters("phi", phi)
+        with repeatable(theta + phi, inner_loss=inner_loss, outer_loss=outer_loss) as (inner, outer):
+            result = self._at(inner, outer, theta, phi, start)
+        noise = (*inner.problems, *outer.problems)
+        return dataclasses.replace(result, converged=False, problems=noise + result.problems) if noise else result
 
     @abstractmethod
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:

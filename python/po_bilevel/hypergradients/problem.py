@@ -22,11 +22,14 @@ class Curvature:
         self._lowest: tuple[Tensor, Tensor] | None = None
 
     def observe(self, vector: Tensor, image: Tensor, squared: float | None = None) -> float:
-        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of a vector too short to square."""
-        squared = float(vector @ vector) if squared is None else squared
-        if squared < torch.finfo(vector.dtype).tiny:
-            return 0.0
-        value = float(vector @ image) / squared
+        """vᵀHv/vᵀv of a vector (P,), its image Hv (P,), and vᵀv if it is known; 0 of zero."""
+        if squared is None:
+            size = length(vector)
+            if size == 0.0:
+                return 0.0
+            value = float((vector / size) @ (image / size))
+        else:
+            value = float(vector @ image) / squared
         if not math.isfinite(value):
             raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
         self._most = max(self._most, abs(value))
@@ -41,8 +44,8 @@ class Curvature:
         The directions of a solver that does not mind negative curvature need not have any, where their combinations
         do. Rayleigh-Ritz in two dimensions at each step (Knyazev 2001) finds it without storing them.
         """
-        unit = vector.norm()
-        if float(unit) == 0.0:
+        unit: Tensor | float = length(vector)
+        if unit == 0.0:
             return
         vector, image = vector / unit, image / unit
         if self._lowest is not None:
@@ -78,7 +81,9 @@ class ImplicitProblem:
     numbers are the same throughout, and memory does not depend on how many steps led to θ.
 
     Attributes:
-        right: b = ∂F/∂θ, flat, (P,).
+        right: b = ∂F/∂θ, flat, (P,), in units of a power of two that brings its entries near one: squares of those of
+            a loss in small units would underflow. v is in these units too, but for what `start` takes and `result`
+            gives.
         scale: ‖b‖.
         num_products: with H, so far.
         curvature: of what was multiplied so far.
@@ -87,16 +92,19 @@ class ImplicitProblem:
     def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
         self._theta, self._phi = theta, phi
         self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
-        self._inner, self._gradient = _differentiable_gradient(inner_loss, self._theta, self._phi)
+        self._inner, self._gradient, self._inner_norm = _differentiable_gradient(inner_loss, self._theta, self._phi)
         self._damping = damping
-        self.right = flat(by_theta, self._theta)
-        self.scale = float(self.right.norm())
+        right = flat(by_theta, self._theta)
+        # A power of two changes no bit of what follows.
+        self._unit = 2.0 ** math.frexp(float(right.abs().max()))[1]
+        self.right = right / self._unit
+        self.scale = length(self.right)
         self.num_products = 0
         self.curvature = Curvature()
 
     def start(self, start: Tensors | None) -> Tensor | None:
         """A warm start, flat."""
-        return None if start is None else flat(started(start, self._theta), self._theta)
+        return None if start is None else flat(started(start, self._theta), self._theta) / self._unit
 
     def product(self, vector: Tensor) -> Tensor:
         """H v, without damping, flat: (P,) -> (P,)."""
@@ -107,19 +115,22 @@ class ImplicitProblem:
         """The relative residual that the rounding of one product leaves, with a few roundings for each entry."""
         if self.scale == 0:
             return 0.0
-        size = (self.curvature.most + self._damping) * float(solution.norm())
+        size = (self.curvature.most + self._damping) * length(solution)
         return 8.0 * torch.finfo(solution.dtype).eps * size / self.scale
 
     def result(
-        self, solution: Tensor, *, tolerance: float | None, problems: Sequence[str] = (), next_step: float | None = None
-    ) -> Hypergradient:
-        """The hypergradient from v, with its residual measured.
+        self, solution: Tensor, *, tolerance: float | None, problems: Sequence[str] = (),
+        next_step: float | None = None, condition: float | None = None,
+    ) -> Hypergradient:  # fmt: skip
+        """The hypergradient from v, with its residual measured, and how far θ is from a minimum.
 
         Args:
             solution: v, (P,).
             tolerance: of the relative residual; None if none was asked for. What rounding leaves of it is forgiven.
             problems: what went wrong in the solve.
-            next_step: ρ, to hand on v + ρ (b - (H + δI) v) instead of v as the next start.
+            next_step: ρ, to hand on v + ρ (b - (H + δI) v) instead of v as the next start; θ moves as v does then, and
+                need not be at a minimum.
+            condition: of H + δI, if it is known.
         """
         # One backward pass gives the mixed product and, for the residual, the Hessian product with the solution.
         both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
@@ -128,15 +139,20 @@ class ImplicitProblem:
         mixed = all_reached(both[len(self._theta) :])
         self.curvature.observe(solution, image)
         residual = self.right - image - self._damping * solution
-        residual_norm = float(residual.norm()) / self.scale if self.scale > 0 else 0.0
+        residual_norm = length(residual) / self.scale if self.scale > 0 else 0.0
         if not math.isfinite(residual_norm):
             raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
-        converged = tolerance is None or residual_norm <= max(tolerance, self._rounding(solution))
+        solved = tolerance is None or residual_norm <= max(tolerance, self._rounding(solution))
         found = list(problems)
-        if not converged and not found:
+        if not solved and not found:
             found.append(
                 f"the linear solve ended at a relative residual of {residual_norm:.1e}, tolerance {tolerance:.1e}"
             )
+        stationarity: float | None = None
+        far: tuple[str, ...] = ()
+        if next_step is None and self.curvature.most > 0:
+            stationarity, far = no_minimum(self._theta, self._inner_norm, self.curvature.most)
+            found.extend(far)
         least = self.curvature.least
         if least is not None and least < 0:
             found.append(
@@ -145,12 +161,30 @@ class ImplicitProblem:
             )
         if next_step is not None:
             solution = solution + next_step * residual
-        gradient = tuple(d - m for d, m in zip(filled(self._direct, self._phi), mixed, strict=True))
+        gradient = tuple(d - self._unit * m for d, m in zip(filled(self._direct, self._phi), mixed, strict=True))
         return Hypergradient(
             gradient=all_finite(gradient), inner_loss=float(self._inner.detach()),
             outer_loss=float(self._outer.detach()), residual_norm=residual_norm, num_products=self.num_products,
-            converged=converged, min_curvature=least, problems=tuple(found), solution=unflat(solution, self._theta),
+            converged=None if tolerance is None else solved and not far, min_curvature=least, problems=tuple(found),
+            solution=unflat(self._unit * solution, self._theta), inner_gradient_norm=self._inner_norm,
+            stationarity=stationarity, condition=condition,
         )  # fmt: skip
+
+
+# Of θ as a solution of ∂L/∂θ = 0: hypergradients of softmax and Gaussian policies are off by some ten times as much.
+STATIONARY = 5e-3
+
+
+def no_minimum(theta: Tensors, norm: float, curvature: float) -> tuple[float, tuple[str, ...]]:
+    """`Hypergradient.stationarity` at θ with ‖∂L/∂θ‖ = norm and a positive curvature, and the problem if it is one."""
+    relative = norm / (curvature * max(length(flat(theta, theta)), 1.0))
+    if relative <= STATIONARY:
+        return relative, ()
+    sentence = f"θ is no minimum of the inner loss, whose gradient has norm {norm:.2g} there, {relative:.1e} relative"
+    return relative, (
+        f"{sentence} to its curvature and θ, where {STATIONARY:.0e} will do; train the inner "
+        "problem further, or take more rows and samples",
+    )
 
 
 def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
@@ -158,8 +192,16 @@ def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
     return tuple(t if t.is_leaf else t.detach().requires_grad_() for t in parameters("theta", theta))
 
 
+def length(vector: Tensor) -> float:
+    """The Euclidean norm, of squares that neither underflow nor overflow in float32."""
+    return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
+
+
 def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
     """The tensors as a tuple."""
+    if isinstance(tensors, Tensor):
+        # It would be taken apart into its rows.
+        raise TypeError(f"{name}: expected a sequence of tensors, got a tensor; give ({name},)")
     tensors = tuple(tensors)
     if not tensors:
         raise ValueError(f"{name}: expected at least one tensor, got none")
@@ -194,12 +236,17 @@ def inner_gradient(
         loss = inner_loss(theta, phi)
         scalar("inner_loss", loss)
         gradients = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True)
+    return loss, depends(gradients, theta)
+
+
+def depends(gradients: Sequence[Tensor | None], theta: Tensors) -> Tensors:
+    """∂L/∂θ, with zeros where L does not depend on it, if it depends on any and is finite."""
     if all(g is None for g in gradients):
         raise ValueError("inner_loss: expected a loss that depends on theta, got one that does not")
-    gradients = filled(gradients, theta)
-    if not _finite(gradients):
+    filled_up = filled(gradients, theta)
+    if not _finite(filled_up):
         raise NonFiniteError("the gradient of the inner loss is not finite")
-    return loss, gradients
+    return filled_up
 
 
 def scalar(name: str, loss: Tensor) -> None:
@@ -263,13 +310,15 @@ def _finite(tensors: Tensors) -> bool:
     return bool(torch.cat([t.detach().reshape(-1) for t in tensors]).isfinite().all())
 
 
-def _differentiable_gradient(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """L, and the parts of ∂L/∂θ that can be differentiated again, each with its index in θ."""
+def _differentiable_gradient(
+    inner_loss: Loss, theta: Tensors, phi: Tensors
+) -> tuple[Tensor, list[tuple[int, Tensor]], float]:
+    """L, the parts of ∂L/∂θ that can be differentiated again, each with its index in θ, and ‖∂L/∂θ‖."""
     loss, gradients = inner_gradient(inner_loss, theta, phi, create_graph=True)
     again = [(i, g) for i, g in enumerate(gradients) if g.requires_grad]
     if not again:
         raise ValueError("inner_loss: expected a twice differentiable loss, got one whose gradient is constant")
-    return loss, again
+    return loss, again, length(flat(gradients, theta))
 
 
 def _contract(gradient: list[tuple[int, Tensor]], inputs: Tensors, vector: Tensors) -> tuple[Tensor | None, ...]:

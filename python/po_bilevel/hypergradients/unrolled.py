@@ -2,6 +2,7 @@
 
 They start at the θ they are called with, which need not be a minimum, and hand θ_T back in `Hypergradient.theta`. The
 hypergradient is that of θ_T as a function of φ; it tends to the implicit one as T grows if gradient descent converges.
+How far it is from that they cannot know (`converged` is None); `inner_gradient_norm` is that of θ_T.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .interface import Hypergradient, Loss, Tensors
 from .method import Method, Start
-from .problem import all_finite, all_reached, filled, inner_gradient, outer_gradients
+from .problem import all_finite, all_reached, filled, flat, inner_gradient, length, outer_gradients
 
 
 class _Unrolling(Method):
@@ -133,9 +134,8 @@ def _backward(
             adjoint = filled(pulled[: len(leaves)], leaves)
             for index, part in enumerate(all_reached(pulled[len(leaves) :])):
                 total[index] = total[index] + part
-    with torch.no_grad():
-        inner = inner_loss(end, phi)
+    inner, left = inner_gradient(inner_loss, end, phi)
     return Hypergradient(
-        gradient=all_finite(tuple(total)), inner_loss=float(inner), outer_loss=float(outer.detach()),
-        num_products=sum(lengths), theta=tuple(t.detach() for t in end),
+        gradient=all_finite(tuple(total)), inner_loss=float(inner.detach()), outer_loss=float(outer.detach()),
+        num_products=sum(lengths), theta=tuple(t.detach() for t in end), inner_gradient_norm=length(flat(left, end)),
     )  # fmt: skip
