@@ -190,8 +190,8 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     constexpr int width = LaneTraits<V>::width;
     const Surrogate s = call;
     const RewardColumns<V> columns(call);
-    // The table's gradient is scattered by label, so that its sums are elements, not lane values. For few rows it is made
-    // of theirs at the end.
+    // The table's gradient is scattered by label, so that its sums are elements, not lane values. For few rows it is
+    // made of theirs at the end.
     const bool shares = columns.copied;
     const SharedSums sums{shares ? classes * classes : 0, shares && call.reward_table.gradient != nullptr, false};
     std::unique_ptr<T[]> of_rows(shares || !call.reward_table.gradient ? nullptr : new T[size_t(call.rows * classes)]);

@@ -64,8 +64,8 @@ const KernelTable& choose() {
     if (asked.empty() || level == asked) return table;
     usable += (usable.empty() ? "" : ", ") + level;
   }
-  throw std::runtime_error("PO_KERNELS_SIMD: expected a level that is built and that this processor supports (" + usable +
-                           "), got " + asked);
+  throw std::runtime_error("PO_KERNELS_SIMD: expected a level that is built and that this processor supports (" +
+                           usable + "), got " + asked);
 }
 
 }  // namespace

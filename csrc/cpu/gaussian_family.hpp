@@ -94,8 +94,8 @@ Verdict check_scale(Tile tile, const Scale<V>& loaded, RowInput scale) {
     }
     for (int l = 0; l < tile.count; ++l) {
       if (wrong.v[l] == T(0)) continue;
-      const Verdict verdict = check_triangular(static_cast<const T*>(scale.value) + (tile.begin + l) * scale.stride, dim,
-                                               tile.begin + l);
+      const Verdict verdict =
+          check_triangular(static_cast<const T*>(scale.value) + (tile.begin + l) * scale.stride, dim, tile.begin + l);
       if (verdict.code != kAccepted) return verdict;
     }
   }
@@ -157,8 +157,8 @@ Verdict gaussian_kernel(const GaussianPolicyLoss& call) {
 
     const SharedSums sums{precision_terms(call.precision_ndim, dim), call.precision.gradient != nullptr, true};
     const int64_t work_size = 4 * samples + gaussian_work(samples, dim, Scale<V>::size(dim), sums.terms);
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + work_size) +
-                         sizeof(P) * size_t(samples * dim);
+    const size_t bytes =
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + work_size) + sizeof(P) * size_t(samples * dim);
     const Totals totals = for_each_tile<V>(
         call, (samples + 1) * gaussian_operations<Scale<V>>(dim), sums, bytes,
         [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
@@ -215,8 +215,8 @@ Verdict gaussian_kernel(const GaussianSurrogateLoss& call) {
     const int64_t dim = call.dim, samples = call.num_samples;
     const Surrogate s = call;
     const int64_t work_size = 4 * samples + gaussian_work(samples, dim, Scale<V>::size(dim));
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(samples + work_size) +
-                         sizeof(P) * size_t(samples * (dim + 1));
+    const size_t bytes =
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(samples + work_size) + sizeof(P) * size_t(samples * (dim + 1));
     const int64_t operations = (samples + 1) * gaussian_operations<Scale<V>>(dim);
     const Totals totals = for_each_tile<V>(
         call, operations, SharedSums{}, bytes,

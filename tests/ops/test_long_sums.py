@@ -1,7 +1,7 @@
 """Sums of many float32 numbers: classes, samples, dimensions and rows by the ten thousand, against float64.
 
-A sum of n numbers in one accumulator errs by up to n u Σ|x|, u = 2^-24, and on equal numbers it does. Kernels add up runs
-of at most 32 numbers, or 256 where the sums stand in memory (64 blocks), and the runs without a loss: `RUN` u Σ|x|.
+A sum of n numbers in one accumulator errs by up to n u Σ|x|, u = 2^-24, and on equal numbers it does. Kernels add up
+runs of 32 numbers, or 256 where the sums stand in memory (64 blocks), and the runs without a loss: `RUN` Σ|x|.
 """
 
 import math

@@ -99,4 +99,5 @@ except RuntimeError as error:
 """
     warned, raised = run(program).strip().splitlines()
     for said in (warned, raised):
-        assert "PO_KERNELS_SIMD: expected a level" in said and f"default), got {level}" in said
+        assert "PO_KERNELS_SIMD: expected a level" in said
+        assert f"default), got {level}" in said

@@ -125,7 +125,7 @@ def test_mvn_samples(backend):
 
 @pytest.mark.parametrize("backend", serving("categorical_sample"))
 def test_labels(backend):
-    """By inversion: the first class whose cumulated probability exceeds the first uniform of block 0, here to 24 bits."""
+    """By inversion: the first class whose cumulated probability exceeds the uniform, here to 24 bits."""
     logits = torch.randn(5, 7, dtype=torch.float64)
     probabilities = torch.softmax(logits, -1).cpu().numpy()
     for seed in SEEDS:

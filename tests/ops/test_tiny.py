@@ -1,4 +1,4 @@
-"""Rewards and scales among the subnormal numbers, where 1 over a number is inf: no nan, and the value that float64 has."""
+"""Rewards and scales among the subnormal numbers, where 1 over a number is inf: no nan, but the value of float64."""
 
 import numpy as np
 import pytest

@@ -37,7 +37,7 @@ struct Spread {
   P relative;            // std / unit
   P inverse_relative{};  // 0 for equal members
   V std{};
-  V mean_from_first{};   // of x; on duals only, and only its tangent is used
+  V mean_from_first{};  // of x; on duals only, and only its tangent is used
 
   template <class Team>
   PK_FN Spread(Index count, const V* x, Team team) : x(x) {
@@ -108,19 +108,17 @@ struct Standardized : Spread<V> {
     const V along = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g] * direction(g); }) * per_member;
     if constexpr (is_dual<V>) {
       // The tangent of n is (ẋ - mean ẋ - n ṡtd) / std, of which that divisor meets the std in x - mean x = n std.
-      const P turned =
-          team.template sum<P>(count, [&](Index g) PK_LAMBDA { return u[g].v * tangent(g); }) * per_member;
+      const P turned = team.template sum<P>(count, [&](Index g) PK_LAMBDA { return u[g].v * tangent(g); }) * per_member;
       const P rest = (turned - along.v * std.t) * inverse_std + along.t * (relative * factor);
       team.each(count, [&](Index g) PK_LAMBDA {
         const P value = u[g].v - mean.v - deviation(g) * factor * along.v;
         const P falling = deviation(g) * factor * along.v * std.t - tangent(g) * along.v;
-        u[g] = {value * inverse_std, (u[g].t - mean.t - value * std.t * inverse_std + falling * inverse_std -
-                                      direction(g) * rest) * inverse_std};
+        u[g] = {value * inverse_std,
+                (u[g].t - mean.t - value * std.t * inverse_std + falling * inverse_std - direction(g) * rest) *
+                    inverse_std};
       });
     } else {
-      team.each(count, [&](Index g) PK_LAMBDA {
-        u[g] = (u[g] - mean - deviation(g) * factor * along) * inverse_std;
-      });
+      team.each(count, [&](Index g) PK_LAMBDA { u[g] = (u[g] - mean - deviation(g) * factor * along) * inverse_std; });
     }
   }
 };

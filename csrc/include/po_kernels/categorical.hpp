@@ -52,8 +52,7 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
   V* p = scratch;
   V* log_p = scratch + classes;
   const V entropy = softmax(classes, row.logits, p, log_p);
-  const V mean =
-      long_sum<V>(classes, [&](int64_t c) PK_LAMBDA { return p[c] * transformed_reward(s, row.column[c]); });
+  const V mean = long_sum<V>(classes, [&](int64_t c) PK_LAMBDA { return p[c] * transformed_reward(s, row.column[c]); });
   for (int64_t c = 0; c < classes; ++c) {
     const V reward = transformed_reward(s, row.column[c]);
     if (out.logits) {
@@ -97,9 +96,7 @@ PK_FN void categorical_labels(int64_t classes, const D* distribution, const D (&
     unrolled<S>([&](auto s) PK_LAMBDA { label[s] = D{}; });
     for (int64_t c = 0; c < classes; ++c) {
       const D threshold = distribution[c];
-      unrolled<S>([&](auto s) PK_LAMBDA {
-        label[s] = select(u[s] >= threshold, label[s] + 1.0, label[s]);
-      });
+      unrolled<S>([&](auto s) PK_LAMBDA { label[s] = select(u[s] >= threshold, label[s] + 1.0, label[s]); });
     }
     unrolled<S>([&](auto s) PK_LAMBDA {
       const auto words = to_words(label[s]);
@@ -290,8 +287,7 @@ PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogat
     const V inverse = constant<V>(Element<V>(1)) / unit;
     const auto reward = [&](int64_t c) PK_LAMBDA { return transformed_reward(s, row.column[c]) * inverse; };
     const V mean = long_sum<V>(row.classes, [&](int64_t c) PK_LAMBDA { return p[c] * reward(c); });
-    const V variance =
-        long_sum<V>(row.classes, [&](int64_t c) PK_LAMBDA { return p[c] * square(reward(c) - mean); });
+    const V variance = long_sum<V>(row.classes, [&](int64_t c) PK_LAMBDA { return p[c] * square(reward(c) - mean); });
     stats.reward_mean = mean * unit;
     stats.reward_std = stats.advantage_std = square_root(variance) * unit;
   }

@@ -159,8 +159,7 @@ struct DiagonalScale {
     }
     if (precision_out && kind == kScalar) {
       precision_out[0] =
-          precision_out[0] +
-          long_sum<P>(dim, [&](Index j) PK_LAMBDA { return output(weight * square(std[j])); });
+          precision_out[0] + long_sum<P>(dim, [&](Index j) PK_LAMBDA { return output(weight * square(std[j])); });
     }
     return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return trace_at(j, precision, weight, scale); });
   }

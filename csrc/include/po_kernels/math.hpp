@@ -163,8 +163,9 @@ PK_FN V broadcast(Element<V> x) {
   return V{} + x;
 }
 
-// The largest power of two that is not above x > 0, as far as neither it nor its inverse leaves the normal numbers: what
-// is multiplied by that inverse loses no digit, and what x bounds is then neither too large nor too small to square.
+// The largest power of two that is not above x > 0, as far as neither it nor its inverse leaves the normal numbers:
+// what is multiplied by that inverse loses no digit, and what x bounds is then neither too large nor too small to
+// square.
 template <class V>
 PK_FN V power_of_two(V x) {
   using T = Element<V>;

@@ -191,9 +191,7 @@ struct TriangularScale {
 
   // 2 ‖LᵀUL‖² + 4 ‖Lᵀx‖².
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
-    return long_sum<V>(dim, [&](Index j) PK_LAMBDA {
-      return reward_variance_at(j, precision, x, work_, work_ + dim);
-    });
+    return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return reward_variance_at(j, precision, x, work_, work_ + dim); });
   }
 
   // The terms of column j.
@@ -204,8 +202,7 @@ struct TriangularScale {
     });
     apply<1>(precision, dim, column, weighted);
     return square(along) * T(4) + long_sum<V>(dim, [&](Index k) PK_LAMBDA {
-             const V product =
-                 long_sum<V>(dim - k, [&](Index i) PK_LAMBDA { return row(k + i)[k] * weighted[k + i]; });
+             const V product = long_sum<V>(dim - k, [&](Index i) PK_LAMBDA { return row(k + i)[k] * weighted[k + i]; });
              return square(product) * T(2);
            });
   }

@@ -74,8 +74,8 @@ PK_FN Index run_work(Index count, Index size) {
   return count > kSampleRun ? 2 * size : 0;
 }
 
-// Adds to all numbers of `sums` what body(first, last, to) adds to those at to[0], to[1], ... for samples [first, last),
-// in runs of kSampleRun where these are not all.
+// Adds to all numbers of `sums` what body(first, last, to) adds to those at to[0], to[1], ... for samples [first,
+// last), in runs of kSampleRun where these are not all.
 template <class P, int N, class Body>
 PK_FN void in_sample_runs(Index count, const Summed<P> (&sums)[N], P* scratch, Body body) {
   const bool all = count <= kSampleRun;

@@ -102,8 +102,8 @@ def categorical(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int)
     """Labels by inversion of the distribution function, shape (num_samples, num_rows), int64.
 
     A label is the number of classes whose distribution function, in float64, is not above a uniform of 53 bits, made of
-    the first two words of block 0: 24 bits could not reach the rare classes of a vocabulary. Backends whose float64 sums
-    round differently draw the same labels but for one in 10**13 or so.
+    the first two words of block 0: 24 bits could not reach the rare classes of a vocabulary. Backends differ in how
+    they round that function, and so draw another label once in some 10**12.
 
     Args:
         logits: (num_rows, num_classes); -inf masks a class.
