@@ -1,7 +1,7 @@
 """The advantages over a group of samples: number, formula and definition of each, in plain torch.
 
-A compiled backend has its own code for each number: `csrc/include/po_kernels/group.hpp`, `numba/group.py` and
-`triton/group.py`.
+A compiled backend has its own code for each number: `csrc/include/po_kernels/advantage.hpp`,
+`numba/group.py` and `triton/group.py`.
 """
 
 from collections.abc import Callable
