@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from po_kernels import dispatch
 from po_kernels.ops import _autograd, _library, _modes
 
-from .calls import Fault, calls
+from .calls import FaultError, calls
 
 EXAMPLES = 200
 
@@ -23,7 +23,7 @@ def shown(op, transform=None):
     def run(call):
         call.check()
 
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(FaultError) as caught:
         run()
     return str(caught.value).split("\n\n")
 
@@ -39,7 +39,8 @@ def plant(monkeypatch, change):
     right = dispatch.kernel
 
     def kernel(op, name):
-        return lambda request: change(request, list(right(op, name)(request))) if name == "native" else right(op, name)(request)
+        found = right(op, name)
+        return (lambda request: change(request, list(found(request)))) if name == "native" else found
 
     monkeypatch.setattr(dispatch, "kernel", kernel)
 
@@ -92,7 +93,7 @@ def one_thread(torch_state):
 
 def found_and_gone(monkeypatch, op, transform=None):
     what, code = shown(op, transform)
-    with pytest.raises(Fault):
+    with pytest.raises(FaultError):
         rerun(code)
     monkeypatch.undo()
     rerun(code)
