@@ -61,10 +61,10 @@ def memory_that_is_not_written(request, found):
     return found
 
 
-def a_nan_where_deviations_are_subnormal(request, found):
+def a_nan_where_squares_vanish(request, found):
     rewards = request.inputs.rewards
-    tiny = rewards.abs().amax() < torch.finfo(rewards.dtype).tiny if rewards.numel() else False
-    return [x if x is None or not tiny else x * float("nan") for x in found]
+    vanish = rewards.numel() and rewards.abs().amax().square() < torch.finfo(torch.float32).tiny
+    return [x if x is None or not vanish else x * float("nan") for x in found]
 
 
 def an_input_that_is_written(request, found):
@@ -82,7 +82,7 @@ PLANTED = {
         an_input_that_is_written, a_float32_in_between,
     ),
     "categorical_surrogate_loss": (a_gradient_off_by_a_thousandth,),
-    "group_advantage": (a_float32_in_between, a_nan_where_deviations_are_subnormal),
+    "group_advantage": (a_float32_in_between, a_nan_where_squares_vanish),
 }  # fmt: skip
 
 
