@@ -10,6 +10,7 @@ from po_kernels.ops import _autograd, _library, _modes
 from .calls import FaultError, calls
 
 EXAMPLES = 200
+pytestmark = pytest.mark.slow
 
 
 def shown(op, transform=None):

@@ -157,7 +157,7 @@ def _each_tensor(found: list[Any], change: Callable[[Any], Any]) -> list[Any]:
 def _in_child(connection: Any, case: Case, backend: str, seed: int) -> None:
     torch.set_num_threads(1)  # torch's own operations: those of ours find out by themselves
     found = _value(case, backend, seed, lambda x: x)
-    connection.send(_each_tensor(found, lambda x: (x.tolist(), x.dtype)))
+    connection.send(_each_tensor(found, lambda x: (x.tolist(), x.dtype, x.shape)))
 
 
 FORK_SECONDS = 60
@@ -182,7 +182,7 @@ def _forked(case: Case, backend: str, seed: int, move: Move) -> list[Found]:
     finally:
         child.kill()
         child.join()
-    return _each_tensor(found, lambda values: torch.tensor(values[0], dtype=values[1]))
+    return _each_tensor(found, lambda sent: torch.tensor(sent[0], dtype=sent[1]).reshape(sent[2]))
 
 
 def _threads(case: Case, backend: str, seed: int, move: Move) -> list[Found]:
