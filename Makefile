@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 BENCH = mkdir -p build && $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' \
   -o python_functions='bench_*' --benchmark-enable -W default -q
-EXTENSION := $(wildcard CMakeLists.txt cmake/* csrc/*/* csrc/include/*/*)
+SOURCES := $(shell find csrc -type f)
+EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: demo test bench bench-check bench-quick sanitize lint clean
+.PHONY: demo test test-fast fuzz bench bench-check bench-quick count sanitize lint format clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -15,29 +16,50 @@ demo: $(VENV)/installed
 
 # Installs with the test extras, then runs all tests.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations 20
+
+# For work in progress: fewer random cases and no slow test, in a minute and a half.
+test-fast: $(VENV)/installed-test
+	$(BIN)/python -m pytest --fast --durations 10
+
+# Random calls of every op for hours, each fault as code that shows it: make fuzz MINUTES=30 SEED=7.
+MINUTES ?= 480
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # Ratios against eager torch and torch.compile, in one process; build/bench.json and a table.
 bench: $(VENV)/installed-test
 	$(BENCH) --benchmark-json build/bench.json
 	$(BIN)/python -m benchmarks.report table build/bench.json
 
-# Fails if a ratio fell by more than a quarter below its baseline, beyond the spread.
+# Fails if a ratio fell by more than a quarter below its baseline, beyond the spread, or is missing.
 bench-check: bench
 	$(BIN)/python -m benchmarks.report check build/bench.json
 
 # A few cases in half a minute, as a report: a noisy machine fails nothing.
 bench-quick: $(VENV)/installed-test
 	-export PO_KERNELS_BENCH_SECONDS=0.5; $(BENCH) -m quick --benchmark-json build/bench-quick.json
-	-$(BIN)/python -m benchmarks.report check build/bench-quick.json
+	-$(BIN)/python -m benchmarks.report check --part build/bench-quick.json
+
+# Fails if a native kernel takes over 3% more instructions than its baseline; needs valgrind, and half a minute.
+count: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.count
 
 # The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/installed-test
 	tests/sanitize.sh $(BIN)/python
 
-lint: $(VENV)/installed-test
-	$(PIP) install --quiet ruff mypy
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+# What a commit has to pass; `make format` mends what can be mended by itself.
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/mypy
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +71,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(EXTENSION
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml constraints.txt $(EXTENSION)
 	$(PIP) install --constraint constraints.txt --editable '.[test]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-lint: $(VENV)/installed-test
+	$(PIP) install --constraint constraints.txt ruff mypy clang-format
+	touch $@
 
 clean:
 	rm -rf $(VENV) build demo

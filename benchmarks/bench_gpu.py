@@ -9,11 +9,10 @@ median of those of neighbouring runs. An answer is checked against the reference
 """
 
 import argparse
+import itertools
 import json
 import platform
-import statistics
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,8 @@ import torch
 from torch import Tensor
 
 import po_kernels as pk
-from benchmarks import peers
-from benchmarks.harness import check
+from benchmarks import harness, peers
+from benchmarks.harness import categorical_inputs, check, gaussian_inputs, gradients, mvn_inputs, products
 from po_kernels import dispatch
 
 ENTROPY = 0.5
@@ -51,43 +50,6 @@ class Case(NamedTuple):
     ceiling: Callable[[], Any] | None = None
 
 
-def gradients(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    value = loss(*inputs)
-    return (value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad]))
-
-
-def products(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """Hessian-vector and mixed products along the gradient's own policy part."""
-    wanted = [x for x in inputs if x.requires_grad]
-    first = torch.autograd.grad(loss(*inputs), wanted[:2], create_graph=True)
-    return torch.autograd.grad(sum((g * g.detach()).sum() for g in first), wanted)
-
-
-def gaussian_inputs(rows: int, dim: int, device: str) -> list[Tensor]:
-    root = torch.randn(dim, dim, device=device) / dim**0.5
-    return [
-        torch.randn(rows, dim, device=device).requires_grad_(),
-        (0.1 * torch.randn(rows, dim, device=device)).requires_grad_(),
-        torch.randn(rows, dim, device=device),
-        (root @ root.mT + torch.eye(dim, device=device)).requires_grad_(),
-    ]
-
-
-def mvn_inputs(rows: int, dim: int, device: str) -> list[Tensor]:
-    mean, _, target, precision = gaussian_inputs(rows, dim, device)
-    off = torch.tril(0.2 * torch.randn(rows, dim, dim, device=device), -1)
-    tril = off + torch.diag_embed(0.5 + torch.rand(rows, dim, device=device))
-    return [mean, tril.requires_grad_(), target, precision]
-
-
-def categorical_inputs(rows: int, classes: int, device: str) -> list[Tensor]:
-    return [
-        torch.randn(rows, classes, device=device, requires_grad=True),
-        torch.randint(classes, (rows,), device=device),
-        torch.randn(classes, classes, device=device, requires_grad=True),
-    ]
-
-
 def cases(device: str, small: bool) -> list[Case]:
     def shape(*full: int) -> tuple[int, ...]:
         return (min(full[0], 64), *(min(size, 8) for size in full[1:])) if small else full
@@ -99,7 +61,7 @@ def cases(device: str, small: bool) -> list[Case]:
         def fused(*x: Tensor, backend: str | None) -> Tensor:
             return op(*x, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed, backend=backend)
 
-        return fused, lambda *x: peer(*x, ENTROPY, group), lambda: make(rows, dim, device)
+        return fused, lambda *x: peer(*x, ENTROPY, group), lambda: make(rows, dim)
 
     def categorical(*x: Tensor, backend: str | None) -> Tensor:
         return pk.categorical_policy_loss(*x, entropy_coef=ENTROPY, backend=backend)
@@ -122,7 +84,7 @@ def cases(device: str, small: bool) -> list[Case]:
         Case(
             f"categorical_exact {(rows, classes)}", "categorical_policy_loss", categorical,
             lambda *x: peers.categorical_exact_to_compile(*x, ENTROPY),
-            lambda: categorical_inputs(rows, classes, device), gradients, lambda: target.copy_(source),
+            lambda: categorical_inputs(rows, classes), gradients, lambda: target.copy_(source),
         )
     )  # fmt: skip
     return result
@@ -139,41 +101,14 @@ def random_numbers_only(rows: int, dim: int, group: int, seed: Tensor) -> Tensor
     return arguments["out"]
 
 
-class Clock:
-    """Seconds that a call takes, on the device's own clock where there is one."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-
-    def __call__(self, run: Callable[[], Any]) -> float:
-        if not self.cuda:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) * 1e-3
-
-
-def compare(clock: Clock, ours: Callable[[int], Any], peer: Callable[[int], Any], rounds: int) -> dict[str, float]:
-    """The peer's time over ours; the argument of both counts runs, for them to rotate inputs."""
-    for number in range(3):
-        ours(number), peer(number)
-    times: tuple[list[float], list[float]] = ([], [])
-    for number in range(rounds):
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            times[which].append(clock(lambda which=which, number=number: (ours, peer)[which](number)))
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {
-        "ratio": median,
-        "spread": 0.5 * (high - low) / median,
-        "seconds": statistics.median(times[0]),
-        "peer_seconds": statistics.median(times[1]),
-    }
+def device_clock(run: Callable[[], Any]) -> float:
+    """Seconds that a call takes, on the device's own clock."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) * 1e-3
 
 
 def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -217,31 +152,32 @@ def right(case: Case, backend: str | None) -> None:
     check(case.derivatives(partial(case.fused, backend=backend), leaves(torch.float32)), expected, case.name)
 
 
-def measure(case: Case, clock: Clock, backend: str | None, rounds: int) -> dict[str, Any]:
+def measure(case: Case, device: str, backend: str | None, budget: float) -> dict[str, Any]:
     right(case, backend)
+    cuda = device == "cuda"
+    compare = partial(harness.compare, budget=budget, clock=device_clock if cuda else harness.host_clock)
     fused = partial(case.fused, backend=backend)
     one = case.inputs()
     size = sum(x.numel() * x.element_size() for x in one)
-    sets = [one, *(case.inputs() for _ in range(min(8, CACHE // size) if clock.cuda else 1))]
+    sets = itertools.cycle([one, *(case.inputs() for _ in range(min(8, CACHE // size) if cuda else 1))])
 
-    def run(loss: Callable[..., Tensor]) -> Callable[[int], Any]:
-        return lambda number: case.derivatives(loss, sets[number % len(sets)])
+    def run(loss: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: case.derivatives(loss, next(sets))
 
     result: dict[str, Any] = {"case": case.name, "backend": backend}
-    result["eager"] = compare(clock, run(fused), run(case.peer), rounds)
+    result["eager"] = compare(run(fused), run(case.peer))._asdict()
     if case.ceiling is not None:
-        ceiling = case.ceiling
-        result["ceiling"] = compare(clock, run(fused), lambda number: ceiling(), rounds)
-    if not clock.cuda:
+        result["ceiling"] = compare(run(fused), case.ceiling)._asdict()
+    if not cuda:
         return result
     if case.derivatives is gradients:  # of a compiled function torch has no second derivative
         torch._dynamo.reset()
-        result["compiled"] = compare(clock, run(fused), run(torch.compile(case.peer)), rounds)
+        result["compiled"] = compare(run(fused), run(torch.compile(case.peer)))._asdict()
     ours, theirs = (peak(partial(case.derivatives, loss, one)) for loss in (fused, case.peer))
     result["peak_bytes"] = {"ours": ours, "eager": theirs}
     try:
         replay = graphed(partial(case.derivatives, fused, one))
-        result["graph"] = compare(clock, lambda number: replay(), run(case.peer), rounds)
+        result["graph"] = compare(replay, run(case.peer))._asdict()
     except RuntimeError as error:
         result["graph"] = {"error": str(error)[:300]}
     return result
@@ -251,9 +187,7 @@ def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
     """What to measure: what dispatch picks, and "cuda", which it does not pick, where it serves the op."""
     if asked is not None:
         return [asked]
-    cuda = dispatch.module("cuda")
-    reason = cuda.unavailable() or cuda.refuses(case.op, device, torch.float32)
-    return [None] if reason else [None, "cuda"]
+    return [None] if dispatch.refusal(case.op, "cuda", device, torch.float32) else [None, "cuda"]
 
 
 def about(device: str) -> dict[str, Any]:
@@ -279,7 +213,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks, and cuda")
     parser.add_argument("--once", action="store_true", help="one small call of each case, nothing timed")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -292,11 +226,11 @@ def main() -> None:
                 case.derivatives(partial(case.fused, backend=backend), case.inputs())
                 print(case.name, backend or "", "ran")
         return
-    rounds = 3 if device == "cpu" else arguments.rounds
+    budget = 0.0 if device == "cpu" else arguments.seconds
     results = []
     for case in found:
         for backend in backends(case, device, arguments.backend):
-            results.append(measure(case, Clock(device), backend, rounds))
+            results.append(measure(case, device, backend, budget))
             print(json.dumps(results[-1]), flush=True)
     if arguments.out:
         arguments.out.write_text(json.dumps({**about(device), "results": results}, indent=1) + "\n")

@@ -13,50 +13,20 @@ from torch import Tensor
 
 import po_kernels as pk
 from benchmarks import peers
-from benchmarks.harness import check, compare, peak_extra_bytes, versions
+from benchmarks.harness import (
+    categorical_inputs,
+    check,
+    compare,
+    gaussian_inputs,
+    gradients,
+    mvn_inputs,
+    peak_extra_bytes,
+    products,
+    versions,
+)  # fmt: skip
 from po_kernels import extension
 
 ENTROPY = 0.5
-
-
-def gaussian_inputs(rows: int, dim: int) -> list[Tensor]:
-    torch.manual_seed(0)
-    root = torch.randn(dim, dim) / dim**0.5
-    tensors = (
-        torch.randn(rows, dim),
-        0.1 * torch.randn(rows, dim),
-        torch.randn(rows, dim),
-        root @ root.mT + torch.eye(dim),
-    )
-    mean, log_std, target, precision = tensors
-    return [mean.requires_grad_(), log_std.requires_grad_(), target, precision.requires_grad_()]
-
-
-def mvn_inputs(rows: int, dim: int) -> list[Tensor]:
-    mean, _, target, precision = gaussian_inputs(rows, dim)
-    tril = torch.tril(0.2 * torch.randn(rows, dim, dim), -1) + torch.diag_embed(0.5 + torch.rand(rows, dim))
-    return [mean, tril.requires_grad_(), target, precision]
-
-
-def categorical_inputs(rows: int, classes: int) -> list[Tensor]:
-    torch.manual_seed(0)
-    return [
-        torch.randn(rows, classes, requires_grad=True),
-        torch.randint(classes, (rows,)),
-        torch.randn(classes, classes, requires_grad=True),
-    ]
-
-
-def gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    value = loss(*inputs)
-    return (value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad]))
-
-
-def products(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Hessian-vector and mixed products along the gradient's own policy part."""
-    wanted = [x for x in inputs if x.requires_grad]
-    first = torch.autograd.grad(loss(*inputs), wanted[:2], create_graph=True)
-    return torch.autograd.grad(first, wanted, [g.detach() for g in first])
 
 
 class Case(NamedTuple):

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import po_kernels as pk
 from benchmarks import peers
-from benchmarks.bench_losses import ENTROPY, gaussian_inputs, gradients
-from benchmarks.harness import compare, versions
+from benchmarks.bench_losses import ENTROPY
+from benchmarks.harness import compare, gaussian_inputs, gradients, versions
 
 
 def loss(group: int) -> Callable[..., Any]:

@@ -33,7 +33,19 @@ class Ratio(NamedTuple):
     seconds: float
 
 
-def compare(ours: Callable[[], Any], peer: Callable[[], Any], *, budget: float = BUDGET) -> Ratio:
+def host_clock(run: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def compare(
+    ours: Callable[[], Any],
+    peer: Callable[[], Any],
+    *,
+    budget: float = BUDGET,
+    clock: Callable[[Callable[[], Any]], float] = host_clock,
+) -> Ratio:
     """Runs both as A B B A A B ..., after a warm-up, for about `budget` seconds but at least nine pairs."""
     for _ in range(2):
         ours(), peer()
@@ -42,9 +54,7 @@ def compare(ours: Callable[[], Any], peer: Callable[[], Any], *, budget: float =
     while time.perf_counter() < end or len(times[0]) < 9:
         order = (0, 1) if len(times[0]) % 2 == 0 else (1, 0)
         for which in order:
-            begin = time.perf_counter()
-            (ours, peer)[which]()
-            times[which].append(time.perf_counter() - begin)
+            times[which].append(clock((ours, peer)[which]))
     ratios = [b / a for a, b in zip(*times, strict=True)]
     low, median, high = statistics.quantiles(ratios, n=4)
     return Ratio(median, 0.5 * (high - low) / median, statistics.median(times[0]))
@@ -93,3 +103,43 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def gaussian_inputs(rows: int, dim: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    root = torch.randn(dim, dim) / dim**0.5
+    tensors = (
+        torch.randn(rows, dim),
+        0.1 * torch.randn(rows, dim),
+        torch.randn(rows, dim),
+        root @ root.mT + torch.eye(dim),
+    )
+    mean, log_std, target, precision = tensors
+    return [mean.requires_grad_(), log_std.requires_grad_(), target, precision.requires_grad_()]
+
+
+def mvn_inputs(rows: int, dim: int) -> list[Tensor]:
+    mean, _, target, precision = gaussian_inputs(rows, dim)
+    tril = torch.tril(0.2 * torch.randn(rows, dim, dim), -1) + torch.diag_embed(0.5 + torch.rand(rows, dim))
+    return [mean, tril.requires_grad_(), target, precision]
+
+
+def categorical_inputs(rows: int, classes: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(rows, classes, requires_grad=True),
+        torch.randint(classes, (rows,)),
+        torch.randn(classes, classes, requires_grad=True),
+    ]
+
+
+def gradients(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    value = loss(*inputs)
+    return (value.detach(), *torch.autograd.grad(value, [x for x in inputs if x.requires_grad]))
+
+
+def products(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Hessian-vector and mixed products along the gradient's own part of the first two."""
+    wanted = [x for x in inputs if x.requires_grad]
+    first = torch.autograd.grad(loss(*inputs), wanted[:2], create_graph=True)
+    return torch.autograd.grad(first, wanted, [g.detach() for g in first])

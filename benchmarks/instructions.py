@@ -19,7 +19,7 @@ import torch
 import triton
 
 from benchmarks import ahead_of_time, noise
-from po_kernels.backends.contract import OpConfig
+from po_kernels.backends.contract import OPS, OpConfig
 
 # op, order, estimator, dimensions or classes, samples
 CASES = (
@@ -70,7 +70,8 @@ def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
 def describe(name: str, launched: ahead_of_time.Launch, capability: int) -> None:
     kernel, resources = ahead_of_time.compiled(launched, capability)
     found, loops = instructions(kernel.asm["cubin"])
-    rows = launched.arguments["BLOCK_B"]
+    given = launched.arguments
+    rows = int(given["BLOCK_B"] if "BLOCK_B" in given else given["K"].BLOCK_B)
     print(f"\n{name}: {rows} rows by {launched.warps} warps, {resources._asdict()}, {len(found)} instructions")
     for first, last in loops:
         count = collections.Counter(found[first : last + 1])
@@ -88,12 +89,12 @@ def main() -> None:
         name = f"{op} {order} {estimator} {(dim, group)}"
         if arguments.filter not in name:
             continue
-        inputs, constants = ahead_of_time.tensors(op, 64, dim, group, torch.float32)
-        exact = estimator == "exact"
-        config = OpConfig(estimator, 0 if exact else group, "loo", None, 0.5, "mean", 0)
-        cotangent = torch.ones(()) if order == "second" else None
-        given = constants[:-1] if exact else constants
-        describe(name, ahead_of_time.launches_of(op, order, inputs, given, config, cotangent)[0], arguments.capability)
+        closed = estimator == OPS[op].closed_form
+        config = OpConfig(estimator, 0 if closed else group, "loo", None, 0.5, "mean", 0)
+        call = ahead_of_time.request(op, 64, dim, group, config, second=order == "second")
+        if order == "first":  # the fast path, of the gradient in a loss alone
+            call = call._replace(cotangent=None)
+        describe(name, ahead_of_time.launches_of(op, call)[0], arguments.capability)
     if arguments.filter in "noise":
         options, tile = noise.arguments(64, 17, 64, torch.tensor(1))
         launched = ahead_of_time.Launch(noise.row_sums, options, tile.warps)

@@ -86,7 +86,7 @@ def categorical_dice(logits: Tensor, target: Tensor, table: Tensor, entropy_coef
 
 
 def second_order(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """`bench_losses.products` for torch.compile, which refuses a double backward: func.grad and one VJP."""
+    """`harness.products` for torch.compile, which refuses a double backward: func.grad and one VJP."""
 
     def products(policy: Tensor, scale: Tensor, target: Tensor, precision: Tensor) -> tuple[Tensor, ...]:
         def gradient(policy: Tensor, scale: Tensor, precision: Tensor) -> tuple[Tensor, ...]:

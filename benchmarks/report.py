@@ -1,7 +1,8 @@
 """What `make bench` measured: as a table, as a page of the documentation, against the baselines.
 
 python -m benchmarks.report table RUN.json             the ratios of a run
-python -m benchmarks.report check RUN.json             fails if one fell below its baseline, beyond the spread
+python -m benchmarks.report check RUN.json             fails if one fell below its baseline, beyond the spread, or is
+                                                       missing; check --part takes a run of some of the cases
 python -m benchmarks.report baseline RUN.json          makes the run the baseline
 python -m benchmarks.report page RUN.json RUN.json     docs/benchmarks.md and its plot, from two runs
 """
@@ -9,6 +10,7 @@ python -m benchmarks.report page RUN.json RUN.json     docs/benchmarks.md and it
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 # A ratio may fall by this much of its baseline, besides the spread of both.
 ALLOWED = 0.25
 # Ratios of which less is better.
-COSTS = ("growth", "over_network", "overhead")
+COSTS = ("growth", "over_network")
 NAMES = {
     "eager": "eager torch",
     "compiled": "torch.compile",
@@ -29,6 +31,7 @@ NAMES = {
     "smallest_function": "an empty autograd.Function",
     "over_network": "the network alone",
     "growth": "linear growth",
+    "products": "its products alone",
 }
 # What each case is to reach: against eager torch, against torch.compile.
 GOALS: dict[str, tuple[float, float | None]] = {
@@ -71,13 +74,16 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fallen(document: dict[str, Any], baseline: dict[str, list[float]]) -> list[str]:
+def missing(found: Iterable[str], baseline: Iterable[str]) -> list[str]:
+    """A line for each name of the baseline that a run has not got."""
+    return [f"{name}: in the baseline, missing from the run" for name in sorted({*baseline} - {*found})]
+
+
+def fallen(found: dict[str, Measured], baseline: dict[str, list[float]]) -> list[str]:
     """A line for each ratio of the run that is worse than its baseline allows."""
     lines = []
-    for name, value in ratios(document).items():
-        if name not in baseline:
-            continue
-        median, spread = baseline[name]
+    for name in found.keys() & baseline.keys():
+        value, (median, spread) = found[name], baseline[name]
         noise = 1 + value.spread + spread
         if name.endswith(COSTS):
             worse = value.median > median * (1 + ALLOWED) * noise
@@ -85,7 +91,15 @@ def fallen(document: dict[str, Any], baseline: dict[str, list[float]]) -> list[s
             worse = value.median * noise < median * (1 - ALLOWED)
         if worse:
             lines.append(f"{name}: {value}, baseline {Measured(median, spread)}")
-    return lines
+    return sorted(lines)
+
+
+def check(document: dict[str, Any], baseline: dict[str, list[float]], part: bool = False) -> list[str]:
+    """A line for each reason why a run fails; of a part of the cases only those it has are judged."""
+    found = ratios(document)
+    if not found.keys() & baseline.keys():
+        return ["the run has no ratio of the baseline"]
+    return ([] if part else missing(found, baseline)) + fallen(found, baseline)
 
 
 def page(first: dict[str, Any], second: dict[str, Any]) -> str:
@@ -134,8 +148,7 @@ def page(first: dict[str, Any], second: dict[str, Any]) -> str:
         case, peer = name.rsplit(": ", 1)
         again = ratios(second).get(name)
         lines.append(f"| {case.removeprefix('bench_')} | {NAMES.get(peer, peer)} | {value} | {again or '-'} |")
-    memory = [run["bench_memory"] for run in info if "bench_memory" in run]
-    for one in memory[:1]:
+    if one := info[0].get("bench_memory"):
         lines += [
             "",
             f"Memory at once besides inputs and outputs, {one['shape']}: {one['peak_extra_mb']:.1f} MB, "
@@ -179,22 +192,25 @@ def _goal(value: float | None) -> str:
     return "-" if value is None else f"{value:g}×"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("table", "check", "baseline", "page"))
     parser.add_argument("runs", nargs="+", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--part", action="store_true", help="the run is of some of the cases")
+    arguments = parser.parse_args(argv)
+    expected = 2 if arguments.command == "page" else 1
+    if len(arguments.runs) != expected:
+        parser.error(f"{arguments.command}: expected {expected} RUN.json, got {len(arguments.runs)}")
     runs = [json.loads(path.read_text()) for path in arguments.runs]
     if arguments.command == "table":
         print(table(runs[0]))
     elif arguments.command == "baseline":
-        BASELINE.parent.mkdir(exist_ok=True)
         BASELINE.write_text(json.dumps(ratios(runs[0]), indent=1, sort_keys=True) + "\n")
     elif arguments.command == "page":
-        PAGE.write_text(page(runs[0], runs[-1]))
+        PAGE.write_text(page(*runs))
         plot(runs[0], PAGE.with_suffix(".png"))
     else:
-        lines = fallen(runs[0], json.loads(BASELINE.read_text()))
+        lines = check(runs[0], json.loads(BASELINE.read_text()), arguments.part)
         print("\n".join(lines) if lines else "no ratio fell below its baseline")
         return 1 if lines else 0
     return 0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .backends import reference
+from .backends import checks, reference
 from .backends.contract import Kernel, Request
 from .backends.reference import philox
 
@@ -31,7 +31,8 @@ class Decision(NamedTuple):
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, every op runs on the backend `name` or raises.
 
-    Functions compiled by `torch.compile` keep the backend that they were traced with.
+    It holds for the thread, or the task of asyncio, that enters the block: threads that are started within have to
+    enter one of their own. Functions compiled by `torch.compile` keep the backend that they were traced with.
 
     Args:
         name: one of "native", "numba", "cuda", "triton", "reference".
@@ -102,6 +103,7 @@ def first_order_only() -> dict[str, str]:
 # The definition of an op, which autograd differentiates and torch.compile traces.
 plain = reference.evaluate
 entropy = reference.entropy
+refuse_values = checks.values
 stream_key = philox.stream_key
 
 

@@ -1,5 +1,10 @@
-"""What holds for every test: a fixed seed, and no setting of torch that outlives a test."""
+"""What holds for every test: a fixed seed, and no setting of torch that outlives a test.
 
+PO_KERNELS_TEST_BACKENDS=native,numba names the backends that have to be there: without it, what is over the backends
+that this machine has passes where there are none.
+"""
+
+import importlib.util
 import os
 import warnings
 
@@ -16,13 +21,32 @@ with warnings.catch_warnings():
     import torch._decomp.decompositions_for_jvp
 
 
+from po_kernels import dispatch, extension
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the tensors of the op tests are: cpu or cuda")
+    parser.addoption("--fast", action="store_true", help="fewer random cases, and no slow test")
 
 
 def pytest_configure(config):
     # Before tests/ops/cases.py is imported, which draws all cases.
     os.environ["PO_KERNELS_TEST_DEVICE"] = config.getoption("--device")
+    os.environ["PO_KERNELS_TEST_FAST"] = "1" if config.getoption("--fast") else ""
+    for name in filter(None, os.environ.get("PO_KERNELS_TEST_BACKENDS", "").split(",")):
+        if reason := absent(name):
+            raise pytest.UsageError(f"PO_KERNELS_TEST_BACKENDS: {name} has to be there, but {reason}")
+
+
+def absent(name):
+    """Why no test can be of that backend, or None. Those for a GPU are tested without one too."""
+    if name not in dispatch.BACKENDS:
+        return f"there are {', '.join(dispatch.BACKENDS)}"
+    if name == "triton":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if name == "cuda":
+        return extension.missing or (None if extension.build["cuda"] else extension.build["cuda_reason"])
+    return dispatch.module(name).unavailable()
 
 
 @pytest.fixture(autouse=True)
@@ -40,13 +64,19 @@ def torch_state(request):
     torch.set_default_dtype(dtype)
 
 
+# Files that --fast leaves out whole: most of their time is that of a compiler, or of processes that start.
+SLOW = ("test_compile.py", "test_docs.py", "test_sweep.py", "test_triton.py")
+
+
 def pytest_collection_modifyitems(config, items):
     """A test over the backends that serve an op is not there at all where none does."""
-    empty = [
+    fast = config.getoption("--fast")
+    left_out = {
         item
         for item in items
-        if any("got empty parameter set" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip"))
-    ]
-    if empty:
-        config.hook.pytest_deselected(items=empty)
-        items[:] = [item for item in items if item not in empty]
+        if (fast and (item.path.name in SLOW or item.get_closest_marker("slow")))
+        or any("got empty parameter set" in str(mark.kwargs.get("reason")) for mark in item.iter_markers("skip"))
+    }
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]

@@ -1,5 +1,6 @@
 """Which backend serves a call, how one is asked for, and what the package says about itself."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -141,6 +142,14 @@ def run(*arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_a_backend_that_the_suite_needs_is_missed():
+    environment = {**os.environ, "PO_KERNELS_EXTENSION": "OFF", "PO_KERNELS_TEST_BACKENDS": "reference,native"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "PO_KERNELS_TEST_BACKENDS: native has to be there, but PO_KERNELS_EXTENSION=OFF" in done.stderr
 
 
 def test_report():

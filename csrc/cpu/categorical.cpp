@@ -48,22 +48,33 @@ Verdict check_unmasked(Tile tile, int64_t count, int64_t rows, RowInput logits, 
   return {};
 }
 
-// The table of rewards column by column, as the rows look at it: value, and on duals tangent.
+// The column of the table of rewards that each row looks at. For at least as many rows as classes the table is
+// transposed first, which is no more than the logits are, and then read in the order of memory; for fewer it is read as
+// it lies, and nothing depends on the number of its entries.
 template <class V>
 struct RewardColumns {
   using T = Element<V>;
+  Input table;
   int64_t classes;
+  bool copied;
   std::unique_ptr<T[]> value, tangent;
 
   explicit RewardColumns(const CategoricalPolicyLoss& call)
-      : classes(call.classes), value(transposed(call.reward_table.value, classes)) {
-    if (is_dual<V> && call.reward_table.tangent) tangent = transposed(call.reward_table.tangent, classes);
+      : table(call.reward_table), classes(call.classes), copied(call.rows >= call.classes) {
+    if (!copied) return;
+    value = transposed(table.value);
+    if (is_dual<V> && table.tangent) tangent = transposed(table.tangent);
   }
 
-  static std::unique_ptr<T[]> transposed(const void* from, int64_t classes) {
+  std::unique_ptr<T[]> transposed(const void* from) const {
     std::unique_ptr<T[]> to(new T[size_t(classes * classes)]);
-    for (int64_t i = 0; i < classes; ++i) {
-      for (int64_t j = 0; j < classes; ++j) to[j * classes + i] = static_cast<const T*>(from)[i * classes + j];
+    constexpr int64_t side = 16;  // of a square that the cache holds
+    for (int64_t i = 0; i < classes; i += side) {
+      for (int64_t j = 0; j < classes; ++j) {
+        for (int64_t k = i; k < std::min(i + side, classes); ++k) {
+          to[j * classes + k] = static_cast<const T*>(from)[k * classes + j];
+        }
+      }
     }
     return to;
   }
@@ -71,26 +82,58 @@ struct RewardColumns {
   // Column y of the table for each row, y its label.
   void load(Tile tile, const int64_t* labels, V* to) const {
     constexpr int width = LaneTraits<V>::width;
-    constexpr int64_t step = sizeof(V) / sizeof(T);
     T* elements = reinterpret_cast<T*>(to);
-    const T* row[width];
-    const auto addresses = [&](const T* table) {
-      for (int l = 0; l < width; ++l) row[l] = table + labels[tile.begin + std::min(l, tile.count - 1)] * classes;
-    };
-    addresses(value.get());
-    rows_to_lanes<T, width>(row, classes, elements, step);
+    load(tile, labels, value.get(), table.value, elements);
     if constexpr (is_dual<V>) {
-      if (tangent) {
-        addresses(tangent.get());
-        rows_to_lanes<T, width>(row, classes, elements + width, step);
+      if (table.tangent) {
+        load(tile, labels, tangent.get(), table.tangent, elements + width);
       } else {
         for (int64_t c = 0; c < classes; ++c) to[c].t = Primal<V>{};
       }
     }
   }
+
+  void load(Tile tile, const int64_t* labels, const T* columns, const void* from, T* elements) const {
+    constexpr int width = LaneTraits<V>::width;
+    constexpr int64_t step = sizeof(V) / sizeof(T);
+    int64_t label[width];
+    for (int l = 0; l < width; ++l) label[l] = labels[tile.begin + std::min(l, tile.count - 1)];
+    if (copied) {
+      const T* row[width];
+      for (int l = 0; l < width; ++l) row[l] = columns + label[l] * classes;
+      rows_to_lanes<T, width>(row, classes, elements, step);
+      return;
+    }
+    for (int64_t c = 0; c < classes; ++c) {
+      for (int l = 0; l < width; ++l) elements[c * step + l] = static_cast<const T*>(from)[c * classes + label[l]];
+    }
+  }
 };
 
-// Labels of a tile's rows, by thresholds computed in double whatever V is.
+// The table's gradient from those of the columns that the rows look at, (rows, classes).
+template <class T>
+void scatter_columns(const CategoricalPolicyLoss& call, const T* columns) {
+  const int64_t rows = call.rows, classes = call.classes;
+  std::unique_ptr<int64_t[]> order(new int64_t[size_t(rows)]);  // rows of one label are neighbours
+  for (int64_t i = 0; i < rows; ++i) order[i] = i;
+  std::stable_sort(order.get(), order.get() + rows,
+                   [&](int64_t a, int64_t b) { return call.target[a] < call.target[b]; });
+  constexpr int64_t part = 64;
+  parallel_for((classes + part - 1) / part, worthwhile_threads(call, classes), [&](int64_t number) {
+    for (int64_t c = number * part; c < std::min((number + 1) * part, classes); ++c) {
+      T* to = static_cast<T*>(call.reward_table.gradient) + c * classes;
+      std::fill(to, to + classes, T(0));
+      for (int64_t i = 0; i < rows;) {
+        const int64_t label = call.target[order[i]];
+        double sum = 0;
+        for (; i < rows && call.target[order[i]] == label; ++i) sum += double(columns[order[i] * classes + c]);
+        to[label] = T(sum);
+      }
+    }
+  });
+}
+
+// Labels of a tile's rows, by distribution functions in double whatever V is.
 template <class V>
 void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, Tile tile,
                    Arena<V> arena, Word<V>* labels) {
@@ -98,29 +141,42 @@ void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, i
   using D = Lanes<double>;
   constexpr int width = LaneTraits<V>::width;
   constexpr int part = LaneTraits<D>::width;
-  Word<V>* thresholds = arena.template take<Word<V>>(classes);
-  D* logits = arena.template take<D>(2 * classes);
+  D* distributions = arena.template take<D>(width / part * classes);
   for (int first = 0; first < width; first += part) {
-    double* elements = reinterpret_cast<double*>(logits);
+    D* distribution = distributions + first / part * classes;
+    double* elements = reinterpret_cast<double*>(distribution);
     for (int l = 0; l < part; ++l) {
       const int64_t row = tile.begin + std::min(first + l, tile.count - 1);
       const T* from = static_cast<const T*>(input.value) + row * input.stride;
       for (int64_t c = 0; c < classes; ++c) elements[c * part + l] = double(from[c]);
     }
-    categorical_thresholds(classes, logits, logits + classes, reinterpret_cast<uint32_t*>(thresholds) + first, width);
+    categorical_distribution(classes, distribution);
   }
   Word<V> low, high;
   row_numbers(call, tile, low, high);
+  const auto draw = [&](int64_t g, auto number) PK_LAMBDA {
+    constexpr int S = number;
+    Several<Word<V>, S> x0, x1;
+    categorical_words(call.seed, uint32_t(g), low, high, x0, x1);
+    for (int first = 0; first < width; first += part) {
+      D u[S];
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        Word<D> of_part[2];
+        memcpy(of_part, reinterpret_cast<const uint32_t*>(&x0.v[s]) + first, sizeof *of_part);
+        memcpy(of_part + 1, reinterpret_cast<const uint32_t*>(&x1.v[s]) + first, sizeof *of_part);
+        u[s] = uniform53<D>(of_part[0], of_part[1]);
+      });
+      categorical_labels(classes, distributions + first / part * classes, u, first, labels + g);
+    }
+  };
   int64_t g = 0;
-  for (; g + 2 <= samples; g += 2) {
-    categorical_labels<2>(call.seed, uint32_t(g), low, high, classes, thresholds, labels + g);
-  }
-  if (g < samples) categorical_labels<1>(call.seed, uint32_t(g), low, high, classes, thresholds, labels + g);
+  for (; g + 2 <= samples; g += 2) draw(g, Constant<2>{});
+  if (g < samples) draw(g, Constant<1>{});
 }
 
 template <class V>
 size_t sample_bytes(int64_t classes) {
-  return sizeof(Word<V>) * size_t(classes) + sizeof(Lanes<double>) * size_t(2 * classes) + 256;
+  return sizeof(Lanes<double>) * size_t(LaneTraits<V>::width / LaneTraits<Lanes<double>>::width * classes) + 256;
 }
 
 }  // namespace
@@ -134,8 +190,11 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
     constexpr int width = LaneTraits<V>::width;
     const Surrogate s = call;
     const RewardColumns<V> columns(call);
-    // The table's gradient is scattered by label, so that its sums are elements, not lane values.
-    const SharedSums sums{classes * classes, call.reward_table.gradient != nullptr, false};
+    // The table's gradient is scattered by label, so that its sums are elements, not lane values. For few rows it is
+    // made of theirs at the end.
+    const bool shares = columns.copied;
+    const SharedSums sums{shares ? classes * classes : 0, shares && call.reward_table.gradient != nullptr, false};
+    std::unique_ptr<T[]> of_rows(shares || !call.reward_table.gradient ? nullptr : new T[size_t(call.rows * classes)]);
     const size_t bytes = sizeof(V) * size_t(6 * classes + 5 * samples) + sizeof(P) * size_t(4 * classes) +
                          sizeof(Word<V>) * size_t(samples) + sample_bytes<V>(classes) + 1024;
     const Totals totals =
@@ -169,7 +228,9 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
                              }
                            }
                            store(tile, out.logits, classes, call.logits.gradient, arena);
-                           if (out.column) {  // summed column by column too
+                           if (!shares) {
+                             store(tile, out.column, classes, of_rows.get(), arena);
+                           } else if (out.column) {  // summed column by column too
                              T* rows = reinterpret_cast<T*>(arena.template take<P>(classes));
                              T* row[width];
                              for (int l = 0; l < width; ++l) row[l] = rows + l * classes;
@@ -182,6 +243,10 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
                            return {};
                          });
     if (totals.verdict.code != kAccepted || call.reward_table.gradient == nullptr) return totals.verdict;
+    if (!shares) {
+      scatter_columns(call, static_cast<const T*>(of_rows.get()));
+      return {};
+    }
     for (int64_t i = 0; i < classes; ++i) {
       for (int64_t j = 0; j < classes; ++j) {
         static_cast<T*>(call.reward_table.gradient)[i * classes + j] = T(totals.shared()[j * classes + i]);
@@ -243,7 +308,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t classes = call.classes;
-    const size_t bytes = sizeof(V) * size_t(4 * classes) + sizeof(P) * size_t(2 * classes) + 1024;
+    const size_t bytes = sizeof(V) * size_t(5 * classes) + sizeof(P) * size_t(2 * classes) + 1024;
     return for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
       Verdict verdict = check_labels(tile, call.count, call.rows, classes, call.value);
       if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
@@ -252,12 +317,13 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
       V* p = arena.take(classes);
       V* log_p = arena.take(classes);
       V* score = arena.take(classes);
+      V* rest = arena.take(classes);
       P* gradient = arena.template take<P>(classes);
       load(tile, call.logits, classes, logits);
       const CategoricalRow<V> row{classes, logits, nullptr};
       softmax(classes, logits, p, log_p);
-      for (int64_t c = 0; c < classes; ++c) score[c] = V{};
-      V total{};
+      for (int64_t c = 0; c < classes; ++c) score[c] = rest[c] = V{};
+      Total<V> total;
       for (int64_t i = 0; i < call.count; ++i) {
         const Word<V> label = load_labels<Word<V>>(tile, call.value + i * call.rows);
         const P result = output(label_log_prob(row, log_p, label));
@@ -265,12 +331,14 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
         if (call.logits.gradient) {
           V weight;
           load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
-          scatter_add(score, label, weight);
-          total = total + weight;
+          add_at(score, rest, label, weight);
+          total.add(weight);
         }
       }
       if (call.logits.gradient == nullptr) return {};
-      for (int64_t c = 0; c < classes; ++c) gradient[c] = output(score[c] - p[c] * total);
+      for (int64_t c = 0; c < classes; ++c) {
+        gradient[c] = output(Total<V>{score[c], rest[c]}.value() - p[c] * total.value());
+      }
       store(tile, gradient, classes, call.logits.gradient, arena);
       return {};
     });

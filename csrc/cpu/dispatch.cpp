@@ -55,20 +55,17 @@ bool supported(const std::string& level) {
 }
 
 const KernelTable& choose() {
-  const char* asked = std::getenv("PO_KERNELS_SIMD");
-  std::string built;
+  const char* variable = std::getenv("PO_KERNELS_SIMD");
+  const std::string asked = variable == nullptr ? "" : variable;
+  std::string usable;
   for (const KernelTable& table : kTables) {
     const std::string level = table.level;
-    if (asked != nullptr && *asked != '\0' && level != asked) {
-      built += (built.empty() ? "" : ", ") + level;
-      continue;
-    }
-    if (supported(level)) return table;
-    if (asked != nullptr && level == asked) {
-      throw std::runtime_error("PO_KERNELS_SIMD: this processor does not support " + level);
-    }
+    if (!supported(level)) continue;
+    if (asked.empty() || level == asked) return table;
+    usable += (usable.empty() ? "" : ", ") + level;
   }
-  throw std::runtime_error("PO_KERNELS_SIMD: expected one of " + built + ", got " + asked);
+  throw std::runtime_error("PO_KERNELS_SIMD: expected a level that is built and that this processor supports (" +
+                           usable + "), got " + asked);
 }
 
 }  // namespace

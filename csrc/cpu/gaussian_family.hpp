@@ -60,25 +60,43 @@ void store_precision(int kind, int64_t dim, const double* totals, T* to) {
   }
 }
 
+// Refuses a matrix that is no triangular scale.
+template <class T>
+Verdict check_triangular(const T* matrix, int64_t dim, int64_t row) {
+  for (int64_t i = 0; i < dim * dim; ++i) {
+    if (!std::isfinite(matrix[i])) return {kScaleNotFinite, row};
+  }
+  for (int64_t i = 0; i < dim; ++i) {
+    if (!(matrix[i * dim + i] > T(0))) return {kSingular, row};
+  }
+  for (int64_t i = 0; i < dim; ++i) {
+    for (int64_t j = i + 1; j < dim; ++j) {
+      const double scale = std::sqrt(double(matrix[i * dim + i]) * double(matrix[j * dim + j]));
+      if (!(std::fabs(double(matrix[i * dim + j])) <= kMatrixTolerance * scale)) return {kNotTriangular, row};
+    }
+  }
+  return {};
+}
+
 // Refuses a triangular scale that is none, or singular. A diagonal one is always right.
-template <class T, bool triangular>
-Verdict check_scale(Tile tile, int64_t dim, RowInput scale) {
-  if constexpr (triangular) {
-    for (int64_t row = tile.begin; row < tile.begin + tile.count; ++row) {
-      const T* matrix = static_cast<const T*>(scale.value) + row * scale.stride;
-      bool positive = true, above = false;
-      for (int64_t i = 0; i < dim; ++i) {
-        positive = positive & (matrix[i * dim + i] > T(0));
-        for (int64_t j = i + 1; j < dim; ++j) above = above | (matrix[i * dim + j] != T(0));
-      }
-      if (!positive) return {kSingular, row};
-      for (int64_t i = 0; above && i < dim; ++i) {
-        for (int64_t j = i + 1; j < dim; ++j) {
-          const double scale = std::sqrt(double(matrix[i * dim + i]) * double(matrix[j * dim + j]));
-          if (!(std::fabs(double(matrix[i * dim + j])) <= kMatrixTolerance * scale)) return {kNotTriangular, row};
-        }
-      }
-      if (scale.stride == 0) break;  // all rows are one matrix
+template <template <class> class Scale, class V>
+Verdict check_scale(Tile tile, const Scale<V>& loaded, RowInput scale) {
+  if constexpr (Scale<V>::triangular) {
+    using T = Element<V>;
+    using P = Primal<V>;
+    const int64_t dim = loaded.dim;
+    P wrong{};  // lane by lane, not zero where the matrix has to be looked at
+    for (int64_t i = 0; i < dim; ++i) {
+      const V* row = loaded.row(i);
+      for (int64_t j = 0; j <= i; ++j) wrong = wrong + stop(row[j]) * T(0);
+      wrong = select(stop(row[i]) > T(0), wrong, broadcast<P>(T(1)));
+      for (int64_t j = i + 1; j < dim; ++j) wrong = select(stop(row[j]) != T(0), broadcast<P>(T(1)), wrong);
+    }
+    for (int l = 0; l < tile.count; ++l) {
+      if (wrong.v[l] == T(0)) continue;
+      const Verdict verdict =
+          check_triangular(static_cast<const T*>(scale.value) + (tile.begin + l) * scale.stride, dim, tile.begin + l);
+      if (verdict.code != kAccepted) return verdict;
     }
   }
   return {};
@@ -138,18 +156,19 @@ Verdict gaussian_kernel(const GaussianPolicyLoss& call) {
     const Precision<P> plain_precision{call.precision_ndim, plain.get()};
 
     const SharedSums sums{precision_terms(call.precision_ndim, dim), call.precision.gradient != nullptr, true};
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + gaussian_work(dim) + 4 * samples) +
-                         sizeof(P) * size_t(samples * dim);
+    const int64_t work_size = 4 * samples + gaussian_work(samples, dim, Scale<V>::size(dim), sums.terms);
+    const size_t bytes =
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(dim + work_size) + sizeof(P) * size_t(samples * dim);
     const Totals totals = for_each_tile<V>(
         call, (samples + 1) * gaussian_operations<Scale<V>>(dim), sums, bytes,
         [&](Tile tile, Arena<V> arena, P* shared, P& loss, RowStats<P>& stats) -> Verdict {
-          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-          if (judged.code != kAccepted) return judged;
           V* mean;
           const bool whitens = s.estimator != kClosedForm || call.stats != nullptr;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean, whitens);
+          const Verdict judged = check_scale(tile, scale, call.scale);
+          if (judged.code != kAccepted) return judged;
           V* target = arena.take(dim);
-          V* work = arena.take(gaussian_work(dim) + 4 * samples);
+          V* work = arena.take(work_size);
           P* noise = arena.template take<P>(samples * dim);
           load(tile, call.target, dim, target);
           const GaussianGradients<V> out{load_weight<V>(call, tile),
@@ -195,18 +214,19 @@ Verdict gaussian_kernel(const GaussianSurrogateLoss& call) {
     using P = Primal<V>;
     const int64_t dim = call.dim, samples = call.num_samples;
     const Surrogate s = call;
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(gaussian_work(dim) + 5 * samples) +
-                         sizeof(P) * size_t(samples * (dim + 1));
+    const int64_t work_size = 4 * samples + gaussian_work(samples, dim, Scale<V>::size(dim));
+    const size_t bytes =
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(samples + work_size) + sizeof(P) * size_t(samples * (dim + 1));
     const int64_t operations = (samples + 1) * gaussian_operations<Scale<V>>(dim);
     const Totals totals = for_each_tile<V>(
         call, operations, SharedSums{}, bytes,
         [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
-          const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-          if (judged.code != kAccepted) return judged;
           V* mean;
           const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+          const Verdict judged = check_scale(tile, scale, call.scale);
+          if (judged.code != kAccepted) return judged;
           V* rewards = arena.take(samples);
-          V* work = arena.take(gaussian_work(dim) + 4 * samples);
+          V* work = arena.take(work_size);
           P* given = arena.template take<P>(samples * dim);
           for (int64_t g = 0; g < samples; ++g) {
             load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
@@ -241,28 +261,33 @@ Verdict gaussian_kernel(const GaussianLogProb& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t dim = call.dim;
-    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim);
+    const int64_t runs_size = run_work(call.count, dim + Scale<V>::size(dim));
+    const size_t bytes = policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(3 * dim) + sizeof(P) * size_t(runs_size);
     const int64_t operations = (call.count + 1) * gaussian_operations<Scale<V>>(dim);
     return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
-      const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-      if (judged.code != kAccepted) return judged;
       V* mean;
       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      const Verdict judged = check_scale(tile, scale, call.scale);
+      if (judged.code != kAccepted) return judged;
       V* value = arena.take(dim);
       V* work = arena.take(2 * dim);
       P* grad_mean = arena.template take_for<P>(call.mean.gradient, dim);
       P* grad_scale = arena.template take_for<P>(call.scale.gradient, scale.size());
       P* grad_value = arena.template take_for<P>(call.value.gradient, dim);
+      P* runs = arena.template take<P>(runs_size);
       clear(dim, grad_mean);
       clear(scale.size(), grad_scale);
-      for (int64_t i = 0; i < call.count; ++i) {
-        V weight{};
-        load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
-        if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
-        const P result = output(gaussian_log_prob(scale, mean, value, weight, grad_mean, grad_scale, grad_value, work));
-        store(tile, result, slice<T>(call.out, i, call.rows, 1));
-        if (grad_value) store(tile, grad_value, dim, slice<T>(call.value.gradient, i, call.rows, dim), arena);
-      }
+      const Summed<P> sums[] = {summed(grad_mean, dim), summed(grad_scale, scale.size())};
+      in_sample_runs(call.count, sums, runs, [&](int64_t first, int64_t last, P* const(&to)[2]) {
+        for (int64_t i = first; i < last; ++i) {
+          V weight{};
+          load(tile, slice<T>(call.value, i, call.rows, dim), dim, value);
+          if (call.cotangent.value) load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
+          const P result = output(gaussian_log_prob(scale, mean, value, weight, to[0], to[1], grad_value, work));
+          store(tile, result, slice<T>(call.out, i, call.rows, 1));
+          if (grad_value) store(tile, grad_value, dim, slice<T>(call.value.gradient, i, call.rows, dim), arena);
+        }
+      });
       store(tile, grad_mean, dim, call.mean.gradient, arena);
       store(tile, grad_scale, scale.size(), call.scale.gradient, arena);
       return {};
@@ -277,41 +302,42 @@ Verdict gaussian_kernel(const GaussianSample& call) {
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t dim = call.dim;
+    const int64_t runs_size = run_work(call.num_samples, dim + Scale<V>::size(dim));
     const size_t bytes =
-        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t((kBlock + 1) * dim);
+        policy_bytes<V, Scale>(dim) + sizeof(V) * size_t(2 * dim) + sizeof(P) * size_t((kBlock + 1) * dim + runs_size);
     const int64_t operations = (call.num_samples + 1) * gaussian_operations<Scale<V>>(dim);
     return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
-      const Verdict judged = check_scale<T, Scale<V>::triangular>(tile, dim, call.scale);
-      if (judged.code != kAccepted) return judged;
       V* mean;
       const Scale<V> scale = load_policy<V, Scale>(tile, dim, call.mean, call.scale, arena, mean);
+      const Verdict judged = check_scale(tile, scale, call.scale);
+      if (judged.code != kAccepted) return judged;
       V* sample = arena.take(dim);
       V* slope = arena.take(dim);
       P* noise = arena.template take<P>(kBlock * dim);
       P* result = arena.template take<P>(dim);
       P* grad_mean = arena.template take_for<P>(call.mean.gradient, dim);
       P* grad_scale = arena.template take_for<P>(call.scale.gradient, scale.size());
+      P* runs = arena.template take<P>(runs_size);
       clear(dim, grad_mean);
       clear(scale.size(), grad_scale);
-      for (int64_t g = 0; g < call.num_samples; ++g) {
-        const P* eps = noise + g % kBlock * dim;
-        if (g % kBlock == 0) {
-          const int64_t left = call.num_samples - g;
-          load_noise(call, tile, g, std::min<int64_t>(kBlock, left), dim, noise);
-        }
-        if (call.out) {
-          scale.template stretch<1>(mean, eps, sample);
-          for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
-          store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
-        }
-        if (grad_mean || grad_scale) {
-          load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
-          for (int64_t j = 0; grad_mean && j < dim; ++j) {
-            grad_mean[j] = grad_mean[j] + output(slope[j]);
+      const Summed<P> sums[] = {summed(grad_mean, dim), summed(grad_scale, scale.size())};
+      in_sample_runs(call.num_samples, sums, runs, [&](int64_t first, int64_t last, P* const(&to)[2]) {
+        for (int64_t g = first; g < last; ++g) {
+          const P* eps = noise + g % kBlock * dim;
+          if (g % kBlock == 0) {
+            const int64_t left = call.num_samples - g;
+            load_noise(call, tile, g, std::min<int64_t>(kBlock, left), dim, noise);
           }
-          if (grad_scale) scale.template add_path<1>(slope, eps, grad_scale);
+          if (call.out) {
+            scale.template stretch<1>(mean, eps, sample);
+            for (int64_t j = 0; j < dim; ++j) result[j] = output(sample[j]);
+            store(tile, result, dim, slice<T>(call.out, g, call.rows, dim), arena);
+          }
+          if (to[0] || to[1]) load(tile, slice<T>(call.cotangent, g, call.rows, dim), dim, slope);
+          for (int64_t j = 0; to[0] && j < dim; ++j) to[0][j] = to[0][j] + output(slope[j]);
+          if (to[1]) scale.template add_path<1>(slope, eps, to[1]);
         }
-      }
+      });
       store(tile, grad_mean, dim, call.mean.gradient, arena);
       store(tile, grad_scale, scale.size(), call.scale.gradient, arena);
       return {};

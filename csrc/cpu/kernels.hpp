@@ -18,6 +18,7 @@ enum Refusal : int {
   kSingular = 6,
   kLabelMasked = 7,
   kLogitsNotFinite = 8,
+  kScaleNotFinite = 9,
 };
 constexpr std::pair<const char*, int> kRefusals[] = {
     {"precision_not_positive", kPrecisionNotPositive},
@@ -28,6 +29,7 @@ constexpr std::pair<const char*, int> kRefusals[] = {
     {"singular", kSingular},
     {"label_masked", kLabelMasked},
     {"logits_not_finite", kLogitsNotFinite},
+    {"scale_not_finite", kScaleNotFinite},
 };
 
 // MATRIX_TOLERANCE of contract.py.

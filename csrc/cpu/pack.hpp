@@ -128,7 +128,7 @@ PK_FN Pack<int64_t, N> nearest_integer(Pack<double, N> x) {
   return to_bits(shifted) - int64_t(0x4338000000000000);
 }
 
-// Integers of at most 22 bits in an element's bits: exponents.
+// Integers of at most 22 bits in an element's bits: exponents. Words below 2^31.
 template <class V, int N>
 PK_FN std::enable_if_t<std::is_same<V, Pack<float, N>>::value, V> from_integer(Pack<int32_t, N> x) {
   return {__builtin_convertvector(x.v, typename V::Vector)};
@@ -136,6 +136,11 @@ PK_FN std::enable_if_t<std::is_same<V, Pack<float, N>>::value, V> from_integer(P
 template <class V, int N>
 PK_FN std::enable_if_t<std::is_same<V, Pack<double, N>>::value, V> from_integer(Pack<int64_t, N> x) {
   return from_bits(x + int64_t(0x4338000000000000)) - 6755399441055744.0;
+}
+template <int N>
+PK_FN Pack<uint32_t, N> to_words(Pack<double, N> x) {
+  const auto words = __builtin_convertvector(x.v, typename Pack<int32_t, N>::Vector);
+  return {reinterpret_cast<typename Pack<uint32_t, N>::Vector>(words)};
 }
 template <class V, int N>
 PK_FN std::enable_if_t<std::is_same<V, Pack<Element<V>, N>>::value, V> from_word(Pack<uint32_t, N> x) {
@@ -242,7 +247,7 @@ PK_FN void multiply_wide(WideWords<N> a, uint32_t b, WideWords<N>& high, WideWor
   high = {low.even >> 32, low.odd >> 32};
 }
 
-// Lane i of table[index[i]], and the addition to it.
+// Lane i of table[index[i]], read and written.
 template <class T, int N>
 PK_FN Pack<T, N> gather(const Pack<T, N>* table, Pack<uint32_t, N> index) {
   Pack<T, N> y;
@@ -261,16 +266,16 @@ PK_FN Dual<Pack<T, N>> gather(const Dual<Pack<T, N>>* table, Pack<uint32_t, N> i
   return y;
 }
 template <class T, int N>
-PK_FN void scatter_add(Pack<T, N>* table, Pack<uint32_t, N> index, Pack<T, N> value) {
+PK_FN void scatter(Pack<T, N>* table, Pack<uint32_t, N> index, Pack<T, N> value) {
   T* elements = reinterpret_cast<T*>(table);
-  for (int i = 0; i < N; ++i) elements[size_t(index.v[i]) * N + i] += value.v[i];
+  for (int i = 0; i < N; ++i) elements[size_t(index.v[i]) * N + i] = value.v[i];
 }
 template <class T, int N>
-PK_FN void scatter_add(Dual<Pack<T, N>>* table, Pack<uint32_t, N> index, Dual<Pack<T, N>> value) {
+PK_FN void scatter(Dual<Pack<T, N>>* table, Pack<uint32_t, N> index, Dual<Pack<T, N>> value) {
   T* elements = reinterpret_cast<T*>(table);
   for (int i = 0; i < N; ++i) {
-    elements[size_t(index.v[i]) * 2 * N + i] += value.v.v[i];
-    elements[size_t(index.v[i]) * 2 * N + N + i] += value.t.v[i];
+    elements[size_t(index.v[i]) * 2 * N + i] = value.v.v[i];
+    elements[size_t(index.v[i]) * 2 * N + N + i] = value.t.v[i];
   }
 }
 

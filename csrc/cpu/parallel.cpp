@@ -14,6 +14,20 @@ namespace po_kernels {
 
 namespace {
 
+struct Memory {
+  void* data = nullptr;
+  size_t size = 0;
+  void release() {
+    std::free(data);
+    *this = Memory();
+  }
+  ~Memory() { std::free(data); }
+};
+
+// Of a thread. What a call of usual size needs stays for the next; more would stay for nothing, and for ever.
+thread_local Memory memory;
+constexpr size_t kKept = size_t(16) << 20;
+
 struct Loop {
   Loop(int64_t count, void (*body)(void*, int64_t), void* context) : count(count), body(body), context(context) {}
 
@@ -32,6 +46,7 @@ struct Loop {
       std::lock_guard<std::mutex> lock(error_mutex);
       if (!error) error = std::current_exception();
     }
+    if (memory.size > kKept) memory.release();
   }
 };
 
@@ -48,12 +63,6 @@ OpenMP openmp() {
   static const OpenMP found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return forked || watching_forks != 0 ? nullptr : found;
 }
-
-struct Memory {
-  void* data = nullptr;
-  size_t size = 0;
-  ~Memory() { std::free(data); }
-};
 
 // For tests: memory that a kernel reads before it writes then shows.
 bool poisoned() {
@@ -76,10 +85,8 @@ void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void
 }
 
 void* scratch(size_t bytes) {
-  static thread_local Memory memory;
   if (memory.size < bytes) {
-    std::free(memory.data);
-    memory.size = 0;
+    memory.release();
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
     memory.data = std::aligned_alloc(64, rounded);
     if (memory.data == nullptr) throw std::bad_alloc();

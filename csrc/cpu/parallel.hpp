@@ -16,7 +16,8 @@ void parallel_for(int64_t count, int threads, Body&& body) {
   parallel_for(count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
-// At least `bytes` of memory aligned to 64, the calling thread's until its next call. Throws std::bad_alloc.
+// At least `bytes` of memory aligned to 64, the calling thread's until its next call or the end of its loop. Throws
+// std::bad_alloc.
 void* scratch(size_t bytes);
 
 }  // namespace po_kernels

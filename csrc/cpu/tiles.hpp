@@ -195,6 +195,10 @@ inline double lane_sum(const P& x, int count) {
 
 constexpr int64_t kMostChunks = 64;
 
+// Tiles after which sums over their rows, in the precision of the rows, go on in double: their error is then that of so
+// many numbers, whatever the batch.
+constexpr int kFlushed = 64;
+
 // Consecutive rows in chunks of whole tiles, in float and in double: the unit of parallel work and of sums.
 struct Chunks {
   int64_t rows, size, count;
@@ -293,11 +297,23 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
     P* shared = arena.template take<P>(shared_packs);
     for (int64_t i = 0; i < shared_packs; ++i) shared[i] = P{};
     double* total = partial.get() + chunk * terms;
+    const auto flush = [&] {
+      const T* elements = reinterpret_cast<const T*>(shared);
+      for (int64_t i = 0; i < shared_terms; ++i) {
+        total[kSumsBeforeShared + i] += sums.by_lane ? lane_sum(shared[i]) : double(elements[i]);
+      }
+      for (int64_t i = 0; i < shared_packs; ++i) shared[i] = P{};
+    };
+    int unflushed = 0;
     verdicts[chunk] = chunks.for_each_tile<width>(chunk, [&](Tile tile) -> Verdict {
       P loss{};
       RowStats<P> row_stats{};
       const Verdict verdict = body(tile, arena, shared, loss, row_stats);
       if (verdict.code != kAccepted) return verdict;
+      if (++unflushed == kFlushed) {
+        flush();
+        unflushed = 0;
+      }
       total[0] += lane_sum(loss, tile.count);
       if (call.reduction == kNoReduction) store(tile, loss, call.out);
       if (call.stats == nullptr) return {};
@@ -309,10 +325,7 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
       }
       return {};
     });
-    const T* elements = reinterpret_cast<const T*>(shared);
-    for (int64_t i = 0; i < shared_terms; ++i) {
-      total[kSumsBeforeShared + i] = sums.by_lane ? lane_sum(shared[i]) : double(elements[i]);
-    }
+    flush();
   });
 
   const Verdict verdict = first_refusal(chunks, verdicts);

@@ -112,8 +112,9 @@ struct Policy {
   PK_FN void clear(Warp team) const {
     team.each(whole_tiles(dim), [&](int64_t j) PK_LAMBDA {
       mean[j] = V{};
-      if (!triangular) parameter[j] = scratch[j] = scratch[whole_tiles(dim) + j] = V{};
+      if (!triangular) parameter[j] = V{};
     });
+    if (!triangular) team.each(Scale<V>::team_work(dim), [&](int64_t i) PK_LAMBDA { scratch[i] = V{}; });
   }
 
   // And what else the row has of as many numbers as it has dimensions, if anything.

@@ -47,13 +47,15 @@ struct SampledRows : PolicyLossRows<V, Scale, false> {
                 store(residual, held.at[k] + j);
                 if constexpr (is_dual<V>) {
                   if (pathwise) return;
-                  V mean[kTile], parameter[kTile], inverse[kTile], white[kTile];
+                  P inverse[kTile], lift[kTile];
+                  V mean[kTile], parameter[kTile], white[kTile];
                   load(held.policy.mean + j, mean);
                   load(held.policy.parameter + j, parameter);
                   load(scale.inverse_std + j, inverse);
+                  load(scale.lift + j, lift);
                   unrolled<kTile>([&](auto i) PK_LAMBDA {
                     constexpr int at = i;
-                    white[at] = Scale<V>::whitened(mean[at].t * inverse[at].v, parameter[at].t, noise[at]);
+                    white[at] = Scale<V>::whitened(mean[at].t * lift[at] * inverse[at], parameter[at].t, noise[at]);
                   });
                   store(white, z[k] + j);
                 }

@@ -207,7 +207,7 @@ PK_FN void add_moments(Warp team, const Shares& pairs, int dim, int count, Vecto
 template <class V, template <class> class Scale>
 PK_FN void add_score(const Scale<V>& scale, int j, V of_z, Primal<V> of_square, Primal<V>* mean, Primal<V>* to_scale) {
   if constexpr (!Scale<V>::triangular) {
-    if (mean) mean[j] = mean[j] + output(of_z * scale.inverse_std[j]);
+    if (mean) mean[j] = mean[j] + output(scale.divisor(j).of(of_z));
     if (to_scale) to_scale[j] = to_scale[j] + of_square;
   }
 }
@@ -235,7 +235,7 @@ PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int 
           if (mean) mean[i] = mean[i] + output(sum.v[0]);
           if (to_scale) {
             P& diagonal = to_scale[i * dim + i];
-            diagonal = diagonal - output(sum.v[1] * scale.inverse_diag[i]);
+            diagonal = diagonal - output(scale.divisor(i).of(sum.v[1]));
           }
         });
     if (to_scale) {

@@ -35,14 +35,29 @@ def _centred(rewards: Tensor) -> Tensor:
     return shifted - shifted.mean(dim=0, keepdim=True)
 
 
+def _spread(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x - mean x) / unit, the standard deviation over unit, unit, and whether the members of a group differ.
+
+    In float64, where the squares and inverses of float32 numbers, the subnormal ones too, are normal numbers; relative
+    to the largest member, so that those of float64 are.
+    """
+    x = values.double()
+    unit = x.detach().abs().amax(dim=0, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    centred = _centred(x / unit)
+    variance = centred.square().mean(dim=0, keepdim=True)
+    varies = variance.detach() != 0  # a nan goes on as such
+    return centred, torch.where(varies, variance, 1.0).sqrt(), unit, varies
+
+
+def group_std(values: Tensor) -> Tensor:
+    """Standard deviation of (G, *) over the leading axis with G in the denominator."""
+    _, std, unit, varies = _spread(values)
+    return torch.where(varies, std * unit, 0.0).squeeze(0).to(values.dtype)
+
+
 def _standardized(rewards: Tensor) -> Tensor:
-    centred = _centred(rewards)
-    # Deviations are squared relative to the largest, so that they neither overflow nor vanish.
-    largest = centred.detach().abs().amax(dim=0, keepdim=True)
-    varies = largest != 0  # a nan goes on as such
-    unit = torch.where(varies, largest, 1.0)
-    variance = torch.where(varies, (centred / unit).square().mean(dim=0, keepdim=True), 1.0)
-    return torch.where(varies, centred / (torch.sqrt(variance) * unit + STANDARDIZED_EPS), 0.0)
+    centred, std, unit, varies = _spread(rewards)
+    return torch.where(varies, centred / (std + STANDARDIZED_EPS / unit), 0.0).to(rewards.dtype)
 
 
 ADVANTAGES = {

@@ -59,6 +59,7 @@ def unmasked(op: str, name: str, value: Tensor, logits: Tensor) -> None:
 def scale_tril(op: str, value: Tensor) -> None:
     """value: (B, D, D)."""
     matrix = value.detach()
+    _any_row(op, "scale_not_finite", ~matrix.isfinite().all(dim=-1).all(dim=-1))
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     _any_row(op, "singular", ~(diagonal > 0).all(dim=-1))
     scale = (diagonal.unsqueeze(-1).double() * diagonal.unsqueeze(-2).double()).sqrt()

@@ -215,6 +215,7 @@ REFUSALS = {
     "logits_not_finite": Refusal(
         8, "logits: expected numbers or -inf to draw samples from, got nan or inf in row {row}"
     ),
+    "scale_not_finite": Refusal(9, "scale_tril: expected finite numbers, got nan or inf in row {row}"),
 }
 
 # Entries that should be equal, or zero, may differ by this much of the largest: room for rounding and

@@ -32,11 +32,11 @@ class Call(NamedTuple):
     want_stats: bool
 
 
-def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> Sequence[Any]:
+def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None], compiling: bool) -> Sequence[Any]:
     """The value, and of a loss the statistics (5, ...) if they are wanted."""
     track = torch.is_grad_enabled()
     needs = [track and x.requires_grad for x in inputs]
-    if torch.compiler.is_compiling():
+    if compiling:
         early = _library.known_early(OPS[call.op], needs, call.config)
         found, stats, *_ = run(call, inputs, constants, needs=early, want_stats=call.want_stats)
         return found, stats.detach()
@@ -105,7 +105,7 @@ def _filled(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
 def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     """vmap as a loop: the kernels take one problem a call."""
     if info.batch_size == 0:
-        raise ValueError(f"{args[0].op}: torch.vmap: expected a batch of at least 1, got 0")
+        raise ValueError(f"{getattr(args[0], 'op', args[0])}: torch.vmap: expected a batch of at least 1, got 0")
     results = []
     for index in range(info.batch_size):
         chosen = [
@@ -370,7 +370,39 @@ class _Product(torch.autograd.Function):
         return _loop(_Product, info, in_dims, *args)
 
 
+class _Refusals(torch.autograd.Function):
+    """The refusals of values that a transform hides, problem by problem; nothing is returned."""
+
+    @staticmethod
+    def forward(op, *tensors):
+        row = OPS[op]
+        dispatch.refuse_values(row, row.Inputs(*tensors[: row.count]), row.Constants(*tensors[row.count :]))
+        return tensors[0].new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.count = len(inputs)
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx, _):
+        return (None,) * ctx.count
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Refusals, info, in_dims, *args)
+
+
+def refuse_hidden_values(op: str, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> None:
+    """Refuses within a transform what the reference refuses without one."""
+    _Refusals.apply(op, *inputs, *constants)
+
+
 # Function.apply asks for the signature of `forward` at each call; reading it from the source takes longer than
 # a small kernel does.
-for _function in (_Value, _Gradient, _Derivative, _Product):
+for _function in (_Refusals, _Value, _Gradient, _Derivative, _Product):
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

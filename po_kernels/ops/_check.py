@@ -21,8 +21,8 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def floating(op: str, **tensors: Tensor) -> Iterable[Tensor]:
-    """The tensors, in the dtype that they are computed with: half precision in float32.
+def floating(op: str, names: Sequence[str], *tensors: Tensor) -> Sequence[Tensor]:
+    """The tensors of these names, in the dtype that they are computed with: half precision in float32.
 
     All have one of FLOATING as dtype, and one device. Under autocast, where casts are torch's to make, dtypes may
     differ and the widest is taken.
@@ -31,13 +31,13 @@ def floating(op: str, **tensors: Tensor) -> Iterable[Tensor]:
         raise RuntimeError(f"{op}: torch.jit.trace does not see what the kernels do; use torch.export or torch.compile")
     first, mixed = "", False
     kind: Any = None
-    for name, tensor in tensors.items():
+    for name, tensor in zip(names, tensors, strict=True):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
         found = dtype, device, layout = tensor.dtype, tensor.device, tensor.layout
         if kind is None and dtype in FLOATING and layout is torch.strided and not tensor.is_nested:
             first, kind = name, found
-        elif found != kind:
+        elif found != kind or tensor.is_nested:
             if dtype not in FLOATING:
                 names = "float32, float64, bfloat16 or float16"
                 raise TypeError(f"{op}: {name}: expected a floating tensor ({names}), got {dtype}")
@@ -48,9 +48,9 @@ def floating(op: str, **tensors: Tensor) -> Iterable[Tensor]:
                 raise TypeError(f"{op}: {name}: expected {kind[0]} like {first}, got {dtype}")
             mixed = True
     if mixed:
-        double = any(x.dtype == torch.float64 for x in tensors.values())
-        return [x.double() if double else x.float() for x in tensors.values()]
-    return [x.float() for x in tensors.values()] if kind[0] in HALF else tensors.values()
+        double = any(x.dtype == torch.float64 for x in tensors)
+        return [x.double() if double else x.float() for x in tensors]
+    return [x.float() for x in tensors] if kind[0] in HALF else tensors
 
 
 def _dense(op: str, name: str, tensor: Tensor) -> None:

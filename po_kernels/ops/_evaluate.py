@@ -30,7 +30,8 @@ def evaluate(
     head = inputs[0]
     name = _select(op, head.device.type, head.dtype, backend)
     row = OPS[op]
-    if torch.compiler.is_compiling() and _modes.traced_by_a_transform():
+    compiling = torch.compiler.is_compiling()
+    if compiling and _modes.traced_by_a_transform():
         # The operators have no rules for transforms of torch.func, which torch.compile takes through plain torch.
         if config.estimator == "reinforce":
             raise RuntimeError(
@@ -39,9 +40,11 @@ def evaluate(
             )
         name = "reference"
     if name == "reference" and config.estimator != "reinforce":  # which plain torch would differentiate twice, wrongly
+        if not compiling and _modes.transforms_active():
+            _autograd.refuse_hidden_values(op, inputs, constants)
         return dispatch.plain(op, row.Inputs(*inputs), row.Constants(*constants), config)
     call = _autograd.Call(op, name, config, want_stats)
     if not row.differentiable:
         return _autograd.run(call, [x.detach() for x in inputs], constants, needs=[False] * len(inputs))[0], ()
-    value, stacked = _autograd.value(call, inputs, constants)
+    value, stacked = _autograd.value(call, inputs, constants, compiling)
     return value, stacked.unbind(0) if want_stats else ()

@@ -1,6 +1,7 @@
 """What the diagonal and the full-covariance Gaussian share: all but the shape of the scale."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def sample(
 ) -> Tensor:
     op = f"{family.name}_sample"
     dtype = mean.dtype if isinstance(mean, Tensor) else None
-    lead, mean, scale = _policy(family, op, mean, scale)
+    lead, mean, scale = _policy(family, op, (), mean, scale)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     row_offset = _check.integer(op, "row_offset", row_offset, 0)
     config = OpConfig(num_samples=num_samples, row_offset=row_offset)
@@ -48,7 +49,7 @@ def sample(
 
 def log_prob(family: Family, mean: Tensor, scale: Tensor, value: Tensor, backend: str | None) -> Tensor:
     op = f"{family.name}_log_prob"
-    lead, mean, scale, value = _policy(family, op, mean, scale, value=value)
+    lead, mean, scale, value = _policy(family, op, ("value",), mean, scale, value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
     value = value.reshape(math.prod(batch), *mean.shape)
     return evaluate(op, backend, (mean, scale, value), (), OpConfig())[0].reshape((*batch, *lead))
@@ -68,9 +69,11 @@ def policy_loss(
     op = f"{family.name}_policy_loss"
     chosen = _loss.options(op, *given)
     if isinstance(precision, Tensor):
-        lead, mean, scale, target, precision = _policy(family, op, mean, scale, target=target, precision=precision)
+        lead, mean, scale, target, precision = _policy(
+            family, op, ("target", "precision"), mean, scale, target, precision
+        )
     else:
-        lead, mean, scale, target = _policy(family, op, mean, scale, target=target)
+        lead, mean, scale, target = _policy(family, op, ("target",), mean, scale, target)
         precision = torch.tensor(_check.real(op, "precision", precision), dtype=mean.dtype, device=mean.device)
     dim = mean.shape[1]
     _check.has_shape(op, "target", target, (*lead, dim))
@@ -84,15 +87,15 @@ def surrogate_loss(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`given` is what `_loss.surrogate` takes."""
     op = f"{family.name}_surrogate_loss"
-    lead, mean, scale, samples, rewards = _policy(family, op, mean, scale, samples=samples, rewards=rewards)
+    lead, mean, scale, samples, rewards = _policy(family, op, ("samples", "rewards"), mean, scale, samples, rewards)
     chosen, samples, rewards = _loss.surrogate(op, samples, rewards, lead, (mean.shape[1],), *given)
     return _loss.loss(op, chosen, lead, (mean, scale, rewards), (samples,))
 
 
-def _policy(family: Family, op: str, mean: Tensor, scale: Tensor, **others: Tensor) -> tuple[Any, ...]:
+def _policy(family: Family, op: str, names: Sequence[str], *tensors: Tensor) -> tuple[Any, ...]:
     """The leading dimensions, mean (B, D), the scale (B, D) or (B, D, D), and the others as they are."""
     # Cast before the scale is expanded, for its gradient to be summed over rows in the dtype that is computed with.
-    mean, scale, *rest = _check.floating(op, **{"mean": mean, family.scale: scale}, **others)
+    mean, scale, *rest = _check.floating(op, ("mean", family.scale, *names), *tensors)
     if not mean.shape or mean.shape[-1] < 1:
         raise ValueError(f"{op}: mean: expected shape (*, D) with D of at least 1, got {_check.shape_of(mean)}")
     lead, dim = mean.shape[:-1], mean.shape[-1]

@@ -19,7 +19,7 @@ from . import _modes
 _SCHEMA = (
     "(Tensor[] inputs, Tensor?[] constants, Tensor?[] tangents, Tensor? cotangent, Tensor? cotangent_tangent, "
     "bool[] needs, bool want_stats, str backend, str estimator, int num_samples, str advantage, float? rbf_gamma, "
-    "str reduction, int row_offset, Tensor entropy_coef) -> Tensor[]"
+    "str reduction, int row_offset, float entropy_coef, Tensor? coefficient) -> Tensor[]"
 )
 _OTHERS = _SCHEMA[: _SCHEMA.index(")")].count(",") - 3  # arguments from cotangent_tangent on
 
@@ -31,12 +31,15 @@ def _define(op: Op) -> None:
 
     def run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
         resolved = _modes.resolved
+        config = _config(*options[:-1])
+        if options[-1] is not None:
+            config = config._replace(entropy_coef=float(options[-1]))
         request = op.request(
             map(resolved, inputs), map(resolved, constants), map(resolved, tangents) if tangents else None,
-            resolved(cotangent), resolved(cotangent_tangent), needs, want_stats,
-            _config(*options[:-1], entropy_coef=float(options[-1])),
+            resolved(cotangent), resolved(cotangent_tangent), needs, want_stats, config,
         )  # fmt: skip
-        found = dispatch.kernel(op.name, backend)(request)
+        with _modes.autograd_on():
+            found = dispatch.kernel(op.name, backend)(request)
         return [inputs[0].new_empty(0) if x is None else x for x in found]  # for what was not asked for
 
     def fake(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
@@ -156,18 +159,24 @@ def call(
     backend: str,
     config: OpConfig,
 ) -> list[Tensor]:
-    """The operator of `op`. The coefficient goes in a tensor: torch.compile makes a new graph for each new number."""
-    coefficient = torch.full((), config.entropy_coef, dtype=torch.float64, device="cpu")
+    """The operator of `op`.
+
+    On the CPU the coefficient goes in a tensor: of an annealed number torch.compile would make a graph for each value.
+    On a device it stays a number, for a tensor on the CPU would keep the call out of a CUDA graph.
+    """
+    number, coefficient = config.entropy_coef, None
+    if inputs[0].device.type == "cpu":
+        number, coefficient = 0.0, torch.full((), number, dtype=torch.float64, device="cpu")
     return OPERATORS[op](
         list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), want_stats, backend,
         config.estimator, config.num_samples, config.advantage, config.rbf_gamma, config.reduction, config.row_offset,
-        coefficient,
+        number, coefficient,
     )  # fmt: skip
 
 
 def _config(
     estimator: str, num_samples: int, advantage: str, rbf_gamma: float | None, reduction: str, row_offset: int,
-    entropy_coef: float = 0.0,
+    entropy_coef: float,
 ) -> OpConfig:  # fmt: skip
     return OpConfig(estimator, num_samples, advantage, rbf_gamma, entropy_coef, reduction, row_offset)
 

@@ -49,7 +49,7 @@ def options(op: str, entropy_coef: float | Tensor, *given: Any) -> LossOptions:
     A tensor for entropy_coef stays apart from the kernels' options, which are numbers.
     """
     if isinstance(entropy_coef, Tensor):
-        _check.floating(op, entropy_coef=entropy_coef)
+        _check.floating(op, ("entropy_coef",), entropy_coef)
         _check.has_shape(op, "entropy_coef", entropy_coef, ())
         return options(op, 0.0, *given)._replace(entropy_coef=entropy_coef)
     if torch.compiler.is_compiling():

@@ -16,6 +16,8 @@ PRIVATE = (
     "torch._C._functorch.is_legacy_batchedtensor",
     "torch.autograd.forward_ad._current_level",
     "torch.Tensor._is_zerotensor",
+    "torch._C._SetExcludeDispatchKeyGuard",
+    "torch._C.DispatchKey.AutogradFunctionality",
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,6 +49,11 @@ def asked_once(function: F) -> F:
 @asked_once
 def traced_by_a_transform() -> bool:
     return transforms_active()
+
+
+def autograd_on() -> Any:
+    """A context in which autograd records. Torch turns it off while an operator runs, and the reference needs it."""
+    return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 
 def may_call_directly(*tensors: Tensor | None) -> bool:

@@ -33,7 +33,7 @@ def group_advantage(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "group_advantage"
-    (computed,) = _check.floating(op, rewards=rewards)
+    (computed,) = _check.floating(op, ("rewards",), rewards)
     _check.choice(op, "kind", kind, tuple(ADVANTAGES))
     if rewards.ndim < 1:
         raise ValueError(f"{op}: rewards: expected shape (G, *), got ()")

@@ -1,6 +1,7 @@
 """Categorical policies, given by logits; -inf masks a class."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +40,7 @@ def categorical_sample(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_sample"
-    lead, logits = _policy(op, logits)
+    lead, logits = _policy(op, (), logits)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     config = OpConfig(num_samples=num_samples, row_offset=_check.integer(op, "row_offset", row_offset, 0))
     labels, _ = evaluate(op, backend, (logits,), (_check.seed_tensor(op, seed, stream),), config)
@@ -62,7 +63,7 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_log_prob"
-    lead, logits = _policy(op, logits)
+    lead, logits = _policy(op, (), logits)
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
     value = value.reshape(math.prod(batch), logits.shape[0])
@@ -115,7 +116,7 @@ def categorical_policy_loss(
     chosen = _loss.options(
         op, entropy_coef, estimator, num_samples, advantage, rbf_gamma, reduction, row_offset, return_stats, backend
     )
-    lead, logits, reward_table = _policy(op, logits, reward_table=reward_table)
+    lead, logits, reward_table = _policy(op, ("reward_table",), logits, reward_table)
     rows, classes = logits.shape
     target = _check.integral(op, "target", target, logits)
     _check.has_shape(op, "target", target, lead)
@@ -155,7 +156,7 @@ def categorical_surrogate_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_surrogate_loss"
-    lead, logits, rewards = _policy(op, logits, rewards=rewards)
+    lead, logits, rewards = _policy(op, ("rewards",), logits, rewards)
     samples = _check.integral(op, "samples", samples, logits)
     chosen, samples, rewards = _loss.surrogate(
         op, samples, rewards, lead, (), entropy_coef, estimator, advantage, rbf_gamma, reduction, return_stats, backend
@@ -163,9 +164,9 @@ def categorical_surrogate_loss(
     return _loss.loss(op, chosen, lead, (logits, rewards), (samples,))
 
 
-def _policy(op: str, logits: Tensor, **others: Tensor) -> tuple[Any, ...]:
+def _policy(op: str, names: Sequence[str], *tensors: Tensor) -> tuple[Any, ...]:
     """The leading dimensions, logits (B, C), and the others as they are."""
-    logits, *rest = _check.floating(op, logits=logits, **others)
+    logits, *rest = _check.floating(op, ("logits", *names), *tensors)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits: expected shape (*, C) with C of at least 1, got {_check.shape_of(logits)}")
     lead = logits.shape[:-1]

@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,11 +34,12 @@ GROUPS = (1, 2, 3, 4, 5, 8, 13)
 
 # Where the cases' tensors are: pytest's --device.
 DEVICE = os.environ.get("PO_KERNELS_TEST_DEVICE", "cpu")
+FAST = bool(os.environ.get("PO_KERNELS_TEST_FAST"))
 
 
 def seeds(count: int) -> range:
-    """Of random cases; fewer on a GPU, where most of them have to compile kernels of their own."""
-    return range(count if DEVICE == "cpu" else count // 8)
+    """Of random cases; fewer in a hurry, and on a GPU, where most of them have to compile kernels of their own."""
+    return range(count // 8 if FAST or DEVICE != "cpu" else count)
 
 
 def fused(op: str) -> list[str]:
@@ -140,6 +142,14 @@ def scale_tril(rng: random.Random, *shape: int) -> Tensor:
     return off + torch.diag_embed(0.5 + uniform(rng, *shape[:-1]))
 
 
+def masked_logits(rng: random.Random, *shape: int) -> Tensor:
+    logits = normal(rng, *shape)
+    # The first class stays: a row has to have one.
+    hidden = uniform(rng, *shape) < 0.3
+    hidden[..., 0] = False
+    return logits.masked_fill(hidden, float("-inf"))
+
+
 def draw(
     op: str,
     seed: int,
@@ -172,53 +182,39 @@ def draw(
     kind = chosen_kind if precision_kind is None else precision_kind
     shared = chosen_shared if shared_scale is None else shared_scale
     mask = chosen_mask if mask is None else mask
-    family = op.split("_")[0]
-    what = op.removeprefix(f"{family}_")
+    row, family = OPS[op], op.split("_")[0]
 
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
+    for name, letters in row.axes.items():
+        if name == "seed":
+            continue
+        extra = pick(((), (1,), (3,), (2, 2))) if "N" in letters else ()
+        sizes = {"B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra}
+        shape = [size for letter in letters for size in sizes.get(letter, ())]
+        own = [] if shared else lead
+        if name == "scale" and family == "gaussian":
+            tensors["log_std"] = 0.5 * normal(rng, *own, dim)
+        elif name == "scale":
+            tensors["scale_tril"] = scale_tril(rng, *own, dim, dim)
+        elif name == "logits":
+            tensors[name] = masked_logits(rng, *shape) if mask else normal(rng, *shape)
+        elif name == "precision":
+            tensors[name] = precision(rng, kind, dim)
+        elif name == row.labels:
+            constants[name] = labels(rng, 1 if mask and name != "target" else dim, *shape)
+        elif name in row.Constants._fields:
+            constants[name] = normal(rng, *shape)
+        else:
+            tensors[name] = normal(rng, *shape)
+
     arguments: dict[str, Any] = {}
-    if family == "gaussian":
-        tensors["mean"] = normal(rng, *lead, dim)
-        tensors["log_std"] = 0.5 * normal(rng, *(() if shared else lead), dim)
-    elif family == "mvn":
-        tensors["mean"] = normal(rng, *lead, dim)
-        tensors["scale_tril"] = scale_tril(rng, *(() if shared else lead), dim, dim)
-    elif family == "categorical":
-        logits = normal(rng, *lead, dim)
-        if mask:
-            # The first class stays: a row has to have one.
-            hidden = uniform(rng, *lead, dim) < 0.3
-            hidden[..., 0] = False
-            logits = logits.masked_fill(hidden, float("-inf"))
-        tensors["logits"] = logits
-
-    if what == "policy_loss":
-        if family == "categorical":
-            tensors["reward_table"] = normal(rng, dim, dim)
-            constants["target"] = labels(rng, dim, *lead)
-        else:
-            tensors["target"] = normal(rng, *lead, dim)
-            tensors["precision"] = precision(rng, kind, dim)
-    elif what == "surrogate_loss":
-        tensors["rewards"] = normal(rng, group, *lead)
-        if family == "categorical":
-            constants["samples"] = labels(rng, 1 if mask else dim, group, *lead)
-        else:
-            constants["samples"] = normal(rng, group, *lead, dim)
-    elif what == "log_prob":
-        extra = pick(((), (1,), (3,), (2, 2)))
-        if family == "categorical":
-            constants["value"] = labels(rng, 1 if mask else dim, *extra, *lead)
-        else:
-            tensors["value"] = normal(rng, *extra, *lead, dim)
-    elif what == "sample":
-        arguments = {"num_samples": group, "seed": rng.getrandbits(64), "row_offset": pick((0, 5, 2**33 + 7))}
+    if op not in LOSSES:
+        if "seed" in row.axes:
+            arguments = {"num_samples": group, "seed": rng.getrandbits(64), "row_offset": pick((0, 5, 2**33 + 7))}
+        elif "advantage" in row.options:
+            arguments = {"kind": _advantage(rng, group), "rbf_gamma": pick((None, None, 0.3))}
     else:
-        tensors["rewards"] = normal(rng, group, *lead)
-        arguments = {"kind": _advantage(rng, group), "rbf_gamma": pick((None, None, 0.3))}
-
-    if op in LOSSES:
         estimator = options.get("estimator", pick(ESTIMATORS[op]))
         closed = estimator in ("analytic", "exact")
         # About the size of a reward, so that exp(γ r) stays within a few orders of magnitude of 1.
@@ -230,7 +226,7 @@ def draw(
             "entropy_coef": pick((0.0, 0.3, 1.7)),
             "reduction": pick(REDUCTIONS),
         }
-        if what == "policy_loss" and not closed:
+        if "seed" in row.axes and not closed:
             arguments["num_samples"] = group
             arguments["seed"] = rng.getrandbits(64) - 2**63
             arguments["row_offset"] = pick((0, 5, 2**33 + 7))
@@ -253,8 +249,13 @@ def cotangent_like(output: Tensor, seed: int) -> Tensor:
     return normal(rng, *output.shape).to(output.dtype)
 
 
-def derivatives(case: Case, backend: str, seed: int = 0, *, second: bool = True) -> dict[str, list[Tensor]]:
-    """Value, statistics, gradients, and the gradient of gradients·directions in all inputs and the cotangent."""
+def derivatives(
+    case: Case, backend: str, seed: int = 0, *, second: bool = True, move: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[str, list[Tensor]]:
+    """Value, statistics, gradients, and the gradient of gradients·directions in all inputs and the cotangent.
+
+    `move` changes cotangent and directions.
+    """
     inputs = case.inputs
     if case.op in LOSSES:
         output, stats = case(*inputs, backend=backend, return_stats=True)
@@ -264,11 +265,11 @@ def derivatives(case: Case, backend: str, seed: int = 0, *, second: bool = True)
     if stats:
         assert not any(x.requires_grad for x in stats)
         result["statistics"] = list(stats)
-    cotangent = cotangent_like(output, seed).requires_grad_()
+    cotangent = move(cotangent_like(output, seed)).requires_grad_()
     gradients = torch.autograd.grad(output, inputs, cotangent, create_graph=second, materialize_grads=True)
     result["first"] = [x.detach() for x in gradients]
     if second:
-        product = sum((g * v).sum() for g, v in zip(gradients, directions(case, seed), strict=True))
+        product = sum((g * move(v)).sum() for g, v in zip(gradients, directions(case, seed), strict=True))
         wanted = (*inputs, cotangent)
         result["second"] = list(torch.autograd.grad(product, wanted, materialize_grads=True))
     for name, order in result.items():

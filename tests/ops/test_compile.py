@@ -36,8 +36,13 @@ def compiled(function, **options):
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize(("op", "backend"), chosen(tuple(OPS)))
+NO_GRAD = [(*pair, torch.no_grad) for pair in chosen(tuple(OPS)) if pair[1] == "native"]
+OTHERS = [
+    (*pair, mode) for pair in chosen(("gaussian_policy_loss",)) for mode in (torch.enable_grad, torch.inference_mode)
+]
+
+
+@pytest.mark.parametrize(("op", "backend", "mode"), [*NO_GRAD, *OTHERS])
 def test_without_gradients(op, backend, mode):
     """Rollouts: no input requires grad, or nothing is recorded."""
     case = small(op)
@@ -47,7 +52,7 @@ def test_without_gradients(op, backend, mode):
         agree(found, case(*inputs, backend=backend), case)
 
 
-@pytest.mark.parametrize(("op", "backend"), chosen(LOSSES))
+@pytest.mark.parametrize(("op", "backend"), chosen(("gaussian_surrogate_loss", "categorical_policy_loss")))
 def test_statistics(op, backend):
     case = small(op)
     inputs = case.inputs
@@ -59,7 +64,7 @@ def test_statistics(op, backend):
 
 
 @TRACED
-@pytest.mark.parametrize(("op", "backend"), chosen(("gaussian_policy_loss", "categorical_policy_loss", "mvn_log_prob")))
+@pytest.mark.parametrize(("op", "backend"), chosen(("gaussian_policy_loss", "categorical_log_prob"))[1::2])
 def test_transforms_of_torch_func(op, backend):
     case = small(op)
     inputs, tangents = tuple(case.tensors.values()), tuple(directions(case, 1))
@@ -136,7 +141,7 @@ def test_graphs_are_made_once(backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("op", "backend"), chosen(("gaussian_policy_loss", "categorical_policy_loss")))
+@pytest.mark.parametrize(("op", "backend"), chosen(("categorical_policy_loss",)))
 def test_dynamic_shapes(op, backend):
     case = small(op, reduction="none")
     step = compiled(lambda *xs: case(*xs, backend=backend), dynamic=True)

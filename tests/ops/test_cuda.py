@@ -34,24 +34,14 @@ def emulated(*arguments: str) -> None:
 
 
 @built
+@pytest.mark.slow
 def test_on_the_host():
-    emulated(str(FOLDER / "cuda_emulated.py"))
-
-
-@built
-@pytest.mark.parametrize(
-    ("names", "without"),
-    [
-        (("test_contract",), "nothing"),
-        # Two threads, or a fork, share nothing here.
-        (("test_numbers", "test_derivatives", "test_philox"), "threads or fork"),
-        # Of groups in the thousands shared memory does not hold the rewards.
-        (("test_gaussian", "test_mvn"), "monte_carlo or spread"),
-    ],
-    ids=str,
-)
-def test_the_suite_of_the_ops_on_the_host(names, without):
-    emulated(*(str(FOLDER / f"{name}.py") for name in names), "-k", f"cuda and not ({without})")
+    """What is written for it, and the suite of the ops, in one process."""
+    names = ("test_contract", "test_numbers", "test_derivatives", "test_philox", "test_gaussian", "test_mvn")
+    # Two threads, or a fork, share nothing here; of groups in the thousands shared memory does not hold the rewards.
+    without = "threads or fork or 25_eps or monte_carlo or spread"
+    files = [str(FOLDER / f"{name}.py") for name in ("cuda_emulated", *names)]
+    emulated(*files, "-k", f"cuda_emulated or (cuda and not ({without}))")
 
 
 @built

@@ -17,7 +17,6 @@ from .cases import (
     SURROGATE_LOSSES,
     draw,
     pairs,
-    serving,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -43,10 +42,9 @@ def refused(op: str, argument: str, error: type, changes: dict, base: dict | Non
     assert re.search(rf"\b{argument}\b", message), message
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_good_arguments_are_taken(op):
-    for backend in serving(op):
-        getattr(pk, op)(**arguments_of(op), backend=backend)
+@pytest.mark.parametrize(("op", "backend"), pairs(tuple(OPS)))
+def test_good_arguments_are_taken(op, backend):
+    getattr(pk, op)(**arguments_of(op), backend=backend)
 
 
 def floating_arguments(op: str) -> list[str]:
@@ -135,17 +133,16 @@ def test_unknown_backend(op):
         refused(op, "backend", ValueError, {"backend": bad})
 
 
-@pytest.mark.parametrize("op", [*LOSSES, "group_advantage"])
-def test_a_group_of_one_has_no_leave_one_out_baseline(op):
-    for backend in serving(op):
-        if op in POLICY_LOSSES:
-            refused(op, "num_samples", ValueError, {"num_samples": 1}, backend=backend)
-        elif op == "group_advantage":
-            refused(op, "rewards", ValueError, {"rewards": torch.ones(1, 2), "kind": "loo"}, backend=backend)
-        else:
-            good = arguments_of(op)
-            changes = {name: good[name][:1] for name in ("samples", "rewards")}
-            refused(op, "rewards", ValueError, changes, backend=backend)
+@pytest.mark.parametrize(("op", "backend"), pairs((*LOSSES, "group_advantage")))
+def test_a_group_of_one_has_no_leave_one_out_baseline(op, backend):
+    if op in POLICY_LOSSES:
+        refused(op, "num_samples", ValueError, {"num_samples": 1}, backend=backend)
+    elif op == "group_advantage":
+        refused(op, "rewards", ValueError, {"rewards": torch.ones(1, 2), "kind": "loo"}, backend=backend)
+    else:
+        good = arguments_of(op)
+        changes = {name: good[name][:1] for name in ("samples", "rewards")}
+        refused(op, "rewards", ValueError, changes, backend=backend)
 
 
 @pytest.mark.parametrize("op", SURROGATE_LOSSES)
@@ -265,11 +262,9 @@ def test_a_row_without_a_class(op, backend):
     refused(op, "logits", ValueError, {"logits": logits}, backend=backend)
 
 
-@pytest.mark.parametrize("op", LOG_PROBS)
-def test_one_class_or_one_dimension_is_enough(op):
-    for backend in serving(op):
-        case = draw(op, 0, lead=(2,), dim=1, mask=False)
-        assert case(backend=backend).isfinite().all()
+@pytest.mark.parametrize(("op", "backend"), pairs(LOG_PROBS))
+def test_one_class_or_one_dimension_is_enough(op, backend):
+    assert draw(op, 0, lead=(2,), dim=1, mask=False)(backend=backend).isfinite().all()
 
 
 @pytest.mark.parametrize(("op", "backend"), pairs(("categorical_surrogate_loss",)))

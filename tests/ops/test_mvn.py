@@ -183,3 +183,18 @@ def test_sample(backend):
     covariance = root @ root.T
     variance = torch.outer(covariance.diagonal(), covariance.diagonal()) + covariance.square()
     assert ((samples.T @ samples / count - covariance).abs() < 4 * (variance / count).sqrt()).all()
+
+
+@pytest.mark.parametrize("backend", [each for each in serving("mvn_sample") if each != "numba"])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_scale_that_is_not_finite(backend, value):
+    for place in ((0, 0), (1, 0), (0, 1), (2, 2)):
+        root = torch.eye(3).repeat(20, 1, 1)
+        root[18][place] = value
+        for call in (
+            lambda root: pk.mvn_sample(torch.zeros(20, 3), root, 2, backend=backend),
+            lambda root: pk.mvn_log_prob(torch.zeros(20, 3), root, torch.zeros(20, 3), backend=backend),
+            lambda root: pk.mvn_policy_loss(torch.zeros(20, 3), root, torch.zeros(20, 3), 1.0, backend=backend),
+        ):
+            with pytest.raises(ValueError, match=r"scale_tril: expected finite numbers, got nan or inf in row 18"):
+                call(root)

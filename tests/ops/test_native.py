@@ -78,3 +78,26 @@ assert set(out[:rows]) == {{-0.5}} and set(out[rows:]) == {{0.5}}
 assert "torch" not in sys.modules
 """
     assert run(program).strip() == "(0, 0)"
+
+
+@pytest.mark.parametrize("level", ["avx1024", "x86-64-v9"])
+def test_a_level_that_there_is_not(level, monkeypatch):
+    """Said in a warning, by `status` and where the backend is asked for: by variable, value and what is allowed."""
+    monkeypatch.setenv("PO_KERNELS_SIMD", level)
+    program = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import po_kernels as pk
+    import torch
+    pk.group_advantage(torch.zeros(3), "mean")
+    print([str(each.message) for each in caught if each.category is RuntimeWarning])
+try:
+    pk.group_advantage(torch.zeros(3), "mean", backend="native")
+except RuntimeError as error:
+    print(error)
+"""
+    warned, raised = run(program).strip().splitlines()
+    for said in (warned, raised):
+        assert "PO_KERNELS_SIMD: expected a level" in said
+        assert f"default), got {level}" in said

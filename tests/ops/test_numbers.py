@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import po_kernels as pk
 
+from . import bounds
+from .bounds import agrees
 from .cases import (
     DIFFERENTIABLE,
     ESTIMATORS,
@@ -20,12 +22,12 @@ from .cases import (
     POLICY_LOSSES,
     REDUCTIONS,
     Case,
+    cotangent_like,
     derivatives,
     distance,
     draw,
     fused,
     fused_pairs,
-    largest,
     pairs,
     repeats_second_order,
     serving,
@@ -106,37 +108,24 @@ def test_a_row_does_not_depend_on_its_batch(op, backend, dtype):
                 assert torch.equal(found, expected[start:stop]), case
 
 
-def as_good_as_the_reference(case: Case, backend: str, *, alike: bool) -> None:
-    """With the bound of the contract's test; tensors that differ by many orders of magnitude each have their own."""
-    second = repeats_second_order(case)
-    dtype = next(iter(case.tensors.values())).dtype
-    exact = derivatives(case.to(torch.float64), "reference", second=second)
-    reference = derivatives(case, "reference", second=second)
-    found = derivatives(case, backend, second=second)
-    for order, tensors in exact.items():
-        for x, y, z in zip(found[order], reference[order], tensors, strict=True):
-            rounding = 4 * (case.terms + 16) * torch.finfo(dtype).eps * largest(tensors if alike else [z])
-            assert distance([x], [z]) <= distance([y], [z]) + rounding, (order, str(case))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("log_std", [-20.0, 10.0])
-@pytest.mark.parametrize("op", ["gaussian_policy_loss", "gaussian_log_prob", "gaussian_sample"])
-def test_extreme_log_std(op, log_std, dtype):
-    for backend in fused(op):
-        for seed in range(12):
-            case = draw(op, seed, dtype, lead=(3,), dim=4, group=3, rbf_gamma=None) if op in LOSSES else draw(
-                op, seed, dtype, lead=(3,), dim=4, group=3
-            )  # fmt: skip
-            tensors = dict(case.tensors)
-            # Around zero a sample and its reward keep all digits of the noise, however small σ.
-            tensors["mean"] = torch.zeros_like(tensors["mean"])
-            if "target" in tensors:
-                tensors["target"] = torch.zeros_like(tensors["target"])
-            tensors["log_std"] = torch.full_like(tensors["log_std"], log_std)
-            if "value" in tensors:
-                tensors["value"] = tensors["value"] * torch.tensor(log_std, dtype=dtype).exp()
-            as_good_as_the_reference(replace(case, tensors=tensors), backend, alike=False)
+@pytest.mark.parametrize(
+    ("op", "backend"), fused_pairs(("gaussian_policy_loss", "gaussian_log_prob", "gaussian_sample"))
+)
+def test_extreme_log_std(op, backend, log_std, dtype):
+    for seed in range(12):
+        options = {"rbf_gamma": None} if op in LOSSES else {}
+        case = draw(op, seed, dtype, lead=(3,), dim=4, group=3, **options)
+        tensors = dict(case.tensors)
+        # Around zero a sample and its reward keep all digits of the noise, however small σ.
+        tensors["mean"] = torch.zeros_like(tensors["mean"])
+        if "target" in tensors:
+            tensors["target"] = torch.zeros_like(tensors["target"])
+        tensors["log_std"] = torch.full_like(tensors["log_std"], log_std)
+        if "value" in tensors:
+            tensors["value"] = tensors["value"] * torch.tensor(log_std, dtype=dtype).exp()
+        agrees(replace(case, tensors=tensors), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -154,7 +143,7 @@ def test_extreme_and_masked_logits(op, backend, dtype):
         if backend == "reference":
             evaluated(case, backend)
         else:
-            as_good_as_the_reference(case, backend, alike=True)
+            agrees(case, backend)
 
 
 @pytest.mark.parametrize("backend", serving("categorical_policy_loss"))
@@ -240,20 +229,21 @@ def test_expanded_inputs(op, backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("op", "backend"), pairs(LOSSES))
-def test_half_precision_is_read_as_such_and_computed_in_float32(op, backend, dtype):
+def test_half_precision_is_computed_in_float32(op, backend, dtype):
     for seed in range(8):
-        case = draw(op, seed, lead=(4,), dim=3, group=3, precision_kind=("scalar", "diagonal")[seed % 2]).to(dtype)
-        results = []
-        for chosen in (case, case.to(torch.float32)):
-            inputs = chosen.inputs
-            loss = chosen(*inputs, backend=backend)
-            assert loss.dtype == torch.float32
-            results.append((loss, torch.autograd.grad(loss.sum(), inputs, materialize_grads=True)))
-        (loss, gradients), (expected_loss, expected) = results
-        assert torch.equal(loss, expected_loss)
-        for found, right in zip(gradients, expected, strict=True):
+        half = draw(op, seed, lead=(4,), dim=3, group=3, precision_kind=("scalar", "diagonal")[seed % 2]).to(dtype)
+        right = bounds.expected(half.to(torch.float32), seed, second=False)
+        inputs = half.inputs
+        loss = half(*inputs, backend=backend)
+        assert loss.dtype == torch.float32
+        assert distance([loss], right.exact["value"]) <= right.bound("value", 0)
+        gradients = torch.autograd.grad(loss, inputs, cotangent_like(loss, seed), materialize_grads=True)
+        for index, (found, exact) in enumerate(zip(gradients, right.exact["first"], strict=True)):
             assert found.dtype == dtype
-            assert torch.equal(found, right.to(dtype))
+            # Rounded once to the half precision, where it may be subnormal.
+            info = torch.finfo(dtype)
+            rounding = info.eps / 2 * exact.abs() + info.tiny * info.eps
+            assert ((found.double() - exact).abs() <= rounding + right.bound("first", index)).all(), half
 
 
 @pytest.mark.parametrize(("op", "backend"), pairs(DIFFERENTIABLE))
@@ -331,7 +321,8 @@ def test_a_forked_child_may_use_threads_too(backend):
     assert torch.equal(case(backend=backend), expected)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize(("op", "backend"), fused_pairs(GAUSSIAN_LOSSES))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     rows=st.integers(0, 5),
     dim=st.integers(1, 19),
@@ -342,9 +333,8 @@ def test_a_forked_child_may_use_threads_too(backend):
     seed=st.integers(-(2**63), 2**64 - 1),
     row_offset=st.integers(0, 2**40),
     estimator=st.sampled_from(["analytic", "reparam", "dice"]),
-    op=st.sampled_from(GAUSSIAN_LOSSES),
 )
-def test_any_shape_stride_and_value(rows, dim, group, step, scale, log_std, seed, row_offset, estimator, op):
+def test_any_shape_stride_and_value(op, backend, rows, dim, group, step, scale, log_std, seed, row_offset, estimator):
     case = draw(op, rows + 7 * dim, lead=(rows,), dim=dim, group=group, estimator=estimator, rbf_gamma=None)
     if estimator != "analytic":
         case = case.with_options(seed=seed, row_offset=row_offset, num_samples=group)
@@ -354,11 +344,6 @@ def test_any_shape_stride_and_value(rows, dim, group, step, scale, log_std, seed
         tensors["log_std"] = tensors["log_std"] + log_std
     else:
         tensors["scale_tril"] = tensors["scale_tril"] * torch.tensor(log_std, dtype=torch.float64).exp()
-    case = replace(case, tensors=tensors)
-    for backend in fused(op):
-        exact, found = derivatives(case, "reference"), derivatives(case, backend)
-        for order, tensors in exact.items():
-            # A difference of samples and mean loses the digits that the noise has below the mean's last one.
-            lost = 1 + 10 * scale * max(1.0, float(torch.tensor(-log_std).exp())) * dim
-            bound = 4 * (case.terms + 16) * torch.finfo(torch.float64).eps * lost * (largest(tensors) + 1e-300)
-            assert distance(found[order], tensors) <= bound, (order, str(case))
+    # Far from the target, rewards of millions have a spread of some thousands: in their deviation the rounding of each
+    # is magnified, which moving the inputs does not show.
+    agrees(replace(case, tensors=tensors), backend, factor=16)

@@ -125,7 +125,7 @@ def test_mvn_samples(backend):
 
 @pytest.mark.parametrize("backend", serving("categorical_sample"))
 def test_labels(backend):
-    """By inversion: the first class whose cumulated probability exceeds the first uniform of block 0."""
+    """By inversion: the first class whose cumulated probability exceeds the uniform, here to 24 bits."""
     logits = torch.randn(5, 7, dtype=torch.float64)
     probabilities = torch.softmax(logits, -1).cpu().numpy()
     for seed in SEEDS:
@@ -152,7 +152,10 @@ def test_labels_are_equal_to_the_bit(backend, dtype):
     assert (found[:, 5] == 20).all()
 
 
-def every_sample(backend, rows=slice(None), group=6, row_offset=0):
+ALL = slice(None)
+
+
+def every_sample(backend, rows=ALL, group=6, row_offset=0):
     """Samples of all families for a fixed batch of 7 policies, or of some of its rows."""
     generator = torch.Generator().manual_seed(5)
     mean = torch.randn(7, 5, generator=generator)

@@ -88,17 +88,18 @@ def flat(x, letters):
 
 def test_an_op_that_a_backend_lacks(monkeypatch):
     """Automatic dispatch goes on to the next backend; asked for by name it says which op is missing."""
-    names = [*serving("group_advantage")[1:], "reference"]
+    names = [*serving("gaussian_policy_loss")[1:], "reference"]
+    case = draw("gaussian_policy_loss", 1, torch.float32, lead=(4,), dim=2)
     for name in names[:-1]:
-        monkeypatch.delitem(dispatch.module(name).KERNELS, "group_advantage")
+        monkeypatch.delitem(dispatch.module(name).KERNELS, "gaussian_policy_loss")
         monkeypatch.setattr(dispatch, "_decisions", {})
-        with pytest.raises(RuntimeError, match=rf"{name}.*it has no kernel for group_advantage"):
-            pk.group_advantage(torch.randn(4, 2), backend=name)
+        with pytest.raises(RuntimeError, match=rf"{name}.*it has no kernel for gaussian_policy_loss"):
+            case(backend=name)
         expected = names[names.index(name) + 1]
-        pk.group_advantage(torch.randn(4, 2))
-        decision = dispatch.decisions()["group_advantage", "cpu", torch.float32]
+        case(backend=None)
+        decision = dispatch.decisions()["gaussian_policy_loss", "cpu", torch.float32]
         assert decision.backend == expected
-        assert decision.refused[name] == "it has no kernel for group_advantage"
+        assert decision.refused[name] == "it has no kernel for gaussian_policy_loss"
 
 
 def test_second_order_by_the_reference(monkeypatch):

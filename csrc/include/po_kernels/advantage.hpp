@@ -23,28 +23,107 @@ PK_FN V group_mean_from_first(Index count, const V* x, Team team = {}) {
   return sum * ratio<Element<V>>(1, count);
 }
 
-// Standard deviation with the count in the denominator; zero, with no derivative, for equal members. Deviations are
-// squared relative to the largest, so that they neither overflow nor vanish.
-template <class V, class Team = Alone>
-PK_FN V group_std(Index count, const V* x, Team team = {}) {
+// The standard deviation of a group, with the count in the denominator: zero, with no derivative, for equal members.
+// All is relative to a power of two near the largest member, so that squares neither overflow nor vanish and nothing is
+// divided by a subnormal number; a derivative by a member that is itself subnormal is as finite as it should be.
+template <class V>
+struct Spread {
   using T = Element<V>;
   using P = Primal<V>;
-  const V mean = group_mean_from_first(count, x, team);
-  const auto size = [&](Index g) PK_LAMBDA {
-    const P deviation = stop(x[g] - x[0] - mean);
-    return select(deviation < T(0), -deviation, deviation);
-  };
-  const auto larger = [](P a, P b) PK_LAMBDA { return select(a >= b, a, b); };  // a nan is taken
-  const P largest = team.template fold<P>(count, P{}, size, larger);
-  const auto varies = largest != T(0);
-  const P unit = select(varies, largest, broadcast<P>(T(1)));
-  const P inverse = broadcast<P>(T(1)) / unit;
-  const V sum = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return square((x[g] - x[0] - mean) * inverse); });
-  const V variance = select(varies, sum * ratio<T>(1, count), constant<V>(T(1)));
-  return select(varies, square_root(variance) * unit, V{});
+
+  const V* x;
+  P unit, inverse;       // a power of two near the largest |x|, and 1 over it
+  P first, mean;         // of x / unit; the mean is relative to the first
+  P relative;            // std / unit
+  P inverse_relative{};  // 0 for equal members
+  V std{};
+  V mean_from_first{};  // of x; on duals only, and only its tangent is used
+
+  template <class Team>
+  PK_FN Spread(Index count, const V* x, Team team) : x(x) {
+    const T per_member = ratio<T>(1, count);
+    const auto size = [&](Index g) PK_LAMBDA {
+      const P value = stop(x[g]);
+      return select(value < T(0), -value, value);
+    };
+    const auto larger = [](P a, P b) PK_LAMBDA { return select(a >= b, a, b); };
+    unit = power_of_two(team.template fold<P>(count, P{}, size, larger));
+    inverse = broadcast<P>(T(1)) / unit;
+    first = stop(x[0]) * inverse;
+    mean = P{};
+    mean = team.template sum<P>(count - 1, [&](Index g) PK_LAMBDA { return deviation(g + 1); }) * per_member;
+    const P squares = team.template sum<P>(count, [&](Index g) PK_LAMBDA { return square(deviation(g)); });
+    relative = square_root(squares * per_member);
+    const auto varies = squares != T(0);  // also nan
+    inverse_relative = select(varies, broadcast<P>(T(1)) / select(varies, relative, broadcast<P>(T(1))), P{});
+    if constexpr (is_dual<V>) {
+      mean_from_first = group_mean_from_first(count, x, team);
+      const P slope = team.template sum<P>(count, [&](Index g) PK_LAMBDA { return direction(g) * tangent(g); });
+      std = V{relative * unit, slope * per_member};
+    } else {
+      std = relative * unit;
+    }
+  }
+
+  // Of (x_g - mean x) / unit, of that over std / unit, and the tangent of x_g - mean x.
+  PK_FN P deviation(Index g) const { return stop(x[g]) * inverse - first - mean; }
+  PK_FN P direction(Index g) const { return deviation(g) * inverse_relative; }
+  PK_FN P tangent(Index g) const { return x[g].t - x[0].t - mean_from_first.t; }
+};
+
+template <class V, class Team = Alone>
+PK_FN V group_std(Index count, const V* x, Team team = {}) {
+  return Spread<V>(count, x, team).std;
 }
 
-// A over the G rewards of a row, which may be written in their place.
+// Standardized advantages A = (x - mean x) / (std x + 1e-6), and their transposed Jacobian.
+template <class V>
+struct Standardized : Spread<V> {
+  using typename Spread<V>::T, typename Spread<V>::P;
+  using Spread<V>::deviation, Spread<V>::direction, Spread<V>::tangent, Spread<V>::std, Spread<V>::relative;
+
+  P factor, inverse_std;  // unit and 1, over std + 1e-6; 0 for equal members
+
+  template <class Team>
+  PK_FN Standardized(Index count, const V* x, Team team) : Spread<V>(count, x, team) {
+    const P one = broadcast<P>(T(1));
+    factor = select(this->inverse_relative != T(0), one / (relative + this->inverse * T(kStandardizedEpsilon)), P{});
+    inverse_std = factor * this->inverse;
+  }
+
+  PK_FN V advantage(Index g) const {
+    const P value = deviation(g) * factor;
+    if constexpr (is_dual<V>) {
+      return {value, (tangent(g) - value * std.t) * inverse_std};
+    } else {
+      return value;
+    }
+  }
+
+  // u <- Jᵀ u: with n = (x - mean x) / std, (u - mean u) / (std + 1e-6) - (x - mean x) mean(u n) / (std + 1e-6)².
+  template <class Team>
+  PK_FN void transpose(Index count, V* u, Team team) const {
+    const T per_member = ratio<T>(1, count);
+    const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * per_member;
+    const V along = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g] * direction(g); }) * per_member;
+    if constexpr (is_dual<V>) {
+      // The tangent of n is (ẋ - mean ẋ - n ṡtd) / std, of which that divisor meets the std in x - mean x = n std.
+      const P turned = team.template sum<P>(count, [&](Index g) PK_LAMBDA { return u[g].v * tangent(g); }) * per_member;
+      const P rest = (turned - along.v * std.t) * inverse_std + along.t * (relative * factor);
+      team.each(count, [&](Index g) PK_LAMBDA {
+        const P value = u[g].v - mean.v - deviation(g) * factor * along.v;
+        const P falling = deviation(g) * factor * along.v * std.t - tangent(g) * along.v;
+        u[g] = {value * inverse_std,
+                (u[g].t - mean.t - value * std.t * inverse_std + falling * inverse_std - direction(g) * rest) *
+                    inverse_std};
+      });
+    } else {
+      team.each(count, [&](Index g) PK_LAMBDA { u[g] = (u[g] - mean - deviation(g) * factor * along) * inverse_std; });
+    }
+  }
+};
+
+// A over the G rewards of a row.
 template <class V, class Team = Alone>
 PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team team = {}) {
   using T = Element<V>;
@@ -61,15 +140,12 @@ PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team
     team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = reward[g] - least; });
     return;
   }
-  const V mean = group_mean_from_first(count, reward, team);
   if (kind == kStandardized) {
-    const V std = group_std(count, reward, team);
-    const auto varies = stop(std) != T(0);
-    const V inverse = constant<V>(T(1)) / (std + T(kStandardizedEpsilon));
-    team.each(count,
-              [&](Index g) PK_LAMBDA { advantage[g] = select(varies, (reward[g] - first - mean) * inverse, V{}); });
+    const Standardized<V> standardized(count, reward, team);
+    team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = standardized.advantage(g); });
     return;
   }
+  const V mean = group_mean_from_first(count, reward, team);
   const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
   team.each(count, [&](Index g) PK_LAMBDA { advantage[g] = (reward[g] - first - mean) * scale; });
 }
@@ -79,23 +155,13 @@ template <class V, class Team = Alone>
 PK_FN void advantages_transposed(int kind, Index count, const V* reward, V* u, Team team = {}) {
   using T = Element<V>;
   if (kind == kNone || kind == kMin) return;
-  const T inverse_count = ratio<T>(1, count);
-  const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * inverse_count;
-  if (kind != kStandardized) {
-    const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
-    team.each(count, [&](Index g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
+  if (kind == kStandardized) {
+    Standardized<V>(count, reward, team).transpose(count, u, team);
     return;
   }
-  const V reward_mean = group_mean_from_first(count, reward, team);
-  const V std = group_std(count, reward, team);
-  const auto varies = stop(std) != T(0);
-  const V safe = select(varies, std, constant<V>(T(1)));
-  const V inverse = constant<V>(T(1)) / (safe + T(kStandardizedEpsilon));
-  const auto centred = [&](Index g) PK_LAMBDA { return reward[g] - reward[0] - reward_mean; };
-  const V dot = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g] * centred(g); });
-  const V slope = dot * inverse * inverse / safe * inverse_count;
-  team.each(count,
-            [&](Index g) PK_LAMBDA { u[g] = select(varies, (u[g] - mean) * inverse - centred(g) * slope, V{}); });
+  const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * ratio<T>(1, count);
+  const T scale = kind == kLoo ? ratio<T>(count, count - 1) : T(1);
+  team.each(count, [&](Index g) PK_LAMBDA { u[g] = (u[g] - mean) * scale; });
 }
 
 }  // namespace PK_LEVEL

@@ -39,12 +39,12 @@ PK_FN void unrolled_while(const Body& body) {
   unrolled_while_over(body, std::make_integer_sequence<int, N>{});
 }
 
-// body(g, Constant<S>{}) for blocks of S samples from g on, S being kBlock while there are as many, then 1.
+// body(g, Constant<S>{}) for blocks of S samples g of [first, last), S being kBlock while there are as many, then 1.
 template <class Body>
-PK_FN void in_blocks(Index count, Body body) {
-  Index g = 0;
-  for (; g + kBlock <= count; g += kBlock) body(g, Constant<kBlock>{});
-  for (; g < count; ++g) body(g, Constant<1>{});
+PK_FN void in_blocks(Index first, Index last, Body body) {
+  Index g = first;
+  for (; g + kBlock <= last; g += kBlock) body(g, Constant<kBlock>{});
+  for (; g < last; ++g) body(g, Constant<1>{});
 }
 
 // A tile of the sum below: rows i..i+4, columns j..j+4, on the diagonal (i = j) its lower triangle.

@@ -29,20 +29,14 @@ PK_FN V softmax(int64_t classes, const V* logits, V* p, V* log_p) {
   const T infinity = T(__builtin_huge_val());
   Primal<V> top = stop(logits[0]);
   for (int64_t c = 1; c < classes; ++c) top = select(stop(logits[c]) > top, stop(logits[c]), top);
-  V sum{};
-  for (int64_t c = 0; c < classes; ++c) {
-    p[c] = exp(logits[c] - top);
-    sum = sum + p[c];
-  }
+  const V sum = long_sum<V>(classes, [&](int64_t c) PK_LAMBDA { return p[c] = exp(logits[c] - top); });
   const V inverse = constant<V>(T(1)) / sum;
   const V log_sum = log(sum);
-  V entropy{};
-  for (int64_t c = 0; c < classes; ++c) {
+  return -long_sum<V>(classes, [&](int64_t c) PK_LAMBDA {
     p[c] = p[c] * inverse;
     log_p[c] = select(stop(logits[c]) > -infinity, logits[c] - top - log_sum, V{});
-    entropy = entropy - p[c] * log_p[c];
-  }
-  return entropy;
+    return p[c] * log_p[c];
+  });
 }
 
 template <class V>
@@ -58,8 +52,7 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
   V* p = scratch;
   V* log_p = scratch + classes;
   const V entropy = softmax(classes, row.logits, p, log_p);
-  V mean{};
-  for (int64_t c = 0; c < classes; ++c) mean = mean + p[c] * transformed_reward(s, row.column[c]);
+  const V mean = long_sum<V>(classes, [&](int64_t c) PK_LAMBDA { return p[c] * transformed_reward(s, row.column[c]); });
   for (int64_t c = 0; c < classes; ++c) {
     const V reward = transformed_reward(s, row.column[c]);
     if (out.logits) {
@@ -72,60 +65,78 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
   return -mean - entropy * T(s.entropy_coef);
 }
 
-// Inversion thresholds in 24-bit integers; D holds float64 lanes. Lane l of threshold c is at out[c * stride + l].
+// Distribution functions F_c = p_0 + ... + p_c in place of the logits; D holds float64 lanes. From the last class that
+// has mass on, F_c is beyond all random numbers.
 template <class D>
-PK_FN void categorical_thresholds(int64_t classes, const D* logits, D* scratch, uint32_t* out, int64_t stride) {
+PK_FN void categorical_distribution(int64_t classes, D* logits) {
   D top = logits[0];
   for (int64_t c = 1; c < classes; ++c) top = select(logits[c] > top, logits[c], top);
-  D sum{};
+  D last{}, sum{}, cumulative{};
   for (int64_t c = 0; c < classes; ++c) {
-    scratch[c] = exp(logits[c] - top);
-    sum = sum + scratch[c];
+    logits[c] = exp(logits[c] - top);
+    sum = sum + logits[c];
+    last = select(logits[c] > 0.0, broadcast<D>(double(c)), last);
   }
-  const D inverse = broadcast<D>(16777216.0) / sum;
-  D cumulative{};
-  constexpr int width = LaneTraits<D>::width;
+  const D inverse = broadcast<D>(1.0) / sum;
   for (int64_t c = 0; c < classes; ++c) {
-    cumulative = cumulative + scratch[c];
-    const D threshold = cumulative * inverse - 0.5;
-    for (int l = 0; l < width; ++l) {
-      const double t = reinterpret_cast<const double*>(&threshold)[l];
-      uint32_t ceiling = static_cast<uint32_t>(static_cast<int32_t>(t));
-      if (double(ceiling) < t) ++ceiling;
-      out[c * stride + l] = ceiling;
-    }
-  }
-  // No word may pass the last class that has mass.
-  for (int l = 0; l < width; ++l) {
-    for (int64_t c = classes - 1; c >= 0; --c) {
-      out[c * stride + l] = 16777216u;
-      if (reinterpret_cast<const double*>(scratch + c)[l] > 0.0) break;
-    }
+    cumulative = cumulative + logits[c];
+    logits[c] = select(last > double(c), cumulative * inverse, broadcast<D>(2.0));
   }
 }
 
-// The labels of S samples from `sample` on, of the rows in the lanes.
+// Up to so many classes it is faster to compare a random number with each than to search.
+constexpr int64_t kCompared = 64;
+
+// Labels of S uniforms u of a row, the classes c that F_c is not above u, from `lane` on of the lanes of labels[0], ...
+template <int S, class D, class W>
+PK_FN void categorical_labels(int64_t classes, const D* distribution, const D (&u)[S], int lane, W* labels) {
+  constexpr int width = LaneTraits<D>::width;
+  if (classes <= kCompared) {
+    D label[S];
+    unrolled<S>([&](auto s) PK_LAMBDA { label[s] = D{}; });
+    for (int64_t c = 0; c < classes; ++c) {
+      const D threshold = distribution[c];
+      unrolled<S>([&](auto s) PK_LAMBDA { label[s] = select(u[s] >= threshold, label[s] + 1.0, label[s]); });
+    }
+    unrolled<S>([&](auto s) PK_LAMBDA {
+      const auto words = to_words(label[s]);
+      memcpy(reinterpret_cast<uint32_t*>(labels + s) + lane, &words, sizeof words);
+    });
+    return;
+  }
+  const double* elements = reinterpret_cast<const double*>(distribution);
+  for (int i = 0; i < S * width; ++i) {
+    const double x = reinterpret_cast<const double*>(u)[i];
+    int64_t first = 0;
+    for (int64_t left = classes; left > 0;) {
+      const int64_t half = left / 2;
+      const bool beyond = x >= elements[(first + half) * width + i % width];
+      first = beyond ? first + half + 1 : first;
+      left = beyond ? left - half - 1 : half;
+    }
+    reinterpret_cast<uint32_t*>(labels + i / width)[lane + i % width] = uint32_t(first);
+  }
+}
+
+// The first two words of block 0 of S samples from `sample` on.
 template <int S, class W>
-PK_FN void categorical_labels(uint64_t seed, uint32_t sample, W row_low, W row_high, int64_t classes,
-                              const W* thresholds, W* labels) {
-  Several<W, S> c0, c1, c2, c3, label;
+PK_FN void categorical_words(uint64_t seed, uint32_t sample, W row_low, W row_high, Several<W, S>& x0,
+                             Several<W, S>& x1) {
+  Several<W, S> c2, c3;
   unrolled<S>([&](auto s) PK_LAMBDA {
     constexpr int at = s;
-    c0.v[at] = label.v[at] = W{};
-    c1.v[at] = W{} + (sample + uint32_t(at));
+    x0.v[at] = W{};
+    x1.v[at] = W{} + (sample + uint32_t(at));
     c2.v[at] = row_low;
     c3.v[at] = row_high;
   });
-  philox4x32(c0, c1, c2, c3, seed);
-  const auto bits = c0 >> 8;
-  for (int64_t c = 0; c < classes; ++c) {
-    const W threshold = thresholds[c];
-    unrolled<S>([&](auto s) PK_LAMBDA {
-      W& to = label.v[s];
-      to = to + select(bits.v[s] >= threshold, W{} + 1u, W{});
-    });
-  }
-  unrolled<S>([&](auto s) PK_LAMBDA { labels[s] = label.v[s]; });
+  philox4x32(x0, x1, c2, c3, seed);
+}
+
+// 53 bits of two words, in [0, 1) and exact.
+template <class D>
+PK_FN D uniform53(Word<D> x0, Word<D> x1) {
+  return from_word<D>(x0 >> 5) * 0x1p-27 + from_word<D>(x1 >> 6) * 0x1p-53;
 }
 
 // Up to so many classes it is faster to compare a label with each than to go to memory where it points.
@@ -142,23 +153,33 @@ PK_FN V pick(int64_t classes, const V* table, Word<V> label) {
   return found;
 }
 
-// sums[c] = Σ_g [labels[g] = c] x[g].
+// sums[label] += x, keeping in `rest` what is rounded off (sums.hpp).
 template <class V>
-PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, const V* x, V* sums) {
+PK_FN void add_at(V* sums, V* rest, Word<V> label, V x) {
+  Total<V> total{gather(sums, label), gather(rest, label)};
+  total.add(x);
+  scatter(sums, label, total.sum);
+  scatter(rest, label, total.rest);
+}
+
+// sums[c] = Σ_g [labels[g] = c] x[g]. Scratch: classes.
+template <class V>
+PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, const V* x, V* sums, V* scratch) {
   int64_t c = 0;
   const auto of_classes = [&](auto several) PK_LAMBDA {
     constexpr int N = several;
     V sum[N];
-    unrolled<N>([&](auto n) PK_LAMBDA { sum[n] = V{}; });
-    for (int64_t g = 0; g < count; ++g) {
-      const Word<V> label = labels[g];
-      const V term = x[g];
-      unrolled<N>([&](auto n) PK_LAMBDA {
-        const auto here = element_mask<Primal<V>>(label == uint32_t(c + n));
-        V& to = sum[n];
-        to = select(here, to + term, to);
-      });
-    }
+    long_sums(count, sum, [&](int64_t first, int64_t last, V(&run)[N]) PK_LAMBDA {
+      for (int64_t g = first; g < last; ++g) {
+        const Word<V> label = labels[g];
+        const V term = x[g];
+        unrolled<N>([&](auto n) PK_LAMBDA {
+          const auto here = element_mask<Primal<V>>(label == uint32_t(c + n));
+          V& to = run[n];
+          to = select(here, to + term, to);
+        });
+      }
+    });
     unrolled<N>([&](auto n) PK_LAMBDA { sums[c + n] = sum[n]; });
     c += N;
   };
@@ -167,12 +188,13 @@ PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, c
     while (c < classes) of_classes(Constant<1>{});
     return;
   }
-  for (; c < classes; ++c) sums[c] = V{};
-  for (int64_t g = 0; g < count; ++g) scatter_add(sums, labels[g], x[g]);
+  for (; c < classes; ++c) sums[c] = scratch[c] = V{};
+  for (int64_t g = 0; g < count; ++g) add_at(sums, scratch, labels[g], x[g]);
+  for (c = 0; c < classes; ++c) sums[c] = Total<V>{sums[c], scratch[c]}.value();
 }
 
 // The score-function surrogate of a group of labels whose rewards are in group.reward (transformed).
-// Fills pull, and the gradient in the logits. Scratch: 3 classes + G.
+// Fills pull, and the gradient in the logits. Scratch: 4 classes + G.
 template <class V>
 PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels, CategoricalGradients<V> out,
                           V* scratch, Group<V> group) {
@@ -184,8 +206,7 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   V* score = scratch + 2 * classes;
   const V entropy = softmax(classes, row.logits, p, log_p);
   if constexpr (is_dual<V>) {
-    P mean{};
-    for (int64_t c = 0; c < classes; ++c) mean = mean + p[c].v * row.logits[c].t;
+    const P mean = long_sum<P>(classes, [&](int64_t c) PK_LAMBDA { return p[c].v * row.logits[c].t; });
     for (int64_t g = 0; g < s.num_samples; ++g) {
       group.excess[g] = V{P{}, pick(classes, row.logits, labels[g]).t - mean};
     }
@@ -193,12 +214,10 @@ PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<
   const V objective = finish(s, group);
   if (out.logits) {
     V* factor = scratch + 3 * classes;
-    V total{};
-    for (int64_t g = 0; g < s.num_samples; ++g) {
-      factor[g] = score_factor(group, g) * T(1.0 / double(s.num_samples));
-      total = total + factor[g];
-    }
-    sum_by_label(classes, s.num_samples, labels, factor, score);
+    const V total = long_sum<V>(s.num_samples, [&](int64_t g) PK_LAMBDA {
+      return factor[g] = score_factor(group, g) * T(1.0 / double(s.num_samples));
+    });
+    sum_by_label(classes, s.num_samples, labels, factor, score, factor + s.num_samples);
     for (int64_t c = 0; c < classes; ++c) {
       const V slope = score[c] - p[c] * total + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
@@ -221,12 +240,12 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
     P* terms = reinterpret_cast<P*>(scratch + 4 * count);
     const V unit = out.weight * T(-1.0 / double(count));
     for (int64_t g = 0; g < count; ++g) terms[g] = output(unit * group.pull[g]);
-    sum_by_label(row.classes, count, labels, terms, out.column);
+    sum_by_label(row.classes, count, labels, terms, out.column, terms + count);
   }
   return loss;
 }
 
-// The loss of given labels (G), which are constants, and their rewards (G). Scratch: 5 G + 3 classes.
+// The loss of given labels (G), which are constants, and their rewards (G). Scratch: 5 G + 4 classes.
 template <class V>
 PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
                           CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
@@ -257,13 +276,20 @@ PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogat
   if (s.estimator != kClosedForm) {
     stats = group_stats(s, group);
   } else {
-    V mean{}, variance{};
-    for (int64_t c = 0; c < row.classes; ++c) mean = mean + p[c] * transformed_reward(s, row.column[c]);
+    // Relative to a power of two near the largest reward, so that squares neither overflow nor vanish.
+    V unit{};
     for (int64_t c = 0; c < row.classes; ++c) {
-      variance = variance + p[c] * square(transformed_reward(s, row.column[c]) - mean);
+      const V reward = transformed_reward(s, row.column[c]);
+      const V size = select(reward < V{}, -reward, reward);
+      unit = select(size > unit, size, unit);
     }
-    stats.reward_mean = mean;
-    stats.reward_std = stats.advantage_std = square_root(variance);
+    unit = power_of_two(unit);
+    const V inverse = constant<V>(Element<V>(1)) / unit;
+    const auto reward = [&](int64_t c) PK_LAMBDA { return transformed_reward(s, row.column[c]) * inverse; };
+    const V mean = long_sum<V>(row.classes, [&](int64_t c) PK_LAMBDA { return p[c] * reward(c); });
+    const V variance = long_sum<V>(row.classes, [&](int64_t c) PK_LAMBDA { return p[c] * square(reward(c) - mean); });
+    stats.reward_mean = mean * unit;
+    stats.reward_std = stats.advantage_std = square_root(variance) * unit;
   }
   stats.entropy = entropy;
   stats.log_prob = label_log_prob(row, log_p, target);
@@ -277,8 +303,9 @@ PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V> row, const Surrogate
   V* log_p = scratch + row.classes;
   RowStats<V> stats = group_stats(s, group);
   stats.entropy = softmax(row.classes, row.logits, scratch, log_p);
-  for (int64_t g = 0; g < s.num_samples; ++g) stats.log_prob = stats.log_prob + label_log_prob(row, log_p, labels[g]);
-  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.num_samples));
+  const V log_prob =
+      long_sum<V>(s.num_samples, [&](int64_t g) PK_LAMBDA { return label_log_prob(row, log_p, labels[g]); });
+  stats.log_prob = log_prob * Element<V>(1.0 / double(s.num_samples));
   return stats;
 }
 

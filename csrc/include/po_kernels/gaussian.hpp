@@ -15,23 +15,31 @@ struct DiagonalScale {
   Index dim;
   const V* log_std;
   V* std = nullptr;
-  V* inverse_std = nullptr;
+  P* inverse_std = nullptr;  // 1 / (σ_j lift_j)
+  P* lift = nullptr;         // of σ_j whose inverse would be inf: a power of two
 
   PK_FN DiagonalScale(Index dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
   PK_FN static Index size(Index dim) { return dim; }
-  PK_FN static Index work(Index dim) { return 2 * padded(dim); }
-  PK_FN static Index team_work(Index dim) { return 2 * padded(dim); }
-  PK_FN static Index padded(Index dim) { return (dim + 3) / 4 * 4; }  // of std and inverse_std
+  PK_FN static Index work(Index dim) { return 3 * padded(dim); }
+  PK_FN static Index team_work(Index dim) { return 3 * padded(dim); }
+  PK_FN static Index padded(Index dim) { return (dim + 3) / 4 * 4; }  // of std, inverse_std and lift
   PK_FN Index size() const { return dim; }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
-    inverse_std = scratch + padded(dim);
+    inverse_std = reinterpret_cast<P*>(scratch + padded(dim));
+    lift = inverse_std + padded(dim);
+    const T small = sizeof(T) == 4 ? T(-80) : T(-700);
+    const T power = T(18446744073709551616.0), log_power = T(44.3614195558365);  // 2^64
     team.each(dim, [&](Index j) PK_LAMBDA {
       std[j] = exp(log_std[j]);
-      if (whitens) inverse_std[j] = exp(-log_std[j]);
+      if (!whitens) return;
+      const P value = stop(log_std[j]);
+      const auto lifted = value < small;
+      lift[j] = select(lifted, broadcast<P>(power), broadcast<P>(T(1)));
+      inverse_std[j] = exp(-select(lifted, value + log_power, value));
     });
   }
 
@@ -39,6 +47,23 @@ struct DiagonalScale {
   PK_FN V log_determinant(Team team = {}) const {
     return team.template sum<V>(dim, [&](Index j) PK_LAMBDA { return log_std[j]; });
   }
+
+  // Divides by σ_j.
+  struct Divisor {
+    V log_std;
+    P lift, inverse;
+
+    PK_FN P of_value(P x) const { return x * lift * inverse; }
+    PK_FN V of(V x) const {
+      if constexpr (is_dual<V>) {
+        const P value = of_value(x.v);
+        return {value, of_value(x.t) - value * log_std.t};
+      } else {
+        return of_value(x);
+      }
+    }
+  };
+  PK_FN Divisor divisor(Index j) const { return {log_std[j], lift[j], inverse_std[j]}; }
 
   // Of one dimension.
   template <class R>
@@ -60,8 +85,8 @@ struct DiagonalScale {
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
     for (Index j = 0; j < dim; ++j) {
-      const V inverse = inverse_std[j];
-      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = residual[s * dim + j] * inverse; });
+      const Divisor divisor = this->divisor(j);
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + j] = divisor.of(residual[s * dim + j]); });
     }
   }
 
@@ -83,7 +108,7 @@ struct DiagonalScale {
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
       for (Index j = 0; j < dim; ++j) {
-        const P shift = mean[j].t * inverse_std[j].v, growth = log_std[j].t;
+        const P shift = divisor(j).of_value(mean[j].t), growth = log_std[j].t;
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = s;
           z[at * dim + j] = whitened(shift, growth, eps[at * dim + j]);
@@ -107,7 +132,7 @@ struct DiagonalScale {
         constexpr int at = s;
         add_score_terms(f[at], z[at * dim + j], to_mean, to_scale);
       });
-      if (mean) mean[j] = mean[j] + output(to_mean * inverse_std[j]);
+      if (mean) mean[j] = mean[j] + output(divisor(j).of(to_mean));
       if (scale) scale[j] = scale[j] + output(to_scale);
     }
   }
@@ -127,17 +152,16 @@ struct DiagonalScale {
   }
 
   PK_FN V trace(Precision<V> precision, V weight, P* scale, P* precision_out) const {
-    V sum{};
-    for (Index j = 0; j < dim; ++j) {
-      sum = sum + trace_at(j, precision, weight, scale);
-      if (precision_out) {
-        const V variance = square(std[j]);
-        const int kind = precision.kind;
-        const Index at = kind == kScalar ? 0 : kind == kDiagonal ? j : j * (j + 1) / 2 + j;
-        precision_out[at] = precision_out[at] + output(weight * variance);
-      }
+    const int kind = precision.kind;
+    for (Index j = 0; precision_out && kind != kScalar && j < dim; ++j) {
+      P& to = precision_out[kind == kDiagonal ? j : j * (j + 1) / 2 + j];
+      to = to + output(weight * square(std[j]));
     }
-    return sum;
+    if (precision_out && kind == kScalar) {
+      precision_out[0] =
+          precision_out[0] + long_sum<P>(dim, [&](Index j) PK_LAMBDA { return output(weight * square(std[j])); });
+    }
+    return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return trace_at(j, precision, weight, scale); });
   }
 
   // The term of dimension j, without the gradient in U.
@@ -148,20 +172,17 @@ struct DiagonalScale {
   }
 
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
-    V sum{};
-    for (Index i = 0; i < dim; ++i) sum = sum + reward_variance_at(i, precision, x);
-    return sum;
+    return long_sum<V>(dim, [&](Index i) PK_LAMBDA { return reward_variance_at(i, precision, x); });
   }
 
   // The terms of dimension i with those before it.
   PK_FN V reward_variance_at(Index i, Precision<V> precision, const V* x, V* = nullptr, V* = nullptr) const {
     const V variance = square(std[i]);
-    V sum = square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
-    for (Index j = 0; precision.kind == kFull && j < i; ++j) {
-      const Shared<V> off = precision.u[i * dim + j];
-      sum = sum + variance * square(std[j]) * (off * off) * T(4);
-    }
-    return sum;
+    const V sum = square(variance * precision_diagonal(precision, dim, i)) * T(2) + square(x[i]) * variance * T(4);
+    return sum + long_sum<V>(precision.kind == kFull ? i : 0, [&](Index j) PK_LAMBDA {
+             const Shared<V> off = precision.u[i * dim + j];
+             return variance * square(std[j]) * (off * off) * T(4);
+           });
   }
 };
 

@@ -8,6 +8,7 @@
 //   team_work()                      scratch that is enough for what writes nothing but its results: not for
 //                                    add_score, add_path, trace and reward_variance
 //   log_determinant()                log det S
+//   divisor(j).of(x)                 x / S_jj, also where 1 / S_jj is beyond all numbers
 //   stretch<S>(base, eps, y)         y = base + S eps
 //   whiten<S>(residual, z)           z = S⁻¹ residual
 //   whiten_transposed<S>(z, a)       a = S⁻ᵀ z
@@ -59,9 +60,7 @@ PK_FN V gaussian_entropy(const Scale<V>& scale) {
 // log p from z, less what depends on the scale alone.
 template <class V>
 PK_FN V gaussian_log_kernel(Index dim, const V* z) {
-  V sum{};
-  for (Index j = 0; j < dim; ++j) sum = sum + square(z[j]);
-  return sum * Element<V>(-0.5);
+  return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return square(z[j]); }) * Element<V>(-0.5);
 }
 template <class V>
 PK_FN V gaussian_log_density(Index dim, const V* z, V log_determinant) {
@@ -86,16 +85,16 @@ PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* targ
     accumulate_outer<1>(precision.kind, dim, weighted, delta, out.precision);
   }
   clear(scale.size(), out.scale);
-  V loss = scale.trace(precision, out.weight, out.scale, out.precision);
+  const V spread = scale.trace(precision, out.weight, out.scale, out.precision);
   if (out.scale) scale.add_entropy(out.weight * T(-entropy_coef), out.scale);
   apply<1>(precision, dim, delta, weighted);
-  for (Index j = 0; j < dim; ++j) {
-    loss = loss + delta[j] * weighted[j];
+  const V distance = long_sum<V>(dim, [&](Index j) PK_LAMBDA {
     const V pull = out.weight * weighted[j] * T(2);
     if (out.mean) out.mean[j] = output(pull);
     if (out.target) out.target[j] = output(-pull);
-  }
-  return loss - gaussian_entropy(scale) * T(entropy_coef);
+    return delta[j] * weighted[j];
+  });
+  return spread + distance - gaussian_entropy(scale) * T(entropy_coef);
 }
 
 // w - 1 of a sample: no more than the derivative of log p, and without derivatives nothing.
@@ -118,7 +117,7 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
       return;
     }
     const V log_determinant = scale.log_determinant();
-    in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
+    in_blocks(0, s.num_samples, [&](Index g, auto block) PK_LAMBDA {
       const V* z = z_of(g, block);
       for (int k = 0; k < block; ++k) {
         group.excess[g + k] = gaussian_excess(scale.dim, z + k * scale.dim, log_determinant);
@@ -128,20 +127,24 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
 }
 template <class V, template <class> class Scale, class Whitened>
 PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
-                          GaussianGradients<V> out) {
+                          GaussianGradients<V> out, Primal<V>* scratch) {
+  using P = Primal<V>;
   const V unit = out.weight * Element<V>(-1.0 / double(s.num_samples));
-  in_blocks(s.num_samples, [&](Index g, auto block) PK_LAMBDA {
-    constexpr int S = block;
-    const V* z = z_of(g, block);
-    V f[S];
-    unrolled<S>([&](auto k) PK_LAMBDA { f[k] = unit * score_factor(group, g + k); });
-    scale.template add_score<S>(f, z, out.mean, out.scale);
+  const Summed<P> sums[] = {summed(out.mean, scale.dim), summed(out.scale, scale.size())};
+  in_sample_runs(s.num_samples, sums, scratch, [&](Index first, Index last, P* const(&to)[2]) PK_LAMBDA {
+    in_blocks(first, last, [&](Index g, auto block) PK_LAMBDA {
+      constexpr int S = block;
+      const V* z = z_of(g, block);
+      V f[S];
+      unrolled<S>([&](auto k) PK_LAMBDA { f[k] = unit * score_factor(group, g + k); });
+      scale.template add_score<S>(f, z, to[0], to[1]);
+    });
   });
 }
 
-// Scratch of the two losses below, besides 4 G for the group.
-PK_FN Index gaussian_work(Index dim) {
-  return (2 + 2 * kBlock) * dim;
+// Scratch of the two losses below, besides 4 G for the group. `terms`: numbers of the gradient in the precision.
+PK_FN Index gaussian_work(Index count, Index dim, Index size, Index terms = 0) {
+  return (2 + 2 * kBlock) * dim + run_work(count, 2 * dim + size + terms);
 }
 
 // The sampled loss from (G, dim) standard normals. R is V or, where the rewards of score-function samples have no
@@ -151,6 +154,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
                          Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
                          V* scratch, Group<V>& group) {
   using T = Element<V>;
+  using P = Primal<V>;
   const Index dim = scale.dim, count = s.num_samples;
   const bool pathwise = s.estimator == kReparam;
   group = group_in(scratch, count);
@@ -158,6 +162,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   R* base = reinterpret_cast<R*>(sum + dim);
   R* residual = reinterpret_cast<R*>(sum + 2 * dim);
   V* other = sum + (2 + kBlock) * dim;
+  P* runs = reinterpret_cast<P*>(sum + (2 + 2 * kBlock) * dim);
   // ŷ - y. Score-function samples are constants, so that only y carries a derivative.
   for (Index j = 0; j < dim; ++j) {
     base[j] = (pathwise ? as<R>(mean[j]) : constant<R>(stop(mean[j]))) - as<R>(target[j]);
@@ -180,7 +185,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
       return noise + g * dim;
     }
   };
-  in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
+  in_blocks(0, count, [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = block;
     R squares[S];
     residuals(g, block);
@@ -206,29 +211,34 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   const bool need_sum = out.target || (pathwise && out.mean);
   const V unit = out.weight * T(1.0 / double(count));
   if (need_sum || need_path || out.precision) {
-    in_blocks(count, [&](Index g, auto block) PK_LAMBDA {
-      constexpr int S = block;
-      residuals(g, block);
-      V pull[S];
-      unrolled<S>([&](auto k) PK_LAMBDA { pull[k] = unit * group.pull[g + k]; });
-      for (Index j = 0; j < dim; ++j) {
-        V total = sum[j];
-        unrolled<S>([&](auto k) PK_LAMBDA {
-          constexpr int at = k;
-          const V pulled = pull[at] * residual[at * dim + j];
-          other[at * dim + j] = pulled;
-          total = total + pulled;
-        });
-        sum[j] = total;
-      }
-      if (out.precision) accumulate_outer<S>(precision.kind, dim, other, residual, out.precision);
-      if constexpr (std::is_same<R, V>::value) {
-        if (need_path) {
-          apply<S>(precision, dim, other, residual);
-          for (Index j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
-          scale.template add_path<S>(residual, noise + g * dim, out.scale);
+    const Summed<P> sums[] = {summed(sum, dim), summed(need_path ? out.scale : nullptr, scale.size()),
+                              summed(out.precision, precision_terms(precision.kind, dim))};
+    in_sample_runs(count, sums, runs, [&](Index first, Index last, P* const(&to)[3]) PK_LAMBDA {
+      V* run = reinterpret_cast<V*>(to[0]);
+      in_blocks(first, last, [&](Index g, auto block) PK_LAMBDA {
+        constexpr int S = block;
+        residuals(g, block);
+        V pull[S];
+        unrolled<S>([&](auto k) PK_LAMBDA { pull[k] = unit * group.pull[g + k]; });
+        for (Index j = 0; j < dim; ++j) {
+          V total = run[j];
+          unrolled<S>([&](auto k) PK_LAMBDA {
+            constexpr int at = k;
+            const V pulled = pull[at] * residual[at * dim + j];
+            other[at * dim + j] = pulled;
+            total = total + pulled;
+          });
+          run[j] = total;
         }
-      }
+        if (to[2]) accumulate_outer<S>(precision.kind, dim, other, residual, to[2]);
+        if constexpr (std::is_same<R, V>::value) {
+          if (to[1]) {
+            apply<S>(precision, dim, other, residual);
+            for (Index j = 0; j < S * dim; ++j) residual[j] = residual[j] * T(2);
+            scale.template add_path<S>(residual, noise + g * dim, to[1]);
+          }
+        }
+      });
     });
   }
   if (need_sum) {
@@ -241,7 +251,7 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
   }
   if (!pathwise && (out.mean || out.scale)) {
     clear(dim, out.mean);
-    gaussian_score(scale, s, group, z_of, out);
+    gaussian_score(scale, s, group, z_of, out, runs);
   }
   return -objective - gaussian_entropy(scale) * T(s.entropy_coef);
 }
@@ -255,6 +265,7 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
   group = group_in(scratch, count);
   V* residual = scratch + 4 * count;
   V* z = residual + kBlock * dim;
+  Primal<V>* runs = reinterpret_cast<Primal<V>*>(z + kBlock * dim);
   for (Index g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
   const auto z_of = [&](Index g, auto block) PK_LAMBDA {
     constexpr int S = block;
@@ -272,7 +283,7 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
   clear(dim, out.mean);
   clear(scale.size(), out.scale);
   if (out.scale) scale.add_entropy(out.weight * T(-s.entropy_coef), out.scale);
-  if (s.estimator != kReparam && (out.mean || out.scale)) gaussian_score(scale, s, group, z_of, out);
+  if (s.estimator != kReparam && (out.mean || out.scale)) gaussian_score(scale, s, group, z_of, out, runs);
   const V unit = out.weight * T(-1.0 / double(count));
   for (Index g = 0; out.rewards && g < count; ++g) out.rewards[g] = output(unit * group.pull[g]);
   return -objective - gaussian_entropy(scale) * T(s.entropy_coef);
@@ -291,8 +302,8 @@ PK_FN RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, co
   } else {
     for (Index j = 0; j < dim; ++j) delta[j] = mean[j] - target[j];
     apply<1>(precision, dim, delta, other);
-    for (Index j = 0; j < dim; ++j) stats.reward_mean = stats.reward_mean - delta[j] * other[j];
-    stats.reward_mean = stats.reward_mean - scale.trace(precision, V{}, nullptr, nullptr);
+    const V distance = long_sum<V>(dim, [&](Index j) PK_LAMBDA { return delta[j] * other[j]; });
+    stats.reward_mean = -distance - scale.trace(precision, V{}, nullptr, nullptr);
     stats.reward_std = stats.advantage_std = square_root(scale.reward_variance(precision, other));
   }
   for (Index j = 0; j < dim; ++j) delta[j] = target[j] - mean[j];
@@ -308,12 +319,12 @@ PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, con
                                        const Surrogate& s, const Group<V>& group, V* scratch) {
   const Index dim = scale.dim;
   RowStats<V> stats = group_stats(s, group);
-  for (Index g = 0; g < s.num_samples; ++g) {
+  const V log_prob = long_sum<V>(s.num_samples, [&](Index g) PK_LAMBDA {
     for (Index j = 0; j < dim; ++j) scratch[j] = constant<V>(samples[g * dim + j]) - mean[j];
     scale.template whiten<1>(scratch, scratch + dim);
-    stats.log_prob = stats.log_prob + gaussian_log_density(scale, scratch + dim);
-  }
-  stats.log_prob = stats.log_prob * Element<V>(1.0 / double(s.num_samples));
+    return gaussian_log_density(scale, scratch + dim);
+  });
+  stats.log_prob = log_prob * Element<V>(1.0 / double(s.num_samples));
   stats.entropy = gaussian_entropy(scale);
   return stats;
 }

@@ -147,8 +147,8 @@ PK_FN V gather(const V* table, uint32_t index) {
   return table[index];
 }
 template <class V>
-PK_FN void scatter_add(V* table, uint32_t index, V value) {
-  table[index] = table[index] + value;
+PK_FN void scatter(V* table, uint32_t index, V value) {
+  table[index] = value;
 }
 
 // ---- Elementary functions on lanes ----
@@ -161,6 +161,20 @@ using Word = typename LaneTraits<V>::Word;
 template <class V>
 PK_FN V broadcast(Element<V> x) {
   return V{} + x;
+}
+
+// The largest power of two that is not above x > 0, as far as neither it nor its inverse leaves the normal numbers:
+// what is multiplied by that inverse loses no digit, and what x bounds is then neither too large nor too small to
+// square.
+template <class V>
+PK_FN V power_of_two(V x) {
+  using T = Element<V>;
+  using Bits = typename LaneTraits<V>::Bits;
+  constexpr auto exponent = sizeof(T) == 4 ? int64_t(0x7f800000) : int64_t(0x7ff0000000000000);
+  constexpr T least = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+  constexpr T most = T(1) / least;
+  const V power = from_bits(Bits(to_bits(x) & exponent));  // 0 of a subnormal number, inf of inf and nan
+  return select(power < least, broadcast<V>(least), select(power > most, broadcast<V>(most), power));
 }
 
 // Polynomial in x with the highest coefficient first.

@@ -14,24 +14,49 @@ struct TriangularScale {
 
   Index dim;
   const V* tril;              // (dim, dim)
-  V* inverse_diag = nullptr;  // 1 / L_jj
+  P* lift = nullptr;          // of L_jj that is subnormal, and whose inverse would be inf: a power of two
+  P* inverse_diag = nullptr;  // 1 / (L_jj lift_j)
   V* work_ = nullptr;         // 2 kBlock dim
 
   PK_FN TriangularScale(Index dim, const V* parameter) : dim(dim), tril(parameter) {}
 
   PK_FN static Index size(Index dim) { return dim * dim; }
-  PK_FN static Index work(Index dim) { return (1 + 2 * kBlock) * dim; }
-  PK_FN static Index team_work(Index dim) { return dim; }
+  PK_FN static Index work(Index dim) { return (2 + 2 * kBlock) * dim; }
+  PK_FN static Index team_work(Index dim) { return 2 * dim; }
   PK_FN Index size() const { return dim * dim; }
 
   PK_FN const V* row(Index i) const { return tril + i * dim; }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool, Team team = {}) {
-    inverse_diag = scratch;
-    work_ = scratch + dim;
-    team.each(dim, [&](Index j) PK_LAMBDA { inverse_diag[j] = constant<V>(T(1)) / row(j)[j]; });
+    lift = reinterpret_cast<P*>(scratch);
+    inverse_diag = lift + dim;
+    work_ = scratch + 2 * dim;
+    const T small = sizeof(T) == 4 ? T(1.17549435e-38) : T(2.2250738585072014e-308);
+    const T power = T(18446744073709551616.0);  // 2^64
+    team.each(dim, [&](Index j) PK_LAMBDA {
+      const P diagonal = stop(row(j)[j]);
+      lift[j] = select(diagonal < small, broadcast<P>(power), broadcast<P>(T(1)));
+      inverse_diag[j] = broadcast<P>(T(1)) / (diagonal * lift[j]);
+    });
   }
+
+  // Divides by L_jj.
+  struct Divisor {
+    V diagonal;
+    P lift, inverse;
+
+    PK_FN P of_value(P x) const { return x * lift * inverse; }
+    PK_FN V of(V x) const {
+      if constexpr (is_dual<V>) {
+        const P value = of_value(x.v);
+        return {value, of_value(x.t - value * diagonal.t)};
+      } else {
+        return of_value(x);
+      }
+    }
+  };
+  PK_FN Divisor divisor(Index j) const { return {row(j)[j], lift[j], inverse_diag[j]}; }
 
   template <class Team = Alone>
   PK_FN V log_determinant(Team team = {}) const {
@@ -61,7 +86,8 @@ struct TriangularScale {
         const V l = row(i)[j];
         unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * z[s * dim + j]; });
       }
-      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = sum[s] * inverse_diag[i]; });
+      const Divisor divisor = this->divisor(i);
+      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = divisor.of(sum[s]); });
     }
   }
 
@@ -75,7 +101,8 @@ struct TriangularScale {
         const V l = row(k)[i];
         unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * a[s * dim + k]; });
       }
-      unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = sum[s] * inverse_diag[i]; });
+      const Divisor divisor = this->divisor(i);
+      unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = divisor.of(sum[s]); });
     }
   }
 
@@ -96,9 +123,10 @@ struct TriangularScale {
             sum[at] = sum[at] - l.t * eps[at * dim + j] - l.v * z[at * dim + j].t;
           });
         }
+        const Divisor divisor = this->divisor(i);
         unrolled<S>([&](auto s) PK_LAMBDA {
           constexpr int at = s;
-          z[at * dim + i] = V{eps[at * dim + i], sum[at] * inverse_diag[i].v};
+          z[at * dim + i] = V{eps[at * dim + i], divisor.of_value(sum[at])};
         });
       }
     }
@@ -119,7 +147,7 @@ struct TriangularScale {
         sum = sum + output(to);
       });
       if (mean) mean[i] = mean[i] + sum;
-      if (scale) scale[i * dim + i] = scale[i * dim + i] - output(all * inverse_diag[i]);
+      if (scale) scale[i * dim + i] = scale[i * dim + i] - output(divisor(i).of(all));
     }
     if (scale) add_outer<S>(dim, 0, a, z, [&](Index i) PK_LAMBDA { return scale + i * dim; });
   }
@@ -133,58 +161,50 @@ struct TriangularScale {
 
   template <class Team = Alone>
   PK_FN void add_entropy(V f, P* scale, Team team = {}) const {
-    team.each(dim, [&](Index j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(f * inverse_diag[j]); });
+    team.each(dim, [&](Index j) PK_LAMBDA { scale[j * dim + j] = scale[j * dim + j] + output(divisor(j).of(f)); });
   }
 
   // Column by column of L: tr(U L Lᵀ) = Σ_j l_jᵀ U l_j.
   PK_FN V trace(Precision<V> precision, V weight, P* scale, P* precision_out) const {
     V* column = work_;
     V* other = work_ + dim;
-    V sum{};
-    for (Index j = 0; j < dim; ++j) {
-      sum = sum + trace_at(j, precision, weight, scale, column, other);
+    return long_sum<V>(dim, [&](Index j) PK_LAMBDA {
+      const V term = trace_at(j, precision, weight, scale, column, other);
       if (precision_out) {
         for (Index i = j; i < dim; ++i) other[i] = weight * column[i];
         accumulate_outer<1>(precision.kind, dim, other, column, precision_out, j);
       }
-    }
-    return sum;
+      return term;
+    });
   }
 
   // The term of column j, without the gradient in U; from row j on, leaves the column and U times it.
   PK_FN V trace_at(Index j, Precision<V> precision, V weight, P* scale, V* column, V* weighted) const {
-    V sum{};
     for (Index i = j; i < dim; ++i) column[i] = row(i)[j];
     apply<1>(precision, dim, column, weighted, j);
-    for (Index i = j; i < dim; ++i) {
-      sum = sum + column[i] * weighted[i];
+    return long_sum<V>(dim - j, [&](Index k) PK_LAMBDA {
+      const Index i = j + k;
       if (scale) scale[i * dim + j] = scale[i * dim + j] + output(weight * weighted[i] * T(2));
-    }
-    return sum;
+      return column[i] * weighted[i];
+    });
   }
 
   // 2 ‖LᵀUL‖² + 4 ‖Lᵀx‖².
   PK_FN V reward_variance(Precision<V> precision, const V* x) const {
-    V sum{};
-    for (Index j = 0; j < dim; ++j) sum = sum + reward_variance_at(j, precision, x, work_, work_ + dim);
-    return sum;
+    return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return reward_variance_at(j, precision, x, work_, work_ + dim); });
   }
 
   // The terms of column j.
   PK_FN V reward_variance_at(Index j, Precision<V> precision, const V* x, V* column, V* weighted) const {
-    V along{};
-    for (Index i = 0; i < dim; ++i) {
+    const V along = long_sum<V>(dim, [&](Index i) PK_LAMBDA {
       column[i] = i < j ? V{} : row(i)[j];
-      along = along + column[i] * x[i];
-    }
+      return column[i] * x[i];
+    });
     apply<1>(precision, dim, column, weighted);
-    V sum = square(along) * T(4);
-    for (Index k = 0; k < dim; ++k) {
-      V product{};
-      for (Index i = k; i < dim; ++i) product = product + row(i)[k] * weighted[i];
-      sum = sum + square(product) * T(2);
-    }
-    return sum;
+    return square(along) * T(4) + long_sum<V>(dim, [&](Index k) PK_LAMBDA {
+             const V product = long_sum<V>(dim - k, [&](Index i) PK_LAMBDA { return row(k + i)[k] * weighted[k + i]; });
+             return square(product) * T(2);
+           });
   }
 };
 

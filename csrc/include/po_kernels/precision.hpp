@@ -1,7 +1,7 @@
 // The precision U of a Mahalanobis reward r = -(ŷ - y)ᵀ U (ŷ - y), shared by all rows.
 #pragma once
 
-#include "po_kernels/blocks.hpp"
+#include "po_kernels/sums.hpp"
 
 namespace po_kernels {
 
@@ -85,10 +85,12 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
   using T = Element<V>;
   unrolled<S>([&](auto s) PK_LAMBDA { total[s] = V{}; });
   if (p.kind != kFull) {
-    for (Index i = 0; i < dim; ++i) {
-      const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
-      unrolled<S>([&](auto s) PK_LAMBDA { total[s] = total[s] + square(x[s * dim + i]) * u; });
-    }
+    long_sums(dim, total, [&](Index first, Index last, V(&run)[S]) PK_LAMBDA {
+      for (Index i = first; i < last; ++i) {
+        const Shared<V> u = p.kind == kScalar ? p.u[0] : p.u[i];
+        unrolled<S>([&](auto s) PK_LAMBDA { run[s] = run[s] + square(x[s * dim + i]) * u; });
+      }
+    });
     return;
   }
   // Twice what is below the diagonal, and the diagonal.
@@ -125,17 +127,19 @@ PK_FN void accumulate_outer(int kind, Index dim, const V* weighted, const R* x, 
     add_outer<S>(dim, first, weighted, x, [&](Index i) PK_LAMBDA { return acc + i * (i + 1) / 2; });
     return;
   }
-  Primal<V> all{};
-  for (Index j = first; j < dim; ++j) {
-    Primal<V> sum = kind == kScalar ? all : acc[j];
+  const auto added = [&](Primal<V> sum, Index j) PK_LAMBDA {
     unrolled<S>([&](auto s) PK_LAMBDA { sum = sum + output(weighted[s * dim + j] * x[s * dim + j]); });
-    if (kind == kScalar) {
-      all = sum;
-    } else {
-      acc[j] = sum;
-    }
+    return sum;
+  };
+  if (kind == kScalar) {
+    Primal<V> all[1];
+    long_sums(dim - first, all, [&](Index begin, Index end, Primal<V>(&run)[1]) PK_LAMBDA {
+      for (Index j = first + begin; j < first + end; ++j) run[0] = added(run[0], j);
+    });
+    acc[0] = acc[0] + all[0];
+    return;
   }
-  if (kind == kScalar) acc[0] = acc[0] + all;
+  for (Index j = first; j < dim; ++j) acc[j] = added(acc[j], j);
 }
 
 }  // namespace PK_LEVEL

@@ -8,7 +8,7 @@
 // All threads of a team call these, with the same arguments, and all get the same results.
 #pragma once
 
-#include "po_kernels/math.hpp"
+#include "po_kernels/sums.hpp"
 
 namespace po_kernels {
 inline namespace PK_LEVEL {
@@ -25,9 +25,7 @@ struct Alone {
   }
   template <class V, class Term>
   PK_FN V sum(int64_t count, Term term) const {
-    V total{};
-    for (int64_t i = 0; i < count; ++i) total = total + term(i);
-    return total;
+    return long_sum<V>(Index(count), term);
   }
 };
 

@@ -1,4 +1,10 @@
-"""CPU kernels in C++, part of the compiled extension."""
+"""CPU kernels in C++, part of the compiled extension.
+
+Where the environment asks for an instruction-set level that there is not, the extension does not load, and a warning
+says so: automatic dispatch goes on without it.
+"""
+
+import warnings
 
 import torch
 
@@ -9,7 +15,11 @@ from ..contract import OPS, Request
 
 # Samples times dimensions of a row: beyond it no machine has the memory, and sizes in bytes would overflow.
 _MOST_SCRATCH = 2**48
+_LEVEL_VARIABLE = "PO_KERNELS_SIMD"
 _REFUSALS = {refusal.number: name for name, refusal in contract.REFUSALS.items()}
+
+if extension.missing is not None and _LEVEL_VARIABLE in extension.missing:
+    warnings.warn(f"po_kernels: {extension.missing}", RuntimeWarning, stacklevel=2)
 
 
 def unavailable() -> str | None:

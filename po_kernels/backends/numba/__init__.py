@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+# Than the reference, by benchmarks/baselines/numba.json.
+_SLOWER = ("gaussian_log_prob", "categorical_log_prob", "group_advantage")
+FIRST_ORDER_ONLY = "its kernels compute values and gradients"
+
 
 def unavailable() -> str | None:
     if importlib.util.find_spec("numba") is None:
@@ -17,15 +21,17 @@ def unserved(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return f"it serves CPU tensors, not {device_type}"
     if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64, not {dtype}"
+        return f"it serves float32 and float64, not {dtype}"
     return None
 
 
 def must_be_asked(op: str, device_type: str) -> str | None:
-    return None
+    return "a measurement has plain torch faster" if op in _SLOWER else None
 
 
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
-        return importlib.import_module(f"{__name__}.kernels").KERNELS
+        files = [importlib.import_module(f"{__name__}.{file}") for file in ("gaussian", "categorical", "advantage")]
+        globals()[name] = {op: kernel for file in files for op, kernel in file.KERNELS.items()}
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,33 +1,37 @@
 """Group advantages."""
 
-from .group import advantages, advantages_transposed, transformed
-from .lanes import kernel, lanes_in, load, output, put, width_of
+import numpy as np
+
+from ..contract import Request
+from .group import advantages, advantages_transposed, pull, surrogate_of, transform
+from .rows import Served, kernel, served, valued
 
 
 @kernel
-def group_advantage(chunks, rows, s, rewards, cotangent, work, out, to_rewards):
-    """rewards, cotangent and out (G, B)."""
-    first, last, size = chunks
-    count = s.samples
-    reward = lanes_in(work)
-    advantage, pull = reward + count, reward + 2 * count
-    width = width_of(reward)
-    for chunk in range(first, last):
-        end = min(rows, (chunk + 1) * size)
-        for begin in range(chunk * size, end, width):
-            lanes = min(width, end - begin)
-            for g in range(count):
-                load(reward + g, rewards, 1, g * rows + begin, lanes)
-                reward[g] = transformed(s, reward[g])
-            advantages(s.advantage, count, reward, advantage)
-            for g in range(count):
-                put(output(advantage[g]), out, g * rows + begin, lanes)
-            if to_rewards.size > 0:
-                for g in range(count):
-                    load(pull + g, cotangent, 1, g * rows + begin, lanes)
-                advantages_transposed(s.advantage, count, reward, pull)
-                for g in range(count):
-                    slope = pull[g]
-                    if s.has_rbf:
-                        slope = slope * reward[g] * s.gamma
-                    put(output(slope), to_rewards, g * rows + begin, lanes)
+def _advantage_kernel(chunks, rewards, s, cotangent, out, to_rewards):
+    """All (G, B)."""
+    reward, advantage, slope = np.empty(s.samples), np.empty(s.samples), np.empty(s.samples)
+    for row in range(chunks.first, chunks.last):
+        for g in range(s.samples):
+            reward[g] = rewards[g, row]
+        transform(s, reward)
+        advantages(s.advantage, reward, advantage)
+        for g in range(s.samples):
+            out[g, row] = advantage[g]
+        if to_rewards.size > 0:
+            for g in range(s.samples):
+                slope[g] = cotangent[g, row]
+            advantages_transposed(s.advantage, reward, slope, advantage)
+            for g in range(s.samples):
+                to_rewards[g, row] = pull(s, slope[g], reward[g])
+    return False
+
+
+def _group_advantage(request: Request) -> Served:
+    (rewards,) = request.inputs
+    count, rows = rewards.shape
+    out = rewards.new_empty(rewards.shape)
+    return valued(request, _advantage_kernel, rows, out, rewards, surrogate_of(request.config, count))
+
+
+KERNELS = served({"group_advantage": _group_advantage})

@@ -1,355 +1,252 @@
-"""Rows of categorical policies, as in csrc/include/po_kernels/categorical.hpp.
+"""The ops of categorical policies: kernels that run one row after another, and how requests reach them.
 
-Kernels are as in gaussian_family.py; labels have been checked to be in range.
+Arrays of a row are (C,) or (G,). A row with a label that is out of range is left out: it will be refused.
 """
 
+import math
+
 import numpy as np
+import torch
 
-from .group import CLOSED_FORM, clear, finish, group_stats, score_factor, transformed
-from .lanes import (
-    all_lanes,
-    any_lane,
-    ceiling,
-    count_up,
-    doubles_in,
-    full,
-    gather,
-    helper,
-    is_dual,
-    kernel,
-    lanes_in,
-    load,
-    load_chosen,
-    load_labels,
-    load_weight,
-    number_at,
-    output,
-    primals_in,
-    put,
-    scatter_add,
-    select,
-    stop,
-    store,
-    tangent_of,
-    to_double,
-    to_unsigned,
-    wide,
-    width_of,
-    with_tangent,
-    words_in,
-)
-from .maths import exp, log, square_root
-from .philox import philox4x32
-
-_MASK = np.uint64(0xFFFFFFFF)
-_32 = np.uint64(32)
+from ..contract import Request
+from . import rows
+from .group import CLOSED_FORM, group_stats, pull, surrogate, surrogate_of, transform
+from .philox import random_bits
+from .rows import dot, helper, kernel, total
 
 
 @helper
-def softmax(classes, logits, p, log_p):
-    """p and log p, the latter 0 where masked, so that p log p vanishes there; returns the entropy."""
-    top = stop(logits[0])
-    for c in range(1, classes):
-        logit = stop(logits[c])
-        top = select(logit > top, logit, top)
-    total = full(p, 0.0)
-    for c in range(classes):
-        e = exp(logits[c] - top)
-        p[c] = e
-        total = total + e
-    inverse, log_total = 1.0 / total, log(total)
-    entropy = full(p, 0.0)
-    for c in range(classes):
-        share = p[c] * inverse
-        logit = logits[c]
-        log_share = select(stop(logit) > -np.inf, logit - top - log_total, full(p, 0.0))
-        p[c] = share
-        log_p[c] = log_share
-        entropy = entropy - share * log_share
-    return entropy
+def _softmax(logits, row, p, log_p):
+    """p, and log p where it is not masked, else 0, so that p log p vanishes there.
+
+    Returns the entropy, and whether the row may have to be refused: one without a finite largest logit.
+    """
+    own = row if len(logits) > 1 else 0
+    top, refused = -np.inf, False
+    for c in range(len(p)):
+        logit = np.float64(logits[own, c])
+        refused |= not logit < np.inf
+        top = max(top, logit)
+        log_p[c] = logit
+    for c in range(len(p)):
+        p[c] = math.exp(log_p[c] - top)
+    mass = total(p)
+    log_mass = math.log(mass)
+    for c in range(len(p)):
+        p[c] /= mass
+        log_p[c] = log_p[c] - top - log_mass if log_p[c] > -np.inf else 0.0
+    return -dot(p, log_p), refused or top == -np.inf
 
 
 @helper
-def suspicious(classes, logits):
-    """Whether a row may have to be refused: one without a finite largest logit."""
-    top = stop(logits[0])
-    right = top < np.inf
-    for c in range(1, classes):
-        logit = stop(logits[c])
-        right = right & (logit < np.inf)
-        top = select(logit > top, logit, top)
-    return not all_lanes(right & (top > -np.inf))
+def _log_prob_of(label, p, log_p):
+    """-inf where masked; of a class that is not, p may vanish."""
+    return log_p[label] if log_p[label] < 0.0 or p[label] > 0.0 else -np.inf
 
 
 @helper
-def thresholds(classes, logits, weight, out):
-    """Inversion thresholds in 24-bit integers, computed in float64 whatever the lanes; `weight` is scratch."""
-    top = to_double(stop(logits[0]))
-    for c in range(1, classes):
-        logit = to_double(stop(logits[c]))
-        top = select(logit > top, logit, top)
-    total = full(weight, 0.0)
-    for c in range(classes):
-        w = exp(to_double(stop(logits[c])) - top)
-        weight[c] = w
-        total = total + w
-    inverse = 16777216.0 / total
-    cumulative = full(weight, 0.0)
-    for c in range(classes):
-        cumulative = cumulative + weight[c]
-        out[c] = to_unsigned(ceiling(cumulative * inverse - 0.5))
-    # No word may pass the last class that has mass.
-    after = full(out, 0)
-    for c in range(classes - 1, -1, -1):
-        out[c] = select(after != 0, out[c], full(out, 1 << 24))
-        after = select(weight[c] > 0.0, full(out, 1), after)
+def _distribution(p, limits):
+    """The distribution function; from the last class that has mass on, it is beyond all random numbers."""
+    cumulative, last = 0.0, 0
+    for c in range(len(p)):
+        cumulative += p[c]
+        limits[c] = cumulative
+        if p[c] > 0.0:
+            last = c
+    for c in range(last, len(p)):
+        limits[c] = 2.0
 
 
 @helper
-def draw(seed, sample, row, classes, limits):
-    words, _, _, _ = philox4x32(wide(limits, 0), wide(limits, sample), row & _MASK, row >> _32, seed)
-    bits = words >> 8
-    label = full(limits, 0)
-    for c in range(classes):
-        label = label + select(bits >= limits[c], full(limits, 1), full(limits, 0))
-    return label
+def _draw(seed, row, limits, labels):
+    """Of each sample the first class whose distribution function is above its uniform number, by bisection."""
+    for g in range(len(labels)):
+        labels[g] = random_bits(g, row, seed)
+    for g in range(len(labels)):
+        u, label, size = labels[g] * 2.0**-53, 0, len(limits)
+        while size > 1:
+            half = size // 2
+            label += half if limits[label + half - 1] <= u else 0
+            size -= half
+        labels[g] = label
 
 
 @helper
-def label_log_prob(logits, log_p, label):
-    """-inf where masked."""
-    logit = stop(gather(logits, label))
-    return select(logit > -np.inf, gather(log_p, label), full(logits, logit))
+def _group(s, row, weight, p, log_p, entropy, labels, reward, advantage, losses, stats, slope, to_logits):
+    """The surrogate of a row's group; its gradient Σ_g f_g (e_label - p), and that of the entropy, p (log p + H)."""
+    losses[row] = -surrogate(s, reward, advantage) - s.entropy_coef * entropy
+    if stats.size > 0:
+        group_stats(reward, advantage, stats, row)
+    if to_logits.size > 0:
+        sum_f = 0.0
+        slope[:] = 0.0
+        for g in range(s.samples):
+            f = -weight[row] / s.samples * advantage[g]
+            sum_f += f
+            slope[labels[g]] += f
+        for c in range(len(p)):
+            to_logits[row, c] = slope[c] + p[c] * (s.entropy_coef * weight[row] * (log_p[c] + entropy) - sum_f)
 
 
 @helper
-def closed_form(classes, logits, column, s, weight, need_logits, to_logits, need_column, to_column, work):
-    """L = -Σ_c p_c r_c - λ H by enumeration. Scratch: 2 classes."""
-    p, log_p = work, work + classes
-    entropy = softmax(classes, logits, p, log_p)
-    mean = full(p, 0.0)
-    for c in range(classes):
-        column[c] = transformed(s, column[c])
-        mean = mean + p[c] * column[c]
-    for c in range(classes):
-        share, reward = p[c], column[c]
-        if need_logits:
-            slope = share * (reward - mean) - share * (log_p[c] + entropy) * s.entropy_coef
-            to_logits[c] = output(-(weight * slope))
-        if need_column:
-            pulled = share * reward * s.gamma if s.has_rbf else share
-            to_column[c] = output(-(weight * pulled))
-    return -mean - entropy * s.entropy_coef
-
-
-@helper
-def group_loss(classes, logits, labels, s, weight, need_logits, to_logits, group, work):
-    """The score-function surrogate of labels whose transformed rewards are in the group. Scratch: 3 classes."""
-    count, p, log_p, score = s.samples, work, work + classes, work + 2 * classes
-    entropy = softmax(classes, logits, p, log_p)
-    if is_dual(logits):
-        mean = stop(full(p, 0.0))
-        for c in range(classes):
-            mean = mean + stop(p[c]) * tangent_of(logits[c])
-        for g in range(count):
-            change = tangent_of(gather(logits, labels[g])) - mean
-            group[count + g] = with_tangent(p, stop(full(p, 0.0)), change)
-    objective = finish(s, group)
-    if need_logits:
-        clear(classes, score)
-        total = full(p, 0.0)
-        for g in range(count):
-            factor = score_factor(s, group, g) * (1.0 / count)
-            total = total + factor
-            scatter_add(score, labels[g], factor)
-        for c in range(classes):
-            slope = score[c] - p[c] * total - p[c] * (log_p[c] + entropy) * s.entropy_coef
-            to_logits[c] = output(-(weight * slope))
-    return -objective - entropy * s.entropy_coef
+def _closed_form(s, row, weight, p, log_p, entropy, reward, losses, stats, to_logits):
+    """By enumeration of the classes, whose rewards are transformed."""
+    mean, variance = dot(p, reward), 0.0
+    losses[row] = -mean - s.entropy_coef * entropy
+    for c in range(len(p)):
+        variance += p[c] * (reward[c] - mean) ** 2
+        if to_logits.size > 0:
+            slope = s.entropy_coef * (log_p[c] + entropy) - (reward[c] - mean)
+            to_logits[row, c] = weight[row] * p[c] * slope
+    if stats.size > 0:
+        stats[0, row], stats[1, row], stats[4, row] = mean, math.sqrt(variance), math.sqrt(variance)
 
 
 @kernel
-def policy_loss(
-    chunks, rows, classes, logits, columns, target, s, seed, row_offset, weight, work,
-    losses, stats, to_logits, to_columns,
-):  # fmt: skip
-    """The table and its gradient are passed transposed; the latter is summed by chunk: (chunks, C, C)."""
-    first, last, size = chunks
-    refused, want_stats = False, False
-    if stats is not None:  # not on duals, for which this is not compiled
-        want_stats = stats.size > 0
-    count = s.samples
-    need_logits, need_table = to_logits.size > 0, to_columns.size > 0
-    row_logits = lanes_in(work)
-    width = width_of(row_logits)
-    column = row_logits + classes
-    items = column + classes
-    group = items + 3 * classes
-    weights = group + 4 * count
-    grad_logits = primals_in(weights + 1)
-    grad_column = grad_logits + classes
-    weight_of_class = doubles_in(grad_column + classes)
-    labels = words_in(weight_of_class + classes)
-    limits = labels + count
-    for chunk in range(first, last):
-        shared = chunk * classes * classes
-        if need_table:
-            for i in range(classes * classes):
-                to_columns[shared + i] = 0.0
-        end = min(rows, (chunk + 1) * size)
-        for begin in range(chunk * size, end, width):
-            lanes = min(width, end - begin)
-            load(row_logits, logits, classes, begin, lanes)
-            refused |= suspicious(classes, row_logits)
-            load_weight(weights, weight, begin, lanes)
-            y = load_labels(row_logits, target, begin, lanes - 1)
-            load_chosen(column, columns, classes, y)
-            if s.estimator == CLOSED_FORM:
-                loss = closed_form(
-                    classes, row_logits, column, s, weights[0], need_logits, grad_logits, need_table, grad_column, items
-                )
-            else:
-                thresholds(classes, row_logits, weight_of_class, limits)
-                row = count_up(row_logits) + (row_offset + np.uint64(begin))
-                for g in range(count):
-                    labels[g] = draw(seed, g, row, classes, limits)
-                    group[g] = transformed(s, gather(column, labels[g]))
-                loss = group_loss(classes, row_logits, labels, s, weights[0], need_logits, grad_logits, group, items)
-                if need_table:
-                    clear(classes, grad_column)
-                    unit = weights[0] * (-1.0 / count)
-                    for g in range(count):
-                        scatter_add(grad_column, labels[g], output(unit * group[3 * count + g]))
-            put(output(loss), losses, begin, lanes)
-            if need_logits:
-                store(grad_logits, classes, to_logits, begin * classes, lanes)
-            if need_table:
-                for lane in range(lanes):
-                    at = shared + target[begin + lane] * classes
-                    for c in range(classes):
-                        to_columns[at + c] += number_at(grad_column, c, lane)
-            if stats is not None and want_stats:
-                p, log_p = items, items + classes
-                entropy = softmax(classes, row_logits, p, log_p)
-                if s.estimator == CLOSED_FORM:
-                    mean, variance = full(p, 0.0), full(p, 0.0)
-                    for c in range(classes):
-                        mean = mean + p[c] * column[c]
-                    for c in range(classes):
-                        deviation = column[c] - mean
-                        variance = variance + p[c] * deviation * deviation
-                    std = square_root(variance)
-                    put(mean, stats, begin, lanes)
-                    put(std, stats, rows + begin, lanes)
-                    put(std, stats, 4 * rows + begin, lanes)
-                else:
-                    group_stats(s, group, stats, rows, begin, lanes)
-                put(entropy, stats, 2 * rows + begin, lanes)
-                put(label_log_prob(row_logits, log_p, y), stats, 3 * rows + begin, lanes)
+def _policy_kernel(chunks, logits, columns, target, s, seed, row_offset, weight, losses, stats, to_logits, to_columns):
+    """The table and its gradient are transposed; the latter is summed by chunk: (chunks, C, C)."""
+    classes, refused, closed = logits.shape[1], False, s.estimator == CLOSED_FORM
+    p, log_p, slope = np.empty(classes), np.empty(classes), np.empty(classes)
+    labels, limits = np.zeros(s.samples, np.int64), np.empty(classes)
+    reward, advantage = np.empty(classes if closed else s.samples), np.empty(s.samples)
+    for row in range(chunks.first, chunks.last):
+        y, chunk = target[row], row // chunks.size
+        entropy, wrong = _softmax(logits, row, p, log_p)
+        refused |= wrong
+        if not 0 <= y < classes:
+            refused = True
+            continue
+        if closed:
+            for c in range(classes):
+                reward[c] = columns[y, c]
+            transform(s, reward)
+            _closed_form(s, row, weight, p, log_p, entropy, reward, losses, stats, to_logits)
+            for c in range(classes if to_columns.size > 0 else 0):
+                to_columns[chunk, y, c] += pull(s, -weight[row] * p[c], reward[c])
+        else:
+            _distribution(p, limits)
+            _draw(seed, row_offset + np.uint64(row), limits, labels)
+            for g in range(s.samples):
+                reward[g] = columns[y, labels[g]]
+            _group(s, row, weight, p, log_p, entropy, labels, reward, advantage, losses, stats, slope, to_logits)
+            for g in range(s.samples if to_columns.size > 0 else 0):
+                to_columns[chunk, y, labels[g]] += pull(s, -weight[row] / s.samples, reward[g])
+        if stats.size > 0:
+            stats[2, row], stats[3, row] = entropy, _log_prob_of(y, p, log_p)
     return refused
 
 
 @kernel
-def surrogate_loss(
-    chunks, rows, classes, logits, rewards, given, s, weight, work, losses, stats, to_logits, to_rewards,
-):  # fmt: skip
-    """rewards and given (G, B)."""
-    first, last, size = chunks
-    refused, want_stats = False, False
-    if stats is not None:  # not on duals, for which this is not compiled
-        want_stats = stats.size > 0
-    count = s.samples
-    need_logits, need_rewards = to_logits.size > 0, to_rewards.size > 0
-    row_logits = lanes_in(work)
-    width = width_of(row_logits)
-    items = row_logits + classes
-    group = items + 3 * classes
-    weights = group + 4 * count
-    grad_logits = primals_in(weights + 1)
-    labels = words_in(grad_logits + classes)
-    for chunk in range(first, last):
-        end = min(rows, (chunk + 1) * size)
-        for begin in range(chunk * size, end, width):
-            lanes = min(width, end - begin)
-            load(row_logits, logits, classes, begin, lanes)
-            refused |= suspicious(classes, row_logits)
-            load_weight(weights, weight, begin, lanes)
-            for g in range(count):
-                labels[g] = load_labels(row_logits, given, g * rows + begin, lanes - 1)
-                refused |= any_lane(stop(gather(row_logits, labels[g])) == -np.inf)
-                load(group + g, rewards, 1, g * rows + begin, lanes)
-                group[g] = transformed(s, group[g])
-            loss = group_loss(classes, row_logits, labels, s, weights[0], need_logits, grad_logits, group, items)
-            put(output(loss), losses, begin, lanes)
-            if need_logits:
-                store(grad_logits, classes, to_logits, begin * classes, lanes)
-            if need_rewards:
-                unit = weights[0] * (-1.0 / count)
-                for g in range(count):
-                    put(output(unit * group[3 * count + g]), to_rewards, g * rows + begin, lanes)
-            if stats is not None and want_stats:
-                p, log_p = items, items + classes
-                entropy = softmax(classes, row_logits, p, log_p)
-                group_stats(s, group, stats, rows, begin, lanes)
-                total = full(p, 0.0)
-                for g in range(count):
-                    total = total + label_log_prob(row_logits, log_p, labels[g])
-                put(entropy, stats, 2 * rows + begin, lanes)
-                put(total * (1.0 / count), stats, 3 * rows + begin, lanes)
+def _surrogate_kernel(chunks, logits, rewards, samples, s, weight, losses, stats, to_logits, to_rewards):
+    """rewards and samples (G, B)."""
+    classes, refused = logits.shape[1], False
+    p, log_p, slope = np.empty(classes), np.empty(classes), np.empty(classes)
+    reward, advantage, labels = np.empty(s.samples), np.empty(s.samples), np.zeros(s.samples, np.int64)
+    for row in range(chunks.first, chunks.last):
+        entropy, wrong = _softmax(logits, row, p, log_p)
+        refused |= wrong
+        log_prob = 0.0
+        for g in range(s.samples):
+            reward[g], label = rewards[g, row], samples[g, row]
+            if not 0 <= label < classes:
+                refused, label = True, 0
+            labels[g] = label
+            log_prob += _log_prob_of(label, p, log_p) / s.samples
+        refused |= log_prob == -np.inf
+        _group(s, row, weight, p, log_p, entropy, labels, reward, advantage, losses, stats, slope, to_logits)
+        for g in range(s.samples if to_rewards.size > 0 else 0):
+            to_rewards[g, row] = pull(s, -weight[row] / s.samples, reward[g])
+        if stats.size > 0:
+            stats[2, row], stats[3, row] = entropy, log_prob
     return refused
 
 
 @kernel
-def log_prob(chunks, rows, many, classes, logits, value, cotangent, work, out, to_logits):
-    """value and cotangent (N, B), N = many."""
-    first, last, size = chunks
-    row_logits = lanes_in(work)
-    width = width_of(row_logits)
-    p, log_p, score = row_logits + classes, row_logits + 2 * classes, row_logits + 3 * classes
-    weights = row_logits + 4 * classes
-    grad_logits = primals_in(weights + 1)
-    refused = False
-    for chunk in range(first, last):
-        end = min(rows, (chunk + 1) * size)
-        for begin in range(chunk * size, end, width):
-            lanes = min(width, end - begin)
-            load(row_logits, logits, classes, begin, lanes)
-            refused |= suspicious(classes, row_logits)
-            softmax(classes, row_logits, p, log_p)
-            clear(classes, score)
-            total = full(p, 0.0)
-            for i in range(many):
-                at = i * rows + begin
-                label = load_labels(row_logits, value, at, lanes - 1)
-                put(output(label_log_prob(row_logits, log_p, label)), out, at, lanes)
-                if to_logits.size > 0:
-                    load(weights, cotangent, 1, at, lanes)
-                    scatter_add(score, label, weights[0])
-                    total = total + weights[0]
+def _log_prob_kernel(chunks, logits, value, cotangent, out, to_logits):
+    """value and cotangent (N, B)."""
+    classes, refused = logits.shape[1], False
+    p, log_p, for_logits = np.empty(classes), np.empty(classes), np.empty(classes)
+    for row in range(chunks.first, chunks.last):
+        _, wrong = _softmax(logits, row, p, log_p)
+        refused |= wrong
+        sum_f = 0.0
+        for c in range(classes):
+            for_logits[c] = 0.0
+        for n in range(len(value)):
+            label = value[n, row]
+            if not 0 <= label < classes:
+                refused = True
+                continue
+            out[n, row] = _log_prob_of(label, p, log_p)
             if to_logits.size > 0:
-                for c in range(classes):
-                    grad_logits[c] = output(score[c] - p[c] * total)
-                store(grad_logits, classes, to_logits, begin * classes, lanes)
+                for_logits[label] += cotangent[n, row]
+                sum_f += cotangent[n, row]
+        if to_logits.size > 0:
+            for c in range(classes):
+                to_logits[row, c] = for_logits[c] - p[c] * sum_f
     return refused
 
 
 @kernel
-def sample(chunks, rows, count, classes, logits, seed, row_offset, work, out):
-    """out (G, B), G = count."""
-    first, last, size = chunks
-    row_logits = lanes_in(work)
-    width = width_of(row_logits)
-    weight = doubles_in(row_logits + classes)
-    limits = words_in(weight + classes)
-    refused = False
-    for chunk in range(first, last):
-        end = min(rows, (chunk + 1) * size)
-        for begin in range(chunk * size, end, width):
-            lanes = min(width, end - begin)
-            load(row_logits, logits, classes, begin, lanes)
-            refused |= suspicious(classes, row_logits)
-            thresholds(classes, row_logits, weight, limits)
-            row = count_up(row_logits) + (row_offset + np.uint64(begin))
-            for g in range(count):
-                put(draw(seed, g, row, classes, limits), out, g * rows + begin, lanes)
+def _sample_kernel(chunks, logits, seed, row_offset, _, out, unwanted):
+    """out (G, B); labels have no gradient."""
+    classes, refused = logits.shape[1], False
+    p, log_p = np.empty(classes), np.empty(classes)
+    limits, labels = np.empty(classes), np.zeros(len(out), np.int64)
+    for row in range(chunks.first, chunks.last):
+        _, wrong = _softmax(logits, row, p, log_p)
+        refused |= wrong
+        _distribution(p, limits)
+        _draw(seed, row_offset + np.uint64(row), limits, labels)
+        for g in range(len(out)):
+            out[g, row] = labels[g]
     return refused
+
+
+def _policy_loss(request: Request) -> rows.Served:
+    logits, table = request.inputs
+    losses, found = rows.Losses(request), rows.gradients(request)
+    chunks = rows.chunked(len(logits), table.numel())
+    to_columns = np.zeros((chunks.number if request.needs.reward_table else 0, *table.shape))
+    refused = rows.run(
+        request, _policy_kernel, chunks,
+        rows.once(logits), table.mT, request.constants.target, surrogate_of(request.config),
+        *rows.random(request), *losses.arrays, found.logits, to_columns,
+    )  # fmt: skip
+    if request.needs.reward_table:
+        summed = to_columns.sum(axis=0).T.copy()
+        found = found._replace(reward_table=torch.from_numpy(summed).to(table.dtype))
+    return refused, losses.finished(found)
+
+
+def _surrogate_loss(request: Request) -> rows.Served:
+    logits, rewards = request.inputs
+    losses, found = rows.Losses(request), rows.gradients(request)
+    refused = rows.run(
+        request, _surrogate_kernel, rows.chunked(len(logits)),
+        rows.once(logits), rewards, request.constants.samples, surrogate_of(request.config, len(rewards)),
+        *losses.arrays, *found,
+    )  # fmt: skip
+    return refused, losses.finished(found)
+
+
+def _log_prob(request: Request) -> rows.Served:
+    (logits,), (value,) = request.inputs, request.constants
+    out = logits.new_empty(value.shape)
+    return rows.valued(request, _log_prob_kernel, len(logits), out, rows.once(logits), value)
+
+
+def _sample(request: Request) -> rows.Served:
+    (logits,) = request.inputs
+    out = torch.empty((request.config.num_samples, len(logits)), dtype=torch.int64)
+    return rows.valued(request, _sample_kernel, len(logits), out, rows.once(logits), *rows.random(request))
+
+
+KERNELS = rows.served(
+    {
+        "categorical_policy_loss": _policy_loss,
+        "categorical_surrogate_loss": _surrogate_loss,
+        "categorical_log_prob": _log_prob,
+        "categorical_sample": _sample,
+    }
+)

@@ -1,166 +1,132 @@
-"""A group of samples of one row: advantages, their transposed derivative, and the surrogate they make.
+"""A group of samples of one row: advantages, their transposed derivative, and the surrogate that they make.
 
-A group is 4 G items of scratch: rewards after the rbf transformation, w - 1 (zero, with the derivative of log p),
-advantages, and the derivative of Σ_g [r_g + (w_g - 1) A_g] in the untransformed rewards.
+A group is an array of G numbers. All that is known of an advantage here is in `advantages` and `advantages_transposed`.
 """
 
+import math
 from typing import NamedTuple
 
-from .lanes import full, helper, inlined, is_dual, put, select, stop
-from .maths import exp, square_root
+import numpy as np
 
-CLOSED_FORM, REPARAM, DICE, REINFORCE = range(4)
-NONE, MIN, MEAN, LOO, STANDARDIZED = range(5)
-STANDARDIZED_EPS = 1e-6
+from ..advantages import ADVANTAGES, STANDARDIZED_EPS
+from ..contract import ESTIMATORS, OpConfig
+from .rows import dot, helper, total
+
+CLOSED_FORM, REPARAM = ESTIMATORS["analytic"], ESTIMATORS["reparam"]
+NONE, MIN, LOO, STANDARDIZED = (ADVANTAGES[name].number for name in ("none", "min", "loo", "standardized"))
 
 
 class Surrogate(NamedTuple):
-    """How the group's rewards make a loss; the numbers of estimators and advantages are those above."""
+    """How a group's rewards make a loss."""
 
     estimator: int
     advantage: int
-    samples: int
+    samples: int  # G
     entropy_coef: float
     has_rbf: bool
     gamma: float
 
 
-@helper
-def clear(count, x):
-    for i in range(count):
-        x[i] = 0.0
+def surrogate_of(config: OpConfig, count: int | None = None) -> Surrogate:
+    return Surrogate(
+        ESTIMATORS.get(config.estimator, CLOSED_FORM),
+        ADVANTAGES[config.advantage].number,
+        config.num_samples if count is None else count,
+        float(config.entropy_coef),
+        config.rbf_gamma is not None,
+        float(config.rbf_gamma or 0.0),
+    )
 
 
 @helper
-def mean_from_first(count, x):
-    """Mean relative to the first, so that equal members have no rounding between them."""
-    first = x[0]
-    total = full(x, 0.0)
-    for g in range(1, count):
-        total = total + (x[g] - first)
-    return total * (1.0 / count)
+def _centre(x, out):
+    """Writes x less its mean, taken relative to the first, so that equal members are exactly zero. Returns the mean."""
+    for g in range(len(x)):
+        out[g] = x[g] - x[0]
+    mean = total(out) / len(x)
+    for g in range(len(x)):
+        out[g] -= mean
+    return mean + x[0]
 
 
 @helper
-def group_std(count, x):
-    """Zero, with no derivative, for equal members. Deviations are squared relative to the largest."""
-    first, mean = x[0], mean_from_first(count, x)
-    largest = stop(full(x, 0.0))
-    for g in range(count):
-        deviation = stop(x[g] - first - mean)
-        size = select(deviation < 0.0, -deviation, deviation)
-        largest = select(largest >= size, largest, size)  # a nan is taken
-    varies = largest != 0.0
-    unit = select(varies, largest, 1.0)
-    inverse = 1.0 / unit
-    total = full(x, 0.0)
-    for g in range(count):
-        scaled = (x[g] - first - mean) * inverse
-        total = total + scaled * scaled
-    variance = select(varies, total * (1.0 / count), full(x, 1.0))
-    return select(varies, square_root(variance) * unit, full(x, 0.0))
+def _std(centred):
+    """Deviations are squared relative to the largest, so that they neither overflow nor vanish."""
+    largest, square = 0.0, 0.0
+    for value in centred:
+        if not largest >= abs(value):  # a nan is taken
+            largest = abs(value)
+    if largest == 0.0:
+        return 0.0
+    for value in centred:
+        square += (value / largest) ** 2
+    return math.sqrt(square / len(centred)) * largest
 
 
 @helper
-def advantages(kind, count, reward, advantage):
-    if kind == NONE:
-        for g in range(count):
-            advantage[g] = reward[g]
-        return
-    if kind == MIN:
-        least = stop(reward[0])
-        for g in range(1, count):
-            r = stop(reward[g])
-            least = select(r < least, r, least)
+def advantages(kind, reward, advantage):
+    count = len(reward)
+    if kind in (NONE, MIN):
+        least = 0.0 if kind == NONE else reward[0]
+        if kind == MIN:
+            for g in range(count):
+                least = least if least <= reward[g] else reward[g]  # a nan is taken
         for g in range(count):
             advantage[g] = reward[g] - least
         return
-    first, mean = reward[0], mean_from_first(count, reward)
-    for g in range(count):
-        advantage[g] = reward[g] - first - mean
+    _centre(reward, advantage)
     if kind == LOO:
-        scale = count / (count - 1.0)
         for g in range(count):
-            advantage[g] = advantage[g] * scale
+            advantage[g] *= count / (count - 1.0)
     elif kind == STANDARDIZED:
-        std = group_std(count, reward)
-        varies = stop(std) != 0.0
-        inverse = 1.0 / (std + STANDARDIZED_EPS)
+        std = _std(advantage)
         for g in range(count):
-            advantage[g] = select(varies, advantage[g] * inverse, full(reward, 0.0))
+            advantage[g] = 0.0 if std == 0.0 else advantage[g] / (std + STANDARDIZED_EPS)
 
 
 @helper
-def advantages_transposed(kind, count, reward, u):
-    """u <- Jᵀ u with J the Jacobian of the advantages in the rewards."""
+def advantages_transposed(kind, reward, u, centred):
+    """u <- Jᵀ u with J the Jacobian of the advantages in the rewards, the minimum being a constant."""
     if kind in (NONE, MIN):
         return
-    mean = full(u, 0.0)
+    count = len(reward)
+    mean, scale = total(u) / count, count / (count - 1.0) if kind == LOO else 1.0
     for g in range(count):
-        mean = mean + u[g]
-    mean = mean * (1.0 / count)
-    if kind != STANDARDIZED:
-        scale = count / (count - 1.0) if kind == LOO else 1.0
+        u[g] = (u[g] - mean) * scale
+    if kind == STANDARDIZED:
+        _centre(reward, centred)
+        std = _std(centred)
+        slope = 0.0 if std == 0.0 else dot(u, centred) / (std + STANDARDIZED_EPS) / std / count
         for g in range(count):
-            u[g] = (u[g] - mean) * scale
-        return
-    first, centre = reward[0], mean_from_first(count, reward)
-    std = group_std(count, reward)
-    varies = stop(std) != 0.0
-    safe = select(varies, std, full(u, 1.0))
-    inverse = 1.0 / (safe + STANDARDIZED_EPS)
-    dot = full(u, 0.0)
-    for g in range(count):
-        dot = dot + u[g] * (reward[g] - first - centre)
-    slope = dot * inverse * inverse / safe * (1.0 / count)
-    for g in range(count):
-        pulled = (u[g] - mean) * inverse - (reward[g] - first - centre) * slope
-        u[g] = select(varies, pulled, full(u, 0.0))
+            u[g] = 0.0 if std == 0.0 else (u[g] - centred[g] * slope) / (std + STANDARDIZED_EPS)
 
 
 @helper
-def transformed(s, reward):
-    return exp(reward * s.gamma) if s.has_rbf else reward
-
-
-@helper
-def finish(s, group):
-    """(1/G) Σ_g [r_g + (w_g - 1) A_g]."""
-    count = s.samples
-    reward, excess, advantage, pull = group, group + count, group + 2 * count, group + 3 * count
-    total = full(group, 0.0)
-    for g in range(count):
-        total = total + reward[g]
-        pull[g] = 0.0
-    if s.estimator != REPARAM:
-        advantages(s.advantage, count, reward, advantage)
-        if is_dual(group):
-            for g in range(count):
-                total = total + excess[g] * advantage[g]
-                pull[g] = excess[g]
-            advantages_transposed(s.advantage, count, reward, pull)
-    for g in range(count):
-        pull[g] = pull[g] + 1.0
+def transform(s, reward):
+    """r <- exp(γ r) if the surrogate has a γ."""
     if s.has_rbf:
-        for g in range(count):
-            pull[g] = pull[g] * reward[g] * s.gamma
-    return total * (1.0 / count)
-
-
-@inlined
-def score_factor(s, group, g):
-    """w_g A_g, the factor of the score ∇ log p."""
-    advantage = group[2 * s.samples + g]
-    return advantage + group[s.samples + g] * advantage if is_dual(group) else advantage
+        for g in range(len(reward)):
+            reward[g] = math.exp(s.gamma * reward[g])
 
 
 @helper
-def group_stats(s, group, stats, rows, begin, lanes):
-    """Writes the rewards' and the advantages' part of the statistics (5, rows), of a finished group."""
-    count = s.samples
-    reward, advantage = group, group + 2 * count
-    if s.estimator == REPARAM:
-        advantages(s.advantage, count, reward, advantage)
-    put(mean_from_first(count, reward) + reward[0], stats, begin, lanes)
-    put(group_std(count, reward), stats, rows + begin, lanes)
-    put(group_std(count, advantage), stats, 4 * rows + begin, lanes)
+def surrogate(s, reward, advantage):
+    """Transforms the rewards, fills in their advantages, and returns the objective (1/G) Σ_g r_g."""
+    transform(s, reward)
+    advantages(s.advantage, reward, advantage)
+    return total(reward) / len(reward)
+
+
+@helper
+def pull(s, slope, reward):
+    """The derivative in a reward, from that in what it was transformed to."""
+    return slope * s.gamma * reward if s.has_rbf else slope
+
+
+@helper
+def group_stats(reward, advantage, stats, row):
+    centred = np.empty(len(reward))
+    stats[0, row] = _centre(reward, centred)
+    stats[1, row] = _std(centred)
+    _centre(advantage, centred)
+    stats[4, row] = _std(centred)

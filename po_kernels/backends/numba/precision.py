@@ -1,66 +1,68 @@
-"""The precision U of a Mahalanobis reward r = -(ŷ - y)ᵀ U (ŷ - y), shared by all rows."""
+"""The precision U of a Mahalanobis reward -(ŷ - y)ᵀ U (ŷ - y): u (D,), its diagonal, or u (D, D), symmetric.
 
-from typing import Any, NamedTuple
+Numba compiles the branch that the array's axes decide. Vectors are (D, columns).
+"""
 
-from .lanes import full, helper, inlined, output, shared
+import numpy as np
+import torch
+from torch import Tensor
 
-SCALAR, DIAGONAL, FULL = range(3)
-
-
-class Precision(NamedTuple):
-    """Flat: one number, dim of them, or a symmetric dim * dim; with their derivatives, which floats do not read."""
-
-    kind: int
-    value: Any
-    tangent: Any
+from .rows import Array, Chunks, array, helper, inlined, summing
 
 
-@helper
-def diagonal_entry(p, u, dim, j):
-    """U_jj as what the pointer `p` points at."""
-    at = 0 if u.kind == SCALAR else j if u.kind == DIAGONAL else j * dim + j
-    return shared(p, u.value, u.tangent, at)
+def read(precision: Tensor, dim: int) -> Array:
+    value = precision.detach().double()
+    return array(0.5 * (value + value.mT) if value.ndim == 2 else value.expand(dim))
 
 
-@helper
-def apply(u, dim, x, y, first):
-    """y = U x for an x that is zero before `first`, where y is not wanted either."""
-    kind, value, tangent = u
-    for i in range(first, dim):
-        if kind != FULL:
-            y[i] = x[i] * shared(x, value, tangent, 0 if kind == SCALAR else i)
-        else:
-            total = full(x, 0.0)
-            for j in range(first, dim):
-                total = total + x[j] * shared(x, value, tangent, i * dim + j)
-            y[i] = total
+def sums(u: Array, chunks: Chunks, needed: bool) -> Array:
+    """For each chunk of rows the gradient in u, of a matrix the lower triangle."""
+    return np.zeros((chunks.number, *u.shape)) if needed else np.zeros((0,) * (u.ndim + 1))
+
+
+def gradient(by_chunk: Array, precision: Tensor) -> Tensor:
+    total = torch.from_numpy(by_chunk.sum(axis=0))
+    if precision.ndim == 2:
+        total = total + total.tril(-1).mT
+    return (total if precision.ndim else total.sum()).to(precision.dtype)
 
 
 @inlined
-def quadratic(u, dim, x):
-    """xᵀ U x: of a matrix twice what is below the diagonal, and the diagonal."""
-    kind, value, tangent = u
-    total = full(x, 0.0)
-    for i in range(dim):
-        v, at = x[i], 0 if kind == SCALAR else i
-        below = full(x, 0.0)
-        if kind == FULL:
-            at = i * dim + i
-            for j in range(i):
-                below = below + x[j] * shared(x, value, tangent, i * dim + j)
-        total = total + v * (below * 2.0 + v * shared(x, value, tangent, at))
+def diagonal(u, j):
+    if u.ndim == 1:
+        return u[j]
+    else:
+        return u[j, j]
+
+
+@helper
+def apply(columns, u, x, y):
+    """y = U x."""
+    for i in range(len(x)):
+        entry = diagonal(u, i)
+        for c in range(columns):
+            y[i, c] = x[i, c] * entry
+        if u.ndim == 2:
+            for j in range(len(x)):
+                entry = 0.0 if i == j else u[i, j]
+                for c in range(columns):
+                    y[i, c] += x[j, c] * entry
+
+
+@summing
+def sum_of_products(columns, f, x, i, j):
+    total = 0.0
+    for c in range(columns):
+        total += f[c] * x[i, c] * x[j, c]
     return total
 
 
-@inlined
-def accumulate_outer(kind, dim, weighted, x, to, first):
-    """to += weighted xᵀ as the gradient in U, of a matrix the lower triangle; both are zero before `first`."""
-    if kind == FULL:
-        for i in range(first, dim):
-            v, row = weighted[i], to + i * (i + 1) // 2
-            for j in range(first, i + 1):
-                row[j] = row[j] + output(v * x[j])
-    else:
-        for j in range(first, dim):
-            at = 0 if kind == SCALAR else j
-            to[at] = to[at] + output(weighted[j] * x[j])
+@helper
+def add_outer_sum(columns, f, x, to_u):
+    """Adds Σ f x xᵀ over columns to the gradient in u."""
+    for i in range(len(x)):
+        if to_u.ndim == 1:
+            to_u[i] += sum_of_products(columns, f, x, i, i)
+        else:
+            for j in range(i + 1):
+                to_u[i, j] += sum_of_products(columns, f, x, i, j)

@@ -1,135 +1,179 @@
-"""What the two Gaussians differ in, the scale S of ŷ = μ + S ε. gaussian.py and mvn.py fill it in by the type of scale.
+"""What the two Gaussians differ in: the scale S of ŷ = μ + S ε in a tile of rows.
 
-With z = S⁻¹ (ŷ - μ), gradients as lanes without derivatives, and pointers that are read only where their flag says so:
-
-    suspicious(kind, parameter)                  whether any row may have to be refused, see kernels.py
-    prepared(kind, parameter, scratch, whitens)  the scale; kind is DiagonalKind or TriangularKind
-    log_determinant(scale)                       log det S
-    stretch(scale, base, eps, y)                 y = base + S eps
-    whiten(scale, residual, z)                   z = S⁻¹ residual
-    whiten_noise(scale, mean, eps, z)            z of the constant sample stop(μ + S eps): eps, on duals with the
-                                                 derivative that μ and S give it
-    add_score(scale, f, z, need_mean, mean, need_scale, to_scale)   adds f ∂log p(ŷ)/∂(μ, S) for a constant ŷ
-    add_path(scale, slope, eps, to_scale)        adds the gradient of slopeᵀ S eps
-    add_entropy(scale, f, to_scale)              adds f ∂(log det S)/∂S
-    trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision)
-                                                 tr(U S Sᵀ); adds weight times its gradients
-    reward_variance(scale, u, x)                 2 tr(U Σ U Σ) + 4 xᵀ Σ x
+S is lower triangular with a positive diagonal, S = L, or the diagonal of σ = exp(log σ). Its entries are (D * D, TILE)
+or (D, TILE), and `tri` says which: of row i those from column `first` to i, each at `entry`. Arrays of the shape of the
+scale are filled alike, the gradient in S among them; `to_parameter` makes it that in log σ.
+Samples are columns, those of the rows of a tile (`lanes`) one after another: sample g of row b is column g * lanes + b.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import math
 
-from numba.extending import overload
-
-from .lanes import HELPER, INLINED
+from .precision import add_outer_sum, apply, diagonal, sum_of_products
+from .rows import helper, inlined, load
 
 
-class DiagonalKind(NamedTuple):
-    dim: int
+@inlined
+def first(tri, i):
+    return 0 if tri else i
 
 
-class TriangularKind(NamedTuple):
-    dim: int
+@inlined
+def entry(tri, dim, i, j):
+    return i * dim + j if tri else i
 
 
-class DiagonalScale(NamedTuple):
-    """Pointers: log σ, σ, 1/σ, each dim."""
-
-    dim: int
-    log_std: Any
-    std: Any
-    inverse_std: Any
-
-
-class TriangularScale(NamedTuple):
-    """Pointers: L by rows, dim * dim; 1 / L_jj, dim; scratch, 2 dim."""
-
-    dim: int
-    tril: Any
-    inverse_diag: Any
-    work: Any
-
-
-def scale_size(kind: DiagonalKind | TriangularKind) -> int:
-    """Numbers in the parameter of S."""
-    return kind.dim if isinstance(kind, DiagonalKind) else kind.dim**2
-
-
-_BODIES: dict[Any, dict[type, Callable[..., Any]]] = {}
+@helper
+def load_scale(tri, parameter, begin, lanes, dim, scale, log_det):
+    """Fills in S and log det S. Returns whether a row may have to be refused; above the diagonal nothing is used."""
+    refused = False
+    load(parameter, begin, lanes, scale, 0)
+    for b in range(lanes):
+        log_det[b] = 0.0
+    for i in range(dim):
+        at = entry(tri, dim, i, i)
+        for b in range(lanes):
+            if not tri:
+                log_det[b] += scale[at, b]
+                scale[at, b] = math.exp(scale[at, b])
+            else:
+                refused |= not scale[at, b] > 0.0
+                log_det[b] += math.log(scale[at, b])
+        if tri:
+            for j in range(i + 1, dim):
+                for b in range(lanes):
+                    refused |= scale[entry(tri, dim, i, j), b] != 0.0
+    return refused
 
 
-def _by_scale(function: Callable[..., Any], inline: bool = True) -> Callable[..., Any]:
-    """A function whose body depends on the type of its first argument."""
-    bodies = _BODIES[function] = {}
-
-    @overload(function, strict=False, jit_options=INLINED if inline else HELPER)
-    def choose(*arguments):
-        return bodies[arguments[0].instance_class]
-
-    return function
-
-
-def implements(function: Callable[..., Any], kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declares the body of `function` for scales of this type."""
-
-    def add(body: Callable[..., Any]) -> Callable[..., Any]:
-        _BODIES[function][kind] = body
-        return body
-
-    return add
+@helper
+def stretch(tri, lanes, count, scale, base, eps, y):
+    """y = base + S eps, of `count` samples."""
+    dim = len(base)
+    for i in range(dim):
+        for g in range(count):
+            at = g * lanes
+            for b in range(lanes):
+                y[i, at + b] = base[i, b]
+            for j in range(first(tri, i), i + 1):
+                k = entry(tri, dim, i, j)
+                for b in range(lanes):
+                    y[i, at + b] += scale[k, b] * eps[j, at + b]
 
 
-@_by_scale
-def suspicious(kind, parameter):
-    raise NotImplementedError
+@helper
+def whiten(tri, lanes, count, scale, x):
+    """x <- S⁻¹ x, of `count` samples."""
+    dim = len(x)
+    for i in range(dim):
+        for g in range(count):
+            at = g * lanes
+            for j in range(first(tri, i), i):
+                k = entry(tri, dim, i, j)
+                for b in range(lanes):
+                    x[i, at + b] -= scale[k, b] * x[j, at + b]
+            k = entry(tri, dim, i, i)
+            for b in range(lanes):
+                x[i, at + b] /= scale[k, b]
 
 
-@_by_scale
-def prepared(kind, parameter, scratch, whitens):
-    raise NotImplementedError
+@helper
+def whiten_transposed(tri, lanes, scale, x):
+    """x <- S⁻ᵀ x: of z, the derivative of log p in the mean."""
+    dim = len(x)
+    for i in range(dim - 1, -1, -1):
+        for k in range(i + 1, dim if tri else 0):
+            for b in range(lanes):
+                x[i, b] -= scale[k * dim + i, b] * x[k, b]
+        at = entry(tri, dim, i, i)
+        for b in range(lanes):
+            x[i, b] /= scale[at, b]
 
 
-@_by_scale
-def log_determinant(scale):
-    raise NotImplementedError
+@helper
+def add_samples(lanes, count, f, x, out):
+    """Adds Σ f x over the samples of each row."""
+    for i in range(len(out)):
+        for g in range(count):
+            at = g * lanes
+            for b in range(lanes):
+                out[i, b] += f[at + b] * x[i, at + b]
 
 
-@_by_scale
-def stretch(scale, base, eps, y):
-    raise NotImplementedError
+@helper
+def add_outer(tri, lanes, count, dim, f, x, y, out):
+    """Adds Σ f x yᵀ over the samples of each row to an array of the shape of the scale."""
+    for i in range(dim):
+        for j in range(first(tri, i), i + 1):
+            k = entry(tri, dim, i, j)
+            for g in range(count):
+                at = g * lanes
+                for b in range(lanes):
+                    out[k, b] += f[at + b] * x[i, at + b] * y[j, at + b]
 
 
-@_by_scale
-def whiten(scale, residual, z):
-    raise NotImplementedError
+@helper
+def to_parameter(tri, lanes, scale, x):
+    """The gradient in S becomes that in log σ, or stays that in L."""
+    if not tri:
+        for i in range(len(scale)):
+            for b in range(lanes):
+                x[i, b] *= scale[i, b]
 
 
-@_by_scale
-def whiten_noise(scale, mean, eps, z):
-    raise NotImplementedError
+@helper
+def add_log_det(tri, lanes, dim, scale, f, out):
+    """Adds f times the derivative of log det S."""
+    for i in range(dim):
+        at = entry(tri, dim, i, i)
+        for b in range(lanes):
+            out[at, b] += f[b] / scale[at, b]
 
 
-@_by_scale
-def add_score(scale, f, z, need_mean, mean, need_scale, to_scale):
-    raise NotImplementedError
+@helper
+def score(tri, lanes, scale, total, first_moment, need_scale, second):
+    """What Σ f ∂log p/∂(μ, S) is, in the place of Σ f z and Σ f z zᵀ; total = Σ f.
+
+    ∂log p/∂μ = a and ∂log p/∂S = a zᵀ - diag(1 / S_jj), with Sᵀ a = z.
+    """
+    dim = len(first_moment)
+    whiten_transposed(tri, lanes, scale, first_moment)
+    if not need_scale:
+        return
+    for i in range(dim - 1, -1, -1):
+        for j in range(first(tri, i), i + 1):
+            at = entry(tri, dim, i, j)
+            for k in range(i + 1, dim if tri else 0):
+                for b in range(lanes):
+                    second[at, b] -= scale[k * dim + i, b] * second[k * dim + j, b]
+            for b in range(lanes):
+                second[at, b] /= scale[entry(tri, dim, i, i), b]
+    for b in range(lanes):
+        total[b] = -total[b]
+    add_log_det(tri, lanes, dim, scale, total, second)
 
 
-@_by_scale
-def add_path(scale, slope, eps, to_scale):
-    raise NotImplementedError
-
-
-@_by_scale
-def add_entropy(scale, f, to_scale):
-    raise NotImplementedError
-
-
-@_by_scale
-def trace(scale, u, weight, need_scale, to_scale, need_precision, to_precision):
-    raise NotImplementedError
-
-
-@_by_scale
-def reward_variance(scale, u, x):
-    raise NotImplementedError
+@helper
+def trace(tri, lanes, scale, u, weight, total, to_scale, need_u, to_u, column, other):
+    """Adds tr(U S Sᵀ), and weight times its gradients in S and in U: Σ_j s_jᵀ U s_j over the columns of S."""
+    dim = len(column)
+    for j in range(dim):
+        if tri:
+            for i in range(dim):
+                for b in range(lanes):
+                    column[i, b] = scale[i * dim + j, b] if i >= j else 0.0
+            apply(lanes, u, column, other)
+            if need_u:
+                add_outer_sum(lanes, weight, column, to_u)
+        else:
+            for b in range(lanes):
+                column[j, b], other[j, b] = scale[j, b], scale[j, b] * diagonal(u, j)
+            if need_u:
+                spread = sum_of_products(lanes, weight, scale, j, j)
+                if u.ndim == 1:
+                    to_u[j] += spread
+                else:
+                    to_u[j, j] += spread
+        for i in range(j, dim if tri else j + 1):
+            for b in range(lanes):
+                total[b] += column[i, b] * other[i, b]
+                to_scale[entry(tri, dim, i, j), b] += 2.0 * weight[b] * other[i, b]

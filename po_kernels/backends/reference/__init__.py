@@ -107,7 +107,7 @@ def _gradients(
             value, wanted, cotangent, create_graph=create_graph, retain_graph=True, materialize_grads=True
         )
     )
-    return [next(found) if needed else None for needed in needs]
+    return [next(found).contiguous() if needed else None for needed in needs]
 
 
 KERNELS: dict[str, Kernel] = {op: _kernel(op) for op in DEFINITIONS}

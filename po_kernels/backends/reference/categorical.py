@@ -36,13 +36,15 @@ def entropy(logits: Tensor) -> Tensor:
 def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
     (logits, reward_table), target = inputs, constants.target
     target_log_prob = log_prob(logits, target).detach()
-    column = reward_table.t()[target]  # (B, C): the reward of each class given the row's label
+    # (B, C): the reward of each class given the row's label. In float64, in which autograd then adds up the rows.
+    column = reward_table.t().double()[target].to(reward_table.dtype)
     h = entropy(logits)
     if config.estimator == "exact":
         rewards = transform_rewards(column, config.rbf_gamma)
         p = torch.softmax(logits, dim=-1)
         mean = (p * rewards).sum(dim=-1)
-        std = (p * (rewards - mean.unsqueeze(-1)).square()).sum(dim=-1).detach().sqrt()
+        deviations = (rewards - mean.unsqueeze(-1)).detach().double()  # whose squares vanish in float32
+        std = (p.detach() * deviations.square()).sum(dim=-1).sqrt().to(p.dtype)
         return RowLoss(-(mean + config.entropy_coef * h), mean.detach(), std, h.detach(), target_log_prob, std)
     samples = sample(logits, constants.seed, config)
     return sampled_loss(

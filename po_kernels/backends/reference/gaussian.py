@@ -21,7 +21,10 @@ def sample(mean: Tensor, log_std: Tensor, seed: Tensor, config: OpConfig) -> Ten
 
 def log_prob(mean: Tensor, log_std: Tensor, value: Tensor) -> Tensor:
     """Joint log-density, (..., B, D) -> (..., B)."""
-    whitened = (value - mean) * torch.exp(-log_std)
+    # 1 / σ of a subnormal σ would be inf: a power of two goes with the residual.
+    lifted = log_std.detach() < (-80.0 if log_std.dtype == torch.float32 else -700.0)
+    lift = torch.where(lifted, 2.0**64, 1.0).to(log_std.dtype)
+    whitened = (value - mean) * lift * torch.exp(-torch.where(lifted, log_std + 64.0 * math.log(2.0), log_std))
     return (-0.5 * whitened.square() - log_std - 0.5 * LOG_2PI).sum(dim=-1)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..advantages import ADVANTAGES
+from ..advantages import ADVANTAGES, group_std
 from ..contract import OpConfig
 
 
@@ -22,15 +22,6 @@ class RowLoss(NamedTuple):
 
 def transform_rewards(rewards: Tensor, rbf_gamma: float | None) -> Tensor:
     return rewards if rbf_gamma is None else torch.exp(rbf_gamma * rewards)
-
-
-def group_std(values: Tensor) -> Tensor:
-    """Standard deviation over the leading axis with G in the denominator."""
-    shifted = values - values[:1]
-    deviations = shifted - shifted.mean(dim=0)
-    largest = deviations.abs().amax(dim=0)
-    unit = torch.where(largest != 0, largest, 1.0)
-    return (deviations / unit).square().mean(dim=0).sqrt() * unit
 
 
 def sampled_loss(

@@ -80,6 +80,11 @@ def uniform(bits: Tensor) -> Tensor:
     return ((bits >> 8).double() + 0.5) * 2.0**-24
 
 
+def uniform53(first: Tensor, second: Tensor) -> Tensor:
+    """((first >> 5) * 2**26 + (second >> 6)) * 2**-53, in float64: in [0, 1), exact."""
+    return ((first >> 5) << 26 | second >> 6).double() * 2.0**-53
+
+
 def normal(seed: Tensor, num_samples: int, num_rows: int, dim: int, row_offset: int, like: Tensor) -> Tensor:
     """Standard normals by Box-Muller, shape (num_samples, num_rows, dim), dtype and device of `like`.
 
@@ -96,17 +101,19 @@ def normal(seed: Tensor, num_samples: int, num_rows: int, dim: int, row_offset: 
 def categorical(logits: Tensor, seed: Tensor, num_samples: int, row_offset: int) -> Tensor:
     """Labels by inversion of the distribution function, shape (num_samples, num_rows), int64.
 
-    The thresholds are 24-bit integers computed in float64 and compared with the 24 random bits of
-    the first word of block 0, so that every backend and dtype draws the same labels.
+    A label is the number of classes whose distribution function, in float64, is not above a uniform of 53 bits, made of
+    the first two words of block 0: 24 bits could not reach the rare classes of a vocabulary. Backends differ in how
+    they round that function, and so draw another label once in some 10**12.
 
     Args:
         logits: (num_rows, num_classes); -inf masks a class.
     """
     weights = torch.softmax(logits.detach().double(), dim=-1)
-    thresholds = torch.ceil(torch.cumsum(weights, dim=-1) * 2.0**24 - 0.5)
-    # From the last class with mass on, nothing may exceed the threshold.
+    distribution = torch.cumsum(weights, dim=-1)
+    # From the last class with mass on, it is beyond every uniform.
     index = torch.arange(logits.shape[-1], device=logits.device)
     last = torch.where(weights > 0, index, -1).amax(dim=-1, keepdim=True)
-    thresholds = torch.where(index >= last, 2.0**24, thresholds).long()
+    distribution = torch.where(index >= last, 2.0, distribution)
     bits = random_bits(seed, num_samples, logits.shape[0], 1, row_offset, logits.device)
-    return torch.searchsorted(thresholds, (bits[..., 0, 0] >> 8).t().contiguous(), right=True).t().contiguous()
+    u = uniform53(bits[..., 0, 0], bits[..., 0, 1])
+    return torch.searchsorted(distribution, u.t().contiguous(), right=True).t().contiguous()

@@ -1,17 +1,20 @@
 """Rows of categorical policies, in Triton.
 
-A program takes blocks of BLOCK_B rows, one after the other, as tiles (1, BLOCK_B, BLOCK_C) of all classes; groups of
-samples are (1, BLOCK_B, BLOCK_G), and what a row has one of, (1, BLOCK_B, 1).
+A program takes blocks of BLOCK_B rows, one after the other, as tiles (1, BLOCK_B, BLOCK_D) of all classes; groups of
+samples are (1, BLOCK_B, BLOCK_G), and what a row has one of, (1, BLOCK_B, 1). logits are (rows, classes), rewards and
+labels (count, rows), the latter and gradients contiguous.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from . import launch, tally
 from .group import finish_group, transformed
 from .lanes import (
     accumulate,
     add,
-    constant,
     exp,
     inverse,
     load,
@@ -27,14 +30,17 @@ from .lanes import (
     times,
     total,
     value,
+    zeros,
 )
+from .launch import Call
 from .philox import words
-from .tally import HEAD, no_stats, report, report_stats, row_weight, store_tally
+
+_LABELS_AT_ONCE = 256  # of a row
 
 
 @triton.jit
 def softmax(logits, c, classes):
-    """p, log p, both (1, B, BLOCK_C), the entropy and the log of the normaliser, both (1, B, 1).
+    """p, log p, both (1, B, BLOCK_D), the entropy and the log of the normaliser, both (1, B, 1).
 
     Where masked, p is 0 and log p any finite number.
     """
@@ -54,53 +60,51 @@ def is_label(label, classes):
 
 
 @triton.jit
-def load_of(pointer, tangent, offsets, label, inside, classes, DUAL: tl.constexpr, T: tl.constexpr):
+def load_of(x, offsets, label, inside, classes, K: tl.constexpr):
     """Reads what belongs to a label, zero where not `inside`.
 
     Values in memory of a device are not checked: one that is no label reads nothing, and makes its row nan.
     """
-    x = load(pointer, tangent, offsets, inside & is_label(label, classes), float("nan"), DUAL, T)
-    return masked(inside, x)
+    return masked(inside, load(x, offsets, inside & is_label(label, classes), float("nan"), K))
 
 
 @triton.jit
-def log_prob_of(logits, logits_t, offset, label, log_normaliser, inside, classes, DUAL: tl.constexpr, T: tl.constexpr):
+def log_prob_of(logits, offset, label, log_normaliser, inside, classes, K: tl.constexpr):
     """log p of labels (1, B, G) of the rows that begin at `offset`; -inf, with no derivative, where masked."""
-    x = load_of(logits, logits_t, offset + label, label, inside, classes, DUAL, T)
+    x = load_of(logits, offset + label, label, inside, classes, K)
     seen = value(x) != float("-inf")
-    return plus(masked(seen, sub(x, log_normaliser)), tl.where(seen, 0.0, float("-inf")).to(T))
+    return plus(masked(seen, sub(x, log_normaliser)), tl.where(seen, 0.0, float("-inf")).to(K.T))
 
 
 @triton.jit
-def first_words(seed, g, row):
-    """24 random bits for each sample (1, B, G) of g (1, 1, G) and row (1, B, 1)."""
-    word, _, _, _ = words(seed, tl.zeros_like(g).to(tl.uint32), g.to(tl.uint32), row)
-    return word >> 8
+def uniforms(seed, g, row):
+    """Uniform numbers of 53 bits for each sample (1, B, G) of g (1, 1, G) and row (1, B, 1)."""
+    x0, x1, _, _ = words(seed, tl.zeros_like(g).to(tl.uint32), g.to(tl.uint32), row)
+    return (((x0 >> 5).to(tl.int64) << 26) | (x1 >> 6).to(tl.int64)).to(tl.float64) * 1.1102230246251565e-16  # 2^-53
 
 
 @triton.jit
-def draw(logits, c, word, classes):
-    """Labels (1, B, G) from words of 24 bits, by inversion: the thresholds are integers, computed in float64."""
+def draw(logits, c, u, classes):
+    """Labels (1, B, G) from uniform numbers: the classes whose distribution function, in float64, is not above them."""
     x = tl.where(c < classes, logits.to(tl.float64), float("-inf"))
     top = tl.max(x, axis=2, keep_dims=True)
     weight = tl.where(x == float("-inf"), 0, tl.exp(x - top))
     last = tl.max(tl.where(weight > 0, c, 0), axis=2, keep_dims=True)
-    scale = 16777216.0 / tl.sum(weight, axis=2, keep_dims=True)
+    scale = 1.0 / tl.sum(weight, axis=2, keep_dims=True)
     cumulative = tl.zeros_like(top)
-    label = tl.zeros_like(word).to(tl.int32)
+    label = tl.zeros_like(u).to(tl.int32)
     for i in range(0, classes):
         cumulative += tl.sum(tl.where(c == i, weight, 0), axis=2, keep_dims=True)
-        # No word may pass the last class that has mass.
-        threshold = tl.where(i >= last, 16777216.0, tl.ceil(cumulative * scale - 0.5))
-        label += (word.to(tl.float64) >= threshold).to(tl.int32)
+        # No number may pass the last class that has mass.
+        label += (u >= tl.where(i >= last, 2.0, cumulative * scale)).to(tl.int32)
     return label
 
 
 @triton.jit
-def scattered(label, x, c, count, DUAL: tl.constexpr):
-    """Σ_g x_g [label_g = c], (1, B, BLOCK_C), in the order of the samples; label and x (1, B, G)."""
-    g = tl.arange(0, value(x).shape[2])[None, None, :]
-    result = constant(tl.zeros((1, value(x).shape[1], c.shape[2]), value(x).dtype), DUAL)
+def scattered(label, x, c, count, K: tl.constexpr):
+    """Σ_g x_g [label_g = c], (1, B, BLOCK_D), in the order of the samples; label and x (1, B, G)."""
+    g = tl.arange(0, K.BLOCK_G)[None, None, :]
+    result = zeros((1, K.BLOCK_B, K.BLOCK_D), K)
     for i in range(0, count):
         chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
         result = add(result, masked(c == chosen, total(masked(g == i, x), 2)))
@@ -108,18 +112,18 @@ def scattered(label, x, c, count, DUAL: tl.constexpr):
 
 
 @triton.jit
-def no_table(IN_REGISTERS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr):
-    SIZE: tl.constexpr = BLOCK_C if IN_REGISTERS else 1
-    return tl.zeros((SIZE, SIZE), T)
+def no_table(K: tl.constexpr):
+    SIZE: tl.constexpr = K.BLOCK_D if K.IN_REGISTERS else 1
+    return tl.zeros((SIZE, SIZE), K.T)
 
 
 @triton.jit
-def add_to_table(sums, to, x, label, inside, c, classes, IN_REGISTERS: tl.constexpr):
-    """Adds x_b (1, B, BLOCK_C) to row label_b of a table, which is the sum of `sums` and what is in memory."""
+def add_to_table(sums, to, x, label, inside, c, classes, K: tl.constexpr):
+    """Adds x_b (1, B, BLOCK_D) to row label_b of a table, which is the sum of `sums` and what is in memory."""
     known = inside & is_label(label, classes)
     x = tl.where(known, x, 0)
     label = label.to(tl.int32)
-    if IN_REGISTERS:
+    if K.IN_REGISTERS:
         # What is not finite would be in all rows of a product.
         if tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1)) == 0:
             sums = add_by_label(sums, label, x, c)
@@ -151,198 +155,218 @@ def add_in_memory(to, x, label, known, c, classes):
 
 
 @triton.jit
-def store_table(sums, to, classes, IN_REGISTERS: tl.constexpr, BLOCK_C: tl.constexpr):
-    if IN_REGISTERS:
-        each = tl.arange(0, BLOCK_C)
+def store_table(sums, to, classes, K: tl.constexpr):
+    if K.IN_REGISTERS:
+        each = tl.arange(0, K.BLOCK_D)
         inside = (each[:, None] < classes) & (each[None, :] < classes)
         accumulate(to, each[:, None] * classes + each[None, :], inside, sums)
 
 
 @triton.jit
 def score_loss(
-    label, rewards, density, p, log_p, entropy, weight, coef, gamma, c, count, inside, to_logits,
-    ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, WANT_STATS: tl.constexpr, NEED_LOGITS: tl.constexpr,
-    DUAL: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+    label, rewards, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K: tl.constexpr
+):
     """The score-function surrogate of labels (1, B, G), their rewards and log p; stores the gradient in the logits.
 
     Returns:
-        the surrogate; mean reward, standard deviations of rewards and advantages; the rewards' gradient (1, B, G).
+        the surrogate; moments as of `finish_group`; the gradient in the rewards, (1, B, G).
     """
-    size = number(count, T)
-    objective, reward_mean, reward_std, advantage_std, factor, pull = finish_group(
-        rewards, output(density, DUAL), gamma, size, True, ADVANTAGE, HAS_RBF, WANT_STATS, DUAL
-    )
+    size = number(count, K)
+    objective, moments, factor, pull = finish_group(rewards, output(density, K), options.gamma, size, K)
     share = negative(times(weight, 1.0 / size))
-    if NEED_LOGITS:
+    if K.NEED_LOGITS:
         f = mul(factor, share)
-        slope = sub(scattered(label, f, c, count, DUAL), mul(p, total(f, 2)))
-        slope = add(slope, times(mul(weight, mul(p, add(log_p, entropy))), coef))
-        tl.store(to_logits, output(slope, DUAL), inside)
-    return objective, reward_mean, reward_std, advantage_std, mul(pull, share)
+        slope = sub(scattered(label, f, c, count, K), mul(p, total(f, 2)))
+        slope = add(slope, times(mul(weight, mul(p, add(log_p, entropy))), options.coef))
+        tl.store(to.logits + row * classes + c, output(slope, K), inside & (c < classes))
+    return objective, moments, mul(pull, share)
 
 
-@triton.jit(do_not_specialize=["cotangent_stride", "partial_stride", "rows", "blocks", "row_offset"])
+@triton.jit(do_not_specialize=["rows", "blocks", "row_offset"])
 def policy_loss(
-    logits, logits_t, logits_stride: tl.int64, table, table_t, target,
-    cotangent, cotangent_t, cotangent_stride: tl.int64, seed,
-    losses, stats, to_logits, partial, partial_stride: tl.int64,
-    rows: tl.int64, blocks: tl.int64, row_offset: tl.int64, classes, count,
-    entropy_coef: tl.float64, rbf_gamma: tl.float64, loss_unit: tl.float64, stats_unit: tl.float64,
-    CLOSED_FORM: tl.constexpr, ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, HAS_COTANGENT: tl.constexpr,
-    REDUCED: tl.constexpr, WANT_STATS: tl.constexpr, NEED_LOGITS: tl.constexpr, NEED_TABLE: tl.constexpr,
-    DUAL: tl.constexpr, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits, logits_stride: tl.int64, table, target, cotangent, seed, to, out,
+    rows: tl.int64, blocks: tl.int64, row_offset: tl.int64,
+    classes, count, entropy_coef: tl.float64, rbf_gamma: tl.float64, share: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
-    """logits (rows, classes); table (classes, classes), by label first; target (rows,); gradients contiguous."""
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
-    partial += tl.program_id(0).to(tl.int64) * partial_stride
-    IN_REGISTERS: tl.constexpr = NEED_TABLE and tl.float32 == T and BLOCK_B >= 16 and BLOCK_C >= 16 and BLOCK_C <= 64
-    table_sum = no_table(IN_REGISTERS, BLOCK_C, T)
-    loss_sum = tl.zeros((1, BLOCK_B, 1), T)
-    stats_sum = no_stats(BLOCK_B, T)
+    """table (classes, classes), by label first; target (rows,)."""
+    c = tl.arange(0, K.BLOCK_D)[None, None, :]
+    options = tally.read_options(entropy_coef, rbf_gamma, share, K)
+    to_table = tally.own_part(out) + tally.HEAD
+    table_sum = no_table(K)
+    reported = tally.no_sums(K)
     for block in tl.range(0, blocks, num_stages=1):
-        row = (tl.program_id(0).to(tl.int64) * blocks + block) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
+        row = tally.rows_of_block(block, blocks, K)
         inside = row < rows
         here = inside & (c < classes)
-        x = load(logits, logits_t, row * logits_stride + c, here, 0, DUAL, T)
+        x = load(logits, row * logits_stride + c, here, 0, K)
         y = tl.load(target + row, inside, 0)
-        weight = row_weight(cotangent, cotangent_t, cotangent_stride, row, inside, unit, HAS_COTANGENT, DUAL, T)
+        weight = tally.row_weight(cotangent, row, inside, options, K)
         p, log_p, entropy, log_normaliser = softmax(x, c, classes)
-        if CLOSED_FORM:
-            column = load_of(table, table_t, y * classes + c, y, here, classes, DUAL, T)
-            reward = transformed(column, gamma, HAS_RBF)
+        if K.CLOSED_FORM:
+            reward = transformed(load_of(table, y * classes + c, y, here, classes, K), options.gamma, K)
             objective = total(mul(p, reward), 2)
             deviation = sub(reward, objective)
-            if NEED_LOGITS:
-                slope = sub(mul(p, deviation), times(mul(p, add(log_p, entropy)), coef))
-                tl.store(to_logits + row * classes + c, output(negative(mul(weight, slope)), DUAL), here)
-            if NEED_TABLE:
+            if K.NEED_LOGITS:
+                slope = sub(mul(p, deviation), times(mul(p, add(log_p, entropy)), options.coef))
+                tl.store(to.logits + row * classes + c, output(negative(mul(weight, slope)), K), here)
+            if K.NEED_REWARD_TABLE:
                 by_class = negative(mul(weight, p))
-                if HAS_RBF:
-                    by_class = mul(by_class, times(reward, gamma))
-            if WANT_STATS:
-                reward_mean = objective
-                reward_std = tl.sqrt(total(p * deviation * deviation, 2))
-                advantage_std = reward_std
+                if K.HAS_RBF:
+                    by_class = mul(by_class, times(reward, options.gamma))
+            std = tl.zeros((1, K.BLOCK_B, 1), K.T)
+            if K.WANT_STATS:
+                std = tl.sqrt(total(p * deviation * deviation, 2))
+            moments = value(objective), std, std
         else:
-            g = tl.arange(0, BLOCK_G)[None, None, :]
-            label = draw(value(x), c, first_words(tl.load(seed), g, row + row_offset), classes)
+            g = tl.arange(0, K.BLOCK_G)[None, None, :]
+            label = draw(value(x), c, uniforms(tl.load(seed), g, row + row_offset), classes)
             there = inside & (g < count)
-            given = load_of(table, table_t, y * classes + label, y, there, classes, DUAL, T)
-            density = log_prob_of(logits, logits_t, row * logits_stride, label, log_normaliser, there, classes, DUAL, T)
-            objective, reward_mean, reward_std, advantage_std, to_rewards = score_loss(
-                label, given, density, p, log_p, entropy, weight, coef, gamma, c, count, here,
-                to_logits + row * classes + c if NEED_LOGITS else None,
-                ADVANTAGE, HAS_RBF, WANT_STATS, NEED_LOGITS, DUAL, T,
-            )  # fmt: skip
-            if NEED_TABLE:
-                by_class = scattered(label, to_rewards, c, count, DUAL)
-        if NEED_TABLE:
-            table_sum = add_to_table(
-                table_sum, partial + HEAD, output(by_class, DUAL), y, inside, c, classes, IN_REGISTERS
+            given = load_of(table, y * classes + label, y, there, classes, K)
+            density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
+            objective, moments, to_rewards = score_loss(
+                label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
             )
-        if WANT_STATS:
-            log_prob = log_prob_of(logits, logits_t, row * logits_stride, y, log_normaliser, inside, classes, DUAL, T)
-            stats_sum = report_stats(
-                reward_mean, reward_std, entropy, log_prob, advantage_std,
-                stats_sum, stats, row, rows, inside, number(stats_unit, T), REDUCED,
-            )  # fmt: skip
-        loss = output(negative(add(objective, times(entropy, coef))), DUAL)
-        loss_sum = report(loss, loss_sum, losses, row, inside, unit, REDUCED)
-    store_tally(loss_sum, stats_sum, partial)
-    if NEED_TABLE:
-        store_table(table_sum, partial + HEAD, classes, IN_REGISTERS, BLOCK_C)
+            if K.NEED_REWARD_TABLE:
+                by_class = scattered(label, to_rewards, c, count, K)
+        if K.NEED_REWARD_TABLE:
+            table_sum = add_to_table(table_sum, to_table, output(by_class, K), y, inside, c, classes, K)
+        log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
+        if K.WANT_STATS:
+            log_prob = log_prob_of(logits, row * logits_stride, y, log_normaliser, inside, classes, K)
+        reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
+    tally.store(reported, out)
+    if K.NEED_REWARD_TABLE:
+        store_table(table_sum, to_table, classes, K)
 
 
-@triton.jit(
-    do_not_specialize=["rewards_stride_g", "rewards_stride", "cotangent_stride", "partial_stride", "rows", "blocks"]
-)
+@triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "rows", "blocks"])
 def surrogate_loss(
-    logits, logits_t, logits_stride: tl.int64,
-    rewards, rewards_t, rewards_stride_g: tl.int64, rewards_stride: tl.int64, samples,
-    cotangent, cotangent_t, cotangent_stride: tl.int64,
-    losses, stats, to_logits, to_rewards, partial, partial_stride: tl.int64,
-    rows: tl.int64, blocks: tl.int64, classes, count,
-    entropy_coef: tl.float64, rbf_gamma: tl.float64, loss_unit: tl.float64, stats_unit: tl.float64,
-    ADVANTAGE: tl.constexpr, HAS_RBF: tl.constexpr, HAS_COTANGENT: tl.constexpr,
-    REDUCED: tl.constexpr, WANT_STATS: tl.constexpr, NEED_LOGITS: tl.constexpr, NEED_REWARDS: tl.constexpr,
-    DUAL: tl.constexpr, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits, logits_stride: tl.int64, rewards, rewards_stride_g: tl.int64, rewards_stride: tl.int64, samples,
+    cotangent, to, out,
+    rows: tl.int64, blocks: tl.int64, classes, count, entropy_coef: tl.float64, rbf_gamma: tl.float64,
+    share: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
-    """As `policy_loss`; rewards and samples (count, rows), the latter contiguous."""
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    g = tl.arange(0, BLOCK_G)[None, None, :].to(tl.int64)
-    coef, gamma, unit = number(entropy_coef, T), number(rbf_gamma, T), number(loss_unit, T)
-    partial += tl.program_id(0).to(tl.int64) * partial_stride
-    loss_sum = tl.zeros((1, BLOCK_B, 1), T)
-    stats_sum = no_stats(BLOCK_B, T)
+    """As `policy_loss`, for samples and rewards that are given."""
+    c = tl.arange(0, K.BLOCK_D)[None, None, :]
+    g = tl.arange(0, K.BLOCK_G)[None, None, :].to(tl.int64)
+    options = tally.read_options(entropy_coef, rbf_gamma, share, K)
+    reported = tally.no_sums(K)
     for block in range(0, blocks):
-        row = (tl.program_id(0).to(tl.int64) * blocks + block) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
+        row = tally.rows_of_block(block, blocks, K)
         inside = row < rows
-        here = inside & (c < classes)
         there = inside & (g < count)
-        x = load(logits, logits_t, row * logits_stride + c, here, 0, DUAL, T)
-        weight = row_weight(cotangent, cotangent_t, cotangent_stride, row, inside, unit, HAS_COTANGENT, DUAL, T)
+        x = load(logits, row * logits_stride + c, inside & (c < classes), 0, K)
+        weight = tally.row_weight(cotangent, row, inside, options, K)
         p, log_p, entropy, log_normaliser = softmax(x, c, classes)
         label = tl.load(samples + g * rows + row, there, 0)
-        given = load(rewards, rewards_t, g * rewards_stride_g + row * rewards_stride, there, 0, DUAL, T)
-        density = log_prob_of(logits, logits_t, row * logits_stride, label, log_normaliser, there, classes, DUAL, T)
-        objective, reward_mean, reward_std, advantage_std, for_rewards = score_loss(
-            label, given, density, p, log_p, entropy, weight, coef, gamma, c, count, here,
-            to_logits + row * classes + c if NEED_LOGITS else None,
-            ADVANTAGE, HAS_RBF, WANT_STATS, NEED_LOGITS, DUAL, T,
-        )  # fmt: skip
-        if NEED_REWARDS:
-            tl.store(to_rewards + g * rows + row, output(for_rewards, DUAL), there)
-        if WANT_STATS:
-            log_prob = total(tl.where(there, density, 0), 2) * (1.0 / number(count, T))
-            stats_sum = report_stats(
-                reward_mean, reward_std, entropy, log_prob, advantage_std,
-                stats_sum, stats, row, rows, inside, number(stats_unit, T), REDUCED,
-            )  # fmt: skip
-        loss = output(negative(add(objective, times(entropy, coef))), DUAL)
-        loss_sum = report(loss, loss_sum, losses, row, inside, unit, REDUCED)
-    store_tally(loss_sum, stats_sum, partial)
+        given = load(rewards, g * rewards_stride_g + row * rewards_stride, there, 0, K)
+        density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
+        objective, moments, to_rewards = score_loss(
+            label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
+        )
+        if K.NEED_REWARDS:
+            tl.store(to.rewards + g * rows + row, output(to_rewards, K), there)
+        log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
+        if K.WANT_STATS:
+            log_prob = total(tl.where(there, density, 0), 2) * (1.0 / number(count, K))
+        reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
+    tally.store(reported, out)
 
 
 @triton.jit(do_not_specialize=["rows", "chunks", "count"])
 def log_prob(
-    logits, logits_t, logits_stride: tl.int64, at, cotangent, cotangent_t, out, to_logits,
-    rows: tl.int64, chunks: tl.int64, classes, count: tl.int64,
-    HAS_COTANGENT: tl.constexpr, NEED_LOGITS: tl.constexpr,
-    DUAL: tl.constexpr, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    logits, logits_stride: tl.int64, at, cotangent, out, to, rows: tl.int64, chunks: tl.int64, classes, count: tl.int64,
+    K: tl.constexpr,
 ):  # fmt: skip
-    """log p of labels (count, rows) and, with a cotangent so, the gradient; `chunks` of BLOCK_G a program."""
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
+    """log p of labels and, with a cotangent (count, rows), the gradient; `chunks` of BLOCK_G a program."""
+    c = tl.arange(0, K.BLOCK_D)[None, None, :]
+    row = tally.rows_of_block(0, 1, K)
     inside = row < rows
-    x = load(logits, logits_t, row * logits_stride + c, inside & (c < classes), 0, DUAL, T)
+    x = load(logits, row * logits_stride + c, inside & (c < classes), 0, K)
     p, _, _, log_normaliser = softmax(x, c, classes)
-    sums = tl.zeros((1, BLOCK_B, BLOCK_C), T)
+    sums = tl.zeros((1, K.BLOCK_B, K.BLOCK_D), K.T)
     for chunk in range(0, chunks):
-        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, :]
+        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         there = inside & (g < count)
         label = tl.load(at + g * rows + row, there, 0)
-        found = log_prob_of(logits, logits_t, row * logits_stride, label, log_normaliser, there, classes, DUAL, T)
-        tl.store(out + g * rows + row, output(found, DUAL), there)
-        if HAS_COTANGENT and NEED_LOGITS:
-            f = load(cotangent, cotangent_t, g * rows + row, there, 0, DUAL, T)
-            sums += output(sub(scattered(label, f, c, BLOCK_G, DUAL), mul(p, total(f, 2))), DUAL)
-    if HAS_COTANGENT and NEED_LOGITS:
-        tl.store(to_logits + row * classes + c, sums, inside & (c < classes))
+        found = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
+        tl.store(out + g * rows + row, output(found, K), there)
+        if K.HAS_COTANGENT and K.NEED_LOGITS:
+            f = load(cotangent, g * rows + row, there, 0, K)
+            sums += output(sub(scattered(label, f, c, K.BLOCK_G, K), mul(p, total(f, 2))), K)
+    if K.HAS_COTANGENT and K.NEED_LOGITS:
+        tl.store(to.logits + row * classes + c, sums, inside & (c < classes))
 
 
 @triton.jit(do_not_specialize=["rows", "row_offset", "count"])
 def sample(
     logits, logits_stride: tl.int64, seed, out, rows: tl.int64, row_offset: tl.int64, chunks: tl.int64, classes,
-    count: tl.int64, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_C: tl.constexpr,
+    count: tl.int64, K: tl.constexpr,
 ):  # fmt: skip
     """Labels (count, rows), int64; `chunks` of BLOCK_G a program."""
-    c = tl.arange(0, BLOCK_C)[None, None, :]
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)[None, :, None]
+    c = tl.arange(0, K.BLOCK_D)[None, None, :]
+    row = tally.rows_of_block(0, 1, K)
     inside = row < rows
-    x = tl.load(logits + row * logits_stride + c, inside & (c < classes), 0).to(T)
+    x = value(load(logits, row * logits_stride + c, inside & (c < classes), 0, K))
     for chunk in range(0, chunks):
-        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * BLOCK_G + tl.arange(0, BLOCK_G)[None, None, :]
-        label = draw(x, c, first_words(tl.load(seed), g, row + row_offset), classes)
+        g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
+        label = draw(x, c, uniforms(tl.load(seed), g, row + row_offset), classes)
         tl.store(out + g * rows + row, label.to(tl.int64), inside & (g < count))
+
+
+def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
+    classes = call.inputs.logits.shape[1]
+    count = call.whole_group(max(call.config.num_samples, 1))
+    exact, need = call.config.estimator == "exact", call.needs.reward_table
+    tile = launch.expected_tile(classes, need) if exact else launch.class_tile(count, classes)
+    in_registers = (
+        need and call.dtype == torch.float32 and tile.rows >= 16 and 16 <= tile.dim <= launch.MOST_IN_REGISTERS
+    )
+    value, stats, sums = launch.loss(
+        call, policy_loss, tile, (classes, classes) if need else (0,),
+        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
+        **call.rows("logits"), target=call.constants.target.contiguous(),
+        # By label first, for the rewards of a row to be neighbours.
+        table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
+        seed=call.seed, row_offset=call.config.row_offset, classes=classes, count=count,
+    )  # fmt: skip
+    if need:
+        call.gradients = call.gradients._replace(reward_table=sums.t().contiguous())
+    return value, stats
+
+
+def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
+    samples, classes = call.constants.samples.contiguous(), call.inputs.logits.shape[1]
+    count = call.whole_group(samples.shape[0])
+    value, stats, _ = launch.loss(
+        call, surrogate_loss, launch.class_tile(count, classes), (0,), {},
+        **call.rows("logits"), **call.rows("rewards", 2), samples=samples, classes=classes, count=count,
+    )  # fmt: skip
+    return value, stats
+
+
+def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    at, classes = call.constants.value.contiguous(), call.inputs.logits.shape[1]
+    return launch.in_chunks(
+        call, log_prob, call.empty(*at.shape), launch.class_tile(min(len(at), _LABELS_AT_ONCE), classes),
+        {}, call.needs.logits, **call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
+        classes=classes,
+    )  # fmt: skip
+
+
+def _sample(call: Call) -> tuple[Tensor, Tensor]:
+    rows, classes = call.inputs.logits.shape
+    count = call.config.num_samples
+    labels = torch.empty((count, rows), dtype=torch.int64, device=call.device)
+    return launch.in_chunks(
+        call, sample, labels, launch.class_tile(min(count, _LABELS_AT_ONCE), classes), {}, False,
+        **call.rows("logits"), seed=call.seed, row_offset=call.config.row_offset, classes=classes,
+    )  # fmt: skip
+
+
+KERNELS = {
+    f"categorical_{name}": launch.served(f"categorical_{name}", evaluate)
+    for name, evaluate in {
+        "policy_loss": _policy_loss, "surrogate_loss": _surrogate_loss, "log_prob": _log_prob, "sample": _sample,
+    }.items()
+}  # fmt: skip

@@ -4,49 +4,51 @@ The rows are written once for two kinds of numbers: tensors, and pairs (value, t
 along. A tensor beside pairs is a constant. On pairs, the code of a gradient gives the derivative of that gradient:
 there is no second-order code to write. `value` drops a derivative, `output` is what a kernel stores.
 
-Names in capitals are compile-time constants; T is the dtype that is computed with.
+Names in capitals are compile-time constants, and K is all of those of a launch, see `launch.Constants`: K.T is the
+dtype that is computed with, and K.DUAL says whether numbers are pairs.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 
+class Pair(NamedTuple):
+    """An input in memory, and its tangent of the same strides; without one the input again, which is not read.
+
+    Strides are arguments of their own: in a tuple they have 32 bits, which takes more registers, and those that depend
+    on the number of rows would have kernels compiled anew.
+    """
+
+    value: Any
+    tangent: Any
+
+
 @triton.jit
 def value(a):
-    if isinstance(a, tl.tensor):
-        return a
-    else:
-        return a[0]
+    return a if isinstance(a, tl.tensor) else a[0]
 
 
 @triton.jit
-def output(a, DUAL: tl.constexpr):
+def output(a, K: tl.constexpr):
     """The value, or on pairs the tangent, which a constant among them has not."""
     if isinstance(a, tl.tensor):
-        if DUAL:
-            return tl.zeros_like(a)
-        else:
-            return a
+        return tl.zeros_like(a) if K.DUAL else a
     else:
         return a[1]
 
 
 @triton.jit
-def constant(a, DUAL: tl.constexpr):
+def constant(a, K: tl.constexpr):
     """A tensor as a number that a loop may change."""
-    if DUAL:
-        return a, tl.zeros_like(a)
-    else:
-        return a
+    return (a, tl.zeros_like(a)) if K.DUAL else a
 
 
 @triton.jit
 def times(a, c):
     """c has no derivative."""
-    if isinstance(a, tl.tensor):
-        return a * c
-    else:
-        return a[0] * c, a[1] * c
+    return a * c if isinstance(a, tl.tensor) else (a[0] * c, a[1] * c)
 
 
 @triton.jit
@@ -99,10 +101,7 @@ def mul_add(a, b, c):
 
 @triton.jit
 def negative(a):
-    if isinstance(a, tl.tensor):
-        return -a
-    else:
-        return -a[0], -a[1]
+    return -a if isinstance(a, tl.tensor) else (-a[0], -a[1])
 
 
 @triton.jit
@@ -112,10 +111,7 @@ def sub(a, b):
 
 @triton.jit
 def square(a):
-    if isinstance(a, tl.tensor):
-        return a * a
-    else:
-        return a[0] * a[0], 2 * a[0] * a[1]
+    return a * a if isinstance(a, tl.tensor) else (a[0] * a[0], 2 * a[0] * a[1])
 
 
 @triton.jit
@@ -138,10 +134,7 @@ def exp(a):
 
 @triton.jit
 def log(a):
-    if isinstance(a, tl.tensor):
-        return tl.log(a)
-    else:
-        return tl.log(a[0]), a[1] / a[0]
+    return tl.log(a) if isinstance(a, tl.tensor) else (tl.log(a[0]), a[1] / a[0])
 
 
 @triton.jit
@@ -191,26 +184,30 @@ def product(before, a, b):
 
 
 @triton.jit
-def add_products(before, a, b, EACH: tl.constexpr, DUAL: tl.constexpr):
+def add_product(before, a, b, EACH: tl.constexpr):
+    a0, a1 = matrices(a, EACH)
+    b0, b1 = matrices(b, EACH)
+    before = product(before, a0, b0)
+    if EACH == 2:
+        before = product(before, a1, b1)
+    return before
+
+
+@triton.jit
+def add_products(before, a, b, K: tl.constexpr):
     """before + Σ_bg a bᵀ, (BLOCK_D, BLOCK_D), for float32 tiles (BLOCK_D, B, G); on pairs that of the tangent.
 
     Of the products of what `split` makes, the one left out is at most 2^-22 of the whole, and so is what tensor cores
     do not read of the rest of either factor: at most 3 2^-22 = 6 eps of each product.
     """
-    if DUAL:
-        if isinstance(a, tl.tensor):
-            return add_products(before, a, b[1], EACH, False)
-        elif isinstance(b, tl.tensor):
-            return add_products(before, a[1], b, EACH, False)
-        else:
-            return add_products(add_products(before, a[0], b[1], EACH, False), a[1], b[0], EACH, False)
+    if not K.DUAL:
+        return add_product(before, a, b, K.EACH)
+    elif isinstance(a, tl.tensor):
+        return add_product(before, a, b[1], K.EACH)
+    elif isinstance(b, tl.tensor):
+        return add_product(before, a[1], b, K.EACH)
     else:
-        a0, a1 = matrices(a, EACH)
-        b0, b1 = matrices(b, EACH)
-        before = product(before, a0, b0)
-        if EACH == 2:
-            before = product(before, a1, b1)
-        return before
+        return add_product(add_product(before, a[0], b[1], K.EACH), a[1], b[0], K.EACH)
 
 
 @triton.jit
@@ -242,16 +239,18 @@ def choose(mask, a, b):
 @triton.jit
 def masked(mask, a):
     """Zero, with no derivative, where the mask is not set, whatever stands there."""
-    if isinstance(a, tl.tensor):
-        return tl.where(mask, a, 0)
-    else:
-        return tl.where(mask, a[0], 0), tl.where(mask, a[1], 0)
+    return tl.where(mask, a, 0) if isinstance(a, tl.tensor) else (tl.where(mask, a[0], 0), tl.where(mask, a[1], 0))
 
 
 @triton.jit
-def nothing(SHAPE: tl.constexpr, T: tl.constexpr):
+def zeros(SHAPE: tl.constexpr, K: tl.constexpr):
+    return constant(tl.zeros(SHAPE, K.T), K)
+
+
+@triton.jit
+def nothing(SHAPE: tl.constexpr, K: tl.constexpr):
     """Where sums begin: -0, to which a compiler adds by doing nothing, as 0 + -0 is 0."""
-    return tl.full(SHAPE, -0.0, T)
+    return constant(tl.full(SHAPE, -0.0, K.T), K)
 
 
 @triton.jit
@@ -266,22 +265,16 @@ def alone(mask, a):
 @triton.jit
 def or_one(mask, a):
     """The constant 1 where the mask is not set."""
-    if isinstance(a, tl.tensor):
-        return tl.where(mask, a, 1)
-    else:
-        return tl.where(mask, a[0], 1), tl.where(mask, a[1], 0)
+    return tl.where(mask, a, 1) if isinstance(a, tl.tensor) else (tl.where(mask, a[0], 1), tl.where(mask, a[1], 0))
 
 
 @triton.jit
-def load(pointer, tangent, offsets, mask, OTHER: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
-    """Reads an input and, on pairs, its tangent, which has the same strides."""
-    if DUAL:
-        return (
-            tl.load(pointer + offsets, mask, OTHER).to(T),
-            tl.load(tangent + offsets, mask, 0).to(T),
-        )
+def load(x, offsets, mask, OTHER: tl.constexpr, K: tl.constexpr):
+    """Reads an input: on pairs its tangent too."""
+    if K.DUAL:
+        return tl.load(x.value + offsets, mask, OTHER), tl.load(x.tangent + offsets, mask, 0)
     else:
-        return tl.load(pointer + offsets, mask, OTHER).to(T)
+        return tl.load(x.value + offsets, mask, OTHER)
 
 
 @triton.jit
@@ -297,27 +290,25 @@ def is_thin(d):
 
 
 @triton.jit
-def load_vector(
-    pointer, tangent, offset, inside, d, dim: tl.constexpr, OTHER: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr
-):  # fmt: skip
-    """A vector of each row, which begins at `offset` (1, B, 1), as a tile of the shape of d; OTHER beyond `dim`.
+def load_vector(x, offset, inside, d, K: tl.constexpr):
+    """A vector of each row, which begins at `offset` (1, B, 1), as a tile of the shape of d; zero beyond K.dim.
 
     Where d has a number for each sample, the vector is read by components: read as a whole it would lie across threads,
     and Triton would lay the tiles of samples likewise.
     """
     if is_thin(d):
-        return load(pointer, tangent, offset + d, inside & (d < dim), OTHER, DUAL, T)
+        return load(x, offset + d, inside & (d < K.dim), 0, K)
     else:
-        x = constant(tl.full(d.shape, OTHER, T), DUAL)
-        for i in tl.static_range(dim):
-            x = choose(d == i, load(pointer, tangent, offset + i, inside, OTHER, DUAL, T), x)
-        return x
+        result = zeros(d.shape, K)
+        for i in tl.static_range(K.dim):
+            result = choose(d == i, load(x, offset + i, inside, 0, K), result)
+        return result
 
 
 @triton.jit
-def number(x, T: tl.constexpr):
+def number(x, K: tl.constexpr):
     """An option that the kernel takes in float64, as a tensor."""
-    return tl.full((), x, T)
+    return tl.full((), x, K.T)
 
 
 @triton.jit

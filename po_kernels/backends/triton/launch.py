@@ -1,6 +1,8 @@
 """How tensors and options reach the Triton kernels: tiles by rules of shape, strides, and sums in a fixed order."""
 
 import contextlib
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -8,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contract import Request
+from .. import checks
+from ..advantages import ADVANTAGES
+from ..contract import NUM_STATS, OPS, Kernel, Op, Request
 from . import tally
-
-# Numbered as in group.py.
-ADVANTAGES = {"none": 0, "min": 1, "mean": 2, "loo": 3, "standardized": 4}
+from .lanes import Pair
 
 # Elements of a tile of samples in memory: more would not fit the registers, fewer would leave a warp without work.
 _LARGEST_TILE = 4096
@@ -27,6 +29,8 @@ _LARGEST_GROUP = 2**16
 _MOST_PROGRAMS = 2048
 _MOST_SUMS = 2**24
 _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
+
+MOST_IN_REGISTERS = 64  # rows of a matrix of sums
 
 Arguments = dict[str, Any]
 
@@ -99,34 +103,70 @@ def _warps(elements: int) -> int:
     return max(1, min(8, elements // 128), min(32, elements // 1024))
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+class Constants:
+    """The compile-time constants of a launch, a kernel's argument K; K.FIRST are those of a launch without tangents.
+
+    Triton knows a constant by its text. What it reads from an object in a kernel has to be a constant of its own.
+    """
+
+    def __init__(self, **fields: Any) -> None:
+        self._text = f"{fields}"
+        if fields.get("DUAL"):
+            fields["FIRST"] = Constants(**{**fields, "DUAL": False})
+        for name, value in fields.items():
+            setattr(self, name, value if triton.knobs.runtime.interpret else tl.constexpr(value))
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+_constants = lru_cache(maxsize=1024)(Constants)
 
 
 class Call:
-    """The tensors and options of one call, as in `contract`; for the first derivative `tangents` is None."""
+    """The tensors and options of one call, as in `contract`.
 
-    def __init__(self, op: str, request: Request) -> None:
-        inputs, tangents = request.inputs, request.tangents
-        self.op, self.config, self.constants = op, request.config, request.constants
-        self.cotangent, self.cotangent_tangent = request.cotangent, request.cotangent_tangent
-        self.needs, self.want_stats = request.needs, request.want_stats
-        self.dual = tangents is not None
-        self.device = inputs[0].device
-        self.dtype = compute_dtype(inputs[0].dtype)
-        self.triton_dtype = tl.float64 if self.dtype == torch.float64 else tl.float32
-        self.pairs = [self.pair(x, t) for x, t in zip(inputs, tangents or [None] * len(inputs), strict=True)]
-        self.gradients = [
-            torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else x.new_empty(0)
-            for x, needed in zip(inputs, self.needs, strict=True)
-        ]
+    Attributes:
+        pairs: the inputs by name, with tangents.
+        gradients: by name of the input, empty where not asked for; replaced where kernels have only parts of it.
+    """
 
-    def pair(self, x: Tensor, tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """A number and its tangent, of the same strides."""
+    def __init__(self, op: Op, request: Request) -> None:
+        self.op, self.config, self.needs, self.want_stats = op.name, request.config, request.needs, request.want_stats
+        self.inputs, self.constants = request.inputs, request.constants
+        self.dual = request.tangents is not None
+        self.device, self.dtype = self.inputs[0].device, self.inputs[0].dtype
+        tangents = request.tangents or [None] * len(self.inputs)
+        self.pairs = op.Inputs(*(self.pair(x, t) for x, t in zip(self.inputs, tangents, strict=True)))
+        self.gradients = op.Inputs(
+            *(self.empty(*x.shape) if need else self.empty(0) for x, need in zip(self.inputs, self.needs, strict=True))
+        )
+        self.cotangent = self.pairs[0]  # in place of none: it is not read
+        if request.cotangent is not None:
+            self.cotangent = self.pair(request.cotangent.contiguous(), request.cotangent_tangent)
+        self.known = {
+            "DUAL": self.dual,
+            "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "HAS_COTANGENT": request.cotangent is not None,
+            "SCORE": self.config.estimator != "reparam",
+            "WHITE": False,
+            "TRIANGULAR": op.axes.get("scale") == "BDD",
+            "HAS_RBF": self.config.rbf_gamma is not None,
+            "ADVANTAGE": ADVANTAGES[self.config.advantage].number,
+            **{f"NEED_{name.upper()}": bool(need) for name, need in self.needs._asdict().items()},
+        }
+
+    def pair(self, x: Tensor, tangent: Tensor | None) -> Pair:
         if not self.dual:
-            return x, None
+            return Pair(x, x)
         x = x.contiguous()
-        return x, torch.zeros_like(x) if tangent is None else tangent.contiguous()
+        return Pair(x, torch.zeros_like(x) if tangent is None else tangent.contiguous())
 
     def whole_group(self, group: int) -> int:
         """`group`, for an op that needs a group as a whole."""
@@ -146,42 +186,35 @@ class Call:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
-    def rows(self, name: str, index: int, *, leading: int = 1) -> Arguments:
-        """An input whose first `leading` axes may have any strides, as `name`, its tangent and its strides."""
-        x, tangent = self.pairs[index]
-        x = with_contiguous_rows(x, leading)
-        strides = (f"{name}_stride_g", f"{name}_stride")[2 - leading :]
-        return {name: x, f"{name}_t": tangent, **dict(zip(strides, x.stride(), strict=False))}
+    def rows(self, name: str, leading: int = 1) -> Arguments:
+        """An input with its strides along the first `leading` axes, the last of which is that of rows."""
+        value, tangent = getattr(self.pairs, name)
+        if not self.dual:
+            value = tangent = with_contiguous_rows(value, leading)
+        strides = dict(zip((f"{name}_stride_g", f"{name}_stride")[2 - leading :], value.stride(), strict=False))
+        return {name: Pair(value, tangent), **strides}
 
-    def cotangents(self) -> Arguments:
-        """The cotangent, contiguous, with its tangent."""
-        pair: tuple[Tensor | None, Tensor | None] = (None, None)
-        if self.cotangent is not None:
-            pair = self.pair(self.cotangent.contiguous(), self.cotangent_tangent)
-        return {"cotangent": pair[0], "cotangent_t": pair[1], "HAS_COTANGENT": self.cotangent is not None}
-
-    def outputs(self, *names: str) -> Arguments:
-        """For each input named where its gradient goes, and whether it is wanted."""
-        result: Arguments = {}
-        for name, needed, gradient in zip(names, self.needs, self.gradients, strict=False):
-            result[f"to_{name}"] = gradient if needed else None
-            result[f"NEED_{name.upper()}"] = bool(needed)
-        return result
-
-    def seed(self, seed: Tensor) -> Tensor:
+    @property
+    def seed(self) -> Tensor | None:
         """The seed in memory of the device. One from the CPU is written there by a kernel: nothing waits for a copy."""
-        if seed.device == self.device:
+        seed = self.constants.seed
+        if seed is None or seed.device == self.device:
             return seed
         return torch.full((), int(seed), dtype=torch.int64, device=self.device)
-
-    def options(self) -> Arguments:
-        return {"DUAL": self.dual, "T": self.triton_dtype}
 
     def run(self, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
         """Launches on the device of the tensors. Nothing is fused but what says so, see `lanes.mul_add`."""
         guard = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         with guard:
             kernel[grid](**arguments, num_warps=warps, enable_fp_fusion=False)
+
+    def run_tiles(
+        self, kernel: Any, grid: tuple[int, ...], tile: Tile, known: dict[str, Any], **arguments: Any
+    ) -> None:
+        """Launches a kernel for which the call, its tiles and `known` are constants."""
+        blocks = {f"BLOCK_{axis}": size for axis, size in zip("BGD", (tile.rows, tile.group, tile.dim), strict=True)}
+        constants = {**self.known, **blocks, "CHUNKS": tile.chunks, "EACH": tile.each, **known}
+        self.run(kernel, grid, tile.warps, **arguments, K=_constants(**constants))
 
 
 def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:
@@ -195,7 +228,7 @@ def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:
 
 
 def loss(
-    call: Call, kernel: Any, blocks: Tile, shared: tuple[int, ...], **arguments: Any
+    call: Call, kernel: Any, tile: Tile, shared: tuple[int, ...], known: dict[str, Any], **arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Runs a kernel over the rows of a loss and adds up what its programs report.
 
@@ -206,68 +239,64 @@ def loss(
         the loss, the statistics (empty unless wanted), and the sums of that shape.
     """
     config, want_stats = call.config, call.want_stats
-    rows = call.pairs[0][0].shape[0]
+    rows = call.inputs[0].shape[0]
     reduced = config.reduction != "none"
     shape = () if reduced else (rows,)
     value = call.empty(*shape)
-    stats = call.empty(*(5, *shape) if want_stats else (0,))
+    stats = call.empty(*(NUM_STATS, *shape) if want_stats else (0,))
     sums = call.empty(*shared)
     if rows == 0:
         call.no_rows()
         return value.zero_(), stats.zero_(), sums.zero_()
     size = tally.HEAD.value + sums.numel()
     most = max(1, min(_MOST_PROGRAMS, _MOST_SUMS // size))
-    total_blocks = triton.cdiv(rows, blocks.rows)
+    total_blocks = triton.cdiv(rows, tile.rows)
     each = triton.cdiv(total_blocks, most)
     programs = triton.cdiv(total_blocks, each)
     # Sums of large matrices start from zero in memory.
     partial = torch.zeros((programs, size), dtype=call.dtype, device=call.device)
-    call.run(
-        kernel,
-        (programs,),
-        blocks.warps,
-        **arguments,
-        **call.cotangents(),
-        cotangent_stride=0 if reduced else 1,
-        losses=None if reduced else value,
-        stats=stats if want_stats and not reduced else None,
-        partial=partial,
-        partial_stride=size,
-        rows=rows,
-        blocks=each,
-        entropy_coef=config.entropy_coef,
-        rbf_gamma=config.rbf_gamma or 0.0,
-        loss_unit=1.0 / rows if config.reduction == "mean" else 1.0,
-        stats_unit=1.0 / rows,
-        HAS_RBF=config.rbf_gamma is not None,
-        ADVANTAGE=ADVANTAGES[config.advantage],
-        REDUCED=reduced,
-        WANT_STATS=want_stats,
-        BLOCK_B=blocks.rows,
-        **call.options(),
-    )
+    reported = {"REDUCED": reduced, "WANT_STATS": want_stats}
+    call.run_tiles(
+        kernel, (programs,), tile, {**known, **reported, "MEAN": config.reduction == "mean"},
+        **arguments, cotangent=call.cotangent, to=call.gradients, out=tally.Tally(value, stats, partial, size),
+        rows=rows, blocks=each, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma or 0.0, share=1.0 / rows,
+    )  # fmt: skip
     if reduced or sums.numel():
         block = min(128, triton.next_power_of_2(size))
         call.run(
-            tally.reduce,
-            (triton.cdiv(size, block),),
-            4,
-            partial=partial,
-            programs=programs,
-            size=size,
-            loss=value,
-            stats=stats,
-            shared=sums,
-            KEEP_LOSS=reduced,
-            KEEP_STATS=reduced and want_stats,
-            BLOCK_P=1024 // block,
-            BLOCK=block,
-        )
+            tally.reduce, (triton.cdiv(size, block),), 4,
+            partial=partial, programs=programs, size=size, loss=value, stats=stats, shared=sums,
+            K=_constants(**reported, T=call.known["T"], BLOCK_P=1024 // block, BLOCK=block),
+        )  # fmt: skip
     return value, stats, sums
 
 
-def chunked(group: int, blocks: Tile, together: bool) -> tuple[int, int]:
-    """Programs along the group, and chunks of each: all in one where gradients are summed over the group."""
-    chunks = triton.cdiv(group, blocks.group)
+def in_chunks(
+    call: Call, kernel: Any, out: Tensor, tile: Tile, known: dict[str, Any], together: bool, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """Runs a kernel over rows and chunks of the first axis of `out`, which it writes; there are no statistics.
+
+    Args:
+        together: gradients are summed over that axis, so that one program takes all of it.
+    """
+    if out.numel() == 0:
+        return out, call.no_rows()
+    count, rows = out.shape[:2]
+    chunks = triton.cdiv(count, tile.group)
     each = chunks if together else triton.cdiv(chunks, _MOST_CHUNKS)
-    return triton.cdiv(chunks, each), each
+    grid = triton.cdiv(rows, tile.rows), triton.cdiv(chunks, each)
+    call.run_tiles(kernel, grid, tile, known, **arguments, out=out, rows=rows, chunks=each, count=count)
+    return out, call.empty(0)
+
+
+def served(op: str, evaluate: Callable[[Call], tuple[Tensor, Tensor]]) -> Kernel:
+    """The kernel of an op, of a function that gives value and statistics, and writes call.gradients."""
+
+    def kernel(request: Request) -> list[Tensor]:
+        if request.inputs[0].device.type == "cpu":  # on a GPU values are not at hand
+            checks.values(OPS[op], request.inputs, request.constants)
+        call = Call(OPS[op], request)
+        value, stats = evaluate(call)
+        return [value, stats, *call.gradients]
+
+    return kernel

@@ -1,13 +1,15 @@
-"""The triangular scale S = L, in Triton, in memory: a tuple (pointer, tangent, offset, inside, d).
+"""The triangular scale S = L, in Triton, which stays in memory. What stands above the diagonal is not read.
 
-`offset` (1, B, 1) is where the matrix of a row begins, `inside` whether there is one. What stands above the diagonal is
-not read. Vectors are (BLOCK_D, B, G), zero beyond D. The functions are those of `gaussian`.
+Vectors are (BLOCK_D, B, G), zero beyond K.dim. The functions are those of `gaussian`.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from .lanes import (
+    Pair,
     add,
     choose,
     constant,
@@ -24,8 +26,18 @@ from .lanes import (
     times,
     total,
     value,
+    zeros,
 )
 from .precision import add_outer, apply, pick
+
+
+class Matrix(NamedTuple):
+    """L of each row: the input, (1, B, 1) where a row's begins and whether there is one, the dimensions of vectors."""
+
+    at: Any
+    offset: Any
+    inside: Any
+    d: Any
 
 
 @triton.constexpr_function
@@ -35,204 +47,193 @@ def unrolled(dim, dual):
 
 
 @triton.jit
-def read(pointer, tangent, offset, inside, d, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
-    if DUAL:
-        return pointer, tangent, offset, inside, d
-    else:  # no tangent, which a tuple could not hold
-        return pointer, pointer, offset, inside, d
-
-
-@triton.jit
-def entry(scale, i, j, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def entry(scale, i, j, K: tl.constexpr):
     """L_ij, (1, B, 1)."""
-    pointer, tangent, offset, inside, _ = scale
     below = tl.full((1, 1, 1), i - j, tl.int32) >= 0
-    return load(pointer, tangent, offset + i * dim + j, inside & below, 0, DUAL, T)
+    return load(scale.at, scale.offset + i * K.dim + j, scale.inside & below, 0, K)
 
 
 @triton.jit
-def row_of(scale, i, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def row_of(scale, i, K: tl.constexpr):
     """L_i, of the shape of d, or thin where d is."""
-    pointer, tangent, offset, inside, d = scale
+    d = scale.d
     if is_thin(d):
-        return load(pointer, tangent, offset + i * dim + d, inside & (d <= i), 0, DUAL, T)
+        return load(scale.at, scale.offset + i * K.dim + d, scale.inside & (d <= i), 0, K)
     else:
-        x = constant(tl.zeros(d.shape, T), DUAL)
-        for j in tl.static_range(dim):
-            x = choose(d == j, entry(scale, i, j, dim, DUAL, T), x)
+        x = zeros(d.shape, K)
+        for j in tl.static_range(K.dim):
+            x = choose(d == j, entry(scale, i, j, K), x)
         return x
 
 
 @triton.jit
-def column_of(scale, j, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def column_of(scale, j, K: tl.constexpr):
     """The column j of L, of the shape of d, or thin where d is."""
-    pointer, tangent, offset, inside, d = scale
+    d = scale.d
     if is_thin(d):
-        return load(pointer, tangent, offset + d * dim + j, inside & (d >= j) & (d < dim), 0, DUAL, T)
+        return load(scale.at, scale.offset + d * K.dim + j, scale.inside & (d >= j) & (d < K.dim), 0, K)
     else:
-        x = constant(tl.zeros(d.shape, T), DUAL)
-        for i in tl.static_range(dim):
-            x = choose(d == i, entry(scale, i, j, dim, DUAL, T), x)
+        x = zeros(d.shape, K)
+        for i in tl.static_range(K.dim):
+            x = choose(d == i, entry(scale, i, j, K), x)
         return x
 
 
 @triton.jit
-def row_product(scale, i, end, x, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def row_product(scale, i, end, x, K: tl.constexpr):
     """Σ_j L_ij x_j over j < end <= i + 1, (1, B, G)."""
-    d = scale[4]
+    d = scale.d
     if is_thin(d):
-        return total(masked(d < end, mul(row_of(scale, i, dim, DUAL, T), x)), 0)
+        return total(masked(d < end, mul(row_of(scale, i, K), x)), 0)
     else:
-        result = constant(nothing((1, value(x).shape[1], value(x).shape[2]), T), DUAL)
-        for j in tl.static_range(dim):
-            more = mul_add(entry(scale, i, j, dim, DUAL, T), pick(x, j, d), result)
+        result = nothing((1, value(x).shape[1], value(x).shape[2]), K)
+        for j in tl.static_range(K.dim):
+            more = mul_add(entry(scale, i, j, K), pick(x, j, d), result)
             result = choose(j < end, more, result)
         return result
 
 
 @triton.jit
-def column_product(scale, j, x, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def column_product(scale, j, x, K: tl.constexpr):
     """Σ_i L_ij x_i over i > j, (1, B, G)."""
-    d = scale[4]
+    d = scale.d
     if is_thin(d):
-        return total(masked(d > j, mul(column_of(scale, j, dim, DUAL, T), x)), 0)
+        return total(masked(d > j, mul(column_of(scale, j, K), x)), 0)
     else:
-        result = constant(nothing((1, value(x).shape[1], value(x).shape[2]), T), DUAL)
-        for i in tl.static_range(dim):
-            more = mul_add(entry(scale, i, j, dim, DUAL, T), pick(x, i, d), result)
+        result = nothing((1, value(x).shape[1], value(x).shape[2]), K)
+        for i in tl.static_range(K.dim):
+            more = mul_add(entry(scale, i, j, K), pick(x, i, d), result)
             result = choose(i > j, more, result)
         return result
 
 
 @triton.jit
-def inverse_diagonal(scale, i, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
-    """1 / L_ii, (1, B, 1)."""
-    pointer, tangent, offset, inside, _ = scale
-    return inverse(load(pointer, tangent, offset + i * (dim + 1), inside, 1, DUAL, T))
+def diagonal_entry(scale, i, K: tl.constexpr):
+    """L_ii, (1, B, 1), and 1 without a row."""
+    return load(scale.at, scale.offset + i * (K.dim + 1), scale.inside, 1, K)
 
 
 @triton.jit
-def log_determinant(scale, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def log_determinant(scale, K: tl.constexpr):
     """log det L."""
-    pointer, tangent, offset, inside, d = scale
+    d = scale.d
     if is_thin(d):
-        return total(log(load(pointer, tangent, offset + d * (dim + 1), inside & (d < dim), 1, DUAL, T)), 0)
+        return total(log(load(scale.at, scale.offset + d * (K.dim + 1), scale.inside & (d < K.dim), 1, K)), 0)
     else:
-        result = log(load(pointer, tangent, offset, inside, 1, DUAL, T))
-        for i in tl.static_range(1, dim):
-            result = add(result, log(load(pointer, tangent, offset + i * (dim + 1), inside, 1, DUAL, T)))
+        result = log(diagonal_entry(scale, 0, K))
+        for i in tl.static_range(1, K.dim):
+            result = add(result, log(diagonal_entry(scale, i, K)))
         return result
 
 
 @triton.jit
-def stretch(scale, eps, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
-    """L eps for a constant eps."""
-    d = scale[4]
-    y = constant(tl.zeros_like(eps), DUAL)
-    for i in range(0, dim):
-        y = choose(d == i, row_product(scale, i, i + 1, constant(eps, DUAL), dim, DUAL, T), y)
+def sample(scale, eps, mean, K: tl.constexpr):
+    """μ + L eps for a constant eps."""
+    return add(_stretch(scale, eps, K), mean)
+
+
+@triton.jit
+def _stretch(scale, eps, K: tl.constexpr):
+    y = zeros(eps.shape, K)
+    for i in range(0, K.dim):
+        y = choose(scale.d == i, row_product(scale, i, i + 1, constant(eps, K), K), y)
     return y
 
 
 @triton.jit
-def whiten(scale, x, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def whiten(scale, x, K: tl.constexpr):
     """L⁻¹ x."""
-    d = scale[4]
-    z = constant(tl.zeros_like(value(x)), DUAL)
-    for i in range(0, dim):
-        rest = sub(pick(x, i, d), row_product(scale, i, i, z, dim, DUAL, T))
-        z = choose(d == i, mul(rest, inverse_diagonal(scale, i, dim, DUAL, T)), z)
+    d = scale.d
+    z = zeros(value(x).shape, K)
+    for i in range(0, K.dim):
+        rest = sub(pick(x, i, d), row_product(scale, i, i, z, K))
+        z = choose(d == i, mul(rest, inverse(diagonal_entry(scale, i, K))), z)
     return z
 
 
 @triton.jit
-def whiten_transposed(scale, z, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def whiten_transposed(scale, z, K: tl.constexpr):
     """L⁻ᵀ z."""
-    d = scale[4]
-    a = constant(tl.zeros_like(value(z)), DUAL)
-    for k in range(0, dim):
-        i = dim - 1 - k
-        rest = sub(pick(z, i, d), column_product(scale, i, a, dim, DUAL, T))
-        a = choose(d == i, mul(rest, inverse_diagonal(scale, i, dim, DUAL, T)), a)
+    d = scale.d
+    a = zeros(value(z).shape, K)
+    for k in range(0, K.dim):
+        i = K.dim - 1 - k
+        rest = sub(pick(z, i, d), column_product(scale, i, a, K))
+        a = choose(d == i, mul(rest, inverse(diagonal_entry(scale, i, K))), a)
     return a
 
 
 @triton.jit
-def whiten_noise(scale, mean, eps, dim: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr):
+def whiten_noise(scale, mean, eps, K: tl.constexpr):
     """L⁻¹ (ŷ - μ) of the constant sample ŷ = μ + L eps: eps, with the derivative that μ and L give it."""
-    if DUAL:
-        _, tangent, offset, inside, d = scale
-        moved = mean[1] + stretch((tangent, tangent, offset, inside, d), eps, dim, False, T)
-        return eps, -whiten(scale, moved, dim, False, T)
+    if K.DUAL:
+        tangent = Matrix(Pair(scale.at.tangent, scale.at.tangent), scale.offset, scale.inside, scale.d)
+        moved = mean[1] + _stretch(tangent, eps, K.FIRST)
+        return eps, -whiten(scale, moved, K.FIRST)
     else:
         return eps
 
 
 @triton.jit
-def add_gradient(
-    scale, left, right, inner, to, offset, inside, d, dim: tl.constexpr, first, DUAL: tl.constexpr, T: tl.constexpr
-):
+def add_gradient(scale, left, right, inner, to, row, inside, d, first, K: tl.constexpr):
     """Stores samples' terms of the gradient in L of Σ_g [leftᵀ L right + inner · log det L] if they are `first`.
 
     Later ones it adds to what was stored. left, right (BLOCK_D, B, G), inner (1, B, G).
     """
     inner = total(inner, 2)
-    each = tl.arange(0, value(left).shape[0])[:, None, None]
-    for i in tl.range(0, dim, loop_unroll_factor=unrolled(dim, DUAL)):
-        at = to + offset + i * dim
-        own = mul(inner, inverse_diagonal(scale, i, dim, DUAL, T))
+    offset = row * K.dim * K.dim
+    each = tl.arange(0, K.BLOCK_D)[:, None, None]
+    for i in tl.range(0, K.dim, loop_unroll_factor=unrolled(K.dim, K.DUAL)):
+        at = to + offset + i * K.dim
+        own = mul(inner, inverse(diagonal_entry(scale, i, K)))
         if is_thin(d):
-            row = total(mul(pick(left, i, d), right), 2)
-            row = output(add(row, masked(each == i, own)), DUAL)
-            mask = inside & (each < dim)
-            before = tl.load(at + each, mask & (first == 0), 0).to(T)
-            tl.store(at + each, before + tl.where(each <= i, row, 0), mask)
+            found = total(mul(pick(left, i, d), right), 2)
+            found = output(add(found, masked(each == i, own)), K)
+            mask = inside & (each < K.dim)
+            before = tl.load(at + each, mask & (first == 0), 0)
+            tl.store(at + each, before + tl.where(each <= i, found, 0), mask)
         else:
-            tl.store(at + each, tl.zeros_like(each).to(T), inside & (each > i) & (each < dim))
-            for j in tl.static_range(dim):
+            tl.store(at + each, tl.zeros_like(each).to(K.T), inside & (each > i) & (each < K.dim))
+            for j in tl.static_range(K.dim):
                 found = total(mul(pick(left, i, d), pick(right, j, d)), 2)
-                found = output(choose(j == i, add(found, own), found), DUAL)
+                found = output(choose(j == i, add(found, own), found), K)
                 mask = inside & (tl.full((1, 1, 1), i - j, tl.int32) >= 0)
-                before = tl.load(at + j, mask & (first == 0), 0).to(T)
+                before = tl.load(at + j, mask & (first == 0), 0)
                 tl.store(at + j, before + found, mask)
     tl.debug_barrier()
 
 
 @triton.jit
-def trace(
-    scale, weight, factor, inner, u, ut, sums, to_precision, to, offset, inside, d, dim,
-    KIND: tl.constexpr, IN_MEMORY: tl.constexpr, NEED_SCALE: tl.constexpr, NEED_PRECISION: tl.constexpr,
-    DUAL: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, d, K: tl.constexpr):
     """tr(U L Lᵀ), (1, B, 1), and the sums with `factor`, or None, times its gradient in U.
 
     The gradient in L of weight · tr(U L Lᵀ) + inner · log det L is stored. By columns l of L: Σ lᵀ U l.
     """
-    result = constant(tl.zeros_like(value(weight)), DUAL)
-    for j in range(0, dim):
-        column = column_of(scale, j, dim, DUAL, T)
-        weighted = apply(u, ut, column, d, dim, KIND, DUAL, T)
+    result = zeros(value(weight).shape, K)
+    offset = row * K.dim * K.dim
+    for j in range(0, K.dim):
+        column = column_of(scale, j, K)
+        weighted = apply(u, column, d, K)
         result = add(result, total(mul(column, weighted), 0))
-        if NEED_PRECISION:
-            sums = add_outer(sums, to_precision, factor, column, d, dim, KIND, IN_MEMORY, 1, DUAL)
-        if NEED_SCALE:
-            gradient = times(mul(weight, weighted), 2)
-            gradient = add(gradient, masked(d == j, mul(inner, inverse_diagonal(scale, j, dim, DUAL, T))))
-            kept = tl.where(d >= j, output(gradient, DUAL), 0)
-            tl.store(to + offset + d * dim + j, kept, inside & (d < dim))
+        if K.NEED_PRECISION:
+            sums = add_outer(sums, to_precision, factor, column, d, K)
+        if K.NEED_SCALE:
+            own = masked(d == j, mul(inner, inverse(diagonal_entry(scale, j, K))))
+            gradient = output(add(times(mul(weight, weighted), 2), own), K)
+            tl.store(to + offset + d * K.dim + j, tl.where(d >= j, gradient, 0), inside & (d < K.dim))
     return result, sums
 
 
 @triton.jit
-def reward_variance(scale, along, u, d, dim, KIND: tl.constexpr, T: tl.constexpr):
+def reward_variance(scale, along, u, d, K: tl.constexpr):
     """2 ‖LᵀUL‖² + 4 ‖Lᵀ along‖², (1, B, 1), without derivatives."""
     result = tl.zeros_like(total(along, 0))
-    for j in range(0, dim):
-        column = column_of(scale, j, dim, False, T)
-        weighted = apply(u, u, column, d, dim, KIND, False, T)
+    for j in range(0, K.dim):
+        column = column_of(scale, j, K)
+        weighted = apply(u, column, d, K)
         product = tl.zeros_like(along)
-        for i in range(0, dim):
-            product += pick(weighted, i, d) * row_of(scale, i, dim, False, T)
+        for i in range(0, K.dim):
+            product += pick(weighted, i, d) * row_of(scale, i, K)
         projected = total(column * along, 0)
         result += 2 * total(product * product, 0) + 4 * projected * projected
     return result

@@ -4,36 +4,72 @@ A program's sums go to its own part of `partial`, which `reduce` adds up over pr
 statistics in the order of LossStats, and what else is summed over rows.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .lanes import constant, load, times
+from .lanes import add, constant, load, negative, number, output, times, value
 
 STATS = tl.constexpr(5)
 HEAD = tl.constexpr(6)  # the loss and the statistics
 
 
+class Tally(NamedTuple):
+    """Where a kernel reports: losses (rows,) and stats (5, rows), or `stride` numbers a program in `partial`."""
+
+    losses: Any
+    stats: Any
+    partial: Any
+    stride: Any
+
+
+class Options(NamedTuple):
+    """Numbers that a loss is made with: λ and γ, the weight of a row in the loss, and in a mean."""
+
+    coef: Any
+    gamma: Any
+    unit: Any
+    share: Any
+
+
 @triton.jit
-def row_weight(
-    cotangent, cotangent_t, stride, row, inside, unit, HAS_COTANGENT: tl.constexpr, DUAL: tl.constexpr, T: tl.constexpr
-):
+def read_options(entropy_coef, rbf_gamma, share, K: tl.constexpr):
+    unit = number(share, K) if K.MEAN else number(1, K)
+    return Options(number(entropy_coef, K), number(rbf_gamma, K), unit, number(share, K))
+
+
+@triton.jit
+def rows_of_block(block, blocks, K: tl.constexpr):
+    """Numbers (1, BLOCK_B, 1) of the rows of a block of the program."""
+    return (tl.program_id(0).to(tl.int64) * blocks + block) * K.BLOCK_B + tl.arange(0, K.BLOCK_B)[None, :, None]
+
+
+@triton.jit
+def row_weight(cotangent, row, inside, options, K: tl.constexpr):
     """The factor of the row's loss in what is differentiated, the cotangent times `unit`; zero without a row."""
-    if HAS_COTANGENT:
-        return times(load(cotangent, cotangent_t, row * stride, inside, 0, DUAL, T), unit)
+    if K.HAS_COTANGENT:
+        return times(load(cotangent, tl.zeros_like(row) if K.REDUCED else row, inside, 0, K), options.unit)
     else:
-        return constant(tl.where(inside, unit, 0), DUAL)
+        return constant(tl.where(inside, options.unit, 0), K)
 
 
 @triton.jit
-def no_stats(BLOCK_B: tl.constexpr, T: tl.constexpr):
-    zero = tl.zeros((1, BLOCK_B, 1), T)
-    return zero, zero, zero, zero, zero
+def no_sums(K: tl.constexpr):
+    """The loss and the statistics, summed over no rows yet."""
+    zero = tl.zeros((1, K.BLOCK_B, 1), K.T)
+    return zero, zero, zero, zero, zero, zero
 
 
 @triton.jit
-def report(x, before, to, row, inside, unit, REDUCED: tl.constexpr):
-    """Stores x (1, B, 1) in `to`, or adds it times `unit` to the sum `before`."""
-    if REDUCED:
+def own_part(to):
+    """The program's part of `partial`."""
+    return to.partial + tl.program_id(0).to(tl.int64) * to.stride
+
+
+@triton.jit
+def _add(before, x, to, row, inside, unit, K: tl.constexpr):
+    if K.REDUCED:
         return before + tl.where(inside, x * unit, 0)
     else:
         tl.store(to + row, x, inside)
@@ -41,37 +77,44 @@ def report(x, before, to, row, inside, unit, REDUCED: tl.constexpr):
 
 
 @triton.jit
-def report_stats(a, b, c, d, e, before, to, row, rows, inside, unit, REDUCED: tl.constexpr):
-    return (
-        report(a, before[0], to, row, inside, unit, REDUCED),
-        report(b, before[1], to, row + rows, inside, unit, REDUCED),
-        report(c, before[2], to, row + 2 * rows, inside, unit, REDUCED),
-        report(d, before[3], to, row + 3 * rows, inside, unit, REDUCED),
-        report(e, before[4], to, row + 4 * rows, inside, unit, REDUCED),
-    )
+def report(sums, objective, entropy, log_prob, moments, to, row, rows, inside, options, K: tl.constexpr):
+    """Stores the losses -(objective + λ entropy) of rows and their statistics, or adds them to the sums.
+
+    moments: mean and standard deviation of rewards, and that of advantages; like log_prob read if wanted.
+    """
+    loss = output(negative(add(objective, times(entropy, options.coef))), K)
+    loss = _add(sums[0], loss, to.losses, row, inside, options.unit, K)
+    if K.WANT_STATS:
+        return (
+            loss,
+            _add(sums[1], moments[0], to.stats, row, inside, options.share, K),
+            _add(sums[2], moments[1], to.stats + rows, row, inside, options.share, K),
+            _add(sums[3], value(entropy), to.stats + 2 * rows, row, inside, options.share, K),
+            _add(sums[4], log_prob, to.stats + 3 * rows, row, inside, options.share, K),
+            _add(sums[5], moments[2], to.stats + 4 * rows, row, inside, options.share, K),
+        )
+    else:
+        return loss, sums[1], sums[2], sums[3], sums[4], sums[5]
 
 
 @triton.jit
-def store_tally(loss, stats, partial):
-    tl.store(partial, tl.sum(loss))
-    for i in tl.static_range(STATS):
-        tl.store(partial + 1 + i, tl.sum(stats[i]))
+def store(sums, to):
+    partial = own_part(to)
+    for i in tl.static_range(HEAD):
+        tl.store(partial + i, tl.sum(sums[i]))
 
 
 @triton.jit(do_not_specialize=["programs"])
-def reduce(
-    partial, programs, size, loss, stats, shared,
-    KEEP_LOSS: tl.constexpr, KEEP_STATS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def reduce(partial, programs, size, loss, stats, shared, K: tl.constexpr):
     """Sums partial (programs, size) over programs into loss (), stats (5,) and shared (size - 6,)."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    sums = tl.zeros((BLOCK_P, BLOCK), partial.dtype.element_ty)
-    for start in range(0, programs, BLOCK_P):
-        program = (start + tl.arange(0, BLOCK_P)[:, None]).to(tl.int64)
+    at = tl.program_id(0) * K.BLOCK + tl.arange(0, K.BLOCK)[None, :]
+    sums = tl.zeros((K.BLOCK_P, K.BLOCK), K.T)
+    for start in range(0, programs, K.BLOCK_P):
+        program = (start + tl.arange(0, K.BLOCK_P)[:, None]).to(tl.int64)
         sums += tl.load(partial + program * size + at, (program < programs) & (at < size), 0)
     total = tl.sum(sums, axis=0, keep_dims=True)
-    if KEEP_LOSS:
+    if K.REDUCED:
         tl.store(loss + at, total, at < 1)
-    if KEEP_STATS:
-        tl.store(stats + at - 1, total, (at >= 1) & (at < HEAD))
+        if K.WANT_STATS:
+            tl.store(stats + at - 1, total, (at >= 1) & (at < HEAD))
     tl.store(shared + at - HEAD, total, (at >= HEAD) & (at < size))

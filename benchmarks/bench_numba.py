@@ -1,0 +1,86 @@
+"""Numba against the reference: value and gradients of every op on one thread, in one process.
+
+`python -m benchmarks.bench_numba` writes the ratios to benchmarks/baselines/numba.json. Automatic dispatch prefers
+numba for the ops that are faster at every size there; `po_kernels/backends/numba/__init__.py` names the others.
+"""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import po_kernels as pk
+from benchmarks.bench_losses import categorical_inputs, gaussian_inputs, mvn_inputs
+from benchmarks.harness import Ratio, check, compare, versions
+from po_kernels.backends.contract import OPS
+
+TABLE = Path(__file__).parent / "baselines" / "numba.json"
+ROWS = (1, 256, 4096)
+_GROUP, _DIM = 8, 8
+
+
+def _call(op: str, rows: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """A usual call of the op, and its differentiable inputs."""
+    family, _, what = op.partition("_")
+    function: Any = getattr(pk, op)
+    torch.manual_seed(1)
+    rewards = torch.randn(_GROUP, rows, requires_grad=True)
+    drawn = {"estimator": "dice", "num_samples": _GROUP, "seed": 1, "entropy_coef": 0.5}
+    if op == "group_advantage":
+        return partial(function, kind="standardized"), [rewards]
+    if family == "categorical":
+        logits, target, table = categorical_inputs(rows, _DIM)
+        labels = torch.randint(_DIM, (_GROUP, rows))
+        return {
+            "policy_loss": (lambda x, r, **options: function(x, target, r, **drawn, **options), [logits, table]),
+            "surrogate_loss": (lambda x, r, **options: function(x, labels, r, **options), [logits, rewards]),
+            "log_prob": (partial(function, value=labels), [logits]),
+            "sample": (partial(function, num_samples=_GROUP, seed=1), [logits]),
+        }[what]
+    mean, scale, target, precision = (gaussian_inputs if family == "gaussian" else mvn_inputs)(rows, _DIM)
+    samples = torch.randn(_GROUP, rows, _DIM)
+    return {
+        "policy_loss": (partial(function, **drawn), [mean, scale, target, precision]),
+        "surrogate_loss": (lambda m, s, r, **options: function(m, s, samples, r, **options), [mean, scale, rewards]),
+        "log_prob": (function, [mean, scale, samples.requires_grad_()]),
+        "sample": (partial(function, num_samples=_GROUP, seed=1), [mean, scale]),
+    }[what]
+
+
+def against_reference(op: str, rows: int) -> Ratio:
+    """How many times as long the reference takes."""
+    function, inputs = _call(op, rows)
+
+    def run(backend: str) -> list[Tensor]:
+        value = function(*inputs, backend=backend)
+        if not value.requires_grad:
+            return [value]
+        wanted = [x for x in inputs if x.requires_grad]
+        cotangent = torch.linspace(0.5, 2.0, value.numel()).view(value.shape)
+        return [value.detach(), *torch.autograd.grad(value, wanted, cotangent)]
+
+    check(run("numba"), run("reference"), f"{op} on numba")
+    return compare(partial(run, "numba"), partial(run, "reference"))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("op", OPS)
+def bench_numba_against_reference(benchmark, op, rows):
+    torch.set_num_threads(1)
+    benchmark.extra_info.update(versions(), shape=f"{rows} rows", reference=against_reference(op, rows)._asdict())
+    benchmark.pedantic(lambda: None)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    table = {op: {str(rows): round(against_reference(op, rows).median, 2) for rows in ROWS} for op in OPS}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

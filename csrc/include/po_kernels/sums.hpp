@@ -1,0 +1,105 @@
+// Long sums. With u the unit roundoff, n numbers in one accumulator err by up to n u Σ|x|, and equal ones do. Here runs
+// of kRun are added up as such, and the runs with a second accumulator that takes what the first one rounds off (Knuth,
+// The Art of Computer Programming 2, 4.2.2): the error is at most (kRun + 1) u Σ|x|, and n / kRun u² Σ|x|, whatever n.
+#pragma once
+
+#include "po_kernels/blocks.hpp"
+
+namespace po_kernels {
+
+constexpr int kRun = 32;
+constexpr int kSampleRun = 256;  // samples in a run of sums that stand in memory, with 64 blocks in an accumulator
+
+inline namespace PK_LEVEL {
+
+template <class V>
+struct Total {
+  V sum{}, rest{};
+
+  PK_FN void add(V x) {
+    const V total = sum + x;
+    const V part = total - sum;
+    rest = rest + ((sum - (total - part)) + (x - part));
+    sum = total;
+  }
+  PK_FN V value() const {
+    if constexpr (is_dual<V>) {
+      return {Total<Primal<V>>{sum.v, rest.v}.value(), Total<Primal<V>>{sum.t, rest.t}.value()};
+    } else {
+      return select(rest == rest, sum + rest, sum);  // inf leaves nan in the rest
+    }
+  }
+};
+
+// total[n] = N sums of `count` terms: body(first, last, run) adds those in [first, last) to run[n].
+template <class V, int N, class Body>
+PK_FN void long_sums(Index count, V (&total)[N], Body body) {
+  Total<V> totals[N];
+  for (Index first = 0; first < count; first += kRun) {
+    V run[N];
+    unrolled<N>([&](auto n) PK_LAMBDA { run[n] = V{}; });
+    body(first, first + kRun < count ? first + kRun : count, run);
+    if (count <= kRun) {
+      unrolled<N>([&](auto n) PK_LAMBDA { total[n] = run[n]; });
+      return;
+    }
+    unrolled<N>([&](auto n) PK_LAMBDA { totals[n].add(run[n]); });
+  }
+  unrolled<N>([&](auto n) PK_LAMBDA { total[n] = totals[n].value(); });
+}
+
+// term(0) + ... + term(count - 1), each called once and in that order.
+template <class V, class Term>
+PK_FN V long_sum(Index count, Term term) {
+  V total[1];
+  long_sums(count, total, [&](Index first, Index last, V(&run)[1]) PK_LAMBDA {
+    for (Index i = first; i < last; ++i) run[0] = run[0] + term(i);
+  });
+  return total[0];
+}
+
+// Numbers that are summed over samples, null if not wanted.
+template <class P>
+struct Summed {
+  P* to;
+  Index size;
+};
+template <class V>
+PK_FN Summed<Primal<V>> summed(V* to, Index size) {
+  return {reinterpret_cast<Primal<V>*>(to), to == nullptr ? 0 : size * Index(sizeof(V) / sizeof(Primal<V>))};
+}
+
+// Scratch of the sum below, for so many numbers.
+PK_FN Index run_work(Index count, Index size) {
+  return count > kSampleRun ? 2 * size : 0;
+}
+
+// Adds to all numbers of `sums` what body(first, last, to) adds to those at to[0], to[1], ... for samples [first,
+// last), in runs of kSampleRun where these are not all.
+template <class P, int N, class Body>
+PK_FN void in_sample_runs(Index count, const Summed<P> (&sums)[N], P* scratch, Body body) {
+  const bool all = count <= kSampleRun;
+  P* to[N];
+  for (int n = 0; n < N; ++n) {
+    to[n] = all || sums[n].to == nullptr ? sums[n].to : scratch;
+    for (Index i = 0; !all && i < 2 * sums[n].size; ++i) *scratch++ = P{};
+  }
+  for (Index first = 0; first < count; first += kSampleRun) {
+    body(first, all ? count : first + kSampleRun < count ? first + kSampleRun : count, to);
+    if (all) return;
+    const bool last = first + kSampleRun >= count;
+    for (int n = 0; n < N; ++n) {
+      P* rest = to[n] + sums[n].size;
+      for (Index i = 0; i < sums[n].size; ++i) {
+        Total<P> total{sums[n].to[i], rest[i]};
+        total.add(to[n][i]);
+        sums[n].to[i] = last ? total.value() : total.sum;
+        rest[i] = total.rest;
+        to[n][i] = P{};
+      }
+    }
+  }
+}
+
+}  // namespace PK_LEVEL
+}  // namespace po_kernels
