@@ -83,7 +83,6 @@ class NormalCG(ImplicitMethod):
     max_iterations: int = 100
 
     def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
-
         def product(vector: Tensor) -> Tensor:
             image = problem.product(vector)
             problem.curvature.search(vector, image)
