@@ -1,7 +1,7 @@
 """Numba against the reference: value and gradients of every op on one thread, in one process.
 
 `python -m benchmarks.bench_numba` writes the ratios to benchmarks/baselines/numba.json. Automatic dispatch prefers
-numba for the ops that are faster at every size there; `po_kernels/backends/numba/__init__.py` names the others.
+numba for the ops that are faster at every size there; `po_kernels/backends/numba/__init__.py` names them.
 """
 
 import json
@@ -41,7 +41,7 @@ def _call(op: str, rows: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
             "surrogate_loss": (lambda x, r, **options: function(x, labels, r, **options), [logits, rewards]),
             "log_prob": (partial(function, value=labels), [logits]),
             "sample": (partial(function, num_samples=_GROUP, seed=1), [logits]),
-        }[what]
+        }.get(what, (function, [logits]))
     mean, scale, target, precision = (gaussian_inputs if family == "gaussian" else mvn_inputs)(rows, _DIM)
     samples = torch.randn(_GROUP, rows, _DIM)
     return {

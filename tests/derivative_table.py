@@ -26,9 +26,11 @@ from tests.ops.test_derivatives import oracle
 COLUMNS = ("value", "first", "second", "mixed", "jvp", "compile")
 HEADER = """# Derivatives
 
-What each operation provides on each CPU backend. Written by `python -m tests.derivative_table` from calls of the
-operations, each compared with the reference, and the reference with finite differences, for the score-function
-estimators those of the function that they are to have the derivatives of. A test holds this page to what it finds.
+What the operations provide, by estimator; "-" stands for log-probabilities, samples and advantages, which have none.
+What holds on all CPU backends has one row, and an operation or backend that differs from it has its own. Written by
+`python -m tests.derivative_table` from calls of every operation on every backend, each compared with the reference, and
+the reference with finite differences, for the score-function estimators those of the function that they are to have
+the derivatives of. A test holds this page to what it finds.
 
 - value, first: the value, and its gradient in every floating tensor;
 - second: products with the Hessian in the policy's parameters, by `autograd.grad` twice;
@@ -43,7 +45,7 @@ the backend; `reinforce` refuses them. `tests/ops/test_compile.py` holds this. `
 
 The kernels of numba compute values and gradients; the reference serves its second order and jvp.
 
-"raises" is a `RuntimeError` that says what to use instead; "-" is for what an operation has no input for.
+"raises" is a `RuntimeError` that says what to use instead; an operation without a tensor for "mixed" has no say in it.
 `categorical_sample` draws integers and has no derivative.
 
 """
@@ -169,16 +171,21 @@ def _judge(found: Callable[[], Results], expected: Callable[[], Results], tolera
 
 
 def table() -> str:
-    lines = ["| op | estimator | backend | " + " | ".join(COLUMNS) + " |", "| --- " * (3 + len(COLUMNS)) + "|"]
+    lines = ["| estimator | operations | " + " | ".join(COLUMNS) + " |", "| --- " * (2 + len(COLUMNS)) + "|"]
+    found: dict[str, dict[str, dict[str, str]]] = {}  # by estimator, and by operation and backend
     for op in DIFFERENTIABLE:
-        for estimator in ESTIMATORS.get(op, (None,)):
-            options = {} if estimator is None else {"estimator": estimator, "advantage": "loo"}
+        for estimator in ESTIMATORS.get(op, ("-",)):
+            options = {} if estimator == "-" else {"estimator": estimator, "advantage": "loo"}
             case = draw(
                 op, 1, lead=(2,), dim=2, group=4, precision_kind="full", shared_scale=False, mask=False, **options
             )
             for backend in serving(op):
-                found = entries(case, backend)
-                lines.append(f"| {op} | {estimator or '-'} | {backend} | {' | '.join(found[c] for c in COLUMNS)} |")
+                found.setdefault(estimator, {})[f"{op} on {backend}"] = entries(case, backend)
+    for estimator, each in found.items():
+        usual = {c: next((x[c] for x in each.values() if x[c] != "-"), "-") for c in COLUMNS}
+        others = {name: x for name, x in each.items() if any(x[c] not in ("-", usual[c]) for c in COLUMNS)}
+        for name, x in {"all" if not others else "all others": usual, **others}.items():
+            lines.append(f"| {estimator} | {name} | {' | '.join(x[c] for c in COLUMNS)} |")
     return HEADER + "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,7 @@
 """The advantages over a group of samples: number, formula and definition of each, in plain torch.
 
-A compiled backend has its own code for each number: `csrc/include/po_kernels/group.hpp`, `numba/group.py` and
-`triton/group.py`.
+A compiled backend has its own code for each number: `csrc/include/po_kernels/advantage.hpp`,
+`numba/group.py` and `triton/group.py`.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def _standardized(rewards: Tensor) -> Tensor:
 
 
 ADVANTAGES = {
-    "none": Advantage(0, "A = r", lambda r: r),
+    "none": Advantage(0, "A = r", lambda r: r.clone()),
     "min": Advantage(1, "A = r - min r, the minimum held constant", lambda r: r - r.detach().amin(dim=0, keepdim=True)),
     "mean": Advantage(2, "A = r - mean r", _centred),
     "loo": Advantage(

@@ -43,10 +43,15 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | Non
     if not _modes.may_call_directly(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
     elif True in needs or _modes.in_forward_mode():
-        outputs = _PlainValue.apply(call, needs, constants, *inputs)
+        outputs = _PlainValue.apply(call, needs, _kept(constants), *_kept(inputs))
     else:
         outputs = _direct(call, inputs, constants, None, None, None, needs, call.want_stats)
     return outputs[:2]
+
+
+def _kept(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies of what inference mode made, such as the samples of a rollout: autograd keeps no such tensor."""
+    return [x.clone() if x is not None and x.is_inference() else x for x in tensors]
 
 
 def run(
@@ -193,22 +198,19 @@ class _PlainValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent, _):
         call, needs = ctx.call, ctx.needs_input_grad[3:]
-        unknown = [None] * len(needs)
         if cotangent is None:
-            found = unknown
-        elif _modes.is_differentiated():
-            known = ctx.__dict__.get("known") or unknown
-            found = _Gradient.apply(call, needs, cotangent, *ctx.saved_tensors, *known)
-            found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
-        elif cotangent.ndim or call.config.reduction == "none" or _modes.is_legacy_batch(cotangent):
-            known = ctx.__dict__.get("known") or unknown
-            found = _gradient(call, needs, cotangent, *ctx.saved_tensors, *known)
-        else:
-            found = ctx.__dict__.pop("known", None)  # at once: another thread may be in the same graph
-            if found is None:
-                found = _gradient(call, needs, cotangent, *ctx.saved_tensors, *unknown)
-            elif not cotangent.is_cpu or cotangent.item() != 1.0:
-                torch._foreach_mul_([k for k in found if k is not None], cotangent)
+            return (None,) * (3 + len(needs))
+        # One pass takes them: another thread may be in the same graph, and what was handed out belongs to others.
+        known = ctx.__dict__.pop("known", None)
+        differentiated = _modes.is_differentiated()
+        scalar = not cotangent.ndim and call.config.reduction != "none" and not _modes.is_legacy_batch(cotangent)
+        if known is not None and scalar and not differentiated:
+            if not cotangent.is_cpu or cotangent.item() != 1.0:
+                torch._foreach_mul_([k for k in known if k is not None], cotangent)
+            return (None, None, None, *known)
+        gradient = _Gradient.apply if differentiated else _gradient
+        found = gradient(call, needs, cotangent, *ctx.saved_tensors, *(known or [None] * len(needs)))
+        found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         return (None, None, None, *found)
 
     @staticmethod

@@ -39,8 +39,8 @@ def floating(op: str, names: Sequence[str], *tensors: Tensor) -> Sequence[Tensor
             first, kind = name, found
         elif found != kind or tensor.is_nested:
             if dtype not in FLOATING:
-                names = "float32, float64, bfloat16 or float16"
-                raise TypeError(f"{op}: {name}: expected a floating tensor ({names}), got {dtype}")
+                allowed = "float32, float64, bfloat16 or float16"
+                raise TypeError(f"{op}: {name}: expected a floating tensor ({allowed}), got {dtype}")
             _dense(op, name, tensor)
             if device != kind[1]:
                 raise ValueError(f"{op}: {name}: expected a tensor on {kind[1]} like {first}, got one on {device}")

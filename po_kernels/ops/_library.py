@@ -30,6 +30,11 @@ def _define(op: Op) -> None:
     _library.define(op.name + _SCHEMA)
 
     def run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
+        if any(map(_modes.has_tangent, inputs)):
+            raise RuntimeError(
+                f"{op.name}: a function compiled by torch.compile has no derivative in forward mode from outside; "
+                "compile torch.func.jvp of the function, or use reverse mode"
+            )
         resolved = _modes.resolved
         config = _config(*options[:-1])
         if options[-1] is not None:

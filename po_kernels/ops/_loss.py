@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.advantages import ADVANTAGES
 from ..backends.contract import OPS, REDUCTIONS, OpConfig
-from . import _check
+from . import _check, _modes
 from ._evaluate import evaluate
 
 
@@ -119,7 +119,11 @@ def loss(
     config, return_stats, backend, coefficient = chosen
     value, stats = evaluate(op, backend, inputs, constants, config, return_stats)
     if coefficient is not None:
-        value = value - coefficient.to(value.dtype) * dispatch.entropy(op, inputs, config.reduction)
+        if coefficient.device not in (value.device, torch.device("cpu")):
+            raise ValueError(
+                f"{op}: entropy_coef: expected a tensor on {value.device} or the CPU, got one on {coefficient.device}"
+            )
+        value = value - coefficient.to(value.dtype) * dispatch.entropy(OPS[op].Inputs(*inputs), config.reduction)
     if config.reduction == "none":
         value = _check.rows(value, *lead)
         stats = tuple([_check.rows(column, *lead) for column in stats])
@@ -128,7 +132,10 @@ def loss(
 
 def seed(op: str, chosen: LossOptions, given: int | Tensor | None, stream: int) -> Tensor | None:
     """The key of an estimator that draws samples."""
-    return _check.seed_tensor(op, given, stream) if chosen.config.num_samples else None
+    if chosen.config.num_samples or given is not None or stream:
+        key = _check.seed_tensor(op, given, stream)
+        return key if chosen.config.num_samples else None
+    return None
 
 
 def surrogate(
@@ -153,9 +160,10 @@ def surrogate(
     _check.has_shape(op, "rewards", rewards, (num_samples, *lead))
     _check.has_shape(op, "samples", samples, (num_samples, *lead, *event))
     _check.choice(op, "advantage", advantage, tuple(ADVANTAGES))
+    _check.choice(op, "estimator", estimator, OPS[op].estimators)
     if estimator != "reparam":
         _check.group_size(op, "rewards", num_samples, advantage)
-        if samples.requires_grad:
+        if _modes.has_derivative(samples):
             raise ValueError(
                 f"{op}: samples: expected constants with estimator={estimator!r}, got a tensor that requires grad, "
                 "whose derivative would be dropped; score samples.detach(), or use estimator='reparam'"

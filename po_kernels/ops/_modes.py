@@ -14,6 +14,8 @@ PRIVATE = (
     "torch._C._are_functorch_transforms_active",
     "torch._C._len_torch_dispatch_stack",
     "torch._C._functorch.is_legacy_batchedtensor",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.get_unwrapped",
     "torch.autograd.forward_ad._current_level",
     "torch.Tensor._is_zerotensor",
     "torch._C._SetExcludeDispatchKeyGuard",
@@ -24,6 +26,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 transforms_active = torch._C._are_functorch_transforms_active
 is_legacy_batch = torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_unwrapped = torch._C._functorch.get_unwrapped
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -68,6 +72,22 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
         if x is not None and (type(x) not in _ORDINARY or x._is_zerotensor() or x.is_neg()):
             return False
     return True
+
+
+def has_tangent(x: Tensor) -> bool:
+    return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def has_derivative(x: Tensor) -> bool:
+    """A derivative of some mode or transform would reach x."""
+    if torch.compiler.is_compiling():
+        return x.requires_grad
+    while True:
+        if x.requires_grad or has_tangent(x):
+            return True
+        if not _is_wrapped(x):
+            return False
+        x = _unwrapped(x)
 
 
 def resolved(x: Tensor | None) -> Tensor | None:

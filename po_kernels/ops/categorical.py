@@ -25,7 +25,8 @@ def categorical_sample(
 ) -> Tensor:
     """Draws labels by inversion of the distribution function, random numbers as in `gaussian_sample`.
 
-    Thresholds are 24-bit integers computed in float64, so that all backends draw the same labels.
+    A label is the first class whose distribution function, in float64, is above a uniform number of 53 bits, so that
+    rare classes of a vocabulary are drawn and all backends draw the same labels, but for rounding, once in 10**13.
 
     Args:
         logits: (*, C), one policy a row; -inf masks a class.

@@ -104,8 +104,8 @@ def gaussian_policy_loss(
             from call to call without a new graph of torch.compile.
         estimator: "analytic", "reparam", "dice" or "reinforce".
         num_samples: G, required by the sampled estimators; at least 2 with advantage="loo".
-        advantage: baseline of the score function: "none", "min", "mean", "loo" or "standardized";
-            "analytic" and "reparam" have no use for it.
+        advantage: baseline of the score function, a kind of `group_advantage`; "analytic" and "reparam" have no use
+            for it.
         rbf_gamma: replaces r by exp(rbf_gamma · r); sampled estimators only.
         reduction: "mean" or "sum" over rows, or "none".
         seed: 64-bit seed, or an int64 scalar tensor; None draws one from torch's default CPU generator.

@@ -16,7 +16,7 @@ from hypothesis.errors import Flaky, Unsatisfiable
 
 from po_kernels.backends.contract import OPS
 
-from .calls import Call, Fault, calls
+from .calls import Call, FaultError, calls
 
 
 def main() -> int:
@@ -39,7 +39,7 @@ def main() -> int:
         count[call.transform] += 1
         try:
             call.check()
-        except Fault:
+        except FaultError:
             last[:] = [call]
             raise
 
@@ -53,7 +53,7 @@ def main() -> int:
             )(seed(number)(given(calls(options.op))(run)))()  # fmt: skip
         except Unsatisfiable:  # the time is over
             pass
-        except (Fault, Flaky) as fault:
+        except (FaultError, Flaky) as fault:
             print(f"\n{type(fault).__name__}: {fault}", flush=True)
             known.add(_kind(last[0]))
         number += 1

@@ -9,7 +9,7 @@ from tests.ops.cases import FAST
 
 from .calls import Call, calls
 
-EXAMPLES = 5 if FAST else 40
+EXAMPLES = 5 if FAST else 60
 
 
 # Torch warns of its own doings once in a process, which no second run of a call could repeat.

@@ -150,12 +150,14 @@ def _mixed(case: Case, backend: str, seed: int, move: Move) -> list[Found]:
         return [_recorded(partial(case, backend=backend), case, seed, move)]
 
 
+def _each_tensor(found: list[Any], change: Callable[[Any], Any]) -> list[Any]:
+    return [{order: list(map(change, tensors)) for order, tensors in each.items()} for each in found]
+
+
 def _in_child(connection: Any, case: Case, backend: str, seed: int) -> None:
     torch.set_num_threads(1)  # torch's own operations: those of ours find out by themselves
     found = _value(case, backend, seed, lambda x: x)
-    connection.send(
-        [{order: [(x.tolist(), x.dtype) for x in tensors] for order, tensors in each.items()} for each in found]
-    )
+    connection.send(_each_tensor(found, lambda x: (x.tolist(), x.dtype, x.shape)))
 
 
 FORK_SECONDS = 60
@@ -180,10 +182,7 @@ def _forked(case: Case, backend: str, seed: int, move: Move) -> list[Found]:
     finally:
         child.kill()
         child.join()
-    return [
-        {order: [torch.tensor(x, dtype=dtype) for x, dtype in tensors] for order, tensors in each.items()}
-        for each in found
-    ]
+    return _each_tensor(found, lambda sent: torch.tensor(sent[0], dtype=sent[1]).reshape(sent[2]))
 
 
 def _threads(case: Case, backend: str, seed: int, move: Move) -> list[Found]:

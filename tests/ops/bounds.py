@@ -1,11 +1,15 @@
 """How far from the exact result a backend may be: a bound for each tensor of a call, from its size and conditioning."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
+
+from po_kernels.backends.reference import philox
 
 from .cases import Case, derivatives, distance, largest, repeats_second_order, uniform
 
@@ -13,7 +17,8 @@ from .cases import Case, derivatives, distance, largest, repeats_second_order, u
 # about the sum of
 #   - its largest entry: the result is rounded, and so are its terms;
 #   - how far the exact result goes, over STEP, when all inputs, cotangents and directions move by up to STEP of their
-#     largest entry, each entry at random: as the rounding errors of its n terms add up, and are magnified;
+#     largest entry, each entry at random: as the rounding errors of its n terms add up, and are magnified; normal
+#     numbers move by up to π STEP, as they do when their angle of up to 2π is rounded, however small they are;
 #   - twice the error of plain torch in float32, over the eps of float32: where terms cancel whatever the inputs, as
 #     those of the derivative of two samples' standardized advantages, the two others see nothing of them.
 # The last two are the largest of a few draws, and a draw for a tensor of one entry may be some times smaller than
@@ -79,13 +84,14 @@ def agrees(case: Case, backend: str, seed: int = 0, *, second: bool = True, fact
 
 
 def _units(case: Case, seed: int, second: bool, exact: Derivatives) -> dict[str, list[float]]:
-    def plain(case: Case, move: Callable[[Tensor], Tensor] = lambda x: x) -> Derivatives:
-        return derivatives(case, "reference", seed, second=second, move=move)
+    def plain(case: Case, move: Callable[..., Tensor] = lambda x, *_: x) -> Derivatives:
+        with mock.patch.object(philox, "normal", lambda *arguments: move(normal(*arguments), math.pi)):
+            return derivatives(case, "reference", seed, second=second, move=move)
 
     def distances(found: Derivatives, other: Derivatives) -> list[float]:
         return [distance([x], [y]) for order in exact for x, y in zip(found[order], other[order], strict=True)]
 
-    moved, rounding = [], []
+    normal, moved, rounding = philox.normal, [], []
     for number in range(MOVES + 1):
         case_there = case.to(torch.float64)
         if number:
@@ -115,10 +121,11 @@ def _units(case: Case, seed: int, second: bool, exact: Derivatives) -> dict[str,
     return units
 
 
-def _mover(number: int) -> Callable[[Tensor], Tensor]:
+def _mover(number: int) -> Callable[..., Tensor]:
     rng = random.Random(f"moved {number}")
 
-    def move(x: Tensor) -> Tensor:
-        return x + STEP * largest([x]) * (2 * uniform(rng, *x.shape) - 1) if x.is_floating_point() else x
+    def move(x: Tensor, size: float | None = None) -> Tensor:
+        size = largest([x]) if size is None else size
+        return x + STEP * size * (2 * uniform(rng, *x.shape) - 1) if x.is_floating_point() else x
 
     return move

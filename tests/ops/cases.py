@@ -24,6 +24,9 @@ SURROGATE_LOSSES = tuple(name for name in LOSSES if name.endswith("surrogate_los
 GAUSSIAN_LOSSES = tuple(name for name in LOSSES if "precision" in OPS[name].axes)
 LOG_PROBS = tuple(name for name in OPS if name.endswith("log_prob"))
 SAMPLES = tuple(name for name in OPS if name.endswith("sample"))
+# Of a policy: densities, samples, and what else is no loss and has derivatives.
+VALUES = tuple(name for name, op in OPS.items() if op.differentiable and not (op.is_loss or "advantage" in op.options))
+CATEGORICAL = tuple(name for name, op in OPS.items() if "logits" in op.axes)
 DIFFERENTIABLE = tuple(name for name, op in OPS.items() if op.differentiable)
 ESTIMATORS = {name: OPS[name].estimators for name in LOSSES}
 

@@ -1,16 +1,69 @@
-"""Advantages by hand, and groups whose rewards are all equal."""
+"""Advantages against formulas of their own, by hand, and groups whose rewards are all equal."""
 
 import math
 
 import pytest
 import torch
-from torch.autograd import grad
+from torch import Tensor
+from torch.autograd import grad, gradcheck, gradgradcheck
 
 import po_kernels as pk
 
-from .cases import ADVANTAGES, SURROGATE_LOSSES, draw, pairs, serving
+from .cases import ADVANTAGES, SURROGATE_LOSSES, cotangent_like, distance, draw, largest, pairs, serving
 
 EVERYWHERE = pytest.mark.parametrize("backend", serving("group_advantage"))
+
+
+def standardized(rewards: Tensor, held: Tensor) -> Tensor:
+    equal = (rewards == rewards[0]).all(0)
+    variance = torch.where(equal, 1.0, rewards.var(0, unbiased=False))
+    return torch.where(equal, 0.0, (rewards - rewards.mean(0)) / (variance.sqrt() + 1e-6))
+
+
+# Advantages of rewards (G, *), which are smooth in them; what a kind holds constant it takes from `held`, the same
+# rewards without a derivative.
+ORACLE = {
+    "none": lambda rewards, held: rewards,
+    "min": lambda rewards, held: rewards - held.amin(0),
+    "mean": lambda rewards, held: rewards - rewards.mean(0),
+    "loo": lambda rewards, held: rewards - (rewards.sum(0) - rewards) / (len(rewards) - 1),
+    "standardized": standardized,
+}
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_the_oracle_itself(kind):
+    rewards = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    held = rewards.detach().clone()
+    assert gradcheck(lambda r: ORACLE[kind](r, held), rewards)
+    assert gradgradcheck(lambda r: ORACLE[kind](r, held), rewards)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("gamma", [None, 0.3])
+@pytest.mark.parametrize("kind", ADVANTAGES)
+def test_the_derivatives_are_those_of_the_oracle(backend, kind, gamma):
+    """In reverse and in forward mode, to second order."""
+    case = draw("group_advantage", 1, lead=(2,), group=4, kind=kind, rbf_gamma=gamma)
+    (rewards,) = case.tensors.values()
+    weight, along = cotangent_like(rewards, 0), cotangent_like(rewards, 1)
+
+    def oracle(r):
+        r = r if gamma is None else torch.exp(gamma * r)
+        return ORACLE[kind](r, r.detach())
+
+    def op(r):
+        return case(r, backend=backend)
+
+    for transform in (
+        lambda f: f(rewards),
+        lambda f: torch.func.jvp(f, (rewards,), (along,))[1],
+        lambda f: torch.func.vjp(f, rewards)[1](weight)[0],
+        lambda f: torch.func.hessian(lambda r: (f(r) * weight).sum() + f(r).square().sum())(rewards),
+    ):
+        found, expected = transform(op), transform(oracle)
+        # Some tens of float64 operations an entry, whose terms are within 1e2 of the largest entry.
+        assert distance([found], [expected]) <= 1e-12 * (1 + largest([expected]))
 
 
 @EVERYWHERE

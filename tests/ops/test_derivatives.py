@@ -9,14 +9,15 @@ from torch.autograd import forward_ad, grad, gradcheck, gradgradcheck
 
 import po_kernels as pk
 
+from . import test_advantage
 from .cases import (
     ADVANTAGES,
     GAUSSIAN_LOSSES,
-    LOG_PROBS,
     LOSSES,
     PRECISIONS,
     REDUCTIONS,
     SURROGATE_LOSSES,
+    VALUES,
     Case,
     directions,
     distance,
@@ -80,27 +81,11 @@ def test_finite_differences_of_reparam_surrogates(op, backend, reduction):
     check(case, backend)
 
 
-@pytest.mark.parametrize(("op", "backend"), pairs((*LOG_PROBS, "gaussian_sample", "mvn_sample")))
-def test_finite_differences_of_log_probs_and_samples(op, backend):
+@pytest.mark.parametrize(("op", "backend"), pairs(VALUES))
+def test_finite_differences_of_values(op, backend):
     for seed in range(3):
         case = draw(op, seed, lead=(2,), dim=1 + seed, group=2, mask=False)
         check(case, backend)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in ADVANTAGES if kind != "min"])
-@pytest.mark.parametrize("backend", serving("group_advantage"))
-def test_finite_differences_of_advantages(backend, kind):
-    for gamma in (None, 0.3):
-        case = draw("group_advantage", 1, lead=(2,), group=4, kind=kind, rbf_gamma=gamma)
-        check(case, backend)
-
-
-@pytest.mark.parametrize("backend", serving("group_advantage"))
-def test_the_minimum_of_an_advantage_is_constant(backend):
-    """So the Jacobian is the identity, which finite differences do not show."""
-    rewards = torch.randn(4, 2, dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda r: pk.group_advantage(r, "min", backend=backend), rewards)
-    assert torch.equal(jacobian.reshape(8, 8), torch.eye(8, dtype=torch.float64))
 
 
 # The oracle of the score-function estimators: the samples, and what a weight is divided by, held at θ0.
@@ -142,22 +127,6 @@ def oracle_rewards(case: Case, inputs: dict[str, Tensor], samples: Tensor) -> Te
     return -torch.einsum("gbi,ij,gbj->gb", residual, matrix, residual)
 
 
-def oracle_advantage(rewards: Tensor, kind: str, minimum: Tensor) -> Tensor:
-    count = rewards.shape[0]
-    mean = rewards.sum(0) / count
-    if kind == "none":
-        return rewards
-    if kind == "min":
-        return rewards - minimum
-    if kind == "mean":
-        return rewards - mean
-    if kind == "loo":
-        return rewards - (rewards.sum(0) - rewards) / (count - 1)
-    equal = (rewards == rewards[0]).all(0)
-    variance = torch.where(equal, 1.0, ((rewards - mean) ** 2).sum(0) / count)
-    return torch.where(equal, 0.0, (rewards - mean) / (variance.sqrt() + 1e-6))
-
-
 def oracle(case: Case):
     """f(x; x0) of the inputs x, explicit and smooth, whose derivatives at x0 are those the estimator is to have."""
     family = case.op.split("_")[0]
@@ -177,12 +146,12 @@ def oracle(case: Case):
         rewards = oracle_rewards(case, inputs, samples)
         return rewards if gamma is None else torch.exp(gamma * rewards)
 
-    minimum = transformed(case.tensors).amin(0).detach()
+    held = transformed(case.tensors).detach()
 
     def function(*tensors: Tensor) -> Tensor:
         inputs = dict(zip(names, tensors, strict=True))
         rewards = transformed(inputs)
-        advantage = oracle_advantage(rewards, case.options["advantage"], minimum)
+        advantage = test_advantage.ORACLE[case.options["advantage"]](rewards, held)
         log_prob = oracle_log_prob(family, list(tensors[:parameters]), samples)
         weight = torch.exp(log_prob - frozen)
         entropy = oracle_entropy(family, list(tensors[:parameters]))

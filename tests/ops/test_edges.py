@@ -3,6 +3,7 @@
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from .cases import (
     directions,
     distance,
     draw,
+    fused,
     fused_pairs,
     largest,
     pairs,
@@ -269,3 +271,109 @@ def test_values_are_refused_within_transforms(backend, transform):
     labels = torch.tensor([[0, 1], [2, 1]])
     with pytest.raises(ValueError, match="value: expected labels from 0"):
         torch.func.vmap(lambda y: pk.categorical_log_prob(torch.zeros(2, 2), y, backend=backend))(labels)
+
+
+POINT = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+GIVEN = torch.randn(4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+
+
+def scored(samples, mean=POINT, estimator="dice", backend=None):
+    rewards = -GIVEN.square().sum(-1)
+    return pk.gaussian_surrogate_loss(
+        mean, torch.zeros(2).double(), samples, rewards, estimator=estimator, backend=backend
+    )
+
+
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda q: torch.func.jvp(scored, (q,), (q,)),
+        lambda q: torch.func.grad(scored)(q),
+        lambda q: torch.func.grad(lambda x: torch.func.vmap(scored)(x).sum())(torch.stack([q, q])),
+        lambda q: torch.func.vmap(lambda x: scored(x))(torch.stack([q, q]).requires_grad_()),
+    ],
+)
+def test_samples_with_a_derivative_in_any_mode(derivative):
+    with pytest.raises(ValueError, match=r"^gaussian_surrogate_loss: samples: .*samples\.detach\(\)"):
+        derivative(GIVEN)
+
+
+@pytest.mark.parametrize("backend", serving("gaussian_surrogate_loss"))
+@pytest.mark.parametrize("estimator", ["dice", "reinforce"])
+def test_inference_mode(backend, estimator):
+    """Transforms within it, and training on what was made in it."""
+
+    def loss(mean):
+        return scored(GIVEN, mean, estimator, backend)
+
+    expected = torch.func.grad(loss)(POINT)
+    with torch.inference_mode():
+        agree(torch.func.grad(loss)(POINT), expected, estimator)
+        if estimator == "dice":
+            assert largest([torch.func.jvp(torch.func.grad(loss), (POINT,), (POINT,))[1]]) > 0
+        samples = GIVEN.clone()
+    mean = POINT.clone().requires_grad_()
+    scored(samples, mean, estimator, backend).backward()
+    agree(mean.grad, expected, estimator)
+
+
+@pytest.mark.parametrize("backend", serving("gaussian_policy_loss"))
+def test_autocast_changes_no_derivative_of_kernels(backend):
+    """Those of reinforce are made by kernels on every backend; backward passes leave autocast first, as torch asks."""
+    case = draw("mvn_policy_loss", 3, torch.float32, lead=(3,), dim=4, group=5, estimator="reinforce")
+    found = []
+    for enabled in (False, True):
+        inputs = case.inputs
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = case(*inputs, backend=backend).sum()
+        found.append(torch.autograd.grad(loss, inputs, materialize_grads=True))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("backend", fused("gaussian_policy_loss"))
+def test_a_pass_within_another_of_the_same_graph(backend):
+    """One backward pass is made in the middle of another, as a thread may: each has its own gradients."""
+    case = draw("gaussian_policy_loss", 2, lead=(4,), dim=3, group=4, estimator="dice", reduction="mean")
+    inputs, armed = case.inputs, [False]
+
+    def unpack(x):
+        if armed[0]:
+            armed[0] = False
+            other = partial(torch.autograd.grad, 3.0 * loss, inputs, retain_graph=True)
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(other).result(timeout=60)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        loss = case(*inputs, backend=backend)
+    expected = torch.autograd.grad(case(*inputs, backend=backend), inputs)
+    armed[0] = True
+    agree(torch.autograd.grad(loss, inputs, create_graph=True), expected, case)
+
+
+@pytest.mark.parametrize(("op", "backend"), pairs(("group_advantage",)))
+def test_a_value_is_never_an_input(op, backend):
+    rewards = torch.ones(3, 2)
+    pk.group_advantage(rewards, "none", backend=backend).zero_()
+    assert torch.equal(rewards, torch.ones(3, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+def test_forward_mode_from_outside_of_a_compiled_function():
+    case = draw("gaussian_policy_loss", 2, lead=(3,), dim=2, group=4, estimator="dice", reduction="mean")
+    compiled = torch.compile(lambda mean: case(mean, backend=None), backend="eager")
+    mean = case.tensors["mean"]
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(RuntimeError, match=r"gaussian_policy_loss: .*compile torch\.func\.jvp"),
+    ):
+        compiled(torch.autograd.forward_ad.make_dual(mean, torch.ones_like(mean)))
+
+
+def test_seeds_are_checked_where_nothing_is_drawn():
+    case = draw("gaussian_policy_loss", 2, estimator="analytic")
+    for wrong, error, message in (({"seed": "abc"}, TypeError, "seed"), ({"stream": -7}, ValueError, "stream")):
+        with pytest.raises(error, match=rf"^gaussian_policy_loss: {message}: expected"):
+            case(backend=None, **wrong)
+    with pytest.raises(ValueError, match=r"^gaussian_policy_loss: entropy_coef: expected a tensor on"):
+        case(backend=None, entropy_coef=torch.tensor(0.1, device="meta"))

@@ -8,13 +8,15 @@ import torch
 import po_kernels as pk
 
 from .cases import (
+    ADVANTAGES,
+    CATEGORICAL,
     GAUSSIAN_LOSSES,
-    LOG_PROBS,
     LOSSES,
     OPS,
     POLICY_LOSSES,
     SAMPLES,
     SURROGATE_LOSSES,
+    VALUES,
     draw,
     pairs,
 )
@@ -149,7 +151,7 @@ def test_a_group_of_one_has_no_leave_one_out_baseline(op, backend):
 def test_no_samples_at_all(op):
     good = arguments_of(op)
     changes = {name: good[name][:0] for name in ("samples", "rewards")}
-    for advantage in ("none", "min", "mean", "loo", "standardized"):
+    for advantage in ADVANTAGES:
         refused(op, "rewards", ValueError, changes, advantage=advantage)
 
 
@@ -228,7 +230,7 @@ def test_bad_scale_tril(op, backend):
             refused(op, "scale_tril", ValueError, {"scale_tril": bad[row]}, backend=backend)
 
 
-LABELS = {"categorical_policy_loss": "target", "categorical_surrogate_loss": "samples", "categorical_log_prob": "value"}
+LABELS = {name: op.labels for name, op in OPS.items() if op.labels}
 
 
 @pytest.mark.parametrize(("op", "backend"), pairs(tuple(LABELS)))
@@ -255,14 +257,14 @@ def test_labels_that_are_no_integers(op):
     refused(op, name, ValueError, {name: good.to("meta")})
 
 
-@pytest.mark.parametrize(("op", "backend"), pairs((*LABELS, "categorical_sample")))
+@pytest.mark.parametrize(("op", "backend"), pairs(CATEGORICAL))
 def test_a_row_without_a_class(op, backend):
     logits = arguments_of(op)["logits"].clone()
     logits[1] = -INF
     refused(op, "logits", ValueError, {"logits": logits}, backend=backend)
 
 
-@pytest.mark.parametrize(("op", "backend"), pairs(LOG_PROBS))
+@pytest.mark.parametrize(("op", "backend"), pairs(VALUES))
 def test_one_class_or_one_dimension_is_enough(op, backend):
     assert draw(op, 0, lead=(2,), dim=1, mask=False)(backend=backend).isfinite().all()
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import po_kernels as pk
+from po_kernels.backends.contract import OPS
 
 from . import bounds
 from .bounds import agrees
@@ -17,10 +18,10 @@ from .cases import (
     DIFFERENTIABLE,
     ESTIMATORS,
     GAUSSIAN_LOSSES,
-    LOG_PROBS,
     LOSSES,
     POLICY_LOSSES,
     REDUCTIONS,
+    VALUES,
     Case,
     cotangent_like,
     derivatives,
@@ -85,13 +86,13 @@ def rows_of(case: Case, start: int, stop: int) -> Case:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("op", "backend"), fused_pairs((*LOSSES, *LOG_PROBS)))
+@pytest.mark.parametrize(("op", "backend"), fused_pairs((*LOSSES, *VALUES)))
 def test_a_row_does_not_depend_on_its_batch(op, backend, dtype):
     for seed in range(12):
         case = drawn(op, seed, 37, dtype)
         if op in LOSSES:
             case = case.with_options(reduction="none")
-        else:
+        elif "value" in OPS[op].axes:
             case = with_value_of_two(case)
 
         def rows(case):
@@ -100,7 +101,8 @@ def test_a_row_does_not_depend_on_its_batch(op, backend, dtype):
             value = case(*inputs, backend=backend)
             gradients = torch.autograd.grad(value.sum(), inputs)
             named = [(g, ROW_AXIS.get(name)) for name, g in zip(case.tensors, gradients, strict=True)]
-            return [value.detach().movedim(-1, 0), *[g.movedim(axis, 0) for g, axis in named if axis is not None]]
+            named.append((value.detach(), max(OPS[op].value.find("B"), 0)))
+            return [x.movedim(axis, 0) for x, axis in named if axis is not None]
 
         whole = rows(case)
         for start, stop in ((0, 1), (3, 20), (36, 37)):

@@ -11,10 +11,10 @@ from . import bounds, test_numbers
 from .cases import (
     ADVANTAGES,
     ESTIMATORS,
-    LOG_PROBS,
     LOSSES,
     PRECISIONS,
     REDUCTIONS,
+    VALUES,
     Case,
     draw,
 )
@@ -66,7 +66,7 @@ def test_precisions(op, kind):
         agrees(draw(op, 1, lead=(3,), dim=3, group=3, precision_kind=kind, estimator=estimator, reduction="mean"))
 
 
-@pytest.mark.parametrize("op", [*LOG_PROBS, "gaussian_sample", "mvn_sample"])
+@pytest.mark.parametrize("op", VALUES)
 def test_values(op):
     for seed in range(3):
         agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2], dim=1 + 2 * seed), seed)

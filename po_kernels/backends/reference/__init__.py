@@ -47,28 +47,29 @@ def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Te
     return reduced(loss, config.reduction), tuple(reduced(column, averaged) for column in statistics)
 
 
-def entropy(op: str, inputs: Any, reduction: str) -> Tensor:
-    """The entropy of a policy whose inputs begin as those of `op`, reduced as its loss is."""
-    family = op.split("_")[0]
-    if family == "categorical":
-        rows = categorical.entropy(inputs[0])
+def entropy(inputs: Any, reduction: str) -> Tensor:
+    """The entropy of the policy that a loss has these inputs of, reduced as the loss is."""
+    if "logits" in inputs._fields:
+        rows = categorical.entropy(inputs.logits)
     else:
-        rows = (gaussian if family == "gaussian" else mvn).entropy(inputs[1])
+        rows = (mvn if inputs.scale.ndim == 3 else gaussian).entropy(inputs.scale)
     return reduced(rows, reduction)
 
 
 def _kernel(op: str) -> Kernel:
     def kernel(request: Request) -> list[Any]:
         second = request.tangents is not None
-        with torch.enable_grad():
-            wanted = [second or needed for needed in request.needs]
-            # Copies: what an operator returns may share no memory with what it is given.
-            inputs = [x.detach().clone().requires_grad_(each) for x, each in zip(request.inputs, wanted, strict=True)]
-            named = type(request.inputs)(*inputs)
-            value, statistics = evaluate(op, named, request.constants, request.config)
+        device = request.inputs[0].device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+            # Copies: autograd may keep them, and what an operator returns shares no memory with what it is given.
+            request = _copied(request)
+            inputs = [
+                x.requires_grad_(second or needed) for x, needed in zip(request.inputs, request.needs, strict=True)
+            ]
+            value, statistics = evaluate(op, request.inputs, request.constants, request.config)
             if not OPS[op].differentiable:
                 return [value, None, *(None for _ in inputs)]
-            cotangent = torch.ones_like(value) if request.cotangent is None else request.cotangent.detach().clone()
+            cotangent = torch.ones_like(value) if request.cotangent is None else request.cotangent
             if second:
                 return _second(request, inputs, value, cotangent)
             gradients = _gradients(value, inputs, request.needs, cotangent)
@@ -78,16 +79,25 @@ def _kernel(op: str) -> Kernel:
     return kernel
 
 
+def _copied(request: Request) -> Request:
+    def copied(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return x.detach().clone()
+        return type(x)(*map(copied, x)) if isinstance(x, tuple) else x
+
+    return Request._make([*map(copied, request[:5]), *request[5:]])
+
+
 def _second(request: Request, inputs: list[Tensor], value: Tensor, cotangent: Tensor) -> list[Any]:
     """∂f·v and g ∇²f v + ġ ∇f, as derivatives of g ∇f·v in g and in the inputs."""
     cotangent.requires_grad_()
     moved = [v is not None for v in request.tangents or ()]
     gradients = _gradients(value, inputs, moved, cotangent, create_graph=True)
-    along = [(g * v.detach()).sum() for g, v in zip(gradients, request.tangents or (), strict=True) if v is not None]
+    along = [(g * v).sum() for g, v in zip(gradients, request.tangents or (), strict=True) if v is not None]
     if not along:
         along = [0.0 * cotangent.sum()]
     inner = torch.stack(along).sum()
-    needs = [any(request.needs) and needed for needed in request.needs]
+    needs = list(request.needs)
     derivative, *products = _gradients(inner, [cotangent, *inputs], [True, *needs], torch.ones_like(inner))
     if request.cotangent_tangent is not None:
         turned = _gradients(value, inputs, request.needs, request.cotangent_tangent)
