@@ -51,7 +51,7 @@ struct SampledRows : PolicyLossRows<V, Scale, false> {
                   V mean[kTile], parameter[kTile], white[kTile];
                   load(held.policy.mean + j, mean);
                   load(held.policy.parameter + j, parameter);
-                  load(scale.inverse_std + j, inverse);
+                  load(scale.inverse_std() + j, inverse);
                   load(scale.lift() + j, lift);
                   unrolled<kTile>([&](auto i) PK_LAMBDA {
                     constexpr int at = i;

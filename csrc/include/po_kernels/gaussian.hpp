@@ -15,7 +15,6 @@ struct DiagonalScale {
   Index dim;
   const V* log_std;
   V* std = nullptr;
-  P* inverse_std = nullptr;  // 1 / (σ_j lift_j)
 
   PK_FN DiagonalScale(Index dim, const V* parameter) : dim(dim), log_std(parameter) {}
 
@@ -26,12 +25,12 @@ struct DiagonalScale {
   PK_FN Index size() const { return dim; }
 
   // Of a σ_j whose inverse would be inf: a power of two. Not a member, which would take registers on a device.
-  PK_FN P* lift() const { return inverse_std + padded(dim); }
+  PK_FN P* inverse_std() const { return reinterpret_cast<P*>(std + padded(dim)); }
+  PK_FN P* lift() const { return inverse_std() + padded(dim); }
 
   template <class Team = Alone>
   PK_FN void prepare(V* scratch, bool whitens, Team team = {}) {
     std = scratch;
-    inverse_std = reinterpret_cast<P*>(scratch + padded(dim));
     const T small = sizeof(T) == 4 ? T(-80) : T(-700);
     const T power = T(18446744073709551616.0), log_power = T(44.3614195558365);  // 2^64
     team.each(dim, [&](Index j) PK_LAMBDA {
@@ -40,7 +39,7 @@ struct DiagonalScale {
       const P value = stop(log_std[j]);
       const auto lifted = value < small;
       lift()[j] = select(lifted, broadcast<P>(power), broadcast<P>(T(1)));
-      inverse_std[j] = exp(-select(lifted, value + log_power, value));
+      inverse_std()[j] = exp(-select(lifted, value + log_power, value));
     });
   }
 
@@ -64,7 +63,7 @@ struct DiagonalScale {
       }
     }
   };
-  PK_FN Divisor divisor(Index j) const { return {log_std[j], lift()[j], inverse_std[j]}; }
+  PK_FN Divisor divisor(Index j) const { return {log_std[j], lift()[j], inverse_std()[j]}; }
 
   // Of one dimension.
   template <class R>

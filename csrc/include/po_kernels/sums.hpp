@@ -34,6 +34,19 @@ struct Total {
 // total[n] = N sums of `count` terms: body(first, last, run) adds those in [first, last) to run[n].
 template <class V, int N, class Body>
 PK_FN void long_sums(Index count, V (&total)[N], Body body) {
+#if defined(__CUDA_ARCH__)
+  // What shared memory holds are some thousands, and registers are dear: no rest, and (kRun + n / kRun) u Σ|x|.
+  V run[N];
+  unrolled<N>([&](auto n) PK_LAMBDA { total[n] = run[n] = V{}; });
+  _Pragma("unroll 1") for (Index i = 0; i < count; ++i) {
+    body(i, i + 1, run);
+    if (i % kRun < kRun - 1 && i < count - 1) continue;
+    unrolled<N>([&](auto n) PK_LAMBDA {
+      total[n] = total[n] + run[n];
+      run[n] = V{};
+    });
+  }
+#else
   Total<V> totals[N];
   for (Index first = 0; first < count; first += kRun) {
     V run[N];
@@ -46,6 +59,7 @@ PK_FN void long_sums(Index count, V (&total)[N], Body body) {
     unrolled<N>([&](auto n) PK_LAMBDA { totals[n].add(run[n]); });
   }
   unrolled<N>([&](auto n) PK_LAMBDA { total[n] = totals[n].value(); });
+#endif
 }
 
 // term(0) + ... + term(count - 1), each called once and in that order.
