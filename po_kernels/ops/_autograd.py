@@ -200,7 +200,7 @@ class _PlainValue(torch.autograd.Function):
         call, needs = ctx.call, ctx.needs_input_grad[3:]
         if cotangent is None:
             return (None,) * (3 + len(needs))
-        # One pass takes them: another thread may be in the same graph, and what was handed out belongs to others.
+        # One pass has them at a time: another thread may be in the same graph, and what is handed out is not ours.
         known = ctx.__dict__.pop("known", None)
         differentiated = _modes.is_differentiated()
         scalar = not cotangent.ndim and call.config.reduction != "none" and not _modes.is_legacy_batch(cotangent)
@@ -211,6 +211,8 @@ class _PlainValue(torch.autograd.Function):
         gradient = _Gradient.apply if differentiated else _gradient
         found = gradient(call, needs, cotangent, *ctx.saved_tensors, *(known or [None] * len(needs)))
         found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
+        if known is not None:
+            ctx.known = known
         return (None, None, None, *found)
 
     @staticmethod
