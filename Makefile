@@ -18,7 +18,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest --durations 20
 
-# For work in progress: fewer random cases and no slow test, in a minute and a half.
+# For work in progress: fewer random cases and no slow test, in two and a half minutes.
 test-fast: $(VENV)/installed-test
 	$(BIN)/python -m pytest --fast --durations 10
 
