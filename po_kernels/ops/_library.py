@@ -21,7 +21,6 @@ _SCHEMA = (
     "bool[] needs, bool want_stats, str backend, str estimator, int num_samples, str advantage, float? rbf_gamma, "
     "str reduction, int row_offset, float entropy_coef, Tensor? coefficient) -> Tensor[]"
 )
-_OTHERS = _SCHEMA[: _SCHEMA.index(")")].count(",") - 3  # arguments from cotangent_tangent on
 
 _library = torch.library.Library("po_kernels", "DEF")
 
@@ -30,7 +29,7 @@ def _define(op: Op) -> None:
     _library.define(op.name + _SCHEMA)
 
     def run(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
-        if any(map(_modes.has_tangent, inputs)):
+        if any(map(_modes.has_tangent, (*inputs, *constants, *tangents, cotangent, cotangent_tangent))):
             raise RuntimeError(
                 f"{op.name}: a function compiled by torch.compile has no derivative in forward mode from outside; "
                 "compile torch.func.jvp of the function, or use reverse mode"
@@ -85,7 +84,8 @@ def _define(op: Op) -> None:
             found = gradient(op, needs, inputs, moved, known, lambda missing: again([], moved, None, missing)[2:])
         found = [x if needed else None for x, needed in zip(found, needs, strict=True)]
         empty = [None] * len(constants) if all(isinstance(x, Tensor) for x in constants) else None
-        return (found, empty, [], along if ctx.needs_input_grad[3] else None, *[None] * _OTHERS)
+        along = along if ctx.needs_input_grad[3] else None
+        return (found, empty, [], along, None, None, None, None, *[None] * len(ctx.options))
 
     _library.impl(op.name, run, "CPU")
     _library.impl(op.name, run, "CUDA")

@@ -51,6 +51,9 @@ def options(op: str, entropy_coef: float | Tensor, *given: Any) -> LossOptions:
     if isinstance(entropy_coef, Tensor):
         _check.floating(op, ("entropy_coef",), entropy_coef)
         _check.has_shape(op, "entropy_coef", entropy_coef, ())
+        # Of a device, and within a transform, the number is not at hand.
+        if not torch.compiler.is_compiling() and entropy_coef.is_cpu and _modes.may_call_directly(entropy_coef):
+            _check.real(op, "entropy_coef", float(entropy_coef.detach()))
         return options(op, 0.0, *given)._replace(entropy_coef=entropy_coef)
     if torch.compiler.is_compiling():
         return _options(op, entropy_coef, *given)

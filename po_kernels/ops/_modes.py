@@ -74,8 +74,8 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
     return True
 
 
-def has_tangent(x: Tensor) -> bool:
-    return in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None
+def has_tangent(x: Tensor | None) -> bool:
+    return x is not None and in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None
 
 
 def has_derivative(x: Tensor) -> bool:

@@ -16,6 +16,7 @@ The entropy weight λ is 1: rewards and λ matter through their ratio only.
 import copy
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar, cast, get_args
@@ -60,7 +61,7 @@ OUTER_SOLVED = 1e-4
 RIDGE = 1e-6
 
 
-class _Bilevel(BaseEstimator):
+class _Bilevel(BaseEstimator, ABC):
     """What both estimators have in common: the two stages of fitting."""
 
     _rewards: ClassVar[tuple[str, ...]]
@@ -112,17 +113,17 @@ class _Bilevel(BaseEstimator):
             self._publish()
         return self
 
+    @abstractmethod
     def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         """y as numbers, (N, D), once it is known to be usable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _standardised(self, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
         """What the network is trained on, how many outputs it has, and (N,) strata, of which each fold gets a share."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _publish(self) -> None:
         """Sets the attributes that say what was learned."""
-        raise NotImplementedError
 
     def _check_parameters(self) -> None:
         name = type(self).__name__
@@ -166,14 +167,15 @@ class _Bilevel(BaseEstimator):
                 delattr(self, name)
         return warm, model
 
+    @abstractmethod
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
         """M policies that start the same."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _first_loss(self) -> "RowLoss":
         """The loss that the policies are trained under before there is a reward."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
         """The reward to start from, and the rows in the units that it is for.
 
@@ -183,7 +185,6 @@ class _Bilevel(BaseEstimator):
             rows: standardised.
             inside: (M, N), what of each row's weight is in each fold.
         """
-        raise NotImplementedError
 
     def _fit(self, rows: Rows, outputs: int, strata: np.ndarray) -> None:
         """Learns the reward, then the policy.

@@ -375,5 +375,24 @@ def test_seeds_are_checked_where_nothing_is_drawn():
     for wrong, error, message in (({"seed": "abc"}, TypeError, "seed"), ({"stream": -7}, ValueError, "stream")):
         with pytest.raises(error, match=rf"^gaussian_policy_loss: {message}: expected"):
             case(backend=None, **wrong)
-    with pytest.raises(ValueError, match=r"^gaussian_policy_loss: entropy_coef: expected a tensor on"):
-        case(backend=None, entropy_coef=torch.tensor(0.1, device="meta"))
+    for wrong, message in (
+        (torch.tensor(0.1, device="meta"), "a tensor on"),
+        (torch.tensor(float("nan")), "a finite number"),
+        (torch.tensor(float("inf")), "a finite number"),
+    ):
+        with pytest.raises(ValueError, match=rf"^gaussian_policy_loss: entropy_coef: expected {message}"):
+            case(backend=None, entropy_coef=wrong)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_shapes_without_values(op):
+    """On the meta device, by the reference."""
+    options = {"estimator": OPS[op].closed_form or "dice"} if op in LOSSES else {}
+    case = draw(op, 2, torch.float32, lead=(3,), dim=2, group=4, mask=False, **options)
+    expected = case(backend="reference")
+    meta = {name: x.to("meta") for name, x in {**case.tensors, **case.constants}.items()}
+    found = getattr(pk, op)(**meta, **case.options)
+    assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
+    for name in list(case.tensors)[1:2]:
+        with pytest.raises(TypeError, match=rf"^{op}: {name}: expected torch.float32"):
+            getattr(pk, op)(**{**meta, name: meta[name].double()}, **case.options)

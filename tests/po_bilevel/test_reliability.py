@@ -191,10 +191,11 @@ def ill_conditioned(size: int, least: float):
 def test_dense_in_float32_with_an_eigenvalue_near_rounding():
     exact, problem = ill_conditioned(300, 3e-5)
     result = Dense()(*problem)
-    # 300 eps is 3.6e-5: the direction is the solution, and rounding of the products is of the order of eps.
-    assert float(result.gradient[0]) == pytest.approx(exact, rel=0.02)
-    # The float32 matrix has an eigenvalue of its own there, within eps of the one asked for.
-    assert result.condition == pytest.approx(1 / 3e-5, rel=0.02)
+    # The direction is the solution, though 300 eps is 3.6e-5. The products' 300 rounding errors, 2^-24 of the largest
+    # eigenvalue, add up at random along one direction: 2^-24 / sqrt(300) = 3.4e-9, which is 1.2e-4 of the least one.
+    # So much may both be off, eight times over.
+    assert float(result.gradient[0]) == pytest.approx(exact, rel=1e-3)
+    assert result.condition == pytest.approx(1 / 3e-5, rel=1e-3)
     assert result.residual_norm < 1e-4
     _, problem = ill_conditioned(300, 1e-6)
     result = Dense()(*problem)

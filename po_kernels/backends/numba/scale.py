@@ -8,6 +8,8 @@ Samples are columns, those of the rows of a tile (`lanes`) one after another: sa
 
 import math
 
+import numpy as np
+
 from .precision import add_outer_sum, apply, diagonal, sum_of_products
 from .rows import helper, inlined, load
 
@@ -36,9 +38,12 @@ def load_scale(tri, parameter, begin, lanes, dim, scale, log_det):
                 log_det[b] += scale[at, b]
                 scale[at, b] = math.exp(scale[at, b])
             else:
-                refused |= not scale[at, b] > 0.0
+                refused |= not 0.0 < scale[at, b] < np.inf
                 log_det[b] += math.log(scale[at, b])
         if tri:
+            for j in range(i):
+                for b in range(lanes):
+                    refused |= not abs(scale[entry(tri, dim, i, j), b]) < np.inf
             for j in range(i + 1, dim):
                 for b in range(lanes):
                     refused |= scale[entry(tri, dim, i, j), b] != 0.0

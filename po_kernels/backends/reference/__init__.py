@@ -5,6 +5,7 @@ raise, and for the second order of backends that have only the first.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,13 +39,19 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The value, and the statistics of a loss; both have derivatives by autograd. Autocast changes neither."""
     checks.values(OPS[op], inputs, constants)
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with _without_autocast(inputs[0]):
         found = DEFINITIONS[op](inputs, constants, config)
     if not isinstance(found, RowLoss):
         return found, ()
     loss, *statistics = found
     averaged = "none" if config.reduction == "none" else "mean"
     return reduced(loss, config.reduction), tuple(reduced(column, averaged) for column in statistics)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Off on the device of x, if that has autocast at all: meta tensors have none."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def entropy(inputs: Any, reduction: str) -> Tensor:
@@ -59,8 +66,7 @@ def entropy(inputs: Any, reduction: str) -> Tensor:
 def _kernel(op: str) -> Kernel:
     def kernel(request: Request) -> list[Any]:
         second = request.tangents is not None
-        device = request.inputs[0].device.type
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad(), _without_autocast(request.inputs[0]):
             # Copies: autograd may keep them, and what an operator returns shares no memory with what it is given.
             request = _copied(request)
             inputs = [
@@ -110,8 +116,8 @@ def _gradients(
 ) -> list[Any]:
     """g ∇f for each input asked for, None for the others."""
     wanted = [x for x, needed in zip(inputs, needs, strict=True) if needed]
-    if not wanted or not value.requires_grad:
-        return [torch.zeros_like(x) if needed else None for x, needed in zip(inputs, needs, strict=True)]
+    if not wanted:
+        return [None] * len(inputs)
     found = iter(
         torch.autograd.grad(
             value, wanted, cotangent, create_graph=create_graph, retain_graph=True, materialize_grads=True

@@ -6,6 +6,7 @@ How far it is from that they cannot know (`converged` is None); `inner_gradient_
 """
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,9 @@ class _Unrolling(Method):
             begins.append(descend(inner_loss, begins[-1], phi, each, self.learning_rate))
         return _backward(inner_loss, outer_loss, begins, lengths, phi, self.learning_rate)
 
+    @abstractmethod
     def _lengths(self) -> list[int]:
         """Of the pieces that the last steps are differentiated in, one at a time."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
