@@ -140,9 +140,9 @@ def bench_native(benchmark, case):
     benchmark.pedantic(ours, rounds=3)
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
+@pytest.mark.parametrize("case", [each for each in PARAMETERS if not each.values[0].second])
 def bench_numba(benchmark, case):
-    """Against the native backend: how much of its speed is there without a compiler."""
+    """Against the native backend: how much of its speed is there without a compiler; the first order is all it has."""
     run, inputs = _prepared(case, "numba")
     ours = partial(run, partial(case.fused, backend="numba"), inputs)
     ratio = compare(ours, partial(run, partial(case.fused, backend="native"), inputs))

@@ -9,7 +9,8 @@ from po_kernels.ops import _autograd, _library, _modes
 
 from .calls import FaultError, calls
 
-EXAMPLES = 200
+# The first fault ends a search. What is drawn depends on which modules are loaded: hypothesis uses their constants.
+EXAMPLES = 1000
 pytestmark = pytest.mark.slow
 
 
@@ -125,8 +126,7 @@ def test_a_graph_that_is_used_up(monkeypatch):
         return found
 
     monkeypatch.setattr(_autograd._PlainValue, "backward", staticmethod(backward))
-    _, code = found_and_gone(monkeypatch, "gaussian_surrogate_loss")
-    assert "again" in code or "threads" in code
+    found_and_gone(monkeypatch, "gaussian_surrogate_loss", "again")
 
 
 def test_problems_that_vmap_mixes_up(monkeypatch):
@@ -137,5 +137,4 @@ def test_problems_that_vmap_mixes_up(monkeypatch):
         return tuple(x if x is None else x.flip(0) for x in found) if isinstance(found, tuple) else found.flip(0), dims
 
     monkeypatch.setattr(_autograd, "_loop", loop)
-    _, code = found_and_gone(monkeypatch, "mvn_log_prob")
-    assert "vmap" in code
+    found_and_gone(monkeypatch, "mvn_log_prob", "vmap")
