@@ -179,8 +179,8 @@ def _random_numbers_alone(like: Tensor, group: int) -> None:
     """The normals of (G, B, D) samples, made and dropped: what no sampled loss can be faster than."""
     rows, dim = like.shape
     extension.module.gaussian_sample(
-        is_double=False, dual=False, rows=rows, dim=dim, samples=group, threads=torch.get_num_threads(), seed=1,
-        row_offset=0, mean=like.data_ptr(), mean_stride=dim, log_std=like.data_ptr(), log_std_stride=dim,
+        is_double=False, dual=False, rows=rows, dim=dim, num_samples=group, threads=torch.get_num_threads(), seed=1,
+        row_offset=0, mean=like.data_ptr(), mean_stride=dim, scale=like.data_ptr(), scale_stride=dim,
     )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def _call(op: str, rows: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
     return {
         "policy_loss": (partial(function, **drawn), [mean, scale, target, precision]),
         "surrogate_loss": (lambda m, s, r, **options: function(m, s, samples, r, **options), [mean, scale, rewards]),
-        "log_prob": (function, [mean, scale, samples.requires_grad_()]),
+        "log_prob": (function, [mean, scale, samples.clone().requires_grad_()]),
         "sample": (partial(function, num_samples=_GROUP, seed=1), [mean, scale]),
     }[what]
 
