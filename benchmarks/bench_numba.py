@@ -71,8 +71,12 @@ def against_reference(op: str, rows: int) -> Ratio:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("op", OPS)
 def bench_numba_against_reference(benchmark, op, rows):
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    benchmark.extra_info.update(versions(), shape=f"{rows} rows", reference=against_reference(op, rows)._asdict())
+    try:
+        benchmark.extra_info.update(versions(), shape=f"{rows} rows", reference=against_reference(op, rows)._asdict())
+    finally:
+        torch.set_num_threads(threads)
     benchmark.pedantic(lambda: None)
 
 
