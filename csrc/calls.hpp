@@ -154,6 +154,19 @@ struct CategoricalSample : Call, RandomNumbers {
   PK_FIELDS((Call, RandomNumbers), classes, num_samples, logits, out)
 };
 
+struct TokenLogProb : Call {
+  int half = 0;  // the logits, their tangent and gradient are bfloat16 (1), float16 (2), or as `is_double` says
+  int64_t classes = 0;
+  double temperature = 1;
+  MaybeNumber softcap;
+  RowInput logits;
+  const int64_t* token_ids = nullptr;  // (rows)
+  Input cotangent;                     // (3, rows)
+  void* out = nullptr;                 // (3, rows): log-probability, entropy, log-sum-exp
+
+  PK_FIELDS((Call), half, classes, temperature, softcap, logits, token_ids, cotangent, out)
+};
+
 struct GroupAdvantage : Call {
   int advantage = 0;
   MaybeNumber rbf_gamma;
@@ -174,7 +187,7 @@ struct GroupAdvantage : Call {
   PK_GAUSSIAN_KERNELS(both, cpu, mvn)                                                                           \
   cpu(categorical_policy_loss, CategoricalPolicyLoss) cpu(categorical_surrogate_loss, CategoricalSurrogateLoss) \
       cpu(categorical_log_prob, CategoricalLogProb) cpu(categorical_sample, CategoricalSample)                  \
-          cpu(group_advantage, GroupAdvantage)
+          cpu(token_log_prob, TokenLogProb) cpu(group_advantage, GroupAdvantage)
 #define PK_NO_KERNEL(name, type)
 #define PK_FOR_EACH_KERNEL(do) PK_KERNELS(do, do)
 #define PK_FOR_EACH_CUDA_KERNEL(do) PK_KERNELS(do, PK_NO_KERNEL)

@@ -16,10 +16,11 @@ def values(op: contract.Op, inputs: Any, constants: Any) -> None:
         scale_tril(name, inputs.scale)
     if "precision" in op.axes:
         precision(name, inputs.precision)
+    if op.labels is not None:
+        labels(name, op.labels, getattr(constants, op.labels), op.classes(inputs), op.leaves_out)
     if "logits" in op.axes:
-        if op.labels is not None:
-            labels(name, op.labels, getattr(constants, op.labels), inputs.logits.shape[-1])
-        logits(name, inputs.logits, sampled=getattr(constants, "seed", None) is not None)
+        left_out = constants.token_ids == contract.IGNORED if op.leaves_out else None
+        logits(name, inputs.logits, getattr(constants, "seed", None) is not None, left_out)
         if op.labels == "samples":
             unmasked(name, op.labels, constants.samples, inputs.logits)
 
@@ -37,15 +38,17 @@ def precision(op: str, value: Tensor) -> None:
         contract.refuse(op, "precision_not_positive", 0)
 
 
-def labels(op: str, name: str, value: Tensor, num_classes: int) -> None:
-    """value: (..., B)."""
-    _any_row(op, "label_out_of_range", (value < 0) | (value >= num_classes), name)
+def labels(op: str, name: str, value: Tensor, num_classes: int, leaves_out: bool = False) -> None:
+    """value: (..., B), of which some may be IGNORED."""
+    bad = (value < 0) | (value >= num_classes)
+    _any_row(op, "label_out_of_range", bad & (value != contract.IGNORED) if leaves_out else bad, name)
 
 
-def logits(op: str, value: Tensor, sampled: bool = False) -> None:
-    """value: (B, C). Samples can be drawn only where the largest logit is finite."""
+def logits(op: str, value: Tensor, sampled: bool = False, left_out: Tensor | None = None) -> None:
+    """value: (B, C); left_out: (B,). Samples can be drawn only where the largest logit is finite."""
     value = value.detach()
-    _any_row(op, "all_masked", torch.isneginf(value).all(dim=-1))
+    masked = torch.isneginf(value).all(dim=-1)
+    _any_row(op, "all_masked", masked if left_out is None else masked & ~left_out)
     if sampled:
         _any_row(op, "logits_not_finite", ~(value < float("inf")).all(dim=-1))
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .advantages import ADVANTAGES
-from .contract import ESTIMATORS, NUM_STATS, REDUCTIONS, SIZES, Op, OpConfig, Request
+from .contract import ESTIMATORS, HALF, NUM_STATS, REDUCTIONS, SIZES, Op, OpConfig, Request
 
 Arguments = dict[str, Any]
 
@@ -48,11 +48,13 @@ class Kernel(ABC):
         inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
         op, head, tensors = self.op, inputs[0], (*inputs, *constants)
         shape = op.value_shape(inputs, constants, config)
-        out = head.new_empty(shape, dtype=head.dtype if op.differentiable else torch.int64)
+        out = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
         outputs: list[Tensor | None] = [out, None]
         keep: list[Tensor] = []  # what is copied for the call lives until its end
         arguments = self.base(config).copy()
         arguments["is_double"] = head.dtype == torch.float64
+        if op.reads_half:
+            arguments["half"] = HALF.index(head.dtype) + 1 if head.dtype in HALF else 0
         arguments["dual"] = tangents is not None
         arguments["out"] = out.data_ptr()
         if want_stats:

@@ -22,6 +22,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 # With the numbers that compiled kernels know them by.
@@ -29,9 +30,15 @@ ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 # Sizes of axes, by the letter that stands for them in `Op.axes`.
-SIZES = {"B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count"}
+SIZES = {"B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count", "H": "hidden_size"}
 
 NUM_STATS = 5
+# Of a token: log-probability, entropy, log-sum-exp, in the order of the axis "S".
+NUM_TOKEN_STATS = 3
+# The label of a row that is left out: its value and gradients are 0.
+IGNORED = -(2**63)
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 class OpConfig(NamedTuple):
@@ -44,6 +51,9 @@ class OpConfig(NamedTuple):
     entropy_coef: float = 0.0
     reduction: str = "none"
     row_offset: int = 0
+    temperature: float = 1.0
+    softcap: float | None = None
+    chunk_rows: int = 0
 
 
 class Request(NamedTuple):
@@ -77,8 +87,10 @@ class Op:
         row_axis: for each input of a loss the axis along which a row's value depends on it alone, None if a
             cotangent with an axis has to be known before its gradient can be.
         options: the fields of `OpConfig` that it has a use for.
-        labels: the constant that holds classes of a categorical, if it has one.
+        labels: the constant that holds classes of a categorical, if it has one. Those of an op with token statistics
+            may be IGNORED, which `leaves_out` says.
         differentiable: False for labels that are drawn.
+        reads_half: kernels are given tensors in half precision as they are; they compute in float32.
     """
 
     def __init__(
@@ -90,6 +102,7 @@ class Op:
         estimators: tuple[str, ...] = (),
         options: tuple[str, ...] = (),
         differentiable: bool = True,
+        reads_half: bool = False,
     ) -> None:
         self.name = name
         self.count = len(inputs)
@@ -107,13 +120,16 @@ class Op:
             self.options += ("estimator", "advantage", "rbf_gamma", "entropy_coef", "reduction", "num_samples")
         if "seed" in constants:
             self.options += ("num_samples", "row_offset")
-        self.labels = next((each for each in constants if "logits" in inputs and each != "seed"), None)
+        classes = any("C" in letters for letters in inputs.values())
+        self.labels = next((each for each in constants if classes and each != "seed"), None)
+        self.leaves_out = value.startswith("S")
         self.differentiable = differentiable
+        self.reads_half = reads_half
         # Where each size is read: an axis of a tensor, or the configuration.
         self.places: dict[str, tuple[str, int]] = {}
         for tensor, letters in self.axes.items():
             for axis, letter in enumerate(letters):
-                if letter not in ("*", "G"):
+                if letter not in ("*", "G", "S"):
                     self.places.setdefault(letter, (tensor, axis))
 
     def request(
@@ -137,6 +153,8 @@ class Op:
     def size(self, letter: str, inputs: Any, constants: Any, config: OpConfig) -> int:
         if letter == "G":
             return config.num_samples
+        if letter == "S":
+            return NUM_TOKEN_STATS
         tensor, axis = self.places[letter]
         return getattr(inputs if tensor in inputs._fields else constants, tensor).shape[axis]
 
@@ -147,6 +165,19 @@ class Op:
                 return ()
             letters = "B"
         return tuple([self.size(letter, inputs, constants, config) for letter in letters])
+
+    def classes(self, inputs: Any) -> int:
+        """How many there are, of an op with labels."""
+        return self.size("C", inputs, None, OpConfig())
+
+    def value_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Of inputs of this dtype."""
+        return computed(dtype) if self.differentiable else torch.int64
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of this dtype are computed in."""
+    return torch.float32 if dtype in HALF else dtype
 
 
 _SAMPLED = ("reparam", "dice", "reinforce")
@@ -170,6 +201,12 @@ def _gaussian(family: str, scale: str) -> list[Op]:
 
 _LOGITS = {"logits": "BC"}
 
+
+def _token_op(name: str, inputs: dict[str, str]) -> Op:
+    options = ("temperature", "softcap") if "logits" in inputs else ("temperature", "softcap", "chunk_rows")
+    return Op(name, inputs, {"token_ids": "B"}, "SB", options=options, reads_half=True)
+
+
 OPS = {
     op.name: op
     for op in (
@@ -184,6 +221,8 @@ OPS = {
         Op("categorical_surrogate_loss", {**_LOGITS, "rewards": "GB"}, {"samples": "GB"}, estimators=_SAMPLED[1:]),
         Op("categorical_log_prob", _LOGITS, {"value": "NB"}, "NB"),
         Op("categorical_sample", _LOGITS, _SEED, "GB", differentiable=False),
+        _token_op("token_log_prob", _LOGITS),
+        _token_op("linear_token_log_prob", {"hidden": "BH", "weight": "CH", "bias": "*"}),
         Op("group_advantage", {"rewards": "GB"}, {}, "GB", options=("advantage", "rbf_gamma", "num_samples")),
     )
 }
@@ -223,6 +262,15 @@ REFUSALS = {
 MATRIX_TOLERANCE = 1e-4
 
 
+
+class RefusedError(ValueError):
+    """A value is refused, of that row."""
+
+    def __init__(self, message: str, refusal: str, row: int) -> None:
+        super().__init__(message)
+        self.refusal, self.row = refusal, row
+
+
 def refuse(op: str, refusal: str, row: int, name: str = "target") -> NoReturn:
-    """Raises the ValueError of a value refused, `name` being that of the labels."""
-    raise ValueError(f"{op}: " + REFUSALS[refusal].message.format(row=row, name=name))
+    """Raises the error of a value refused, `name` being that of the labels."""
+    raise RefusedError(f"{op}: " + REFUSALS[refusal].message.format(row=row, name=name), refusal, row)

@@ -99,7 +99,8 @@ def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple
 
 def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
     op = OPS[call.op]
-    return inputs[0].new_ones(op.value_shape(op.Inputs(*inputs), op.Constants(*constants), call.config))
+    shape = op.value_shape(op.Inputs(*inputs), op.Constants(*constants), call.config)
+    return inputs[0].new_ones(shape, dtype=op.value_dtype(inputs[0].dtype))
 
 
 def _filled(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..backends.advantages import ADVANTAGES
+from ..backends.contract import HALF
 
 # Samples have a word of the random numbers' counter to themselves.
 MOST_SAMPLES = 2**32
-HALF = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float32, torch.float64, *HALF)
 
 
@@ -21,8 +21,8 @@ def shape_of(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def floating(op: str, names: Sequence[str], *tensors: Tensor) -> Sequence[Tensor]:
-    """The tensors of these names, in the dtype that they are computed with: half precision in float32.
+def floating(op: str, names: Sequence[str], *tensors: Tensor, reads_half: bool = False) -> Sequence[Tensor]:
+    """The tensors of these names, in the dtype that they are computed with, or kernels read: half precision in float32.
 
     All have one of FLOATING as dtype, and one device. Under autocast, where casts are torch's to make, dtypes may
     differ and the widest is taken.
@@ -50,7 +50,7 @@ def floating(op: str, names: Sequence[str], *tensors: Tensor) -> Sequence[Tensor
     if mixed:
         double = any(x.dtype == torch.float64 for x in tensors)
         return [x.double() if double else x.float() for x in tensors]
-    return [x.float() for x in tensors] if kind[0] in HALF else tensors
+    return [x.float() for x in tensors] if kind[0] in HALF and not reads_half else tensors
 
 
 def _dense(op: str, name: str, tensor: Tensor) -> None:
@@ -122,6 +122,13 @@ def real(op: str, name: str, value: Any) -> float:
     # As a comparison, which torch.compile takes of a number that it knows by a symbol.
     if not -math.inf < number < math.inf:
         raise ValueError(f"{op}: {name}: expected a finite number, got {value}")
+    return number
+
+
+def positive(op: str, name: str, value: Any) -> float:
+    number = real(op, name, value)
+    if not number > 0.0:
+        raise ValueError(f"{op}: {name}: expected a positive number, got {value}")
     return number
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.contract import OPS, OpConfig
+from ..backends.contract import OPS, OpConfig, computed
 from . import _autograd, _modes
 
 _select = _modes.asked_once(dispatch.select)  # a compiled function keeps its backend
@@ -28,8 +28,8 @@ def evaluate(
         constants: the others in the order of the table.
     """
     head = inputs[0]
-    name = _select(op, head.device.type, head.dtype, backend)
     row = OPS[op]
+    name = _select(op, head.device.type, computed(head.dtype), backend)
     compiling = torch.compiler.is_compiling()
     if compiling and _modes.traced_by_a_transform():
         # The operators have no rules for transforms of torch.func, which torch.compile takes through plain torch.

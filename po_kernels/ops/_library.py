@@ -19,7 +19,8 @@ from . import _modes
 _SCHEMA = (
     "(Tensor[] inputs, Tensor?[] constants, Tensor?[] tangents, Tensor? cotangent, Tensor? cotangent_tangent, "
     "bool[] needs, bool want_stats, str backend, str estimator, int num_samples, str advantage, float? rbf_gamma, "
-    "str reduction, int row_offset, float entropy_coef, Tensor? coefficient) -> Tensor[]"
+    "str reduction, int row_offset, float temperature, float? softcap, int chunk_rows, float entropy_coef, "
+    "Tensor? coefficient) -> Tensor[]"
 )
 
 _library = torch.library.Library("po_kernels", "DEF")
@@ -49,7 +50,7 @@ def _define(op: Op) -> None:
     def fake(inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, backend, *options):
         head = inputs[0]
         shape = op.value_shape(op.Inputs(*inputs), op.Constants(*constants), _config(*options[:-1]))
-        value = head.new_empty(shape, dtype=head.dtype if op.differentiable else torch.int64)
+        value = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
         stats = head.new_empty((NUM_STATS, *shape) if want_stats else (0,))
         return [value, stats, *_gradients(inputs, needs)]
 
@@ -77,7 +78,8 @@ def _define(op: Op) -> None:
         if any(v is not None for v in tangents):
             check_second_derivative(op.name, config)
             if g is None:
-                g = inputs[0].new_ones(op.value_shape(op.Inputs(*inputs), op.Constants(*constants), config))
+                shape = op.value_shape(op.Inputs(*inputs), op.Constants(*constants), config)
+                g = inputs[0].new_ones(shape, dtype=op.value_dtype(inputs[0].dtype))
             along, _, *found = again(tangents, g, moved, needs)
         elif moved is not None:
             known = known if g is None else [None] * count
@@ -175,15 +177,18 @@ def call(
     return OPERATORS[op](
         list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), want_stats, backend,
         config.estimator, config.num_samples, config.advantage, config.rbf_gamma, config.reduction, config.row_offset,
-        number, coefficient,
+        config.temperature, config.softcap, config.chunk_rows, number, coefficient,
     )  # fmt: skip
 
 
 def _config(
     estimator: str, num_samples: int, advantage: str, rbf_gamma: float | None, reduction: str, row_offset: int,
-    entropy_coef: float,
+    temperature: float, softcap: float | None, chunk_rows: int, entropy_coef: float,
 ) -> OpConfig:  # fmt: skip
-    return OpConfig(estimator, num_samples, advantage, rbf_gamma, entropy_coef, reduction, row_offset)
+    return OpConfig(
+        estimator, num_samples, advantage, rbf_gamma, entropy_coef, reduction, row_offset, temperature, softcap,
+        chunk_rows,
+    )  # fmt: skip
 
 
 OPERATORS = {op: getattr(torch.ops.po_kernels, op).default for op in OPS}

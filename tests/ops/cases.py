@@ -23,6 +23,7 @@ POLICY_LOSSES = tuple(name for name in LOSSES if name.endswith("policy_loss"))
 SURROGATE_LOSSES = tuple(name for name in LOSSES if name.endswith("surrogate_loss"))
 GAUSSIAN_LOSSES = tuple(name for name in LOSSES if "precision" in OPS[name].axes)
 LOG_PROBS = tuple(name for name in OPS if name.endswith("log_prob"))
+TOKENS = tuple(name for name, op in OPS.items() if op.leaves_out)
 SAMPLES = tuple(name for name in OPS if name.endswith("sample"))
 # Of a policy: densities, samples, and what else is no loss and has derivatives.
 VALUES = tuple(name for name, op in OPS.items() if op.differentiable and not (op.is_loss or "advantage" in op.options))
@@ -89,7 +90,8 @@ class Case:
     def __call__(self, *tensors: Tensor, backend: str | None = "reference", **changes: Any) -> Any:
         """The op with `tensors` in place of the first differentiable arguments."""
         named = {**self.tensors, **dict(zip(self.tensors, tensors, strict=False))}
-        return getattr(pk, self.op)(**named, **self.constants, **{**self.options, **changes}, backend=backend)
+        found = getattr(pk, self.op)(**named, **self.constants, **{**self.options, **changes}, backend=backend)
+        return torch.stack(found) if self.op in TOKENS else found
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -193,7 +195,7 @@ def draw(
         if name == "seed":
             continue
         extra = pick(((), (1,), (3,), (2, 2))) if "N" in letters else ()
-        sizes = {"B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra}
+        sizes = {"B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra, "H": (group + 1,)}
         shape = [size for letter in letters for size in sizes.get(letter, ())]
         own = [] if shared else lead
         if name == "scale" and family == "gaussian":
@@ -202,6 +204,8 @@ def draw(
             tensors["scale_tril"] = scale_tril(rng, *own, dim, dim)
         elif name == "logits":
             tensors[name] = masked_logits(rng, *shape) if mask else normal(rng, *shape)
+        elif name == "bias":
+            tensors[name] = normal(rng, dim)
         elif name == "precision":
             tensors[name] = precision(rng, kind, dim)
         elif name == row.labels:
@@ -215,6 +219,9 @@ def draw(
     if op not in LOSSES:
         if "seed" in row.axes:
             arguments = {"num_samples": group, "seed": rng.getrandbits(64), "row_offset": pick((0, 5, 2**33 + 7))}
+        elif op in TOKENS:
+            arguments = {"temperature": pick((1.0, 0.7)), "softcap": pick((None, None, 2.5))}
+            arguments |= {"entropy": True, "return_lse": True, "ignore_index": pick((None, 1))}
         elif "advantage" in row.options:
             arguments = {"kind": _advantage(rng, group), "rbf_gamma": pick((None, None, 0.3))}
     else:

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from ... import extension
-from .. import contract
+from .. import contract, linear_head
 from ..compiled import Arguments, Kernel
 from ..contract import OPS, Request
 
@@ -60,3 +60,5 @@ class _Kernel(Kernel):
 
 
 KERNELS: dict[str, contract.Kernel] = {name: _Kernel(op) for name, op in OPS.items() if hasattr(extension.module, name)}
+if linear_head.ROW_OP in KERNELS:
+    KERNELS[linear_head.OP] = linear_head.kernel(KERNELS[linear_head.ROW_OP])

@@ -34,7 +34,7 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
-        files = [importlib.import_module(f"{__name__}.{file}") for file in ("gaussian", "categorical", "advantage")]
+        files = [importlib.import_module(f"{__name__}.{file}") for file in ("gaussian", "categorical", "token", "advantage")]
         globals()[name] = {op: kernel for file in files for op, kernel in file.KERNELS.items()}
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,130 @@
+"""Token statistics of a linear head: matrix products by torch on chunks of rows, the rest by the kernel of a backend.
+
+Of the logits there is one chunk at a time, in every pass: a backward pass computes them again. With z = h Wᵀ + bias and
+g the gradient in z of what is differentiated, dh = g W, dW = gᵀ h and dbias = Σ g; along ḣ, Ẇ and the bias' tangent,
+ż = ḣ Wᵀ + h Ẇᵀ + ḃ and the derivatives of these products with ġ from the kernel's second order.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks, contract
+from .contract import IGNORED, NUM_TOKEN_STATS, OPS, Kernel, OpConfig, Request
+
+OP, ROW_OP = "linear_token_log_prob", "token_log_prob"
+# Rows of a chunk unless the call says how many: enough for the matrix products, few enough for memory.
+_CHUNK_ROWS = {"cpu": 64}
+_CHUNK_ROWS_ON_A_DEVICE = 1024
+
+
+def kernel(row_kernel: Kernel) -> Kernel:
+    """The kernel of OP from that of ROW_OP."""
+
+    def run(request: Request) -> list[Tensor | None]:
+        inputs, _, tangents, cotangent, cotangent_tangent, needs, _, config = request
+        ids = request.constants.token_ids
+        checks.labels(OP, "token_ids", ids, inputs.weight.shape[0], leaves_out=True)
+        hidden = inputs.hidden
+        size = config.chunk_rows or _CHUNK_ROWS.get(hidden.device.type, _CHUNK_ROWS_ON_A_DEVICE)
+        dtype = contract.computed(hidden.dtype)
+        value = torch.empty((NUM_TOKEN_STATS, len(hidden)), dtype=dtype, device=hidden.device)
+        # Sums over chunks are not in half precision.
+        found = [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(inputs, needs, strict=True)]
+        for first in range(0, len(hidden), size):
+            part = slice(first, first + size)
+            chunk = _Chunk(row_kernel, inputs, tangents, _rows(hidden, part, size), first, config)
+            chunk.ids = _padded(ids[part], size, IGNORED)
+            chunk.cotangents = [
+                None if c is None else _padded(c[:, part].mT, size).mT for c in (cotangent, cotangent_tangent)
+            ]
+            if tangents is not None and tangents.hidden is not None:
+                chunk.moved = _rows(tangents.hidden, part, size)
+            value[:, part] = chunk.run(found, part, needs)[:, : len(hidden) - first]
+        return [value, None, *[None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)]]
+
+    return run
+
+
+def _padded(x: Tensor, rows: int, fill: float = 0) -> Tensor:
+    """x with so many rows: a matrix product of fewer rows may round otherwise, and a row's result would depend on
+    how many there are beside it."""
+    if len(x) == rows:
+        return x
+    padded = x.new_full((rows, *x.shape[1:]), fill)
+    padded[: len(x)] = x
+    return padded
+
+
+def _rows(x: Tensor, part: slice, rows: int) -> Tensor:
+    return _padded(x[part], rows)
+
+
+class _Chunk:
+    """Rows of a request, padded with rows that are left out."""
+
+    ids: Tensor
+    cotangents: list[Tensor | None]
+
+    def __init__(
+        self, row_kernel: Kernel, inputs: Any, tangents: Any, hidden: Tensor, first: int, config: OpConfig
+    ) -> None:
+        self.row_kernel, self.inputs, self.tangents, self.config = row_kernel, inputs, tangents, config
+        self.hidden, self.moved, self.first = hidden, None, first
+
+    def run(self, found: list[Tensor | None], part: slice, needs: Any) -> Tensor:
+        """The value; adds the chunk's gradients to `found`."""
+        weight, moved = self.inputs.weight, self.tangents
+        z = self._head(self.hidden, weight, self.inputs.bias)
+        if moved is None:
+            value, _, g = self._row(z, None, any(needs))
+            if g is not None:
+                self._add(found, part, g, self.hidden, weight)
+            return value
+        along = torch.zeros_like(z)
+        if self.moved is not None:
+            along += self._head(self.moved, weight)
+        if moved.weight is not None:
+            along += self._head(self.hidden, moved.weight)
+        if moved.bias is not None and moved.bias.numel():
+            along += moved.bias
+        value, _, turned = self._row(z, along, any(needs))
+        if turned is not None:
+            self._add(found, part, turned, self.hidden, weight)
+            _, _, g = self._row(z, None, True)
+            self._add(found, part, g, self.moved, moved.weight, bias=False)
+        return value
+
+    def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if bias is None or not bias.numel():
+            return hidden @ weight.mT
+        return torch.addmm(bias, hidden, weight.mT)
+
+    def _row(self, z: Tensor, along: Tensor | None, needed: bool) -> list[Any]:
+        cotangent, cotangent_tangent = self.cotangents
+        tangents = None if along is None else [along]
+        request = OPS[ROW_OP].request(
+            [z], [self.ids], tangents, cotangent, cotangent_tangent if along is not None else None, [needed], False,
+            self.config,
+        )  # fmt: skip
+        try:
+            return list(self.row_kernel(request))
+        except contract.RefusedError as error:
+            contract.refuse(OP, error.refusal, self.first + error.row, "token_ids")
+
+    def _add(
+        self, found: list[Tensor | None], part: slice, g: Tensor, hidden: Tensor | None, weight: Tensor | None,
+        bias: bool = True,
+    ) -> None:  # fmt: skip
+        to_hidden, to_weight, to_bias = found
+        if to_hidden is not None and weight is not None:
+            rows = to_hidden[part]
+            rows += (g @ weight)[: len(rows)]
+        if to_weight is not None and hidden is not None:
+            if g.dtype == to_weight.dtype:
+                to_weight.addmm_(g.mT, hidden)
+            else:
+                to_weight += g.mT @ hidden
+        if to_bias is not None and to_bias.numel() and bias:
+            to_bias += g.sum(dim=0, dtype=to_bias.dtype)

@@ -1,0 +1,36 @@
+"""Token statistics in plain torch. Rows are flattened: logits (N, V), token_ids (N,)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..contract import IGNORED, OpConfig, computed
+
+
+def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
+    """(3, N): log-probability, entropy, log-sum-exp; 0 where the token is ignored."""
+    left_out = token_ids == IGNORED
+    z = logits.to(computed(logits.dtype)).masked_fill(left_out.unsqueeze(-1), 0.0)
+    if config.softcap is not None:
+        z = config.softcap * torch.tanh(z / config.softcap)
+    z = z / config.temperature
+    log_p = torch.log_softmax(z, dim=-1)
+    taken = log_p.gather(-1, token_ids.masked_fill(left_out, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * torch.where(torch.isneginf(log_p), 0.0, log_p)).sum(dim=-1)
+    return torch.stack([taken, entropy, torch.logsumexp(z, dim=-1)]).masked_fill(left_out, 0.0)
+
+
+def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
+    logits = inputs.hidden @ inputs.weight.mT
+    if inputs.bias.numel():
+        logits = logits + inputs.bias
+    checks.logits("linear_token_log_prob", logits, left_out=constants.token_ids == IGNORED)
+    return statistics(logits, constants.token_ids, config)
+
+
+DEFINITIONS = {
+    "token_log_prob": lambda inputs, constants, config: statistics(inputs.logits, constants.token_ids, config),
+    "linear_token_log_prob": linear_statistics,
+}

@@ -1,0 +1,135 @@
+"""Token statistics in Triton: a program takes a row, in blocks of columns of which it reads each once for the value and
+once more for the gradient. logits are (rows, V), in half precision as they lie."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import linear_head
+from ..contract import IGNORED, NUM_TOKEN_STATS
+from . import launch
+from .lanes import add, constant, exp, inverse, load, log, masked, mul, output, plus, sub, times, total, value, zeros
+from .launch import Call
+
+_LARGEST_BLOCK = 4096  # columns; their sums stay in registers
+_IGNORED = tl.constexpr(IGNORED)
+
+
+@triton.jit
+def to_lanes(x, K: tl.constexpr):
+    return x.to(K.T) if isinstance(x, tl.tensor) else (x[0].to(K.T), x[1].to(K.T))
+
+
+@triton.jit
+def tanh(a):
+    """With a relative error of some ulp also near 0 (Cephes, tanhf and tanh)."""
+    if isinstance(a, tl.tensor):
+        size, s = tl.abs(a), a * a
+        e = tl.exp(-2 * size)
+        large = (1 - e) / (1 + e)
+        if a.dtype == tl.float64:
+            p = (-9.64399179425052238628e-1 * s - 9.92877231001918586564e1) * s - 1.61468768441708447952e3
+            q = ((s + 1.12811678491632931402e2) * s + 2.23548839060100448583e3) * s + 4.84406305325125486048e3
+            p = p / q
+        else:
+            p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s
+            p -= 3.33332819422e-1
+        small = a + a * s * p
+        return tl.where(size < 0.625, small, tl.where(a < 0, -large, large))
+    else:
+        y = tanh(a[0])
+        return y, a[1] * (1 - y * y)
+
+
+@triton.jit
+def scaled(x, inverse_temperature, softcap, K: tl.constexpr):
+    """z of logits, and dz/dlogit."""
+    x = to_lanes(x, K)
+    if K.CAPPED:
+        y = tanh(times(x, 1.0 / softcap))
+        return times(y, softcap * inverse_temperature), times(plus(mul(y, times(y, -1.0)), 1.0), inverse_temperature)
+    else:
+        return times(x, inverse_temperature), constant(tl.full(value(x).shape, inverse_temperature, K.T), K)
+
+
+@triton.jit
+def centred(z, top, inside):
+    """z - top and exp(z - top); both zero, with no derivative, where masked."""
+    seen = inside & (value(z) != float("-inf"))
+    d = masked(seen, plus(z, -tl.where(top == float("-inf"), 0.0, top)))
+    return d, masked(seen, exp(d))
+
+
+@triton.jit(do_not_specialize=["rows"])
+def token_log_prob(
+    logits, logits_stride: tl.int64, token_ids, cotangent, out, to, rows: tl.int64, classes,
+    temperature: tl.float64, softcap: tl.float64, K: tl.constexpr,
+):  # fmt: skip
+    """cotangent and out (3, rows). An id that is out of range makes its row nan, one that is IGNORED zero."""
+    row = tl.program_id(0).to(tl.int64)
+    start = row * logits_stride
+    columns = tl.arange(0, K.BLOCK_D)
+    token = tl.load(token_ids + row)
+    known = (token >= 0) & (token < classes)
+    inverse_temperature = (1.0 / temperature).to(K.T)
+    cap = softcap.to(K.T)
+    top = tl.full((), float("-inf"), K.T)
+    mass, product = zeros((K.BLOCK_D,), K), zeros((K.BLOCK_D,), K)
+    for first in range(0, classes, K.BLOCK_D):
+        v = first + columns
+        z, _ = scaled(load(logits, start + v, v < classes, float("-inf"), K), inverse_temperature, cap, K)
+        inside = v < classes
+        higher = tl.maximum(top, tl.max(tl.where(inside, value(z), float("-inf")), axis=0))
+        # What has been summed is relative to the largest z so far.
+        shift = tl.where(top == float("-inf"), 0.0, top - higher)
+        factor = tl.exp(shift)
+        top = higher
+        d, e = centred(z, top, inside)
+        product = add(times(add(product, times(mass, shift)), factor), mul(e, d))
+        mass = add(times(mass, factor), e)
+    mass, product = total(mass, 0), total(product, 0)
+    log_mass = log(mass)
+    one = tl.arange(0, 1)
+    at_token = start + tl.where(known, token, 0) + one
+    taken, _ = scaled(load(logits, at_token, known & (one == 0), 0.0, K), inverse_temperature, cap, K)
+    wrong = tl.where(known, 0.0, float("nan")).to(K.T)
+    counted = (token != _IGNORED) & (one == 0)
+    tl.store(out + row + one, output(masked(counted, plus(plus(sub(taken, log_mass), -top), wrong)), K))
+    tl.store(out + rows + row + one, output(masked(counted, plus(sub(log_mass, mul(product, inverse(mass))), wrong)), K))
+    tl.store(out + 2 * rows + row + one, output(masked(counted, plus(plus(log_mass, top), wrong)), K))
+    if K.HAS_COTANGENT and K.NEED_LOGITS:
+        alpha = masked(counted, load(cotangent, row + one, one == 0, 0.0, K))
+        beta = masked(counted, load(cotangent, rows + row + one, one == 0, 0.0, K))
+        gamma = masked(counted, load(cotangent, 2 * rows + row + one, one == 0, 0.0, K))
+        factor = mul(beta, inverse(mass))
+        offset = mul(add(sub(gamma, alpha), mul(factor, product)), inverse(mass))
+        for first in range(0, classes, K.BLOCK_D):
+            v = first + columns
+            inside = v < classes
+            z, slope = scaled(load(logits, start + v, inside, float("-inf"), K), inverse_temperature, cap, K)
+            d, e = centred(z, top, inside)
+            g = add(mul(e, sub(offset, mul(factor, d))), masked(v == token, add(alpha, zeros((K.BLOCK_D,), K))))
+            g = masked(token != _IGNORED, plus(mul(g, slope), wrong))
+            tl.store(to.logits + row * classes + v, output(g, K).to(to.logits.dtype.element_ty), inside)
+
+
+def _token_log_prob(call: Call) -> tuple[Tensor, Tensor]:
+    rows, classes = call.inputs.logits.shape
+    dtype = torch.float64 if call.dtype == torch.float64 else torch.float32
+    out = torch.empty((NUM_TOKEN_STATS, rows), dtype=dtype, device=call.device)
+    if rows == 0:
+        return out, call.no_rows()
+    block = min(_LARGEST_BLOCK // (2 if call.dual else 1), triton.next_power_of_2(classes))
+    tile = launch.Tile(1, 1, 1, block, max(1, min(8, block // 256)))
+    call.run_tiles(
+        token_log_prob, (rows,), tile, {"CAPPED": call.config.softcap is not None},
+        **call.rows("logits"), token_ids=call.constants.token_ids.contiguous(), cotangent=call.cotangent, out=out,
+        to=call.gradients, rows=rows, classes=classes, temperature=call.config.temperature,
+        softcap=call.config.softcap or 1.0,
+    )  # fmt: skip
+    return out, call.empty(0)
+
+
+KERNELS = {linear_head.ROW_OP: launch.served(linear_head.ROW_OP, _token_log_prob)}
+KERNELS[linear_head.OP] = linear_head.kernel(KERNELS[linear_head.ROW_OP])

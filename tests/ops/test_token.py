@@ -1,0 +1,276 @@
+"""Token statistics against torch.distributions, autograd in float64, and at the sizes of vocabularies."""
+
+import math
+
+import pytest
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+import po_kernels as pk
+
+from .cases import draw, fused, serving
+
+F64 = {"dtype": torch.float64}
+INF = float("inf")
+ROWS = pytest.mark.parametrize("backend", serving("token_log_prob"))
+HEAD = pytest.mark.parametrize("backend", serving("linear_token_log_prob"))
+HALF = (torch.bfloat16, torch.float16)
+
+
+def eager(logits, ids, temperature=1.0, softcap=None):
+    """(3, N), with -inf as a mask."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    z = logits / temperature
+    log_p = z - z.logsumexp(-1, keepdim=True)
+    entropy = -(log_p.exp() * log_p.masked_fill(z == -INF, 0)).sum(-1)
+    return torch.stack([log_p.gather(-1, ids[:, None])[:, 0], entropy, z.logsumexp(-1)])
+
+
+def every(logits, ids, **options):
+    return torch.stack(pk.token_log_prob(logits, ids, entropy=True, return_lse=True, **options))
+
+
+@ROWS
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.6}, {"temperature": 1.7, "softcap": 3.0}])
+@pytest.mark.parametrize("classes", [1, 2, 7, 1025, 3000])
+def test_values_and_derivatives(backend, classes, options):
+    logits = (3 * torch.randn(4, classes, **F64)).requires_grad_()
+    ids = torch.randint(classes, (4,))
+    cotangent, direction = torch.randn(3, 4, **F64).requires_grad_(), torch.randn(4, classes, **F64)
+    orders = []
+    for found in (every(logits, ids, backend=backend, **options), eager(logits, ids, **options)):
+        (first,) = grad(found, logits, cotangent, create_graph=True)
+        orders.append((found, first, *grad((first * direction).sum(), (logits, cotangent))))
+    for x, y in zip(*orders, strict=True):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-13)
+
+
+@ROWS
+def test_distributions(backend):
+    logits, ids = torch.randn(5, 9, **F64), torch.randint(9, (5,))
+    policy = torch.distributions.Categorical(logits=logits / 0.8)
+    found = pk.token_log_prob(logits, ids, temperature=0.8, entropy=True, backend=backend)
+    assert torch.allclose(found.log_prob, policy.log_prob(ids), rtol=1e-13)
+    assert torch.allclose(found.entropy, policy.entropy(), rtol=1e-13)
+    assert found.lse is None
+
+
+@ROWS
+@pytest.mark.parametrize("classes", [5, 2100])
+def test_masks(backend, classes):
+    """A column, a whole first block, and the taken token at -inf: finite where it should be, never nan."""
+    logits = torch.randn(4, classes, **F64)
+    logits[0, 2] = -INF
+    logits[1, : classes - 1] = -INF
+    logits[2, 3] = -INF
+    logits.requires_grad_()
+    ids = torch.tensor([1, classes - 1, 3, 0])
+    found = every(logits, ids, backend=backend)
+    right = eager(logits, ids)
+    assert found[0, 2] == -INF
+    assert found[:, 1].detach().tolist()[:2] == [0.0, 0.0]
+    assert torch.allclose(found.nan_to_num(), right.nan_to_num(), rtol=1e-12)
+    cotangent = torch.randn(3, 4, **F64)
+    (first,) = grad(found, logits, cotangent, create_graph=True)
+    p = torch.softmax(logits.detach(), -1)
+    log_p = torch.log_softmax(logits.detach(), -1).masked_fill(p == 0, 0)
+    entropy = -(p * log_p).sum(-1, keepdim=True)
+    alpha, beta, gamma = cotangent[..., None]
+    one_hot = torch.nn.functional.one_hot(ids, classes)
+    assert torch.allclose(first, alpha * (one_hot - p) - beta * p * (log_p + entropy) + gamma * p, rtol=1e-12, atol=1e-15)
+    (second,) = grad((first * torch.randn(4, classes, **F64)).sum(), logits)
+    assert second.isfinite().all() and (second[logits == -INF] == 0).all()
+
+
+@ROWS
+def test_all_masked_and_ids_out_of_range(backend):
+    logits = torch.zeros(3, 4)
+    logits[1] = -INF
+    with pytest.raises(ValueError, match=r"token_log_prob: logits: expected a logit above -inf .* row 1"):
+        pk.token_log_prob(logits, torch.zeros(3, dtype=torch.int64), backend=backend)
+    for bad in (-1, 4, -(2**63)):
+        with pytest.raises(ValueError, match=r"token_log_prob: token_ids: expected labels .* row 2"):
+            pk.token_log_prob(torch.zeros(3, 4), torch.tensor([0, 3, bad]), backend=backend)
+
+
+@ROWS
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_ignored(backend, dtype):
+    """Zero, also of a row that could not be computed, and zero gradients."""
+    logits = torch.randn(3, 6).to(dtype)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    found = every(logits, torch.tensor([1, -100, 2]), ignore_index=-100, backend=backend)
+    assert (found[:, 1] == 0).all() and found.isfinite().all()
+    (first,) = grad(found.sum(), logits)
+    assert (first[1] == 0).all() and first.isfinite().all() and (first[0] != 0).any()
+
+
+@ROWS
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_is_read_as_such(backend, dtype):
+    """Sums are in float32: as of the same numbers in float32, but for the rounding of what is put out in half."""
+    logits = (4 * torch.randn(3, 1500)).to(dtype)
+    logits[0, 0], logits[1, 7] = -INF, 1e-7
+    ids, cotangent, direction = torch.tensor([3, 7, 1499]), torch.randn(3, 3), torch.randn(3, 1500).to(dtype)
+    results = []
+    for x in (logits, logits.double()):
+        x = x.clone().requires_grad_()
+        found = every(x, ids, softcap=None, backend=backend if x.dtype == dtype else "reference")
+        (first,) = grad(found, x, cotangent.to(found.dtype), create_graph=True)
+        (second,) = grad((first * direction.to(x.dtype)).sum(), x)
+        results.append((found, first, second))
+    (found, first, second), right = results
+    assert found.dtype == torch.float32 and first.dtype == second.dtype == dtype
+    # 2^-24 of a float32, times a dozen operations and the size of a logit beside it.
+    assert (found - right[0]).abs().max() < 2e-6 * right[0].abs().max()
+    eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
+    assert ((first - right[1]).abs() <= 0.6 * eps * right[1].abs() + 2e-6 * right[1].abs().max() + least).all()
+    # What multiplies the direction, a gradient, was rounded to half precision in neither.
+    assert ((second - right[2]).abs() <= 0.6 * eps * right[2].abs() + 1e-5 * right[2].abs().max() + least).all()
+
+
+@ROWS
+@pytest.mark.parametrize("classes", [50_000, 151_936])
+def test_vocabularies(backend, classes):
+    """Sums of equal and of random numbers, in float32, to some units in the last place."""
+    logits = torch.stack([torch.full((classes,), 0.3), torch.randn(classes)])
+    ids = torch.tensor([0, classes - 1])
+    found, right = every(logits, ids, backend=backend), eager(logits.double(), ids)
+    # To an ulp; in plain torch the rounding of log p, of about 12, is an error of all p.
+    rel = 1e-6 if backend == "reference" else 2e-7
+    assert found[1, 0] == pytest.approx(math.log(classes), rel=rel)
+    assert torch.allclose(found.double(), right, rtol=2 * rel)
+
+
+@ROWS
+def test_large_logits(backend):
+    logits = torch.tensor([[1e4, 1e4 - 1.0, -1e4], [3e38, -3e38, 0.0]], requires_grad=True)
+    found = every(logits, torch.tensor([1, 0]), backend=backend)
+    right = eager(logits.double(), torch.tensor([1, 0]))
+    assert torch.allclose(found.double(), right, rtol=1e-6)
+    assert all(g.isfinite().all() for g in grad(found[:2].sum(), logits))
+
+
+@ROWS
+def test_a_row_depends_on_no_other(backend):
+    logits, ids = torch.randn(37, 1100), torch.randint(1100, (37,))
+    together = every(logits, ids, backend=backend)
+    for row in (0, 17, 36):
+        assert torch.equal(every(logits[row : row + 1], ids[row : row + 1], backend=backend)[:, 0], together[:, row])
+
+
+@ROWS
+def test_logits_are_not_written(backend):
+    logits = torch.randn(3, 40, requires_grad=True)
+    before = logits.detach().clone()
+    every(logits, torch.tensor([1, 2, 3]), backend=backend).sum().backward()
+    assert torch.equal(logits, before)
+
+
+def linear(hidden, weight, bias, ids, **options):
+    return torch.stack(
+        pk.linear_token_log_prob(hidden, weight, ids, bias=bias, entropy=True, return_lse=True, **options)
+    )
+
+
+@HEAD
+@pytest.mark.parametrize("rows", [0, 1, 5, 9])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_linear_head(backend, rows, with_bias):
+    """Value, gradients and second derivatives in all inputs, over several chunks, against plain torch."""
+    hidden, weight = torch.randn(rows, 6, **F64).requires_grad_(), torch.randn(11, 6, **F64).requires_grad_()
+    bias = torch.randn(11, **F64).requires_grad_() if with_bias else None
+    inputs = [x for x in (hidden, weight, bias) if x is not None]
+    ids = torch.randint(11, (rows,))
+    cotangent, directions = torch.randn(3, rows, **F64).requires_grad_(), [torch.randn_like(x) for x in inputs]
+    orders = []
+    for found in (
+        linear(hidden, weight, bias, ids, temperature=0.7, chunk_rows=4, backend=backend),
+        eager(torch.nn.functional.linear(hidden, weight, bias), ids, 0.7),
+    ):
+        first = grad(found, inputs, cotangent, create_graph=True)
+        along = sum((g * v).sum() for g, v in zip(first, directions, strict=True))
+        orders.append([found, *first, *grad(along, [*inputs, cotangent])])
+    for x, y in zip(*orders, strict=True):
+        assert torch.allclose(x, y, rtol=1e-11, atol=1e-12)
+
+
+@HEAD
+def test_some_inputs_of_a_linear_head(backend):
+    """Second derivatives where only some inputs have a gradient, and where only some of it is moved."""
+    case = draw("linear_token_log_prob", 3, lead=(5,), dim=7, group=4, chunk_rows=2)
+    for name in case.tensors:
+        x = case.tensors[name].clone().requires_grad_()
+        rest = {key: value for key, value in case.tensors.items() if key != name}
+
+        def run(x, rest=rest, name=name):
+            found = pk.linear_token_log_prob(**rest, **{name: x}, **case.constants, **case.options, backend=backend)
+            return found.log_prob + 0.3 * found.entropy
+
+        assert gradcheck(run, x)
+        assert gradgradcheck(run, x)
+
+
+@HEAD
+def test_tied_weights(backend):
+    weight, ids = torch.randn(12, 5, **F64).requires_grad_(), torch.tensor([3, 0, 11])
+    results = []
+    for log_prob in (
+        lambda hidden: pk.linear_token_log_prob(hidden, weight, ids, backend=backend).log_prob,
+        lambda hidden: eager(hidden @ weight.mT, ids)[0],
+    ):
+        (first,) = grad(log_prob(weight[[1, 3, 3]].tanh()).sum(), weight, create_graph=True)
+        results.append((first, grad(first.square().sum(), weight)[0]))
+    for x, y in zip(*results, strict=True):
+        assert torch.allclose(x, y, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", fused("linear_token_log_prob"))
+def test_a_row_of_a_linear_head_depends_on_no_other(backend):
+    hidden, weight = torch.randn(70, 48), torch.randn(1000, 48)
+    ids = torch.randint(1000, (70,))
+    together = linear(hidden, weight, None, ids, backend=backend)
+    for rows in (slice(0, 1), slice(66, 70), slice(13, 14)):
+        assert torch.equal(linear(hidden[rows], weight, None, ids[rows], backend=backend), together[:, rows])
+
+
+@HEAD
+def test_a_linear_head_names_rows(backend):
+    hidden, weight, bias = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(4)
+    with pytest.raises(ValueError, match=r"linear_token_log_prob: token_ids: .* row 3"):
+        pk.linear_token_log_prob(hidden, weight, torch.tensor([0, 1, 2, 4, 1]), chunk_rows=2, backend=backend)
+    with pytest.raises(ValueError, match=r"linear_token_log_prob: logits: .* row 0"):
+        ids = torch.zeros(5, dtype=torch.int64)
+        pk.linear_token_log_prob(hidden, weight, ids, bias=bias - INF, chunk_rows=2, backend=backend)
+
+
+BAD = {
+    "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
+    "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a positive number, got -1.0"),
+    "ids": ({"token_ids": torch.zeros(2)}, TypeError, "token_ids: expected an integer tensor, got torch.float32"),
+    "shape": ({"token_ids": torch.tensor([1])}, ValueError, r"token_ids: expected shape \(2,\), got \(1,\)"),
+    "logits": ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits: expected a floating tensor"),
+    "empty": ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: expected shape \(\*, V\) with V of at least 1"),
+    "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an integer"),
+    "entropy": ({"entropy": 1}, TypeError, "entropy: expected True or False"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    changes, error, message = BAD[name]
+    arguments = {"logits": torch.zeros(2, 3), "token_ids": torch.tensor([0, 2]), **changes}
+    with pytest.raises(error, match=f"token_log_prob: {message}"):
+        pk.token_log_prob(**arguments)
+
+
+def test_bad_heads():
+    hidden, ids = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"linear_token_log_prob: weight: expected shape \(V, 3\)"):
+        pk.linear_token_log_prob(hidden, torch.zeros(4, 2), ids)
+    with pytest.raises(ValueError, match=r"linear_token_log_prob: bias: expected shape \(4,\), got \(3,\)"):
+        pk.linear_token_log_prob(hidden, torch.zeros(4, 3), ids, bias=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"linear_token_log_prob: chunk_rows: expected an integer of at least 1"):
+        pk.linear_token_log_prob(hidden, torch.zeros(4, 3), ids, chunk_rows=0)
