@@ -22,6 +22,15 @@ template <class P, class Stored>
 PK_FN P load_columns(const Stored* from) {
   if constexpr (is_half<Stored>) {
     typedef uint16_t Halves __attribute__((vector_size(2 * LaneTraits<P>::width)));
+#if defined(__AVX512F__)
+    if constexpr (std::is_same<Stored, Float16>::value) {
+      return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))};
+    }
+#elif defined(__F16C__)
+    if constexpr (std::is_same<Stored, Float16>::value) {
+      return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))};
+    }
+#endif
     Halves halves;
     memcpy(&halves, from, sizeof halves);
     return widened<P>(Word<P>{__builtin_convertvector(halves, decltype(Word<P>::v))}, Stored{});
@@ -32,12 +41,38 @@ PK_FN P load_columns(const Stored* from) {
   }
 }
 
+// The low halves of words whose high ones are 0: what the compiler makes of a conversion takes several times as long.
+template <int N>
+PK_FN void store_halves(void* to, Pack<uint32_t, N> words) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm512_cvtepi32_epi16(__m512i(words.v));
+#elif defined(__AVX2__)
+  const __m256i all = __m256i(words.v);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+#else
+  typedef uint16_t Halves __attribute__((vector_size(2 * N)));
+  const Halves halves = __builtin_convertvector(words.v, Halves);
+#endif
+  memcpy(to, &halves, sizeof halves);
+}
+
 template <class Stored, class P>
 PK_FN void store_columns(Stored* to, P x) {
-  if constexpr (is_half<Stored>) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LaneTraits<P>::width)));
-    const Halves halves = __builtin_convertvector(narrowed(x, Stored{}).v, Halves);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same<Stored, Float16>::value) {
+    const __m256i halves = _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     memcpy(to, &halves, sizeof halves);
+    return;
+  }
+#elif defined(__F16C__)
+  if constexpr (std::is_same<Stored, Float16>::value) {
+    const __m128i halves = _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    memcpy(to, &halves, sizeof halves);
+    return;
+  }
+#endif
+  if constexpr (is_half<Stored>) {
+    store_halves(to, narrowed(x, Stored{}));
   } else {
     memcpy(to, &x, sizeof x);
   }

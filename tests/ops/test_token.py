@@ -131,6 +131,25 @@ def test_half_precision_is_read_as_such(backend, dtype):
     assert ((second - right[2]).abs() <= 0.6 * eps * right[2].abs() + 1e-5 * right[2].abs().max() + least).all()
 
 
+@pytest.mark.parametrize("backend", fused("token_log_prob"))
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_number_in_half_precision(backend, dtype):
+    """Read and rounded as torch does, to the bit: a row of all there are but nan and inf, and small ones alone."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite() & (numbers.abs() < 1e4)]
+    small = numbers[numbers.abs() < 1e-3]
+    for row in (numbers, small, numbers[:77]):
+        logits = torch.stack([row, row.flip(0)])
+        ids, gradients = torch.tensor([0, len(row) // 2]), []
+        for x in (logits, logits.float()):
+            x = x.clone().requires_grad_()
+            found = every(x, ids, backend=backend)
+            gradients.append((found, *grad(found, x, torch.full_like(found, 1.7))))
+        (found, first), (right, first_in_float32) = gradients
+        assert torch.equal(found, right)
+        assert torch.equal(first, first_in_float32.to(dtype))
+
+
 @ROWS
 @pytest.mark.parametrize("classes", [50_000, 151_936])
 def test_vocabularies(backend, classes):

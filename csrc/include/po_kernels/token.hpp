@@ -10,9 +10,9 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// For x <= 0, and 0 where the result would be subnormal or x is kLowest or less.
+// For x <= 0, and 0 where x is below kLowest and the result would be subnormal.
 template <class T>
-constexpr T kLowest = T(sizeof(T) == 4 ? -87.3 : -708.3);
+constexpr T kLowest = T(sizeof(T) == 4 ? -87 : -708);
 template <class V>
 PK_FN V exp_of_negative(V x) {
   if constexpr (is_dual<V>) {
@@ -21,7 +21,7 @@ PK_FN V exp_of_negative(V x) {
   } else {
     using T = Element<V>;
     using Bits = typename LaneTraits<V>::Bits;
-    constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
+    constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52, bias = sizeof(T) == 4 ? 127 : 1023;
     constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
     constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
     const Bits k = nearest_integer(x * T(1.4426950408889634074));
@@ -41,8 +41,8 @@ PK_FN V exp_of_negative(V x) {
                                      1.66666666666666019037e-01);
       y = (high - (n * ln2_low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
     }
-    y = from_bits(Bits(to_bits(y) + (k << mantissa_bits)));
-    return select(x > kLowest<T>, y, select(x == x, V{}, x));
+    y = y * from_bits(Bits((k + bias) << mantissa_bits));
+    return select(x < kLowest<T>, V{}, y);
   }
 }
 
@@ -130,12 +130,12 @@ struct TokenGradient {
   }
 };
 
-// d = z - top. A masked logit gets the least d, whose e is 0, and no derivative.
+// d = z - top. A masked logit gets one whose e is 0, and no derivative.
 template <class V>
 PK_FN V centred(V z, Element<V> top) {
   using T = Element<V>;
   const V d = z + (-top);
-  return select(stop(d) < kLowest<T>, constant<V>(kLowest<T>), d);
+  return select(stop(d) < kLowest<T>, constant<V>(kLowest<T> * T(2)), d);
 }
 
 }  // namespace PK_LEVEL
