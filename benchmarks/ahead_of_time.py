@@ -14,7 +14,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from po_kernels.backends import triton as backend
-from po_kernels.backends.contract import OPS, OpConfig, Request
+from po_kernels.backends.contract import NUM_TOKEN_STATS, OPS, OpConfig, Request
 from po_kernels.backends.triton import launch
 
 
@@ -43,11 +43,14 @@ def request(
     want_stats: bool = False,
 ) -> Request:
     """A call with all gradients, on tensors of those sizes and of values that are not refused."""
-    row, sizes = OPS[op], {"B": rows, "D": dim, "C": dim, "G": group, "N": group}
+    row = OPS[op]
+    sizes = {"B": rows, "D": dim, "C": dim, "G": group, "N": group, "H": group, "S": NUM_TOKEN_STATS}
 
     def tensor(name: str, letters: str) -> Tensor:
         if name == "precision":
             return torch.eye(dim, dtype=dtype)
+        if name == "bias":
+            return torch.zeros(dim, dtype=dtype)
         if letters == "BDD":
             return torch.eye(dim, dtype=dtype).repeat(rows, 1, 1)
         integers = name in (row.labels, "seed")
@@ -58,7 +61,9 @@ def request(
     if config.estimator == row.closed_form and "seed" in constants._fields:
         constants = constants._replace(seed=None)
     needed = row.differentiable
-    cotangent = torch.ones([sizes[letter] for letter in row.value], dtype=dtype) if needed else None
+    cotangent = (
+        torch.ones([sizes[letter] for letter in row.value], dtype=row.value_dtype(dtype)) if needed else None
+    )
     return Request(
         inputs,
         constants,

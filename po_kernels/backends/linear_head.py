@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, contract
+from . import autocast, checks, contract
 from .contract import IGNORED, NUM_TOKEN_STATS, OPS, Kernel, OpConfig, Request
 
 OP, ROW_OP = "linear_token_log_prob", "token_log_prob"
@@ -23,6 +23,10 @@ def kernel(row_kernel: Kernel) -> Kernel:
     """The kernel of OP from that of ROW_OP."""
 
     def run(request: Request) -> list[Tensor | None]:
+        with autocast.disabled(request.inputs.hidden):
+            return in_chunks(request)
+
+    def in_chunks(request: Request) -> list[Tensor | None]:
         inputs, _, tangents, cotangent, cotangent_tangent, needs, _, config = request
         ids = request.constants.token_ids
         checks.labels(OP, "token_ids", ids, inputs.weight.shape[0], leaves_out=True)

@@ -3,6 +3,7 @@
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -113,10 +114,8 @@ def test_mixed_dtypes_are_promoted_under_autocast_alone(op):
 @pytest.mark.parametrize("precision", [1e-8, 1e5, 1.0009765625 + 2**-20])
 def test_a_number_for_the_precision_is_not_rounded_to_half(precision, dtype):
     case = draw("gaussian_policy_loss", 1, dtype, lead=(3,), dim=2, estimator="analytic")
-    found = (
-        case.with_options()(backend=None, precision=precision)
-        if False
-        else pk.gaussian_policy_loss(case.tensors["mean"], case.tensors["log_std"], case.tensors["target"], precision)
+    found = pk.gaussian_policy_loss(
+        case.tensors["mean"], case.tensors["log_std"], case.tensors["target"], precision
     )
     expected = pk.gaussian_policy_loss(
         *(case.tensors[name].double() for name in ("mean", "log_std", "target")), precision
@@ -390,8 +389,11 @@ def test_shapes_without_values(op):
     options = {"estimator": OPS[op].closed_form or "dice"} if op in LOSSES else {}
     case = draw(op, 2, torch.float32, lead=(3,), dim=2, group=4, mask=False, **options)
     expected = case(backend="reference")
-    meta = {name: x.to("meta") for name, x in {**case.tensors, **case.constants}.items()}
-    found = getattr(pk, op)(**meta, **case.options)
+    tensors, constants = (
+        {name: x.to("meta") for name, x in each.items()} for each in (case.tensors, case.constants)
+    )
+    found = replace(case, tensors=tensors, constants=constants)(backend=None)
+    meta = {**tensors, **constants}
     assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
     for name in list(case.tensors)[1:2]:
         with pytest.raises(TypeError, match=rf"^{op}: {name}: expected torch.float32"):

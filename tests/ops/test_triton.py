@@ -48,7 +48,10 @@ def test_the_interpreter_serves_cpu_tensors_by_name_only(monkeypatch):
 
 
 # Compilation: rows do not matter, and shapes are typical of their op. The numbers are dimensions and samples.
-SHAPES = {"gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categorical": ((32, 16),), "group": ((1, 64),)}
+SHAPES = {
+    "gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categorical": ((32, 16),), "group": ((1, 64),),
+    "token": ((49152, 1),), "linear": ((5000, 4),),
+}  # fmt: skip
 # Of second order, and of pathwise derivatives: what is unrolled takes a minute to compile at larger ones.
 FEW = {"gaussian": (8, 16), "mvn": (4, 8)}
 CALLS = [  # reinforce has the kernels of dice
@@ -99,6 +102,13 @@ def test_first_order_compiles_without_spills(op, estimator, request):
 def test_second_order_compiles(op, estimator, request):
     policy = op.split("_")[0]
     compiled(request.node, op, estimator, FEW.get(policy) or SHAPES[policy][0], 80, second=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_compile_in_half_precision(dtype, request):
+    for second in (False, True):
+        for resources in compiled(request.node, "token_log_prob", "", (151936, 1), 80, 90, dtype=dtype, second=second):
+            assert resources.spills == 0
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,13 +5,12 @@ raise, and for the second order of backends that have only the first.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import autocast, checks
 from ..contract import OPS, Kernel, OpConfig, Request
 from . import advantage, categorical, gaussian, mvn, token
 from .losses import RowLoss, reduced
@@ -40,19 +39,13 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The value, and the statistics of a loss; both have derivatives by autograd. Autocast changes neither."""
     checks.values(OPS[op], inputs, constants)
-    with _without_autocast(inputs[0]):
+    with autocast.disabled(inputs[0]):
         found = DEFINITIONS[op](inputs, constants, config)
     if not isinstance(found, RowLoss):
         return found, ()
     loss, *statistics = found
     averaged = "none" if config.reduction == "none" else "mean"
     return reduced(loss, config.reduction), tuple(reduced(column, averaged) for column in statistics)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Off on the device of x, if that has autocast at all: meta tensors have none."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def entropy(inputs: Any, reduction: str) -> Tensor:
@@ -67,7 +60,7 @@ def entropy(inputs: Any, reduction: str) -> Tensor:
 def _kernel(op: str) -> Kernel:
     def kernel(request: Request) -> list[Any]:
         second = request.tangents is not None
-        with torch.inference_mode(False), torch.enable_grad(), _without_autocast(request.inputs[0]):
+        with torch.inference_mode(False), torch.enable_grad(), autocast.disabled(request.inputs[0]):
             # Copies: autograd may keep them, and what an operator returns shares no memory with what it is given.
             request = _copied(request)
             inputs = [
