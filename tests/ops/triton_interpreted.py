@@ -5,7 +5,7 @@ import torch
 import triton
 
 import po_kernels as pk
-from po_kernels.backends.triton import launch
+from po_kernels.backends.triton import launch, token
 
 from . import bounds, test_numbers
 from .cases import (
@@ -16,6 +16,7 @@ from .cases import (
     REDUCTIONS,
     VALUES,
     Case,
+    derivatives,
     draw,
 )
 from .test_contract import compiled_agrees, small_cases, transforms_agree
@@ -70,6 +71,23 @@ def test_precisions(op, kind):
 def test_values(op):
     for seed in range(3):
         agrees(draw(op, seed, (torch.float64, torch.float32)[seed % 2], dim=1 + 2 * seed), seed)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_tokens_in_blocks(softcap, monkeypatch):
+    """Of columns, the first of them masked in one row; and half precision read as it lies."""
+    monkeypatch.setattr(token, "_LARGEST_BLOCK", 4)
+    case = draw("token_log_prob", 2, lead=(3,), dim=11, mask=False, softcap=softcap, ignore_index=None)
+    case.tensors["logits"][1, :5] = -float("inf")
+    case.constants["token_ids"][:] = torch.tensor([2, 9, 10])
+    agrees(case)
+    if softcap is None:
+        half = case.to(torch.bfloat16)
+        found, right = (derivatives(half, backend, second=False) for backend in (BACKEND, "reference"))
+        for order in right:
+            for x, y in zip(found[order], right[order], strict=True):
+                assert x.dtype == y.dtype
+                assert torch.allclose(x.float(), y.float(), rtol=2**-7, atol=1e-6)
 
 
 def in_chunks_of_two(group: int, dim: int, *_: object, **__: object) -> launch.Tile:

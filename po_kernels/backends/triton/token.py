@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import linear_head
 from ..contract import IGNORED, NUM_TOKEN_STATS
 from . import launch
-from .lanes import add, constant, exp, inverse, load, log, masked, mul, output, plus, sub, times, total, value, zeros
+from .lanes import add, constant, exp, inverse, load, log, masked, mul, number, output, plus, sub, times, total, value, zeros
 from .launch import Call
 
 _LARGEST_BLOCK = 4096  # columns; their sums stay in registers
@@ -25,7 +25,9 @@ def to_lanes(x, K: tl.constexpr):
 def tanh(a):
     """With a relative error of some ulp also near 0 (Cephes, tanhf and tanh)."""
     if isinstance(a, tl.tensor):
-        size, s = tl.abs(a), a * a
+        size = tl.abs(a)
+        near = tl.where(size < 0.625, a, 0)
+        s = near * near
         e = tl.exp(-2 * size)
         large = (1 - e) / (1 + e)
         if a.dtype == tl.float64:
@@ -35,8 +37,7 @@ def tanh(a):
         else:
             p = (((-5.70498872745e-3 * s + 2.06390887954e-2) * s - 5.37397155531e-2) * s + 1.33314422036e-1) * s
             p -= 3.33332819422e-1
-        small = a + a * s * p
-        return tl.where(size < 0.625, small, tl.where(a < 0, -large, large))
+        return tl.where(size < 0.625, near + near * s * p, tl.where(a < 0, -large, large))
     else:
         y = tanh(a[0])
         return y, a[1] * (1 - y * y)
@@ -67,13 +68,14 @@ def token_log_prob(
     temperature: tl.float64, softcap: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
     """cotangent and out (3, rows). An id that is out of range makes its row nan, one that is IGNORED zero."""
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    there = row < rows
     start = row * logits_stride
     columns = tl.arange(0, K.BLOCK_D)
-    token = tl.load(token_ids + row)
+    token = tl.load(token_ids + row, there, 0)
     known = (token >= 0) & (token < classes)
-    inverse_temperature = (1.0 / temperature).to(K.T)
-    cap = softcap.to(K.T)
+    inverse_temperature = number(1.0 / temperature, K)
+    cap = number(softcap, K)
     top = tl.full((), float("-inf"), K.T)
     mass, product = zeros((K.BLOCK_D,), K), zeros((K.BLOCK_D,), K)
     for first in range(0, classes, K.BLOCK_D):
@@ -90,18 +92,17 @@ def token_log_prob(
         mass = add(times(mass, factor), e)
     mass, product = total(mass, 0), total(product, 0)
     log_mass = log(mass)
-    one = tl.arange(0, 1)
-    at_token = start + tl.where(known, token, 0) + one
-    taken, _ = scaled(load(logits, at_token, known & (one == 0), 0.0, K), inverse_temperature, cap, K)
+    taken, _ = scaled(load(logits, start + tl.where(known, token, 0), known, 0.0, K), inverse_temperature, cap, K)
     wrong = tl.where(known, 0.0, float("nan")).to(K.T)
-    counted = (token != _IGNORED) & (one == 0)
-    tl.store(out + row + one, output(masked(counted, plus(plus(sub(taken, log_mass), -top), wrong)), K))
-    tl.store(out + rows + row + one, output(masked(counted, plus(sub(log_mass, mul(product, inverse(mass))), wrong)), K))
-    tl.store(out + 2 * rows + row + one, output(masked(counted, plus(plus(log_mass, top), wrong)), K))
+    counted = token != _IGNORED
+    tl.store(out + row, output(masked(counted, plus(plus(sub(taken, log_mass), -top), wrong)), K), there)
+    entropy = sub(log_mass, mul(product, inverse(mass)))
+    tl.store(out + rows + row, output(masked(counted, plus(entropy, wrong)), K), there)
+    tl.store(out + 2 * rows + row, output(masked(counted, plus(plus(log_mass, top), wrong)), K), there)
     if K.HAS_COTANGENT and K.NEED_LOGITS:
-        alpha = masked(counted, load(cotangent, row + one, one == 0, 0.0, K))
-        beta = masked(counted, load(cotangent, rows + row + one, one == 0, 0.0, K))
-        gamma = masked(counted, load(cotangent, 2 * rows + row + one, one == 0, 0.0, K))
+        alpha = masked(counted, load(cotangent, row, there, 0.0, K))
+        beta = masked(counted, load(cotangent, rows + row, there, 0.0, K))
+        gamma = masked(counted, load(cotangent, 2 * rows + row, there, 0.0, K))
         factor = mul(beta, inverse(mass))
         offset = mul(add(sub(gamma, alpha), mul(factor, product)), inverse(mass))
         for first in range(0, classes, K.BLOCK_D):
@@ -110,7 +111,7 @@ def token_log_prob(
             z, slope = scaled(load(logits, start + v, inside, float("-inf"), K), inverse_temperature, cap, K)
             d, e = centred(z, top, inside)
             g = add(mul(e, sub(offset, mul(factor, d))), masked(v == token, add(alpha, zeros((K.BLOCK_D,), K))))
-            g = masked(token != _IGNORED, plus(mul(g, slope), wrong))
+            g = masked(counted, plus(mul(g, slope), wrong))
             tl.store(to.logits + row * classes + v, output(g, K).to(to.logits.dtype.element_ty), inside)
 
 
