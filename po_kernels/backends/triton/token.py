@@ -55,10 +55,16 @@ def scaled(x, inverse_temperature, softcap, K: tl.constexpr):
 
 
 @triton.jit
+def finite(top):
+    """Zero for the largest of what is all masked."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
 def centred(z, top, inside):
     """z - top and exp(z - top); both zero, with no derivative, where masked."""
     seen = inside & (value(z) != float("-inf"))
-    d = masked(seen, plus(z, -tl.where(top == float("-inf"), 0.0, top)))
+    d = masked(seen, plus(z, -finite(top)))
     return d, masked(seen, exp(d))
 
 
@@ -84,7 +90,7 @@ def token_log_prob(
         inside = v < classes
         higher = tl.maximum(top, tl.max(tl.where(inside, value(z), float("-inf")), axis=0))
         # What has been summed is relative to the largest z so far.
-        shift = tl.where(top == float("-inf"), 0.0, top - higher)
+        shift = tl.where(top == float("-inf"), finite(higher), top) - finite(higher)
         factor = tl.exp(shift)
         top = higher
         d, e = centred(z, top, inside)
