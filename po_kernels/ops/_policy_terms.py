@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _segments
+
 # Of VESPO (k, λ for A ≥ 0 and A < 0), as TRL's defaults have them.
 _VESPO = ((2.0, 3.0), (3.0, 2.0))
 
@@ -58,12 +60,7 @@ class Sequences(NamedTuple):
         """(B,) sums over each sequence."""
         if self.owner is None:
             return tokens.sum(dim=1)
-        total = tokens.new_zeros(self.number, dtype=torch.float64)
-        if tokens.is_cuda:  # of the two the one with a fixed order of sums there
-            total = total.index_put((self.owner,), tokens.double(), accumulate=True)
-        else:
-            total = total.index_add(0, self.owner, tokens.double())
-        return total.to(tokens.dtype)
+        return _segments.sums(tokens, self.owner, self.number).to(tokens.dtype)
 
     def spread(self, sequences: Tensor) -> Tensor:
         """(B,) to its tokens."""

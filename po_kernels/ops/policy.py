@@ -290,8 +290,8 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
         if starts.ndim != 1 or starts.shape[0] < 1:
             raise ValueError(f"{op}: cu_seqlens: expected shape (B+1,), got {tuple(starts.shape)}")
         tokens = shape[0]
-        valid = (starts[0] == 0) & (starts[-1] == tokens) & (starts.diff() >= 0).all()
-        if dispatch.is_true(~valid):
+        right = (starts[0] == 0) & (starts[-1] == tokens) & (starts.diff() >= 0).all()
+        if dispatch.is_true(~right):
             raise ValueError(
                 f"{op}: cu_seqlens: expected integers that go from 0 to {tokens}, the length of log_prob, without "
                 f"falling, got {starts.tolist()}"
@@ -299,7 +299,7 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
         number = starts.shape[0] - 1
         at = torch.arange(tokens, device=log_prob.device)
         owner = torch.searchsorted(starts[1:], at, right=True).clamp(max=max(number - 1, 0))
-        return Sequences(torch.ones(shape, dtype=torch.bool, device=log_prob.device), number, owner, valid)
+        return Sequences(torch.ones(shape, dtype=torch.bool, device=log_prob.device), number, owner, right)
     if len(shape) not in (1, 2):
         raise ValueError(f"{op}: log_prob: expected shape (B, T), or (B,), got {tuple(shape)}")
     inside = torch.ones((), dtype=torch.bool, device=log_prob.device).expand(shape)

@@ -83,7 +83,8 @@ PRESETS = {
         ratio="sequence_sum", surrogate="is", aggregation=_BY_SEQUENCE,
     ),
     "reinforce": _preset(
-        "Williams 1992", "verl `reinforce` (rollout correction)", surrogate="reinforce", aggregation="seq_mean_token_sum"
+        "Williams 1992", "verl `reinforce` of its rollout correction",
+        surrogate="reinforce", aggregation="seq_mean_token_sum",
     ),
     "gpg": _preset("arXiv 2504.02546", "verl `gpg`", surrogate="reinforce", aggregation="token_mean"),
 }  # fmt: skip
