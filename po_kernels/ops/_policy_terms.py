@@ -101,6 +101,11 @@ def divergence(kl: str, placement: str, x: Tensor, ratios: Tensor) -> Tensor:
     return square + (value - square).detach() if placement == "straight_through" else value
 
 
+def _either(condition: Tensor, numbers: tuple[float, float], like: Tensor) -> Tensor:
+    """One of two numbers, in the dtype of `like`: torch.where has two numbers in float32."""
+    return torch.where(condition, *(torch.full((), x, dtype=like.dtype, device=like.device) for x in numbers))
+
+
 def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What -A is multiplied with by "clip", "is" and "sapo", and where a lower and an upper bound is in ρ's place.
 
@@ -109,7 +114,7 @@ def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> tup
     ratio, negative = log_ratio.detach().exp(), advantages < 0
     below = above = torch.zeros_like(ratio, dtype=torch.bool)
     if how.name == "sapo":
-        tau = torch.where(advantages > 0, *how.tau).to(ratio.dtype)
+        tau = _either(advantages > 0, how.tau, ratio)
         # Beyond exp(80) the sigmoid is 1 to all digits and its derivative 0.
         return torch.sigmoid(tau * (log_ratio.clamp(max=80.0).exp() - 1.0)) * (4.0 / tau), below, above
     bound = torch.ones_like(ratio)
@@ -136,7 +141,7 @@ def factor(
         return 1.0, none, none
     # φ is 0 beyond exp(20).
     weight = sequences.spread(sequences.sums(delta.detach())).clamp(max=20.0)
-    k, rate = (torch.where(advantages >= 0, *pair).to(weight.dtype) for pair in zip(*_VESPO, strict=True))
+    k, rate = (_either(advantages >= 0, pair, weight) for pair in zip(*_VESPO, strict=True))
     return torch.exp(rate + k * weight - rate * weight.exp()), none, none
 
 

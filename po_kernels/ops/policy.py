@@ -287,8 +287,8 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
         if len(shape) != 1:
             raise ValueError(f"{op}: log_prob: expected shape (N,) with cu_seqlens, got {tuple(shape)}")
         starts = _check.integral(op, "cu_seqlens", cu_seqlens, log_prob)
-        if starts.ndim != 1 or starts.shape[0] < 1:
-            raise ValueError(f"{op}: cu_seqlens: expected shape (B+1,), got {tuple(starts.shape)}")
+        if starts.ndim != 1 or starts.shape[0] < 2:
+            raise ValueError(f"{op}: cu_seqlens: expected shape (B+1,) with B of at least 1, got {tuple(starts.shape)}")
         tokens = shape[0]
         right = (starts[0] == 0) & (starts[-1] == tokens) & (starts.diff() >= 0).all()
         if dispatch.is_true(~right):
@@ -297,8 +297,9 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
                 f"falling, got {starts.tolist()}"
             )
         number = starts.shape[0] - 1
-        at = torch.arange(tokens, device=log_prob.device)
-        owner = torch.searchsorted(starts[1:], at, right=True).clamp(max=max(number - 1, 0))
+        ends = torch.zeros(tokens + 1, dtype=torch.int64, device=log_prob.device)
+        ends = ends.index_add(0, starts[1:-1].clamp(0, tokens), torch.ones_like(starts[1:-1]))
+        owner = ends[:tokens].cumsum(0)
         return Sequences(torch.ones(shape, dtype=torch.bool, device=log_prob.device), number, owner, right)
     if len(shape) not in (1, 2):
         raise ValueError(f"{op}: log_prob: expected shape (B, T), or (B,), got {tuple(shape)}")
