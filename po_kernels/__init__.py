@@ -11,6 +11,7 @@ from .ops import advantage as _advantage
 from .ops import categorical as _categorical
 from .ops import gaussian as _gaussian
 from .ops import mvn as _mvn
+from .ops import off_policy as _off_policy
 from .ops import policy as _policy
 from .ops import presets as _presets
 from .ops._loss import LossStats
@@ -18,6 +19,7 @@ from .ops.advantage import *
 from .ops.categorical import *
 from .ops.gaussian import *
 from .ops.mvn import *
+from .ops.off_policy import *
 from .ops.policy import *
 from .ops.presets import *
 from .report import status
@@ -29,5 +31,6 @@ __all__ += _advantage.__all__
 __all__ += _categorical.__all__
 __all__ += _gaussian.__all__
 __all__ += _mvn.__all__
+__all__ += _off_policy.__all__
 __all__ += _policy.__all__
 __all__ += _presets.__all__

@@ -71,6 +71,21 @@ def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.long()
 
 
+def zero_or_one(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A mask of the shape and on the device of `like`, as bool; and () whether it is one, where this cannot be read."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    has_shape(op, name, tensor, like.shape)
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name}: expected a tensor on {like.device}, got one on {tensor.device}")
+    if tensor.dtype == torch.bool:
+        return tensor, None
+    valid = ((tensor == 0) | (tensor == 1)).all()
+    if dispatch.is_true(~valid):
+        raise ValueError(f"{op}: {name}: expected True and False, or 0 and 1, got other values")
+    return tensor != 0, valid
+
+
 def has_shape(op: str, name: str, tensor: Tensor, *allowed: Sequence[int]) -> None:
     shape = tensor.shape
     for each in allowed:

@@ -103,7 +103,8 @@ def divergence(kl: str, placement: str, x: Tensor, ratios: Tensor) -> Tensor:
 
 def _either(condition: Tensor, numbers: tuple[float, float], like: Tensor) -> Tensor:
     """One of two numbers, in the dtype of `like`: torch.where has two numbers in float32."""
-    return torch.where(condition, *(torch.full((), x, dtype=like.dtype, device=like.device) for x in numbers))
+    first, second = (torch.full((), x, dtype=like.dtype, device=like.device) for x in numbers)
+    return torch.where(condition, first, second)
 
 
 def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -306,14 +306,7 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     inside = torch.ones((), dtype=torch.bool, device=log_prob.device).expand(shape)
     valid: Tensor | None = None
     if mask is not None:
-        _check.has_shape(op, "mask", mask, shape)
-        if mask.device != log_prob.device:
-            raise ValueError(f"{op}: mask: expected a tensor on {log_prob.device}, got one on {mask.device}")
-        inside = mask != 0
-        if mask.dtype != torch.bool:
-            valid = ((mask == 0) | (mask == 1)).all()
-            if dispatch.is_true(~valid):
-                raise ValueError(f"{op}: mask: expected 0 and 1, got other values; fractions go to weight")
+        inside, valid = _check.zero_or_one(op, "mask", mask, log_prob)
     return Sequences(inside if len(shape) == 2 else inside.unsqueeze(1), shape[0], None, valid)
 
 

@@ -36,7 +36,7 @@ PRESETS = {
         clip=(0.2, 0.28), kl="k3", kl_placement="loss", aggregation="token_mean",
     ),
     "dr_grpo": _preset(
-        "arXiv 2503.20783", "TRL `dr_grpo` with max_length=max_completion_length; verl with normalizer=1",
+        "arXiv 2503.20783", "TRL `dr_grpo` with max_length=max_completion_length; verl `seq-mean-token-sum-norm`",
         clip=(0.2, 0.2), kl="k3", kl_placement="loss", aggregation="seq_mean_token_sum_norm",
     ),
     "gspo": _preset(
@@ -44,7 +44,7 @@ PRESETS = {
         ratio="sequence_mean", clip=(3e-4, 4e-4), kl="k3", kl_placement="loss", aggregation=_BY_SEQUENCE,
     ),
     "gspo_verl": _preset(
-        "arXiv 2507.18071", "verl `gspo`, but for log-ratios below -10, which verl leaves",
+        "arXiv 2507.18071", "verl `gspo` with `seq-mean-token-mean`, but for log-ratios below -10, which verl leaves",
         ratio="sequence_mean_token", clip=(3e-4, 4e-4), log_ratio_max=10.0, aggregation=_BY_SEQUENCE,
     ),
     "luspo": _preset(

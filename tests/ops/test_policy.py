@@ -318,7 +318,7 @@ BAD = [
     ({"old_log_prob": GRAD}, ValueError, "old_log_prob: .* requires grad"),
     ({"weight": GRAD}, ValueError, "weight: .* requires grad"),
     ({"mask": GRAD}, ValueError, "mask: .* requires grad"),
-    ({"mask": LP + 0.5}, ValueError, "mask: expected 0 and 1"),
+    ({"mask": LP + 0.5}, ValueError, "mask: expected True and False, or 0 and 1"),
     ({"mask": torch.ones(2)}, ValueError, "mask: expected shape"),
     ({"mask": [1]}, TypeError, "mask: expected a tensor"),
     *[
