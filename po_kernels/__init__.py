@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from .dispatch import use_backend
 from .ops import advantage as _advantage
 from .ops import categorical as _categorical
+from .ops import gae as _gae
 from .ops import gaussian as _gaussian
 from .ops import mvn as _mvn
 from .ops import off_policy as _off_policy
@@ -17,6 +18,7 @@ from .ops import presets as _presets
 from .ops._loss import LossStats
 from .ops.advantage import *
 from .ops.categorical import *
+from .ops.gae import *
 from .ops.gaussian import *
 from .ops.mvn import *
 from .ops.off_policy import *
@@ -29,6 +31,7 @@ __version__ = _version("po-kernels")
 __all__ = ["LossStats", "status", "use_backend"]
 __all__ += _advantage.__all__
 __all__ += _categorical.__all__
+__all__ += _gae.__all__
 __all__ += _gaussian.__all__
 __all__ += _mvn.__all__
 __all__ += _off_policy.__all__

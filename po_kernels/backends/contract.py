@@ -29,9 +29,12 @@ ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 # Sizes of axes, by the letter that stands for them in `Op.axes`.
-SIZES = {"B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count"}
+SIZES = {"B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count", "T": "steps", "U": "states"}
 
 NUM_STATS = 5
+
+# How a step of an episode ended, in `dones` of gae: not at all, in a state without a value, or before one that has it.
+GOES_ON, TERMINATED, TRUNCATED = 0, 1, 2
 
 
 class OpConfig(NamedTuple):
@@ -184,6 +187,7 @@ OPS = {
         Op("categorical_surrogate_loss", {**_LOGITS, "rewards": "GB"}, {"samples": "GB"}, estimators=_SAMPLED[1:]),
         Op("categorical_log_prob", _LOGITS, {"value": "NB"}, "NB"),
         Op("categorical_sample", _LOGITS, _SEED, "GB", differentiable=False),
+        Op("gae", {"rewards": "TB", "values": "UB"}, {"dones": "TB", "gamma": "", "lam": ""}, "TB"),
         Op("group_advantage", {"rewards": "GB"}, {}, "GB", options=("advantage", "rbf_gamma", "num_samples")),
     )
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import _check, _first_order, _modes, _policy_terms
+from . import _check, _first_order, _policy_terms
 from ._policy_terms import PolicyStats, Sequences, Surrogate
 
 __all__ = ["PolicyStats", "policy_loss"]
@@ -167,14 +167,8 @@ def policy_loss(
              "entropy": entropy, "weight": weight}  # fmt: skip
     tensors: dict[str, Any] = {k: x for k, x in given.items() if x is not None or k in ("log_prob", "advantages")}
     found = dict(zip(tensors, _check.floating(op, list(tensors), *tensors.values()), strict=True))
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"{op}: mask: expected a tensor, got {type(mask).__name__}")
-    for name, constant in (("old_log_prob", old_log_prob), ("weight", weight), ("mask", mask)):
-        if constant is not None and _modes.has_derivative(constant):
-            raise ValueError(
-                f"{op}: {name}: expected a constant, got a tensor that requires grad, whose derivative would be "
-                f"dropped; hand in {name}.detach()"
-            )
+    for name, constant in (("old_log_prob", old_log_prob), ("weight", weight), ("normalizer", normalizer)):
+        _check.constant(op, name, constant)
     sequences = _sequences(found["log_prob"], mask, cu_seqlens)
     inside, spread, shape, number = sequences.mask, sequences.spread, found["log_prob"].shape, sequences.number
     for name, x in found.items():
@@ -333,8 +327,6 @@ def _aggregated(
     count: Any = normalizer
     if isinstance(normalizer, Tensor):
         _check.has_shape(op, "normalizer", normalizer, ())
-        if _modes.has_derivative(normalizer):
-            raise ValueError(f"{op}: normalizer: expected a constant, got a tensor that requires grad")
         count = normalizer.to(tokens.device, tokens.dtype)
     elif normalizer is not None:
         count = _check.real(op, "normalizer", normalizer)

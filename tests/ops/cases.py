@@ -89,7 +89,8 @@ class Case:
     def __call__(self, *tensors: Tensor, backend: str | None = "reference", **changes: Any) -> Any:
         """The op with `tensors` in place of the first differentiable arguments."""
         named = {**self.tensors, **dict(zip(self.tensors, tensors, strict=False))}
-        return getattr(pk, self.op)(**named, **self.constants, **{**self.options, **changes}, backend=backend)
+        found = getattr(pk, self.op)(**named, **self.constants, **{**self.options, **changes}, backend=backend)
+        return found[0] if self.op == "gae" else found
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -190,10 +191,10 @@ def draw(
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     for name, letters in row.axes.items():
-        if name == "seed":
+        if name in ("seed", "gamma", "lam"):
             continue
         extra = pick(((), (1,), (3,), (2, 2))) if "N" in letters else ()
-        sizes = {"B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra}
+        sizes = {"B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra, "T": (group,), "U": (group + 1,)}
         shape = [size for letter in letters for size in sizes.get(letter, ())]
         own = [] if shared else lead
         if name == "scale" and family == "gaussian":
@@ -206,6 +207,8 @@ def draw(
             tensors[name] = precision(rng, kind, dim)
         elif name == row.labels:
             constants[name] = labels(rng, 1 if mask and name != "target" else dim, *shape)
+        elif name == "dones":
+            constants[name] = uniform(rng, *shape) < 0.2
         elif name in row.Constants._fields:
             constants[name] = normal(rng, *shape)
         else:
@@ -215,6 +218,8 @@ def draw(
     if op not in LOSSES:
         if "seed" in row.axes:
             arguments = {"num_samples": group, "seed": rng.getrandbits(64), "row_offset": pick((0, 5, 2**33 + 7))}
+        elif op == "gae":
+            arguments = {"gamma": pick((1.0, 0.9)), "lam": pick((1.0, 0.8, 0.0))}
         elif "advantage" in row.options:
             arguments = {"kind": _advantage(rng, group), "rbf_gamma": pick((None, None, 0.3))}
     else:

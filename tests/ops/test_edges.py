@@ -3,6 +3,7 @@
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -390,9 +391,13 @@ def test_shapes_without_values(op):
     options = {"estimator": OPS[op].closed_form or "dice"} if op in LOSSES else {}
     case = draw(op, 2, torch.float32, lead=(3,), dim=2, group=4, mask=False, **options)
     expected = case(backend="reference")
-    meta = {name: x.to("meta") for name, x in {**case.tensors, **case.constants}.items()}
-    found = getattr(pk, op)(**meta, **case.options)
+    meta = replace(
+        case,
+        tensors={name: x.to("meta") for name, x in case.tensors.items()},
+        constants={name: x.to("meta") for name, x in case.constants.items()},
+    )
+    found = meta(backend=None)
     assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
     for name in list(case.tensors)[1:2]:
         with pytest.raises(TypeError, match=rf"^{op}: {name}: expected torch.float32"):
-            getattr(pk, op)(**{**meta, name: meta[name].double()}, **case.options)
+            replace(meta, tensors={**meta.tensors, name: meta.tensors[name].double()})(backend=None)

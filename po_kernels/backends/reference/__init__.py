@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import checks
 from ..contract import OPS, Kernel, OpConfig, Request
-from . import advantage, categorical, gaussian, mvn
+from . import advantage, categorical, gae, gaussian, mvn
 from .losses import RowLoss, reduced
 
 DEFINITIONS: dict[str, Callable[[Any, Any, OpConfig], Any]] = {
@@ -21,6 +21,7 @@ DEFINITIONS: dict[str, Callable[[Any, Any, OpConfig], Any]] = {
     **mvn.DEFINITIONS,
     **categorical.DEFINITIONS,
     **advantage.DEFINITIONS,
+    **gae.DEFINITIONS,
 }
 
 
