@@ -178,6 +178,20 @@ struct GroupAdvantage : Call {
   PK_FIELDS((Call), advantage, rbf_gamma, num_samples, rewards, cotangent, out)
 };
 
+// How a step of an episode ended: not at all, or in a state without a value, or cut off before a state that has one.
+enum Ended : uint8_t { kGoesOn = 0, kTerminated = 1, kTruncated = 2 };
+
+struct Gae : Call {
+  int64_t steps = 0, states = 0;   // states: one more than steps
+  Differentiable rewards, values;  // (steps, rows) and (states, rows)
+  const uint8_t* dones = nullptr;  // (steps, rows) of Ended
+  const double *gamma = nullptr, *lam = nullptr;
+  Input cotangent;      // (steps, rows)
+  void* out = nullptr;  // (steps, rows)
+
+  PK_FIELDS((Call), steps, states, rewards, values, dones, gamma, lam, cotangent, out)
+};
+
 // Every kernel and what it is called with: `both` for one that CUDA has too, `cpu` for one that only the CPU has.
 #define PK_GAUSSIAN_KERNELS(both, cpu, family)                                                        \
   both(family##_policy_loss, GaussianPolicyLoss) both(family##_surrogate_loss, GaussianSurrogateLoss) \
@@ -187,7 +201,7 @@ struct GroupAdvantage : Call {
   PK_GAUSSIAN_KERNELS(both, cpu, mvn)                                                                           \
   cpu(categorical_policy_loss, CategoricalPolicyLoss) cpu(categorical_surrogate_loss, CategoricalSurrogateLoss) \
       cpu(categorical_log_prob, CategoricalLogProb) cpu(categorical_sample, CategoricalSample)                  \
-          cpu(token_log_prob, TokenLogProb) cpu(group_advantage, GroupAdvantage)
+          cpu(token_log_prob, TokenLogProb) cpu(group_advantage, GroupAdvantage) cpu(gae, Gae)
 #define PK_NO_KERNEL(name, type)
 #define PK_FOR_EACH_KERNEL(do) PK_KERNELS(do, do)
 #define PK_FOR_EACH_CUDA_KERNEL(do) PK_KERNELS(do, PK_NO_KERNEL)

@@ -104,6 +104,7 @@ def first_order_only() -> dict[str, str]:
 plain = reference.evaluate
 entropy = reference.entropy
 refuse_values = checks.values
+is_true = checks.is_true
 stream_key = philox.stream_key
 
 

@@ -29,12 +29,12 @@ def precision(op: str, value: Tensor) -> None:
     u = value.detach().double()
     if value.ndim == 2:
         asymmetry = (u - u.mT).abs().amax()
-        if _is_true(asymmetry > contract.MATRIX_TOLERANCE * u.abs().amax()):
+        if is_true(asymmetry > contract.MATRIX_TOLERANCE * u.abs().amax()):
             contract.refuse(op, "precision_not_symmetric", 0)
         positive = _is_positive_definite(0.5 * (u + u.mT))
     else:
-        positive = not _is_true(~(u > 0).all())
-    if not positive or _is_true(~u.isfinite().all()):
+        positive = not is_true(~(u > 0).all())
+    if not positive or is_true(~u.isfinite().all()):
         contract.refuse(op, "precision_not_positive", 0)
 
 
@@ -80,17 +80,17 @@ def _is_positive_definite(matrix: Tensor) -> bool:
     except np.linalg.LinAlgError:
         return False
     except RuntimeError:  # wrapped by a transform of torch.func
-        return not _is_true(torch.linalg.cholesky_ex(matrix).info != 0)
+        return not is_true(torch.linalg.cholesky_ex(matrix).info != 0)
     return True
 
 
 def _any_row(op: str, refusal: str, bad: Tensor, name: str = "target") -> None:
-    if _is_true(bad.any()):
+    if is_true(bad.any()):
         row = int(bad.reshape(-1, bad.shape[-1]).any(dim=0).nonzero()[0])
         contract.refuse(op, refusal, row, name)
 
 
-def _is_true(condition: Tensor) -> bool:
+def is_true(condition: Tensor) -> bool:
     """False where the value is not at hand: in torch.compile and torch.vmap, and on an accelerator."""
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
         return False

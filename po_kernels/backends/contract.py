@@ -30,7 +30,10 @@ ESTIMATORS = {"analytic": 0, "exact": 0, "reparam": 1, "dice": 2, "reinforce": 3
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 # Sizes of axes, by the letter that stands for them in `Op.axes`.
-SIZES = {"B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count", "H": "hidden_size"}
+SIZES = {
+    "B": "rows", "D": "dim", "C": "classes", "G": "num_samples", "N": "count", "H": "hidden_size", "T": "steps",
+    "U": "states",
+}  # fmt: skip
 
 NUM_STATS = 5
 # Of a token: log-probability, entropy, log-sum-exp, in the order of the axis "S".
@@ -39,6 +42,9 @@ NUM_TOKEN_STATS = 3
 IGNORED = -(2**63)
 
 HALF = (torch.bfloat16, torch.float16)
+
+# How a step of an episode ended, in `dones` of gae: not at all, in a state without a value, or before one that has it.
+GOES_ON, TERMINATED, TRUNCATED = 0, 1, 2
 
 
 class OpConfig(NamedTuple):
@@ -223,6 +229,7 @@ OPS = {
         Op("categorical_sample", _LOGITS, _SEED, "GB", differentiable=False),
         _token_op("token_log_prob", _LOGITS),
         _token_op("linear_token_log_prob", {"hidden": "BH", "weight": "CH", "bias": "*"}),
+        Op("gae", {"rewards": "TB", "values": "UB"}, {"dones": "TB", "gamma": "", "lam": ""}, "TB"),
         Op("group_advantage", {"rewards": "GB"}, {}, "GB", options=("advantage", "rbf_gamma", "num_samples")),
     )
 }

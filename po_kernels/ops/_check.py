@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.advantages import ADVANTAGES
 from ..backends.contract import HALF
+from . import _modes
 
 # Samples have a word of the random numbers' counter to themselves.
 MOST_SAMPLES = 2**32
@@ -69,6 +70,31 @@ def integral(op: str, name: str, tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name}: expected a tensor on {like.device}, got one on {tensor.device}")
     return tensor.long()
+
+
+def constant(op: str, name: str, tensor: Any) -> None:
+    """Anything but a tensor with a derivative, which would be dropped."""
+    if isinstance(tensor, Tensor) and _modes.has_derivative(tensor):
+        raise ValueError(
+            f"{op}: {name}: expected a constant, got a tensor that requires grad, whose derivative would be dropped; "
+            f"hand in {name}.detach()"
+        )
+
+
+def zero_or_one(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A mask of the shape and on the device of `like`, as bool; and () whether it is one, where this cannot be read."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name}: expected a tensor, got {type(tensor).__name__}")
+    constant(op, name, tensor)
+    has_shape(op, name, tensor, like.shape)
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name}: expected a tensor on {like.device}, got one on {tensor.device}")
+    if tensor.dtype == torch.bool:
+        return tensor, None
+    valid = ((tensor == 0) | (tensor == 1)).all()
+    if dispatch.is_true(~valid):
+        raise ValueError(f"{op}: {name}: expected True and False, or 0 and 1, got other values")
+    return tensor != 0, valid
 
 
 def has_shape(op: str, name: str, tensor: Tensor, *allowed: Sequence[int]) -> None:

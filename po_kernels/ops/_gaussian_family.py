@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import OpConfig
+from .. import dispatch
+from ..backends.contract import OPS, OpConfig
 from . import _check, _loss
 from ._evaluate import evaluate
 from ._loss import LossStats
@@ -47,12 +48,20 @@ def sample(
     return samples.to(dtype).reshape(num_samples, *lead, mean.shape[1])
 
 
-def log_prob(family: Family, mean: Tensor, scale: Tensor, value: Tensor, backend: str | None) -> Tensor:
+def log_prob(
+    family: Family, mean: Tensor, scale: Tensor, value: Tensor, entropy: bool, backend: str | None
+) -> Tensor | tuple[Tensor, Tensor]:
     op = f"{family.name}_log_prob"
-    lead, mean, scale, value = _policy(family, op, ("value",), mean, scale, value)
+    lead, mean, rows, value = _policy(family, op, ("value",), mean, scale, value)
     batch = _check.batch_before(op, "value", value, (*lead, mean.shape[1]))
     value = value.reshape(math.prod(batch), *mean.shape)
-    return evaluate(op, backend, (mean, scale, value), (), OpConfig())[0].reshape((*batch, *lead))
+    found = evaluate(op, backend, (mean, rows, value), (), OpConfig())[0].reshape((*batch, *lead))
+    if not _check.flag(op, "entropy", entropy):
+        return found
+    # That of a scale that all rows share is one number.
+    once = rows if scale.ndim != family.axes else scale.to(rows.dtype).unsqueeze(0)
+    bonus = dispatch.entropy(OPS[op].Inputs(mean, once, value), "none")
+    return found, bonus.expand(mean.shape[0]).reshape(lead)
 
 
 def policy_loss(

@@ -192,3 +192,28 @@ def _config(
 
 
 OPERATORS = {op: getattr(torch.ops.po_kernels, op).default for op in OPS}
+
+
+# The identity of `_first_order`, and its zero, for torch.compile.
+
+
+def _define_first_order() -> None:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Any, ...]:
+        return cotangent + torch.ops.po_kernels.lost.default(*ctx.saved_tensors, ctx.why), None
+
+    def refuse(ctx: Any, _: Tensor) -> None:
+        raise RuntimeError(ctx.why)
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.why = inputs
+        ctx.save_for_backward(x)
+
+    for name, value, derivative in (("first_order", torch.clone, backward), ("lost", torch.zeros_like, refuse)):
+        _library.define(f"{name}(Tensor x, str why) -> Tensor")
+        _library.impl(name, lambda x, why, value=value: value(x), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"po_kernels::{name}", lambda x, why: torch.empty_like(x), lib=_library)
+        torch.library.register_autograd(f"po_kernels::{name}", derivative, setup_context=keep, lib=_library)
+
+
+_define_first_order()
+FIRST_ORDER = torch.ops.po_kernels.first_order.default

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
-from ..backends.contract import OpConfig
+from .. import dispatch
+from ..backends.contract import OPS, OpConfig
 from . import _check, _loss
 from ._evaluate import evaluate
 from ._loss import LossStats
@@ -48,16 +49,28 @@ def categorical_sample(
     return labels.reshape(num_samples, *lead)
 
 
-def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
+@overload
+def categorical_log_prob(
+    logits: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: str | None = None
+) -> Tensor: ...
+@overload
+def categorical_log_prob(
+    logits: Tensor, value: Tensor, *, entropy: Literal[True], backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+def categorical_log_prob(
+    logits: Tensor, value: Tensor, *, entropy: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """log p(value), in nats.
 
     Args:
         logits: (*, C); -inf masks a class.
         value: integer labels, (..., *), with any dimensions before those of logits, such as the G of samples.
+        entropy: also return the entropy of the policy, in nats.
         backend: name of the backend; None for the first that can serve the call.
 
     Returns:
-        log p(value), value.shape; float32 for half-precision logits.
+        log p(value), value.shape; float32 for half-precision logits. With entropy, (log_prob, entropy), the entropy of
+        shape (*).
 
     Raises:
         TypeError, ValueError: an argument of another type or shape, a label out of range, a row that is all -inf.
@@ -68,7 +81,10 @@ def categorical_log_prob(logits: Tensor, value: Tensor, *, backend: str | None =
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
     value = value.reshape(math.prod(batch), logits.shape[0])
-    return evaluate(op, backend, (logits,), (value,), OpConfig())[0].reshape((*batch, *lead))
+    found = evaluate(op, backend, (logits,), (value,), OpConfig())[0].reshape((*batch, *lead))
+    if not _check.flag(op, "entropy", entropy):
+        return found
+    return found, dispatch.entropy(OPS[op].Inputs(logits), "none").reshape(lead)
 
 
 def categorical_policy_loss(

@@ -1,5 +1,7 @@
 """Diagonal Gaussian policies."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from . import _gaussian_family
@@ -44,23 +46,35 @@ def gaussian_sample(
     return _gaussian_family.sample(_FAMILY, mean, log_std, num_samples, seed, stream, row_offset, backend)
 
 
-def gaussian_log_prob(mean: Tensor, log_std: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
+@overload
+def gaussian_log_prob(
+    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: str | None = None
+) -> Tensor: ...
+@overload
+def gaussian_log_prob(
+    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: Literal[True], backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+def gaussian_log_prob(
+    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Joint log-density of `value`, in nats: a sum over the D dimensions.
 
     Args:
         mean: (*, D).
         log_std: (*, D) or (D,).
         value: (..., *, D), with any dimensions before those of mean, such as the G of samples.
+        entropy: also return the entropy of the policy, in nats.
         backend: name of the backend; None for the first that can serve the call.
 
     Returns:
-        log p(value), value.shape[:-1]; float32 for half-precision inputs.
+        log p(value), value.shape[:-1]; float32 for half-precision inputs. With entropy, (log_prob, entropy), the
+        latter of shape (*).
 
     Raises:
         TypeError, ValueError: an argument of another type or shape.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    return _gaussian_family.log_prob(_FAMILY, mean, log_std, value, backend)
+    return _gaussian_family.log_prob(_FAMILY, mean, log_std, value, entropy, backend)
 
 
 def gaussian_policy_loss(

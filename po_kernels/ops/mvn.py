@@ -1,5 +1,7 @@
 """Gaussian policies with a full covariance Σ = L Lᵀ, given by L (`scale_tril`)."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from . import _gaussian_family
@@ -38,23 +40,35 @@ def mvn_sample(
     return _gaussian_family.sample(_FAMILY, mean, scale_tril, num_samples, seed, stream, row_offset, backend)
 
 
-def mvn_log_prob(mean: Tensor, scale_tril: Tensor, value: Tensor, *, backend: str | None = None) -> Tensor:
+@overload
+def mvn_log_prob(
+    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: str | None = None
+) -> Tensor: ...
+@overload
+def mvn_log_prob(
+    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: Literal[True], backend: str | None = None
+) -> tuple[Tensor, Tensor]: ...
+def mvn_log_prob(
+    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: bool = False, backend: str | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """Joint log-density of `value`, in nats.
 
     Args:
         mean: (*, D).
         scale_tril: (*, D, D) or (D, D), lower triangular with a positive diagonal.
         value: (..., *, D), with any dimensions before those of mean, such as the G of samples.
+        entropy: also return the entropy of the policy, in nats.
         backend: name of the backend; None for the first that can serve the call.
 
     Returns:
-        log p(value), value.shape[:-1]; float32 for half-precision inputs.
+        log p(value), value.shape[:-1]; float32 for half-precision inputs. With entropy, (log_prob, entropy), the
+        latter of shape (*).
 
     Raises:
         TypeError, ValueError: an argument of another type or shape; L not triangular, or singular.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    return _gaussian_family.log_prob(_FAMILY, mean, scale_tril, value, backend)
+    return _gaussian_family.log_prob(_FAMILY, mean, scale_tril, value, entropy, backend)
 
 
 def mvn_policy_loss(

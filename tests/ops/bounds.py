@@ -125,7 +125,9 @@ def _mover(number: int) -> Callable[..., Tensor]:
     rng = random.Random(f"moved {number}")
 
     def move(x: Tensor, size: float | None = None) -> Tensor:
+        if not x.is_floating_point():
+            return x
         size = largest([x]) if size is None else size
-        return x + STEP * size * (2 * uniform(rng, *x.shape) - 1) if x.is_floating_point() else x
+        return x + STEP * size * (2 * uniform(rng, *x.shape) - 1)
 
     return move

@@ -91,7 +91,9 @@ class Case:
         """The op with `tensors` in place of the first differentiable arguments."""
         named = {**self.tensors, **dict(zip(self.tensors, tensors, strict=False))}
         found = getattr(pk, self.op)(**named, **self.constants, **{**self.options, **changes}, backend=backend)
-        return torch.stack(found) if self.op in TOKENS else found
+        if self.op in TOKENS:
+            return torch.stack(found)
+        return found[0] if self.op == "gae" else found
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -192,10 +194,13 @@ def draw(
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     for name, letters in row.axes.items():
-        if name == "seed":
+        if name in ("seed", "gamma", "lam"):
             continue
         extra = pick(((), (1,), (3,), (2, 2))) if "N" in letters else ()
-        sizes = {"B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra, "H": (group + 1,)}
+        sizes = {
+            "B": lead, "D": (dim,), "C": (dim,), "G": (group,), "N": extra, "H": (group + 1,), "T": (group,),
+            "U": (group + 1,),
+        }  # fmt: skip
         shape = [size for letter in letters for size in sizes.get(letter, ())]
         own = [] if shared else lead
         if name == "scale" and family == "gaussian":
@@ -210,6 +215,8 @@ def draw(
             tensors[name] = precision(rng, kind, dim)
         elif name == row.labels:
             constants[name] = labels(rng, 1 if mask and name != "target" else dim, *shape)
+        elif name == "dones":
+            constants[name] = uniform(rng, *shape) < 0.2
         elif name in row.Constants._fields:
             constants[name] = normal(rng, *shape)
         else:
@@ -222,6 +229,8 @@ def draw(
         elif op in TOKENS:
             arguments = {"temperature": pick((1.0, 0.7)), "softcap": pick((None, None, 2.5))}
             arguments |= {"entropy": True, "return_lse": True, "ignore_index": pick((None, 1))}
+        elif op == "gae":
+            arguments = {"gamma": pick((1.0, 0.9)), "lam": pick((1.0, 0.8, 0.0))}
         elif "advantage" in row.options:
             arguments = {"kind": _advantage(rng, group), "rbf_gamma": pick((None, None, 0.3))}
     else:

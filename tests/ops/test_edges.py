@@ -389,12 +389,13 @@ def test_shapes_without_values(op):
     options = {"estimator": OPS[op].closed_form or "dice"} if op in LOSSES else {}
     case = draw(op, 2, torch.float32, lead=(3,), dim=2, group=4, mask=False, **options)
     expected = case(backend="reference")
-    tensors, constants = (
-        {name: x.to("meta") for name, x in each.items()} for each in (case.tensors, case.constants)
+    meta = replace(
+        case,
+        tensors={name: x.to("meta") for name, x in case.tensors.items()},
+        constants={name: x.to("meta") for name, x in case.constants.items()},
     )
-    found = replace(case, tensors=tensors, constants=constants)(backend=None)
-    meta = {**tensors, **constants}
+    found = meta(backend=None)
     assert (found.shape, found.dtype, found.device.type) == (expected.shape, expected.dtype, "meta")
     for name in list(case.tensors)[1:2]:
         with pytest.raises(TypeError, match=rf"^{op}: {name}: expected torch.float32"):
-            getattr(pk, op)(**{**meta, name: meta[name].double()}, **case.options)
+            replace(meta, tensors={**meta.tensors, name: meta.tensors[name].double()})(backend=None)

@@ -108,11 +108,13 @@ def test_wrong_shapes(op):
     for name, x in arguments_of(op).items():
         if not isinstance(x, torch.Tensor) or op == "group_advantage":
             continue
-        shapes = WRONG_SHAPES[name]
+        shapes = WRONG_SHAPES.get(name, [])
         if op.startswith("categorical") and name in ("samples", "value", "target"):
             shapes = {"samples": [(), (4,), (4, 3), (5, 2)], "value": [(), (3,), (2, 3)], "target": [(), (3,), (1,)]}[
                 name
             ]
+        if op == "gae":
+            shapes = {"rewards": [()], "values": [(), (4, 2), (5,), (5, 3)], "dones": [(), (4,), (4, 3)]}[name]
         for shape in shapes:
             refused(op, name, ValueError, {name: torch.ones(shape, dtype=x.dtype)})
     if op == "group_advantage":

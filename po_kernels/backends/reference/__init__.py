@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import autocast, checks
 from ..contract import OPS, Kernel, OpConfig, Request
-from . import advantage, categorical, gaussian, mvn, token
+from . import advantage, categorical, gae, gaussian, mvn, token
 from .losses import RowLoss, reduced
 
 DEFINITIONS: dict[str, Callable[[Any, Any, OpConfig], Any]] = {
@@ -20,6 +20,7 @@ DEFINITIONS: dict[str, Callable[[Any, Any, OpConfig], Any]] = {
     **mvn.DEFINITIONS,
     **categorical.DEFINITIONS,
     **advantage.DEFINITIONS,
+    **gae.DEFINITIONS,
     **token.DEFINITIONS,
 }
 

@@ -1,0 +1,220 @@
+"""Importance weights against their definition, exact divergences of tokens, and groups by index."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+import po_kernels as pk
+
+from .cases import ADVANTAGES
+from .test_advantage import ORACLE
+
+INF = math.inf
+
+
+def weights_by_hand(delta, mask, level, mode, low, high):
+    rows = []
+    for row, inside in zip(delta.tolist(), mask.tolist(), strict=True):
+        total = math.exp(sum(d for d, m in zip(row, inside, strict=True) if m))
+        w = [total if level == "sequence" else math.exp(d) for d in row]
+        held = [min(max(x, low), high) if mode == "truncate" else x * (low <= x <= high) for x in w]
+        rows.append([x * m for x, m in zip(held, inside, strict=True)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_importance_weights(level, mode):
+    log_prob, sampler = torch.randn(2, 4, 5, dtype=torch.float64)
+    mask = torch.rand(4, 5) < 0.7
+    for low, high in ((None, 2.0), (0.5, None), (0.5, 2.0), (None, None)):
+        found = pk.importance_weights(
+            log_prob.masked_fill(~mask, INF).requires_grad_(), sampler, mask, level=level, mode=mode, bounds=(low, high)
+        )
+        limits = (-INF if low is None else low, INF if high is None else high)
+        torch.testing.assert_close(found, weights_by_hand(log_prob - sampler, mask, level, mode, *limits), rtol=1e-13,
+                                   atol=0)  # fmt: skip
+        assert not found.requires_grad
+
+
+def test_weights_of_a_sampler_that_left_out_tokens():
+    """It drew from its two best tokens, renormalised, and so does the policy that it is compared with."""
+    logits = torch.randn(3, 5, dtype=torch.float64)
+    kept = logits.topk(2, dim=-1).indices
+    sampler = torch.log_softmax(logits.gather(-1, kept), -1)[:, 0]
+    policy = torch.log_softmax(logits, -1)
+    found = pk.importance_weights(
+        policy.gather(-1, kept)[:, 0], sampler, None, level="token", mode="mask", bounds=(None, 2.0),
+        log_support=policy.gather(-1, kept).logsumexp(-1),
+    )  # fmt: skip
+    torch.testing.assert_close(found, torch.ones(3, dtype=torch.float64), rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"level": "tokens"}, ValueError, "level: expected one of 'token'"),
+        ({"mode": "clip"}, ValueError, "mode: expected one of 'truncate'"),
+        ({"bounds": 2.0}, TypeError, "bounds: expected two numbers"),
+        ({"bounds": (2.0, 1.0)}, ValueError, "bounds: expected numbers of at least 0 that rise"),
+        ({"bounds": (-1.0, 1.0)}, ValueError, "bounds: expected numbers of at least 0 that rise"),
+        ({"mask": torch.full((2, 3), 0.5)}, ValueError, "mask: expected True and False"),
+        ({"sampler_log_prob": torch.zeros(2)}, ValueError, "sampler_log_prob: expected shape"),
+        ({"log_support": torch.zeros(2)}, ValueError, "log_support: expected shape"),
+        ({"log_prob": torch.zeros(())}, ValueError, "log_prob: expected shape"),
+    ],
+)
+def test_bad_weights_are_named(change, error, message):
+    good = {"log_prob": torch.zeros(2, 3), "sampler_log_prob": torch.zeros(2, 3), "mask": None, "level": "token",
+            "mode": "truncate", "bounds": (None, 2.0)}  # fmt: skip
+    with pytest.raises(error, match=f"importance_weights: {message}"):
+        pk.importance_weights(**{**good, **change})
+
+
+def test_token_kl_is_that_of_torch():
+    p, q = torch.randn(2, 4, 3, 6, dtype=torch.float64)
+    for temperature in (1.0, 0.7):
+        log_p, log_q = (torch.log_softmax(x / temperature, -1) for x in (p, q))
+        for direction, first, second in (("reverse", log_p, log_q), ("forward", log_q, log_p)):
+            right = torch.nn.functional.kl_div(second, first, log_target=True, reduction="none").sum(-1)
+            found = pk.token_kl(p, q, temperature=temperature, direction=direction)
+            torch.testing.assert_close(found, right, rtol=1e-13, atol=1e-14)
+            assert gradcheck(partial(pk.token_kl, direction=direction), (p[0].requires_grad_(), q[0]))
+    few = [x[0, :2].clone().requires_grad_() for x in (p, q)]
+    assert gradgradcheck(pk.token_kl, few)
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_token_kl_with_masked_tokens(direction):
+    """A column that neither has changes nothing, in any derivative; one that only the second has adds nothing."""
+    p, q = torch.randn(2, 2, 4, dtype=torch.float64)
+    hidden = torch.full((2, 1), -INF, dtype=torch.float64)
+    plain, wide = [p, q], [torch.cat([hidden, x], 1) for x in (p, q)]
+    results = []
+    for inputs in (plain, wide):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        value = pk.token_kl(*inputs, direction=direction)
+        first = grad(value.sum(), inputs, create_graph=True)
+        second = grad(sum((g * g.detach().sin()).sum() for g in first), inputs)
+        results.append([value, *(x[:, -4:] for x in (*first, *second))])
+        for x in (*first, *second):
+            assert not x[:, :-4].any()
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-15)
+    some = [torch.cat([hidden, p], 1), torch.cat([0 * p[:, :1], q], 1)]
+    found = pk.token_kl(*(some if direction == "reverse" else some[::-1]), direction=direction)
+    log_p, log_q = torch.log_softmax(p, -1), torch.log_softmax(some[1], -1)[:, 1:]
+    torch.testing.assert_close(found, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-13, atol=0)
+    assert pk.token_kl(*(some[::-1] if direction == "reverse" else some), direction=direction).isposinf().all()
+
+
+def test_bad_input_of_token_kl_is_named():
+    x = torch.zeros(2, 3)
+    for change, error, message in (
+        ({"ref_logits": torch.zeros(2, 4)}, ValueError, "ref_logits: expected shape"),
+        ({"logits": torch.tensor(0.0)}, ValueError, "logits: expected shape"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
+        ({"direction": "backward"}, ValueError, "direction: expected one of 'reverse', 'forward'"),
+        ({"ref_logits": torch.tensor([[0.0] * 3, [-INF] * 3])}, ValueError, "ref_logits: expected a logit above -inf"),
+    ):
+        with pytest.raises(error, match=f"token_kl: {message}"):
+            pk.token_kl(**{"logits": x, "ref_logits": x, **change})
+
+
+# Groups by index.
+
+INDEX = torch.tensor([7, -3, 7, 100, 7, -3, 100, 100, 100])
+
+
+def std(r, ddof, eps):
+    equal = (r == r[0]).all()
+    return torch.where(equal, 0.0, (r - r.mean()) / (torch.where(equal, 1.0, r.var(correction=ddof)).sqrt() + eps))
+
+
+@pytest.mark.parametrize("kind", ADVANTAGES)
+@pytest.mark.parametrize(("ddof", "eps"), [(0, 1e-6), (1, 1e-4)])
+def test_groups_by_index(kind, ddof, eps):
+    """Each group by itself, wherever its members stand, with first and second derivatives."""
+    rewards = torch.randn(9, dtype=torch.float64, requires_grad=True)
+
+    def right(rewards):
+        found = torch.zeros_like(rewards)
+        for number in INDEX.unique():
+            r = rewards[number == INDEX]
+            each = std(r, ddof, eps) if kind == "standardized" else ORACLE[kind](r, r.detach())
+            found = found.masked_scatter(number == INDEX, each)
+        return found
+
+    def op(rewards):
+        return pk.group_advantage(rewards, kind, index=INDEX, std_ddof=ddof, std_eps=eps)
+
+    torch.testing.assert_close(op(rewards), right(rewards), rtol=1e-12, atol=1e-14)
+    weight = torch.randn(9, dtype=torch.float64)
+    for function in (lambda f: (f(rewards) * weight).sum(), lambda f: f(rewards).pow(3).sum()):
+        first = [grad(function(f), rewards, create_graph=True)[0] for f in (op, right)]
+        torch.testing.assert_close(*first, rtol=1e-11, atol=1e-13)
+        second = [grad((g * weight).sum() + 0 * rewards.sum(), rewards)[0] for g in first]
+        torch.testing.assert_close(*second, rtol=1e-10, atol=1e-12)
+    equal_sizes = torch.arange(3).repeat(3)
+    torch.testing.assert_close(
+        pk.group_advantage(rewards.reshape(3, 3), kind, rbf_gamma=0.3, std_ddof=ddof, std_eps=eps).reshape(-1),
+        pk.group_advantage(rewards, kind, rbf_gamma=0.3, index=equal_sizes, std_ddof=ddof, std_eps=eps),
+        rtol=1e-12, atol=1e-14,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["mean", "loo", "standardized"])
+def test_groups_that_say_nothing(kind, dtype):
+    """Those of equal rewards, and of one: 0, and no derivative. verl gives a sample alone its own reward."""
+    rewards = torch.tensor([0.1, 0.1, 0.1, 5.0, -3.0, 1e30, 2.0], dtype=dtype, requires_grad=True)
+    index = torch.tensor([0, 0, 0, 1, 2, 3, 4])
+    for ddof in (0, 1):
+        found = pk.group_advantage(rewards, kind, index=index, std_ddof=ddof)
+        (first,) = grad((found * torch.arange(7)).sum(), rewards, create_graph=True)
+        zeros = torch.zeros(7, dtype=dtype)
+        assert torch.equal(found, zeros)
+        assert found.dtype == dtype
+        if kind == "standardized":
+            assert torch.equal(first, zeros)
+        assert not first[3:].any()
+    assert torch.equal(pk.group_advantage(torch.ones(1, 2), "standardized", std_ddof=1), torch.zeros(1, 2))
+
+
+def test_the_constants_of_trl_and_verl():
+    rewards = torch.randn(8, 3)
+    for eps in (1e-4, 1e-6):
+        found = pk.group_advantage(rewards, "standardized", std_ddof=1, std_eps=eps)
+        right = (rewards - rewards.mean(0)) / (rewards.std(0) + eps)
+        torch.testing.assert_close(found, right, rtol=2e-6, atol=1e-6)  # of torch's own float32
+    usual = pk.group_advantage(rewards, "standardized", std_ddof=0, std_eps=1e-6)
+    assert torch.equal(usual, pk.group_advantage(rewards, "standardized"))
+
+
+def test_groups_by_index_under_transforms():
+    rewards = torch.randn(9, dtype=torch.float64)
+
+    def op(rewards, index=INDEX):
+        return pk.group_advantage(rewards, "standardized", index=index, std_ddof=1)
+
+    found = torch.func.vmap(op)(torch.stack([rewards, rewards]), torch.stack([INDEX, INDEX.flip(0)]))
+    torch.testing.assert_close(found, torch.stack([op(rewards), op(rewards, INDEX.flip(0))]), rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.func.jacfwd(op)(rewards), torch.func.jacrev(op)(rewards), rtol=1e-12, atol=1e-14)
+
+
+def test_bad_groups_are_named():
+    x = torch.zeros(4)
+    for change, error, message in (
+        ({"index": torch.zeros(4)}, TypeError, "index: expected an integer tensor"),
+        ({"index": torch.zeros(3, dtype=torch.int64)}, ValueError, "index: expected shape"),
+        ({"index": torch.zeros(4, dtype=torch.int64), "rewards": torch.zeros(4, 1)}, ValueError, "rewards: expected"),
+        ({"std_ddof": -1}, ValueError, "std_ddof: expected an integer of at least 0"),
+        ({"std_ddof": 0.5}, TypeError, "std_ddof: expected an integer"),
+        ({"std_eps": -1e-3}, ValueError, "std_eps: expected a number of at least 0"),
+        ({"std_ddof": 1, "backend": "native"}, RuntimeError, "backend: 'native' was asked for"),
+    ):
+        with pytest.raises(error, match=f"group_advantage: {message}"):
+            pk.group_advantage(**{"rewards": x, **change})

@@ -1,0 +1,137 @@
+"""The page on policy losses: its table of presets is that of the code, and its recipes do what they say."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import grad
+from torch.distributions import Categorical, MultivariateNormal, Normal, TransformedDistribution
+from torch.distributions.transforms import TanhTransform
+
+import po_kernels as pk
+from po_kernels.ops.presets import PRESETS
+
+PAGE = Path(__file__).parents[2] / "docs" / "policy_loss.md"
+
+
+def table():
+    """python -c "from tests.ops.test_recipes import table; print(table())" """
+    lines = []
+    for name, each in PRESETS.items():
+        options = ", ".join(f"{key}={value!r}" for key, value in each.options.items())
+        lines.append(f"| {name} | {options} | {each.paper} | {each.equals} |".replace("'", '"'))
+    return "\n".join(lines)
+
+
+def test_the_table_of_presets():
+    assert table() in PAGE.read_text()
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def cases(recipes):
+    mean, log_std, logits = normal(6, 3), 0.3 * normal(3), normal(6, 10)
+    tril = torch.tril(0.2 * normal(6, 3, 3), -1) + torch.diag_embed(1 + normal(6, 3).square())
+    label = torch.arange(6) % 4
+    heads, sizes = torch.stack([label % 3, label % 5, label % 2], -1), (3, 5, 2)
+    allowed = torch.ones(6, 10, dtype=torch.bool)
+    allowed[:, 5:8] = False
+    diagonal = Normal(mean, log_std.exp())
+    several = [Categorical(logits=x) for x in logits.split(sizes, -1)]
+    yield (
+        recipes["gaussian"](mean, log_std, mean + 1),
+        [diagonal.log_prob(mean + 1).sum(-1), diagonal.entropy().sum(-1)],
+    )
+    full = MultivariateNormal(mean, scale_tril=tril)
+    yield recipes["full_covariance"](mean, tril, mean + 1), [full.log_prob(mean + 1), full.entropy()]
+    one = Categorical(logits=logits)
+    yield recipes["categorical"](logits, label), [one.log_prob(label), one.entropy()]
+    total = [
+        sum(x.log_prob(a) for x, a in zip(several, heads.unbind(-1), strict=True)),
+        sum(x.entropy() for x in several),
+    ]
+    yield recipes["multi_discrete"](logits, heads, sizes), total
+    some = Categorical(logits=logits.masked_fill(~allowed, -torch.inf))
+    yield recipes["masked"](logits, label, allowed), [some.log_prob(label), some.entropy()]
+    squashed = TransformedDistribution(diagonal, TanhTransform())
+    right = squashed.log_prob(torch.tanh(mean + 0.3)).sum(-1)
+    yield recipes["squashed"](mean, log_std, mean + 0.3), [right, -right]
+
+
+def test_recipes_are_the_distributions_of_torch(recipes):
+    for found, expected in cases(recipes):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)  # tanh and its inverse lose some digits
+
+
+def test_a_squashed_action_at_the_bound_has_a_density(recipes):
+    """tanh(20) is 1 in float32, and the density there is known from the action before."""
+    before = torch.tensor([[20.0, -30.0]], requires_grad=True)
+    log_prob, _ = recipes["squashed"](torch.zeros(1, 2), torch.zeros(2), before)
+    right = Normal(0.0, 1.0).log_prob(before).sum() - 2 * (2 * math.log(2) - 50)
+    torch.testing.assert_close(log_prob.sum(), right)
+    assert grad(log_prob.sum(), before)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["gaussian", "full_covariance", "categorical"])
+def test_the_gradient_of_a_ppo_update(recipes, family):
+    """That of the usual eager form, and an update that raises the objective."""
+    torch.manual_seed(0)
+    sizes = {"gaussian": 4, "full_covariance": 4, "categorical": 5}
+    network = torch.nn.Linear(3, sizes[family]).double()
+    scale = torch.nn.Parameter(torch.zeros(4).double() if family == "gaussian" else torch.eye(4).double())
+    parameters = [*network.parameters(), *([] if family == "categorical" else [scale])]
+
+    def of(x):
+        """The recipe's arguments but the actions, and torch's distribution."""
+        out = network(x)
+        if family == "categorical":
+            return [out], Categorical(logits=out)
+        if family == "gaussian":
+            return [out, scale], torch.distributions.Independent(Normal(out, scale.exp()), 1)
+        return [out, scale.tril()], MultivariateNormal(out, scale_tril=scale.tril())
+
+    def log_prob(x, actions):
+        return recipes[family](*of(x)[0], actions)
+
+    x = normal(64, 3)
+    with torch.no_grad():
+        actions = of(x)[1].sample()
+        old = of(x)[1].log_prob(actions) + 0.3 * normal(64)
+    A = normal(64)
+    new, entropy = log_prob(x, actions)
+    loss = pk.policy_loss(new, A, old_log_prob=old, entropy=entropy, entropy_coef=0.01, **pk.policy_loss_preset("ppo"))
+    ratio = (of(x)[1].log_prob(actions) - old).exp()
+    eager = torch.max(-A * ratio, -A * ratio.clamp(0.8, 1.2)).mean() - 0.01 * of(x)[1].entropy().mean()
+    torch.testing.assert_close(loss, eager)
+    for found, expected in zip(grad(loss, parameters), grad(eager, parameters), strict=True):
+        torch.testing.assert_close(found, expected)
+
+    def objective():
+        return (A * (log_prob(x, actions)[0].detach() - before).exp()).mean()
+
+    before = log_prob(x, actions)[0].detach()
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+    stats = recipes["ppo_update"](log_prob, parameters, optimizer, (x, actions, before, A))
+    assert stats.tokens == 16
+    assert objective() > A.mean()
+
+
+def test_the_recipe_of_advantages(recipes):
+    rewards, values = normal(5, 2), normal(6, 2)
+    done = torch.rand(5, 2) < 0.3
+    A, returns = recipes["advantages_of"](rewards, values, done, done & (rewards > 0))
+    assert abs(A.mean()) < 1e-12
+    assert returns.shape == (5, 2)
