@@ -81,6 +81,15 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for kind in ("loo", "standardized"):
         advantage = partial(pk.group_advantage, kind=kind, rbf_gamma=0.5, backend="native")
         yield from orders(f"group_advantage {kind}", advantage, [rewards])
+    ids, logits = torch.randint(5000, (50,)), torch.randn(50, 5000)
+
+    def tokens(x: Tensor, **options: Any) -> Tensor:
+        found = pk.token_log_prob(x, ids, entropy=True, backend="native", **options)
+        return torch.stack(found[:2])
+
+    yield from orders("token_log_prob", tokens, [logits.requires_grad_()])
+    yield from orders("token_log_prob capped", partial(tokens, softcap=30.0), [logits])
+    yield from orders("token_log_prob bfloat16", tokens, [logits.detach().bfloat16().requires_grad_()])
 
 
 def orders(name: str, op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
