@@ -81,6 +81,8 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     for kind in ("loo", "standardized"):
         advantage = partial(pk.group_advantage, kind=kind, rbf_gamma=0.5, backend="native")
         yield from orders(f"group_advantage {kind}", advantage, [rewards])
+    values, dones = torch.randn(GROUP + 1, ROWS).requires_grad_(), torch.rand(GROUP, ROWS) < 0.1
+    yield from orders("gae", lambda *x: pk.gae(*x, dones, gamma=0.9, lam=0.9, backend="native")[0], [rewards, values])
     ids, logits = torch.randint(5000, (50,)), torch.randn(50, 5000)
 
     def tokens(x: Tensor, **options: Any) -> Tensor:

@@ -37,7 +37,7 @@ from .cases import (
 # The axis of each argument that counts rows; log_prob's `value` is drawn with one dimension more, in front.
 ROW_AXIS = {
     "mean": 0, "log_std": 0, "scale_tril": 0, "target": 0, "logits": 0, "rewards": 1, "samples": 1, "value": 1,
-    "token_ids": 0, "hidden": 0,
+    "token_ids": 0, "hidden": 0, "values": 1, "dones": 1,
 }  # fmt: skip
 
 
