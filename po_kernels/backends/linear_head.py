@@ -96,8 +96,9 @@ class _Chunk:
         value, _, turned = self._row(z, along, any(needs))
         if turned is not None:
             self._add(found, part, turned, self.hidden, weight)
-            _, _, g = self._row(z, None, True)
-            self._add(found, part, g, self.moved, moved.weight, bias=False)
+            if self.moved is not None or moved.weight is not None:
+                _, _, g = self._row(z, None, True)
+                self._add(found, part, g, self.moved, moved.weight, bias=False)
         return value
 
     def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
