@@ -25,6 +25,7 @@ COSTS = ("growth", "over_network")
 NAMES = {
     "eager": "eager torch",
     "compiled": "torch.compile",
+    "vectorised": "torch, vectorised",
     "native": "native's speed",
     "authors": "the authors' loss",
     "one_thread": "one thread",

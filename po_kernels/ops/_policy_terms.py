@@ -1,7 +1,7 @@
 """The terms of a policy loss: ratios, surrogates, divergences and statistics, of tokens or whole sequences."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,33 +42,51 @@ class PolicyStats(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """How tokens make up sequences: as rows of (B, T), or one after the other in (N,).
+    """How tokens make up sequences: as rows of (B, T), each by itself in (B,), or one after the other in (N,).
 
     Attributes:
-        mask: which tokens count, in the tokens' shape.
+        shape, device: of the tokens.
         number: B.
+        mask: which tokens count, None for all.
         owner: of packed tokens the number of the sequence that each is in.
         valid: () True where what could not be checked holds; None if there is no such thing.
     """
 
-    mask: Tensor
+    shape: torch.Size
+    device: torch.device
     number: int
+    mask: Tensor | None = None
     owner: Tensor | None = None
     valid: Tensor | None = None
 
     def sums(self, tokens: Tensor) -> Tensor:
         """(B,) sums over each sequence."""
-        if self.owner is None:
-            return tokens.sum(dim=1)
-        return _segments.sums(tokens, self.owner, self.number).to(tokens.dtype)
+        if self.owner is not None:
+            return _segments.sums(tokens, self.owner, self.number).to(tokens.dtype)
+        return tokens.sum(dim=1) if len(self.shape) == 2 else tokens
 
     def spread(self, sequences: Tensor) -> Tensor:
         """(B,) to its tokens."""
-        return sequences.unsqueeze(1) if self.owner is None else sequences[self.owner]
+        if self.owner is not None:
+            return sequences[self.owner]
+        return sequences.unsqueeze(1) if len(self.shape) == 2 else sequences
 
-    def lengths(self, dtype: torch.dtype) -> Tensor:
+    def kept(self, tokens: Tensor) -> Tensor:
+        """0 where masked, in the shape of the tokens."""
+        return tokens if self.mask is None else torch.where(self.mask, tokens, 0.0)
+
+    def tokens(self) -> Tensor:
+        """() how many count."""
+        if self.mask is None:
+            return torch.full((), math.prod(self.shape), dtype=torch.int64, device=self.device)
+        return self.mask.sum()
+
+    def lengths(self, like: Tensor) -> Tensor | int:
         """(B,) tokens that count, at least 1."""
-        return self.sums(self.mask.to(dtype)).clamp(min=1.0)
+        if self.mask is None and self.owner is None:
+            return max(self.shape[1], 1) if len(self.shape) == 2 else 1
+        each = torch.ones_like(like) if self.mask is None else self.mask.to(like.dtype)
+        return self.sums(each).clamp(min=1.0)
 
 
 class Surrogate(NamedTuple):
@@ -89,7 +107,7 @@ def log_ratio(ratio: str, delta: Tensor, sequences: Sequences) -> Tensor:
     total = sequences.sums(delta)
     if ratio == "sequence_sum":
         return total
-    mean = total / sequences.lengths(delta.dtype)
+    mean = total / sequences.lengths(delta)
     return mean if ratio == "sequence_mean" else sequences.spread(mean.detach()) + (delta - delta.detach())
 
 
@@ -107,72 +125,80 @@ def _either(condition: Tensor, numbers: tuple[float, float], like: Tensor) -> Te
     return torch.where(condition, first, second)
 
 
-def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What -A is multiplied with by "clip", "is" and "sapo", and where a lower and an upper bound is in ρ's place.
+# Each of these returns what -A, or -A log_prob, is multiplied with, and a pair of ratios or their logarithms before and
+# after bounds, None where there are none.
+Bounded = tuple[Any, tuple[Tensor, Tensor] | None]
 
-    A ratio that a bound replaces is left out before exp, whose derivative would otherwise make nan of an overflow.
+
+def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> Bounded:
+    """Of "clip", "is" and "sapo": ρ, or what a bound puts in its place.
+
+    A ratio that is replaced is left out before exp, whose derivative would otherwise make nan of an overflow.
     """
-    ratio, negative = log_ratio.detach().exp(), advantages < 0
-    below = above = torch.zeros_like(ratio, dtype=torch.bool)
     if how.name == "sapo":
-        tau = _either(advantages > 0, how.tau, ratio)
+        tau = _either(advantages > 0, how.tau, log_ratio)
         # Beyond exp(80) the sigmoid is 1 to all digits and its derivative 0.
-        return torch.sigmoid(tau * (log_ratio.clamp(max=80.0).exp() - 1.0)) * (4.0 / tau), below, above
-    bound = torch.ones_like(ratio)
-    if how.name == "clip":
-        below, above = negative & (ratio < how.low), (advantages > 0) & (ratio > how.high)
-        bound = torch.where(below, bound * how.low, bound * how.high)
-    if how.dual_clip is not None:
-        beyond = ratio > how.dual_clip
-        beyond = negative & beyond if how.name == "clip" else beyond
-        bound, above = torch.where(beyond, how.dual_clip, bound), above | beyond
-    replaced = below | above
-    return torch.where(replaced, bound, torch.where(replaced, 0.0, log_ratio).exp()), below, above
-
-
-def factor(
-    how: Surrogate, log_ratio: Tensor, advantages: Tensor, delta: Tensor, sequences: Sequences
-) -> tuple[Tensor | float, Tensor, Tensor]:
-    """The constant that -A log_prob is multiplied with by "cispo", "vespo" and "reinforce", and bounds as above."""
+        return torch.sigmoid(tau * (log_ratio.clamp(max=80.0).exp() - 1.0)) * (4.0 / tau), None
     ratio = log_ratio.detach().exp()
-    none = torch.zeros_like(ratio, dtype=torch.bool)
-    if how.name == "cispo":
-        return ratio.clamp(how.low, how.high), ratio < how.low, ratio > how.high
+    if how.name == "clip":
+        bound = ratio.clamp(how.low, how.high)
+        replaced = (ratio - bound) * advantages.detach() > 0
+        if how.dual_clip is not None:
+            beyond = (ratio > how.dual_clip) & (advantages < 0)
+            bound, replaced = torch.where(beyond, how.dual_clip, bound), replaced | beyond
+    elif how.dual_clip is not None:
+        bound = ratio.clamp(max=how.dual_clip)
+        replaced = ratio > bound
+    else:
+        return log_ratio.exp(), None
+    found = torch.where(replaced, bound, log_ratio.masked_fill(replaced, 0.0).exp())
+    return found, (ratio, found.detach())
+
+
+def constant_ratio(
+    how: Surrogate, log_ratio: Tensor, advantages: Tensor, delta: Tensor, sequences: Sequences
+) -> Bounded:
+    """Of "cispo", "vespo" and "reinforce"."""
     if how.name == "reinforce":
-        return 1.0, none, none
+        return 1.0, None
+    if how.name == "cispo":
+        ratio = log_ratio.detach().exp()
+        bounded = ratio.clamp(how.low, how.high)
+        return bounded, (ratio, bounded)
     # φ is 0 beyond exp(20).
     weight = sequences.spread(sequences.sums(delta.detach())).clamp(max=20.0)
     k, rate = (_either(advantages >= 0, pair, weight) for pair in zip(*_VESPO, strict=True))
-    return torch.exp(rate + k * weight - rate * weight.exp()), none, none
+    return torch.exp(rate + k * weight - rate * weight.exp()), None
 
 
 def geometric_mean(
     how: Surrogate, advantages: Tensor, delta: Tensor, sequences: Sequences, log_ratio_max: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Bounded:
     below, above = (advantages < 0) & (delta < -how.low), (advantages > 0) & (delta > how.high)
     clipped = torch.where(below, -how.low, torch.where(above, how.high, delta))
-    mean = sequences.sums(clipped) / sequences.lengths(delta.dtype)
+    mean = sequences.sums(clipped) / sequences.lengths(delta)
     if log_ratio_max is not None:
         mean = mean.clamp(-log_ratio_max, log_ratio_max)
-    return mean.exp(), below, above
+    return mean.exp(), (delta.detach(), clipped.detach())
 
 
 def statistics(
-    inside: Tensor, ratios: Tensor, clipped: tuple[Tensor, Tensor], x: Tensor, entropy: Tensor | None, weights: Tensor,
-    terms: Tensor, objective: Tensor,
+    sequences: Sequences, ratios: Tensor, bounded: tuple[Tensor, Tensor] | None, x: Tensor, entropy: Tensor | None,
+    weights: Tensor, terms: Tensor, objective: Tensor,
 ) -> PolicyStats:  # fmt: skip
-    tokens = inside.sum()
+    tokens = sequences.tokens()
+    shape, kept = sequences.shape, sequences.kept
 
     def mean(values: Tensor) -> Tensor:
-        return torch.where(inside, values, 0.0).sum() / tokens.clamp(min=1)
+        return kept(values.expand(shape)).sum() / tokens.clamp(min=1)
 
-    counted = torch.where(inside, weights, 0.0)
-    largest = torch.where(inside, ratios, 0.0).reshape(-1)
+    counted, largest = kept(weights.expand(shape)), kept(ratios.expand(shape)).reshape(-1)
+    before, after = bounded or (ratios, ratios)
     return PolicyStats(
         mean(ratios),
         torch.cat([largest.new_zeros(1), largest]).amax(),
-        mean(clipped[0].to(ratios.dtype)),
-        mean(clipped[1].to(ratios.dtype)),
+        mean((after > before).to(x.dtype)),
+        mean((after < before).to(x.dtype)),
         mean(-x),
         mean(torch.expm1(x) - x),
         largest.new_full((), math.nan) if entropy is None else mean(entropy.detach()),

@@ -170,14 +170,13 @@ def policy_loss(
     for name, constant in (("old_log_prob", old_log_prob), ("weight", weight), ("normalizer", normalizer)):
         _check.constant(op, name, constant)
     sequences = _sequences(found["log_prob"], mask, cu_seqlens)
-    inside, spread, shape, number = sequences.mask, sequences.spread, found["log_prob"].shape, sequences.number
+    spread, shape, number = sequences.spread, sequences.shape, sequences.number
     for name, x in found.items():
         each = [(number,)] if name in ("advantages", "weight") else []
         _check.has_shape(op, name, x, *each, *([] if shape in each else [shape]))
         if x.shape not in each:
-            x = x if x.shape == inside.shape else x.unsqueeze(1)
             # Before anything is computed: what stands in a masked place may be nan or infinite.
-            found[name] = x if mask is None else torch.where(inside, x, 0.0)
+            found[name] = sequences.kept(x)
     log_prob, advantages, weight = found["log_prob"], found["advantages"], found.get("weight")
     by_sequence = advantages.shape == (number,)
     if not by_sequence and (ratio != "token" or surrogate == "geo_mean"):
@@ -199,30 +198,32 @@ def policy_loss(
     def to_tokens(x: Tensor) -> Tensor:
         return spread(x) if whole else x
 
-    extra: Any = 0.0
+    extra: Tensor | None = None
     ratios = to_tokens(log_ratio.exp()) if kl_coef or return_stats else log_ratio
     if kl_coef:
         extra = kl_coef * _policy_terms.divergence(kl, kl_placement, found["ref_log_prob"] - log_prob, ratios)
         if kl_placement == "reward":
-            penalty, extra = extra.detach(), 0.0
+            penalty, extra = extra.detach(), None
             advantages = advantages - (sequences.sums(penalty) if by_sequence else penalty)
     by_token = spread(advantages) if by_sequence else advantages
     if surrogate in ("cispo", "vespo", "reinforce"):
-        factor, lower, upper = _policy_terms.factor(how, to_tokens(log_ratio), by_token, delta, sequences)
+        factor, bounded = _policy_terms.constant_ratio(how, to_tokens(log_ratio), by_token, delta, sequences)
         terms = -by_token * factor * log_prob
     elif surrogate == "geo_mean":
-        factor, lower, upper = _policy_terms.geometric_mean(how, by_token, delta, sequences, log_ratio_max)
+        factor, bounded = _policy_terms.geometric_mean(how, by_token, delta, sequences, log_ratio_max)
         terms = spread(-advantages * factor)
     else:
         at_ratio = advantages if whole else by_token
-        factor, *bounds = _policy_terms.replaced_ratio(how, log_ratio, at_ratio)
-        terms, lower, upper = map(to_tokens, (-at_ratio * factor, *bounds))
+        factor, bounded = _policy_terms.replaced_ratio(how, log_ratio, at_ratio)
+        terms = to_tokens(-at_ratio * factor)
+        bounded = bounded and (to_tokens(bounded[0]), to_tokens(bounded[1]))
     if weight is not None:
         weight = spread(weight) if weight.shape == (number,) else weight
         terms = terms * weight
     if bonus:
-        extra = extra - _coefficient(entropy_coef, log_prob) * found["entropy"]
-    terms = torch.where(inside, terms + extra, 0.0)
+        cost = -_coefficient(entropy_coef, log_prob) * found["entropy"]
+        extra = cost if extra is None else extra + cost
+    terms = sequences.kept((terms if extra is None else terms + extra).expand(shape))
 
     def aggregated(tokens: Tensor) -> Tensor:
         return _aggregated(tokens, sequences, aggregation, normalizer, max_length)
@@ -234,12 +235,12 @@ def policy_loss(
         return loss
     with torch.no_grad():
         weights = ratios.detach() if weight is None else ratios.detach() * weight
-        objective = aggregated(torch.where(inside, weights * by_token - extra, 0.0).detach())
+        gain = weights * by_token if extra is None else weights * by_token - extra
+        objective = aggregated(sequences.kept(gain.expand(shape)).detach())
         x = found["ref_log_prob"] - log_prob if ref_log_prob is not None else delta
         stats = _policy_terms.statistics(
-            inside, ratios.detach(), (lower, upper), x.detach(), found.get("entropy"), weights, terms.detach(),
-            objective,
-        )  # fmt: skip
+            sequences, ratios.detach(), bounded, x.detach(), found.get("entropy"), weights, terms.detach(), objective
+        )
     return loss, stats
 
 
@@ -294,14 +295,11 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
         ends = torch.zeros(tokens + 1, dtype=torch.int64, device=log_prob.device)
         ends = ends.index_add(0, starts[1:-1].clamp(0, tokens), torch.ones_like(starts[1:-1]))
         owner = ends[:tokens].cumsum(0)
-        return Sequences(torch.ones(shape, dtype=torch.bool, device=log_prob.device), number, owner, right)
+        return Sequences(shape, log_prob.device, number, None, owner, right)
     if len(shape) not in (1, 2):
         raise ValueError(f"{op}: log_prob: expected shape (B, T), or (B,), got {tuple(shape)}")
-    inside = torch.ones((), dtype=torch.bool, device=log_prob.device).expand(shape)
-    valid: Tensor | None = None
-    if mask is not None:
-        inside, valid = _check.zero_or_one(op, "mask", mask, log_prob)
-    return Sequences(inside if len(shape) == 2 else inside.unsqueeze(1), shape[0], None, valid)
+    inside, valid = (None, None) if mask is None else _check.zero_or_one(op, "mask", mask, log_prob)
+    return Sequences(shape, log_prob.device, shape[0], inside, None, valid)
 
 
 def _coefficient(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -337,14 +335,14 @@ def _aggregated(
             raise ValueError(f"{op}: normalizer: expected None with aggregation='token_sum', got {normalizer}")
         return tokens.sum()
     if aggregation == "token_mean":
-        return tokens.sum() / (sequences.mask.sum().clamp(min=1) if count is None else count)
+        return tokens.sum() / (sequences.tokens().clamp(min=1) if count is None else count)
     count = max(sequences.number, 1) if count is None else count
     if aggregation == "seq_mean_token_mean":
-        return (sequences.sums(tokens) / sequences.lengths(tokens.dtype)).sum() / count
+        return (sequences.sums(tokens) / sequences.lengths(tokens)).sum() / count
     if aggregation == "seq_mean_token_sum":
         return tokens.sum() / count
     if max_length is None:
         if sequences.owner is not None:
             raise ValueError(f"{op}: max_length: expected an integer with {aggregation!r} and cu_seqlens, got None")
-        max_length = max(tokens.shape[1], 1)
+        max_length = max(tokens.shape[1], 1) if tokens.ndim == 2 else 1
     return tokens.sum() / (count * _check.integer(op, "max_length", max_length, 1))

@@ -81,6 +81,31 @@ def test_recipes_are_the_distributions_of_torch(recipes):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)  # tanh and its inverse lose some digits
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_entropy_beside_a_log_density(dtype):
+    """Of the policy, in the shape of its leading dimensions, with derivatives of any scale's shape."""
+    mean, value = torch.randn(2, 3, 4, dtype=dtype), torch.randn(5, 2, 3, 4, dtype=dtype)
+    tril, label = torch.eye(4, dtype=dtype), torch.ones(5, 2, 3, dtype=torch.int64)
+    for op, policy, x in (
+        (pk.gaussian_log_prob, (mean, torch.zeros(4, dtype=dtype)), value),
+        (pk.gaussian_log_prob, (mean, torch.zeros_like(mean)), value),
+        (pk.mvn_log_prob, (mean, tril), value),
+        (pk.mvn_log_prob, (mean, tril.expand(2, 3, 4, 4)), value),
+        (pk.categorical_log_prob, (mean,), label),
+    ):
+        policy = [y.clone().requires_grad_() for y in policy]
+        log_prob, entropy = op(*policy, x, entropy=True)
+        assert torch.equal(log_prob, op(*policy, x))
+        assert (log_prob.shape, entropy.shape) == ((5, 2, 3), (2, 3))
+        assert entropy.dtype == log_prob.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        if op is not pk.categorical_log_prob:
+            torch.testing.assert_close(entropy, torch.full_like(entropy, 2 * math.log(2 * math.pi * math.e)))
+        first = grad(entropy.sum(), policy[-1], create_graph=True)[0]
+        grad(first.square().sum() + 0 * policy[-1].sum(), policy[-1])
+        with pytest.raises(TypeError, match="entropy: expected True or False"):
+            op(*policy, x, entropy=1)
+
+
 def test_a_squashed_action_at_the_bound_has_a_density(recipes):
     """tanh(20) is 1 in float32, and the density there is known from the action before."""
     before = torch.tensor([[20.0, -30.0]], requires_grad=True)
