@@ -13,6 +13,7 @@ from torch import Tensor
 from . import launch, tally
 from .group import finish_group, transformed
 from .lanes import (
+    RUN,
     accumulate,
     add,
     exp,
@@ -22,9 +23,12 @@ from .lanes import (
     masked,
     mul,
     negative,
+    no_sum,
     number,
     output,
     plus,
+    power_of_two,
+    rounded,
     split,
     sub,
     times,
@@ -104,11 +108,14 @@ def draw(logits, c, u, classes):
 def scattered(label, x, c, count, K: tl.constexpr):
     """Σ_g x_g [label_g = c], (1, B, BLOCK_D), in the order of the samples; label and x (1, B, G)."""
     g = tl.arange(0, K.BLOCK_G)[None, None, :]
-    result = zeros((1, K.BLOCK_B, K.BLOCK_D), K)
-    for i in range(0, count):
-        chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
-        result = add(result, masked(c == chosen, total(masked(g == i, x), 2)))
-    return result
+    result = no_sum((1, K.BLOCK_B, K.BLOCK_D), K)
+    for first in range(0, count, RUN):
+        part = zeros((1, K.BLOCK_B, K.BLOCK_D), K)
+        for i in range(first, tl.minimum(first + RUN, count)):
+            chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
+            part = add(part, masked(c == chosen, total(masked(g == i, x), 2)))
+        result = add(result, part)
+    return rounded(result, K)
 
 
 @triton.jit
@@ -155,7 +162,7 @@ def add_in_memory(to, x, label, known, c, classes):
 
 
 @triton.jit
-def store_table(sums, to, classes, K: tl.constexpr):
+def add_sums(sums, to, classes, K: tl.constexpr):
     if K.IN_REGISTERS:
         each = tl.arange(0, K.BLOCK_D)
         inside = (each[:, None] < classes) & (each[None, :] < classes)
@@ -192,51 +199,54 @@ def policy_loss(
     c = tl.arange(0, K.BLOCK_D)[None, None, :]
     options = tally.read_options(entropy_coef, rbf_gamma, share, K)
     to_table = tally.own_part(out) + tally.HEAD
-    table_sum = no_table(K)
     reported = tally.no_sums(K)
-    for block in tl.range(0, blocks, num_stages=1):
-        row = tally.rows_of_block(block, blocks, K)
-        inside = row < rows
-        here = inside & (c < classes)
-        x = load(logits, row * logits_stride + c, here, 0, K)
-        y = tl.load(target + row, inside, 0)
-        weight = tally.row_weight(cotangent, row, inside, options, K)
-        p, log_p, entropy, log_normaliser = softmax(x, c, classes)
-        if K.CLOSED_FORM:
-            reward = transformed(load_of(table, y * classes + c, y, here, classes, K), options.gamma, K)
-            objective = total(mul(p, reward), 2)
-            deviation = sub(reward, objective)
-            if K.NEED_LOGITS:
-                slope = sub(mul(p, deviation), times(mul(p, add(log_p, entropy)), options.coef))
-                tl.store(to.logits + row * classes + c, output(negative(mul(weight, slope)), K), here)
+    for first in tl.range(0, blocks, K.RUN, num_stages=1):
+        table_sum = no_table(K)
+        for block in tl.range(first, tl.minimum(first + K.RUN, blocks), num_stages=1):
+            row = tally.rows_of_block(block, blocks, K)
+            inside = row < rows
+            here = inside & (c < classes)
+            x = load(logits, row * logits_stride + c, here, 0, K)
+            y = tl.load(target + row, inside, 0)
+            weight = tally.row_weight(cotangent, row, inside, options, K)
+            p, log_p, entropy, log_normaliser = softmax(x, c, classes)
+            if K.CLOSED_FORM:
+                reward = transformed(load_of(table, y * classes + c, y, here, classes, K), options.gamma, K)
+                objective = total(mul(p, reward), 2)
+                deviation = sub(reward, objective)
+                if K.NEED_LOGITS:
+                    slope = sub(mul(p, deviation), times(mul(p, add(log_p, entropy)), options.coef))
+                    tl.store(to.logits + row * classes + c, output(negative(mul(weight, slope)), K), here)
+                if K.NEED_REWARD_TABLE:
+                    by_class = negative(mul(weight, p))
+                    if K.HAS_RBF:
+                        by_class = mul(by_class, times(reward, options.gamma))
+                std = tl.zeros((1, K.BLOCK_B, 1), K.T)
+                if K.WANT_STATS:
+                    unit = power_of_two(tl.max(tl.where(p > 0, tl.abs(deviation), 0), axis=2, keep_dims=True))
+                    deviation = deviation / unit  # whose squares do not vanish
+                    std = unit * tl.sqrt(total(p * deviation * deviation, 2))
+                moments = value(objective), std, std
+            else:
+                g = tl.arange(0, K.BLOCK_G)[None, None, :]
+                label = draw(value(x), c, uniforms(tl.load(seed), g, row + row_offset), classes)
+                there = inside & (g < count)
+                given = load_of(table, y * classes + label, y, there, classes, K)
+                density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
+                objective, moments, to_rewards = score_loss(
+                    label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
+                )
+                if K.NEED_REWARD_TABLE:
+                    by_class = scattered(label, to_rewards, c, count, K)
             if K.NEED_REWARD_TABLE:
-                by_class = negative(mul(weight, p))
-                if K.HAS_RBF:
-                    by_class = mul(by_class, times(reward, options.gamma))
-            std = tl.zeros((1, K.BLOCK_B, 1), K.T)
+                table_sum = add_to_table(table_sum, to_table, output(by_class, K), y, inside, c, classes, K)
+            log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
             if K.WANT_STATS:
-                std = tl.sqrt(total(p * deviation * deviation, 2))
-            moments = value(objective), std, std
-        else:
-            g = tl.arange(0, K.BLOCK_G)[None, None, :]
-            label = draw(value(x), c, uniforms(tl.load(seed), g, row + row_offset), classes)
-            there = inside & (g < count)
-            given = load_of(table, y * classes + label, y, there, classes, K)
-            density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
-            objective, moments, to_rewards = score_loss(
-                label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
-            )
-            if K.NEED_REWARD_TABLE:
-                by_class = scattered(label, to_rewards, c, count, K)
+                log_prob = log_prob_of(logits, row * logits_stride, y, log_normaliser, inside, classes, K)
+            reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
         if K.NEED_REWARD_TABLE:
-            table_sum = add_to_table(table_sum, to_table, output(by_class, K), y, inside, c, classes, K)
-        log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
-        if K.WANT_STATS:
-            log_prob = log_prob_of(logits, row * logits_stride, y, log_normaliser, inside, classes, K)
-        reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
+            add_sums(table_sum, to_table, classes, K)
     tally.store(reported, out)
-    if K.NEED_REWARD_TABLE:
-        store_table(table_sum, to_table, classes, K)
 
 
 @triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "rows", "blocks"])
@@ -284,7 +294,7 @@ def log_prob(
     inside = row < rows
     x = load(logits, row * logits_stride + c, inside & (c < classes), 0, K)
     p, _, _, log_normaliser = softmax(x, c, classes)
-    sums = tl.zeros((1, K.BLOCK_B, K.BLOCK_D), K.T)
+    sums = output(no_sum((1, K.BLOCK_B, K.BLOCK_D), K), K)
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         there = inside & (g < count)
@@ -324,7 +334,7 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     )
     value, stats, sums = launch.loss(
         call, policy_loss, tile, (classes, classes) if need else (0,),
-        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
+        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers, "LONG": _is_long(count)},
         **call.rows("logits"), target=call.constants.target.contiguous(),
         # By label first, for the rewards of a row to be neighbours.
         table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
@@ -335,11 +345,16 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     return value, stats
 
 
+def _is_long(count: int) -> bool:
+    """Whether as many samples of a class are too many for a run of runs."""
+    return count > launch.RUN**2
+
+
 def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     samples, classes = call.constants.samples.contiguous(), call.inputs.logits.shape[1]
     count = call.whole_group(samples.shape[0])
     value, stats, _ = launch.loss(
-        call, surrogate_loss, launch.class_tile(count, classes), (0,), {},
+        call, surrogate_loss, launch.class_tile(count, classes), (0,), {"LONG": _is_long(count)},
         **call.rows("logits"), **call.rows("rewards", 2), samples=samples, classes=classes, count=count,
     )  # fmt: skip
     return value, stats
@@ -349,8 +364,7 @@ def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
     at, classes = call.constants.value.contiguous(), call.inputs.logits.shape[1]
     return launch.in_chunks(
         call, log_prob, call.empty(*at.shape), launch.class_tile(min(len(at), _LABELS_AT_ONCE), classes),
-        {}, call.needs.logits, **call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
-        classes=classes,
+        {}, call.needs.logits, **call.rows("logits"), at=at, classes=classes,
     )  # fmt: skip
 
 

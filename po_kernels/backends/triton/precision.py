@@ -3,16 +3,18 @@
 K.KIND is its number of axes. Vectors are (BLOCK_D, B, G), zero from dimension K.dim on. Of few dimensions a thread has
 all of a sample's: loops over them are unrolled and `pick` is the choice of a register.
 
-The gradient in U is summed over the rows of a program as a pair: a matrix (BLOCK_D, BLOCK_D), and a tile with a number
-for each sample in flight, of which what is not the matrix is the sum. Threads add up at the end of a program. A matrix
-too large for registers (K.IN_MEMORY) is summed in the program's part of `partial`.
+The gradient in U is summed over a run of rows as a pair: a matrix (BLOCK_D, BLOCK_D), and a tile with a number for each
+sample in flight, of which what is not the matrix is the sum. Threads add up at the end of a run, in float64 in the
+program's part of `partial`. A matrix too large for registers (K.IN_MEMORY) is summed there only.
 """
 
 import triton
 import triton.language as tl
 
 from .lanes import (
+    RUN,
     accumulate,
+    add,
     add_products,
     add_squares,
     alone,
@@ -76,8 +78,11 @@ def apply(u, x, d, K: tl.constexpr):
     else:
         y = zeros(value(x).shape, K)
         if is_thin(d):
-            for i in range(0, K.dim):
-                y = mul_add(pick(x, i, d), row_of(u, i, K), y)
+            for first in range(0, K.dim, RUN):
+                part = zeros(value(x).shape, K)
+                for i in range(first, tl.minimum(first + RUN, K.dim)):
+                    part = mul_add(pick(x, i, d), row_of(u, i, K), part)
+                y = add(y, part)
         else:
             for i in tl.static_range(K.dim):
                 component = mul(pick(x, 0, d), entry(u, i * K.dim, K))
@@ -145,7 +150,8 @@ def no_sums(K: tl.constexpr):
     """What is summed over rows for the gradient in U."""
     ROWS: tl.constexpr = K.BLOCK_D if K.KIND == FULL and not K.IN_MEMORY else 1
     NUMBERS: tl.constexpr = 1 if K.KIND == SCALAR else K.BLOCK_D
-    return tl.zeros((ROWS, ROWS), K.T), tl.zeros((NUMBERS, K.BLOCK_B, K.BLOCK_G), K.T)
+    DTYPE: tl.constexpr = tl.float64 if K.LONG else K.T
+    return tl.zeros((ROWS, ROWS), DTYPE), tl.zeros((NUMBERS, K.BLOCK_B, K.BLOCK_G), DTYPE)
 
 
 @triton.jit
@@ -163,10 +169,9 @@ def add_outer(sums, to, f, x, d, K: tl.constexpr):
     if K.KIND != FULL:
         return add_diagonal(sums, mul(left, x), K)
     elif value(x).dtype == tl.float32 and not K.IN_MEMORY:
-        if f is None:
-            return add_squares(sums[0], x, K.EACH), sums[1]
-        else:
-            return add_products(sums[0], left, x, K), sums[1]
+        before = tl.zeros_like(sums[0]).to(tl.float32) if K.LONG else sums[0]
+        found = add_squares(before, x, K.EACH) if f is None else add_products(before, left, x, K)
+        return sums[0] + found if K.LONG else found, sums[1]
     else:
         each = tl.arange(0, K.BLOCK_D)
         matrix = sums[0]
@@ -180,17 +185,16 @@ def add_outer(sums, to, f, x, d, K: tl.constexpr):
 
 
 @triton.jit
-def store_sums(sums, factor, to, K: tl.constexpr):
-    """Stores `factor` times the sums."""
+def add_sums(sums, factor, to, K: tl.constexpr):
+    """Adds `factor` times the sums to what is in memory."""
     found = tl.sum(tl.sum(sums[1], axis=2), axis=1) * factor
     each = tl.arange(0, K.BLOCK_D)
     if K.KIND == SCALAR:
-        tl.store(to + each, found, each < 1)
+        accumulate(to, each, each < 1, found)
     elif K.KIND == DIAGONAL:
-        tl.store(to + each, found, each < K.dim)
+        accumulate(to, each, each < K.dim, found)
     else:
         if not K.IN_MEMORY:
             inside = (each[:, None] < K.dim) & (each[None, :] < K.dim)
-            tl.store(to + each[:, None] * K.dim + each[None, :], sums[0] * factor, inside)
-            tl.debug_barrier()
+            accumulate(to, each[:, None] * K.dim + each[None, :], inside, sums[0] * factor)
         accumulate(to, each * (K.dim + 1), each < K.dim, found)
