@@ -74,7 +74,7 @@ def test_values(op):
 
 def in_chunks_of_two(group: int, dim: int, *_: object, **__: object) -> launch.Tile:
     block_d, whole = (triton.next_power_of_2(size) for size in (dim, group))
-    return launch.Tile(1, 2, max(1, whole // 2), max(4, block_d), 1)
+    return launch.Tile(1, min(2, whole), max(1, whole // 2), max(4, block_d), 1)
 
 
 @pytest.mark.parametrize("op", [op for op in LOSSES if "categorical" not in op])
