@@ -81,7 +81,7 @@ def in_chunks_of_two(group: int, dim: int, *_: object, **__: object) -> launch.T
 def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
     for name in ("tile", "drawn_tile"):
         monkeypatch.setattr(launch, name, in_chunks_of_two)
-    monkeypatch.setattr(launch, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_USUAL_PROGRAMS", 2)
     options = {"precision_kind": "full", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
     agrees(draw(op, 2, lead=(3,), dim=2, group=3, **options))
     if op == "gaussian_policy_loss":
@@ -180,7 +180,7 @@ def test_vocabularies():
 
 
 # A large number and then small ones, each less than half the last digit of the sum: an accumulator of float32 loses all
-# of them, one of a run of four tiles those three.
+# of them, one of a run of four tiles those three. Memory is for one program, so that runs do not end with it.
 LARGE, SMALL, COUNT = 2.0**24, 0.4, 30
 LEFT_OUT = 3 * 2 * SMALL + 2  # a tile has two, and the result is rounded to an even number
 
@@ -191,7 +191,7 @@ def short_runs(monkeypatch):
         monkeypatch.setattr(launch, name, in_chunks_of_two)
     for module in (launch, categorical):
         monkeypatch.setattr(module, "RUN", 4)
-    monkeypatch.setattr(launch, "_MOST_PROGRAMS", 1)
+    monkeypatch.setattr(launch, "_MOST_SUMS", 1)
 
 
 def one_and_then_many() -> torch.Tensor:

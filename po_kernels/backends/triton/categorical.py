@@ -121,7 +121,7 @@ def scattered(label, x, c, count, K: tl.constexpr):
 @triton.jit
 def no_table(K: tl.constexpr):
     SIZE: tl.constexpr = K.BLOCK_D if K.IN_REGISTERS else 1
-    return tl.zeros((SIZE, SIZE), K.T)
+    return tl.zeros((SIZE, SIZE), tl.float64 if K.WIDE else K.T)
 
 
 @triton.jit
@@ -133,7 +133,10 @@ def add_to_table(sums, to, x, label, inside, c, classes, K: tl.constexpr):
     if K.IN_REGISTERS:
         # What is not finite would be in all rows of a product.
         if tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1)) == 0:
-            sums = add_by_label(sums, label, x, c)
+            if K.WIDE:
+                sums += add_by_label(tl.zeros_like(sums).to(tl.float32), label, x, c)
+            else:
+                sums = add_by_label(sums, label, x, c)
         else:
             add_in_memory(to, x, label, known, c, classes)
     else:
@@ -162,7 +165,7 @@ def add_in_memory(to, x, label, known, c, classes):
 
 
 @triton.jit
-def add_sums(sums, to, classes, K: tl.constexpr):
+def store_table(sums, to, classes, K: tl.constexpr):
     if K.IN_REGISTERS:
         each = tl.arange(0, K.BLOCK_D)
         inside = (each[:, None] < classes) & (each[None, :] < classes)
@@ -199,54 +202,53 @@ def policy_loss(
     c = tl.arange(0, K.BLOCK_D)[None, None, :]
     options = tally.read_options(entropy_coef, rbf_gamma, share, K)
     to_table = tally.own_part(out) + tally.HEAD
+    table_sum = no_table(K)
     reported = tally.no_sums(K)
-    for first in tl.range(0, blocks, K.RUN, num_stages=1):
-        table_sum = no_table(K)
-        for block in tl.range(first, tl.minimum(first + K.RUN, blocks), num_stages=1):
-            row = tally.rows_of_block(block, blocks, K)
-            inside = row < rows
-            here = inside & (c < classes)
-            x = load(logits, row * logits_stride + c, here, 0, K)
-            y = tl.load(target + row, inside, 0)
-            weight = tally.row_weight(cotangent, row, inside, options, K)
-            p, log_p, entropy, log_normaliser = softmax(x, c, classes)
-            if K.CLOSED_FORM:
-                reward = transformed(load_of(table, y * classes + c, y, here, classes, K), options.gamma, K)
-                objective = total(mul(p, reward), 2)
-                deviation = sub(reward, objective)
-                if K.NEED_LOGITS:
-                    slope = sub(mul(p, deviation), times(mul(p, add(log_p, entropy)), options.coef))
-                    tl.store(to.logits + row * classes + c, output(negative(mul(weight, slope)), K), here)
-                if K.NEED_REWARD_TABLE:
-                    by_class = negative(mul(weight, p))
-                    if K.HAS_RBF:
-                        by_class = mul(by_class, times(reward, options.gamma))
-                std = tl.zeros((1, K.BLOCK_B, 1), K.T)
-                if K.WANT_STATS:
-                    unit = power_of_two(tl.max(tl.where(p > 0, tl.abs(deviation), 0), axis=2, keep_dims=True))
-                    deviation = deviation / unit  # whose squares do not vanish
-                    std = unit * tl.sqrt(total(p * deviation * deviation, 2))
-                moments = value(objective), std, std
-            else:
-                g = tl.arange(0, K.BLOCK_G)[None, None, :]
-                label = draw(value(x), c, uniforms(tl.load(seed), g, row + row_offset), classes)
-                there = inside & (g < count)
-                given = load_of(table, y * classes + label, y, there, classes, K)
-                density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
-                objective, moments, to_rewards = score_loss(
-                    label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
-                )
-                if K.NEED_REWARD_TABLE:
-                    by_class = scattered(label, to_rewards, c, count, K)
+    for block in tl.range(0, blocks, num_stages=1):
+        row = tally.rows_of_block(block, blocks, K)
+        inside = row < rows
+        here = inside & (c < classes)
+        x = load(logits, row * logits_stride + c, here, 0, K)
+        y = tl.load(target + row, inside, 0)
+        weight = tally.row_weight(cotangent, row, inside, options, K)
+        p, log_p, entropy, log_normaliser = softmax(x, c, classes)
+        if K.CLOSED_FORM:
+            reward = transformed(load_of(table, y * classes + c, y, here, classes, K), options.gamma, K)
+            objective = total(mul(p, reward), 2)
+            deviation = sub(reward, objective)
+            if K.NEED_LOGITS:
+                slope = sub(mul(p, deviation), times(mul(p, add(log_p, entropy)), options.coef))
+                tl.store(to.logits + row * classes + c, output(negative(mul(weight, slope)), K), here)
             if K.NEED_REWARD_TABLE:
-                table_sum = add_to_table(table_sum, to_table, output(by_class, K), y, inside, c, classes, K)
-            log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
+                by_class = negative(mul(weight, p))
+                if K.HAS_RBF:
+                    by_class = mul(by_class, times(reward, options.gamma))
+            std = tl.zeros((1, K.BLOCK_B, 1), K.T)
             if K.WANT_STATS:
-                log_prob = log_prob_of(logits, row * logits_stride, y, log_normaliser, inside, classes, K)
-            reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
+                unit = power_of_two(tl.max(tl.where(p > 0, tl.abs(deviation), 0), axis=2, keep_dims=True))
+                deviation = deviation / unit  # whose squares do not vanish
+                std = unit * tl.sqrt(total(p * deviation * deviation, 2))
+            moments = value(objective), std, std
+        else:
+            g = tl.arange(0, K.BLOCK_G)[None, None, :]
+            label = draw(value(x), c, uniforms(tl.load(seed), g, row + row_offset), classes)
+            there = inside & (g < count)
+            given = load_of(table, y * classes + label, y, there, classes, K)
+            density = log_prob_of(logits, row * logits_stride, label, log_normaliser, there, classes, K)
+            objective, moments, to_rewards = score_loss(
+                label, given, density, p, log_p, entropy, weight, options, c, classes, count, row, inside, to, K
+            )
+            if K.NEED_REWARD_TABLE:
+                by_class = scattered(label, to_rewards, c, count, K)
         if K.NEED_REWARD_TABLE:
-            add_sums(table_sum, to_table, classes, K)
+            table_sum = add_to_table(table_sum, to_table, output(by_class, K), y, inside, c, classes, K)
+        log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
+        if K.WANT_STATS:
+            log_prob = log_prob_of(logits, row * logits_stride, y, log_normaliser, inside, classes, K)
+        reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
     tally.store(reported, out)
+    if K.NEED_REWARD_TABLE:
+        store_table(table_sum, to_table, classes, K)
 
 
 @triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "rows", "blocks"])

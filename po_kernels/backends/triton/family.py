@@ -32,7 +32,7 @@ from .lanes import (
 )
 from .launch import Call
 from .philox import normals
-from .precision import add_outer, add_sums, apply, apply_to_sum, no_sums, quadratic
+from .precision import add_outer, apply, apply_to_sum, no_sums, quadratic, store_sums
 from .scale import (
     add_gradients,
     entropy_of,
@@ -72,102 +72,101 @@ def policy_loss(
     # The loss may have the same derivative in all rewards, which is taken out of the sums over them.
     ALIKE: tl.constexpr = K.REDUCED and not (K.HAS_RBF or K.DUAL or K.IN_MEMORY)
     UNROLL: tl.constexpr = K.CHUNKS if K.CHUNKS <= 4 else 1
+    sums = no_sums(K)
     reported = tally.no_sums(K)
-    for first in tl.range(0, blocks, K.RUN, num_stages=1):
-        sums = no_sums(K)
-        for block in tl.range(first, tl.minimum(first + K.RUN, blocks), num_stages=1):
-            row = tally.rows_of_block(block, blocks, K)
-            inside = row < rows
-            here = inside & (each < K.dim)
-            m = load_vector(mean, row * mean_stride, inside, d, K)
-            y = load_vector(target, row * target_stride, inside, d, K)
-            s = read(scale, row * scale_stride, inside, d, K)
-            weight = tally.row_weight(cotangent, row, inside, options, K)
-            log_det = log_determinant(s, K)
-            entropy = of_row(entropy_of(log_det, K))
-            inner = times(weight, -options.coef)
-            log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
-            if K.WANT_STATS:  # early, for registers not to be held
-                log_prob = of_row(log_density(log_det, value(whiten(s, sub(y, m), K)), K))
-            if K.CLOSED_FORM:
-                delta = sub(m, y)
-                if K.NEED_PRECISION:
-                    if ALIKE:
-                        sums = add_outer(sums, to_precision, None, masked(inside, delta), d, K)
-                    else:
-                        sums = add_outer(sums, to_precision, weight, delta, d, K)
-                along = apply(precision, delta, d, K)
-                distance = total(mul(delta, along), 0)
-                slope = output(times(mul(weight, along), 2), K)
-                if K.NEED_MEAN:
-                    tl.store(to.mean + row * K.dim + each, slope, here)
-                if K.NEED_TARGET:
-                    tl.store(to.target + row * K.dim + each, -slope, here)
-                spread, sums = trace(
-                    s, weight, None if ALIKE else weight, inner, precision, sums, to_precision, to.scale, row, inside, d, K
-                )
-                objective = negative(add(distance, spread))
-                std = tl.zeros((1, K.BLOCK_B, 1), K.T)
-                if K.WANT_STATS:
-                    std = tl.sqrt(reward_variance(s, along, precision, d, K))
-                moments = value(objective), std, std
-            else:
-                key = tl.load(seed)
-                member = tl.arange(0, K.BLOCK_G)[None, None, :]
-                rewards = zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K)
-                excess = tl.zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K.T)
-                gradients = no_gradients(K)
-                pulled = no_sum((K.BLOCK_D, K.BLOCK_B, 1), K)
-                for chunk in tl.range(0, K.CHUNKS, loop_unroll_factor=UNROLL):
-                    eps = normals(key, chunk * K.BLOCK_G + member, row + row_offset, K.dim, K.BLOCK_D, K.T)
-                    x = residual(m, s, y, eps, K)
-                    rewards = place(rewards, chunk, negative(quadratic(precision, x, d, K)))
-                    if K.DUAL and K.SCORE:
-                        z = whiten_noise(s, m, eps, K)
-                        excess = place(excess, chunk, output(log_density(log_det, z, K), K))
-                    if ALIKE:
-                        x = masked(inside & (chunk * K.BLOCK_G + member < K.count), x)
-                        if K.NEED_TARGET and K.SCORE:
-                            pulled = add(pulled, apply_to_sum(precision, x, d, K))
-                        if K.NEED_PRECISION:
-                            sums = add_outer(sums, to_precision, None, x, d, K)
-                objective, moments, factor, pull = finish_group(rewards, excess, options.gamma, size, K)
-                unit = times(weight, 1.0 / size)
-                for chunk in tl.range(0, K.CHUNKS, loop_unroll_factor=UNROLL):
-                    eps = normals(key, chunk * K.BLOCK_G + member, row + row_offset, K.dim, K.BLOCK_D, K.T)
-                    x = residual(m, s, y, eps, K)
-                    pulled_by = mul(take(pull, chunk), unit)
-                    own = masked((chunk == 0) & (member == 0), inner)  # of the row, once
-                    if K.SCORE:
-                        f = negative(mul(take(factor, chunk), unit))
-                        right = whiten_noise(s, m, eps, K)
-                        left = mul(f, right)
-                        own = sub(own, f)
-                    else:
-                        right = eps
-                        left = times(mul(pulled_by, apply(precision, x, d, K)), 2)
-                    gradients = add_gradients(gradients, s, left, right, own, to, row, inside, d, chunk == 0, K)
-                    if not ALIKE:
-                        if K.NEED_TARGET and K.SCORE:
-                            pulled = add(pulled, apply_to_sum(precision, mul(pulled_by, x), d, K))
-                        if K.NEED_PRECISION:
-                            sums = add_outer(sums, to_precision, pulled_by, x, d, K)
-                store_gradients(gradients, read(scale, row * scale_stride, inside, each, K), to, row, inside, each, K)
-                if K.NEED_TARGET:
-                    if K.SCORE:
-                        slope = output(times(mul(unit, pulled) if ALIKE else pulled, -2), K)
-                    else:
-                        slope = -output(gradients[0], K)
-                    tl.store(to.target + row * K.dim + each, slope, here)
-            reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
-        if K.NEED_PRECISION:
-            factor = number(1, K)
-            if ALIKE:
-                factor = options.unit if K.CLOSED_FORM else options.unit / size
-                if K.HAS_COTANGENT:
-                    factor *= tl.load(cotangent.value)
-            add_sums(sums, factor, to_precision, K)
+    for block in tl.range(0, blocks, num_stages=1):
+        row = tally.rows_of_block(block, blocks, K)
+        inside = row < rows
+        here = inside & (each < K.dim)
+        m = load_vector(mean, row * mean_stride, inside, d, K)
+        y = load_vector(target, row * target_stride, inside, d, K)
+        s = read(scale, row * scale_stride, inside, d, K)
+        weight = tally.row_weight(cotangent, row, inside, options, K)
+        log_det = log_determinant(s, K)
+        entropy = of_row(entropy_of(log_det, K))
+        inner = times(weight, -options.coef)
+        log_prob = tl.zeros((1, K.BLOCK_B, 1), K.T)
+        if K.WANT_STATS:  # early, for registers not to be held
+            log_prob = of_row(log_density(log_det, value(whiten(s, sub(y, m), K)), K))
+        if K.CLOSED_FORM:
+            delta = sub(m, y)
+            if K.NEED_PRECISION:
+                if ALIKE:
+                    sums = add_outer(sums, to_precision, None, masked(inside, delta), d, K)
+                else:
+                    sums = add_outer(sums, to_precision, weight, delta, d, K)
+            along = apply(precision, delta, d, K)
+            distance = total(mul(delta, along), 0)
+            slope = output(times(mul(weight, along), 2), K)
+            if K.NEED_MEAN:
+                tl.store(to.mean + row * K.dim + each, slope, here)
+            if K.NEED_TARGET:
+                tl.store(to.target + row * K.dim + each, -slope, here)
+            spread, sums = trace(
+                s, weight, None if ALIKE else weight, inner, precision, sums, to_precision, to.scale, row, inside, d, K
+            )
+            objective = negative(add(distance, spread))
+            std = tl.zeros((1, K.BLOCK_B, 1), K.T)
+            if K.WANT_STATS:
+                std = tl.sqrt(reward_variance(s, along, precision, d, K))
+            moments = value(objective), std, std
+        else:
+            key = tl.load(seed)
+            member = tl.arange(0, K.BLOCK_G)[None, None, :]
+            rewards = zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K)
+            excess = tl.zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K.T)
+            gradients = no_gradients(K)
+            pulled = no_sum((K.BLOCK_D, K.BLOCK_B, 1), K)
+            for chunk in tl.range(0, K.CHUNKS, loop_unroll_factor=UNROLL):
+                eps = normals(key, chunk * K.BLOCK_G + member, row + row_offset, K.dim, K.BLOCK_D, K.T)
+                x = residual(m, s, y, eps, K)
+                rewards = place(rewards, chunk, negative(quadratic(precision, x, d, K)))
+                if K.DUAL and K.SCORE:
+                    z = whiten_noise(s, m, eps, K)
+                    excess = place(excess, chunk, output(log_density(log_det, z, K), K))
+                if ALIKE:
+                    x = masked(inside & (chunk * K.BLOCK_G + member < K.count), x)
+                    if K.NEED_TARGET and K.SCORE:
+                        pulled = add(pulled, apply_to_sum(precision, x, d, K))
+                    if K.NEED_PRECISION:
+                        sums = add_outer(sums, to_precision, None, x, d, K)
+            objective, moments, factor, pull = finish_group(rewards, excess, options.gamma, size, K)
+            unit = times(weight, 1.0 / size)
+            for chunk in tl.range(0, K.CHUNKS, loop_unroll_factor=UNROLL):
+                eps = normals(key, chunk * K.BLOCK_G + member, row + row_offset, K.dim, K.BLOCK_D, K.T)
+                x = residual(m, s, y, eps, K)
+                pulled_by = mul(take(pull, chunk), unit)
+                own = masked((chunk == 0) & (member == 0), inner)  # of the row, once
+                if K.SCORE:
+                    f = negative(mul(take(factor, chunk), unit))
+                    right = whiten_noise(s, m, eps, K)
+                    left = mul(f, right)
+                    own = sub(own, f)
+                else:
+                    right = eps
+                    left = times(mul(pulled_by, apply(precision, x, d, K)), 2)
+                gradients = add_gradients(gradients, s, left, right, own, to, row, inside, d, chunk == 0, K)
+                if not ALIKE:
+                    if K.NEED_TARGET and K.SCORE:
+                        pulled = add(pulled, apply_to_sum(precision, mul(pulled_by, x), d, K))
+                    if K.NEED_PRECISION:
+                        sums = add_outer(sums, to_precision, pulled_by, x, d, K)
+            store_gradients(gradients, read(scale, row * scale_stride, inside, each, K), to, row, inside, each, K)
+            if K.NEED_TARGET:
+                if K.SCORE:
+                    slope = output(times(mul(unit, pulled) if ALIKE else pulled, -2), K)
+                else:
+                    slope = -output(gradients[0], K)
+                tl.store(to.target + row * K.dim + each, slope, here)
+        reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
     tally.store(reported, out)
+    if K.NEED_PRECISION:
+        factor = number(1, K)
+        if ALIKE:
+            factor = options.unit if K.CLOSED_FORM else options.unit / size
+            if K.HAS_COTANGENT:
+                factor *= tl.load(cotangent.value)
+        store_sums(sums, factor, to_precision, K)
 
 
 @triton.jit(do_not_specialize=["rewards_stride_g", "rewards_stride", "samples_stride_g", "rows", "blocks"])

@@ -26,7 +26,7 @@ _LEAST_MULTIPLIED = 16  # rows and columns of a matrix, on tensor cores
 # Registers hold the rewards of a whole group.
 _LARGEST_GROUP = 2**16
 # Programs whose sums over rows are added up afterwards, and numbers that these sums may take together.
-_MOST_PROGRAMS = 2048
+_USUAL_PROGRAMS = 2048
 _MOST_SUMS = 2**24
 _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
 
@@ -268,19 +268,19 @@ def loss(
         call.no_rows()
         return value.zero_(), stats.zero_(), sums.zero_()
     size = tally.HEAD.value + sums.numel()
-    most = max(1, min(_MOST_PROGRAMS, _MOST_SUMS // size))
-    total_blocks = triton.cdiv(rows, tile.rows)
-    each = triton.cdiv(total_blocks, most)
+    total_blocks, run = triton.cdiv(rows, tile.rows), run or RUN
+    # At most a run of blocks a program, if that is not too many programs.
+    each = min(triton.cdiv(total_blocks, _USUAL_PROGRAMS), max(1, run // turns))
+    each = max(each, triton.cdiv(total_blocks, max(1, _MOST_SUMS // size)))
     programs = triton.cdiv(total_blocks, each)
-    # Sums over rows start from zero in memory.
+    # Sums of large matrices start from zero in memory.
     partial = torch.zeros((programs, size), dtype=torch.float64, device=call.device)
     reported = {"REDUCED": reduced, "WANT_STATS": want_stats}
-    run = run or RUN
-    sums_of = {"RUN": max(1, run // turns), "LONG": turns > run}
+    long = {"LONG": turns > run, "WIDE": each * turns > run}
     if turns > run:
         call.sum_in_double()
     call.run_tiles(
-        kernel, (programs,), tile, {**sums_of, **known, **reported, "MEAN": config.reduction == "mean"},
+        kernel, (programs,), tile, {**long, **known, **reported, "MEAN": config.reduction == "mean"},
         **arguments, cotangent=call.cotangent, to=call.gradients, out=tally.Tally(value, stats, partial, size),
         rows=rows, blocks=each, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma or 0.0, share=1.0 / rows,
     )  # fmt: skip

@@ -3,9 +3,9 @@
 K.KIND is its number of axes. Vectors are (BLOCK_D, B, G), zero from dimension K.dim on. Of few dimensions a thread has
 all of a sample's: loops over them are unrolled and `pick` is the choice of a register.
 
-The gradient in U is summed over a run of rows as a pair: a matrix (BLOCK_D, BLOCK_D), and a tile with a number for each
-sample in flight, of which what is not the matrix is the sum. Threads add up at the end of a run, in float64 in the
-program's part of `partial`. A matrix too large for registers (K.IN_MEMORY) is summed there only.
+The gradient in U is summed over the rows of a program as a pair: a matrix (BLOCK_D, BLOCK_D), and a tile with a number
+for each sample in flight, of which what is not the matrix is the sum. Threads add up at the end of a program. A matrix
+too large for registers (K.IN_MEMORY) is summed in the program's part of `partial`, in float64.
 """
 
 import triton
@@ -150,7 +150,7 @@ def no_sums(K: tl.constexpr):
     """What is summed over rows for the gradient in U."""
     ROWS: tl.constexpr = K.BLOCK_D if K.KIND == FULL and not K.IN_MEMORY else 1
     NUMBERS: tl.constexpr = 1 if K.KIND == SCALAR else K.BLOCK_D
-    DTYPE: tl.constexpr = tl.float64 if K.LONG else K.T
+    DTYPE: tl.constexpr = tl.float64 if K.WIDE else K.T
     return tl.zeros((ROWS, ROWS), DTYPE), tl.zeros((NUMBERS, K.BLOCK_B, K.BLOCK_G), DTYPE)
 
 
@@ -169,9 +169,9 @@ def add_outer(sums, to, f, x, d, K: tl.constexpr):
     if K.KIND != FULL:
         return add_diagonal(sums, mul(left, x), K)
     elif value(x).dtype == tl.float32 and not K.IN_MEMORY:
-        before = tl.zeros_like(sums[0]).to(tl.float32) if K.LONG else sums[0]
+        before = tl.zeros_like(sums[0]).to(tl.float32) if K.WIDE else sums[0]
         found = add_squares(before, x, K.EACH) if f is None else add_products(before, left, x, K)
-        return sums[0] + found if K.LONG else found, sums[1]
+        return sums[0] + found if K.WIDE else found, sums[1]
     else:
         each = tl.arange(0, K.BLOCK_D)
         matrix = sums[0]
@@ -185,16 +185,17 @@ def add_outer(sums, to, f, x, d, K: tl.constexpr):
 
 
 @triton.jit
-def add_sums(sums, factor, to, K: tl.constexpr):
-    """Adds `factor` times the sums to what is in memory."""
+def store_sums(sums, factor, to, K: tl.constexpr):
+    """Stores `factor` times the sums."""
     found = tl.sum(tl.sum(sums[1], axis=2), axis=1) * factor
     each = tl.arange(0, K.BLOCK_D)
     if K.KIND == SCALAR:
-        accumulate(to, each, each < 1, found)
+        tl.store(to + each, found, each < 1)
     elif K.KIND == DIAGONAL:
-        accumulate(to, each, each < K.dim, found)
+        tl.store(to + each, found, each < K.dim)
     else:
         if not K.IN_MEMORY:
             inside = (each[:, None] < K.dim) & (each[None, :] < K.dim)
-            accumulate(to, each[:, None] * K.dim + each[None, :], inside, sums[0] * factor)
+            tl.store(to + each[:, None] * K.dim + each[None, :], sums[0] * factor, inside)
+            tl.debug_barrier()
         accumulate(to, each * (K.dim + 1), each < K.dim, found)

@@ -1,7 +1,7 @@
 """What a kernel reports of its rows, in Triton: one by one, or summed over the rows of a program.
 
 A program's sums go to its own part of `partial`, which `reduce` adds up over programs in a fixed order: the loss, five
-statistics in the order of LossStats, and what else is summed over rows. They are in float64.
+statistics in the order of LossStats, and what else is summed over rows. `partial` is in float64.
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def row_weight(cotangent, row, inside, options, K: tl.constexpr):
 @triton.jit
 def no_sums(K: tl.constexpr):
     """The loss and the statistics, summed over no rows yet."""
-    zero = tl.zeros((1, K.BLOCK_B, 1), tl.float64)
+    zero = tl.zeros((1, K.BLOCK_B, 1), tl.float64 if K.WIDE else K.T)
     return zero, zero, zero, zero, zero, zero
 
 
