@@ -27,6 +27,7 @@ from .cases import (
     fused_pairs,
     largest,
     pairs,
+    repeats_second_order,
     serving,
 )
 from .test_contract import agree
@@ -94,7 +95,9 @@ def test_autocast_changes_no_number(op, backend):
     case = draw(op, 5, torch.float32, lead=(3,), dim=4, group=4, mask=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = case(backend=backend)
-    expected = case(backend=backend) if backend != "reference" else case.to(torch.float64)()  # as it computes there
+    if backend == "reference" and repeats_second_order(case):  # plain torch, which computes in float64 there
+        case = case.to(torch.float64)
+    expected = case(backend=backend)
     assert torch.equal(found, expected.to(found.dtype))
 
 
