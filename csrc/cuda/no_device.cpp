@@ -13,8 +13,10 @@ CudaState cuda_state() {
   return state;
 }
 
-#define PK_DEFINE(name, type) \
-  CudaOutcome cuda_##name(const type&, const CudaLaunch&) { return {{}, kReason}; }
+#define PK_DEFINE(name, type)                               \
+  CudaOutcome cuda_##name(const type&, const CudaLaunch&) { \
+    return {{}, kReason};                                   \
+  }
 PK_FOR_EACH_CUDA_KERNEL(PK_DEFINE)
 
 }  // namespace po_kernels

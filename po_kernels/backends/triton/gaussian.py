@@ -25,7 +25,7 @@ def sample(scale, eps, mean, K: tl.constexpr):
 @triton.jit
 def whiten(scale, x, K: tl.constexpr):
     """S⁻¹ x = S⁻ᵀ x. Of a σ whose inverse would be inf a power of two goes with x."""
-    small = value(scale) < (-700.0 if K.T == tl.float64 else -80.0)
+    small = value(scale) < (-700.0 if value(scale).dtype == tl.float64 else -80.0)
     inverse = exp(negative(plus(scale, tl.where(small, 44.3614195558365, 0.0).to(K.T))))  # log 2^64
     return mul(times(x, tl.where(small, LIFT, 1.0)), inverse)
 

@@ -32,8 +32,8 @@ _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
 
 MOST_IN_REGISTERS = 64  # rows of a matrix of sums
 
-# Float32 sums of n terms in an accumulator err by up to n u Σ|x|, u = 2^-24. Accumulators take RUN tiles, each summed by
-# threads that have up to 256 elements and then by halves, and go on in float64: (RUN + 266) u Σ|x|. Of products of
+# Sums of n terms in an accumulator of float32 err by up to n u Σ|x|, u = 2^-24. One takes RUN tiles, each summed by
+# threads that have up to 256 elements and then by halves, and goes on in float64: (RUN + 266) u Σ|x|. Of products of
 # matrices, which tensor cores add up eight terms at a time and do not round to nearest, it is 1024 steps: 2048 u Σ|x|.
 RUN = lanes.RUN.value
 _STEPS = 1024
