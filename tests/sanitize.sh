@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
-# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer and runs the op tests on it.
-# Usage: tests/sanitize.sh PYTHON
+# Runs the op tests on extensions built with sanitizers: all of them, and the CUDA kernels on the host, with
+# AddressSanitizer and UndefinedBehaviorSanitizer, then those of threads with ThreadSanitizer.
+# Usage: tests/sanitize.sh PYTHON [arguments of pytest]
 set -euo pipefail
 python=$(realpath -s "$1")
+arguments=("${@:2}")
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$root/build/sanitize
-site=$work/site
 
-"$python" -m pip install --quiet --no-deps --target "$site" --upgrade "$root" \
-  --config-settings=build-dir="$work/cmake" \
-  --config-settings=cmake.define.PO_KERNELS_SANITIZE=address,undefined \
-  --config-settings=cmake.define.PO_KERNELS_CUDA=OFF
+build() { # NAME SANITIZERS
+  "$python" -m pip install --quiet --no-deps --target "$work/$1" --upgrade "$root" \
+    --config-settings=build-dir="$work/cmake-$1" \
+    --config-settings=cmake.define.PO_KERNELS_SANITIZE="$2" \
+    --config-settings=cmake.define.PO_KERNELS_CUDA=EMULATED
+}
 
 # Python itself is not instrumented: the runtime has to be there first, and its own allocations are not leaks. The
 # instrumented package is imported before pytest puts the source tree, and the editable install its finder, before it.
-cd "$work"
-LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so)" \
-ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PO_KERNELS_POISON=1 \
-  "$python" -c '
+run() { # NAME RUNTIME ARGUMENTS
+  cd "$work"
+  LD_PRELOAD="$(gcc -print-file-name="$2") $(gcc -print-file-name=libstdc++.so)" PO_KERNELS_POISON=1 \
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" \
+    "$python" -c '
 import sys
 
 site, *arguments = sys.argv[1:]
@@ -29,4 +34,14 @@ assert po_kernels.extension.module.__file__.startswith(site), po_kernels.extensi
 import pytest
 
 sys.exit(pytest.main(arguments))
-' "$site" "$root/tests/ops" --rootdir "$root" -p no:cacheprovider -k "not numba and not triton" "${@:2}"
+' "$work/$1" --rootdir "$root" --capture=no -p no:cacheprovider "${@:3}" ${arguments[@]+"${arguments[@]}"}
+}
+
+build address address,undefined
+run address libasan.so "$root/tests/ops" -k "not numba and not triton and not cuda"
+export PO_KERNELS_CUDA_EMULATE=1
+run address libasan.so "$root/tests/ops/cuda_emulated.py"
+unset PO_KERNELS_CUDA_EMULATE
+build thread thread
+# Torch's own threads are ignored with all that is not instrumented; of a process with threads no fork is watched.
+run thread libtsan.so "$root/tests/ops" -k "native and (threads or kept_graph or samples_do_not_depend) and not fork"

@@ -10,6 +10,15 @@
 #include <mutex>
 #include <new>
 
+#if defined(__SANITIZE_THREAD__)
+// How threads of OpenMP begin and end, which ThreadSanitizer cannot see in a runtime that is not built with it.
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+#else
+#define __tsan_acquire(address) (void)0
+#define __tsan_release(address) (void)0
+#endif
+
 namespace po_kernels {
 
 namespace {
@@ -77,7 +86,14 @@ void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void
   const int64_t wanted = threads < count ? threads : count;
   const OpenMP parallel = wanted > 1 ? openmp() : nullptr;
   if (parallel != nullptr) {
-    parallel([](void* data) { static_cast<Loop*>(data)->run(); }, &loop, static_cast<unsigned>(wanted), 0);
+    __tsan_release(&loop);
+    const auto run = [](void* data) {
+      __tsan_acquire(data);
+      static_cast<Loop*>(data)->run();
+      __tsan_release(data);
+    };
+    parallel(run, &loop, static_cast<unsigned>(wanted), 0);
+    __tsan_acquire(&loop);
   } else {
     loop.run();
   }

@@ -25,7 +25,8 @@ struct CudaLaunch {
   void* stream = nullptr;                // a cudaStream_t
   const int64_t* device_seed = nullptr;  // in memory of the device; null for the seed of the call
   int64_t blocks = 0;                    // at least one if there are rows
-  double* partials = nullptr;            // of a loss: (blocks, 6 and the terms of the gradient in the precision)
+  double* partials = nullptr;  // of a loss: (blocks, 6 and the terms of the gradient in the precision); else of more
+                               // samples than a run: (rows, the numbers of the mean and the scale)
 
   PK_FIELDS((), emulate, backward, device, stream, device_seed, blocks, partials)
 };

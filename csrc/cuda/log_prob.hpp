@@ -48,6 +48,7 @@ struct LogProbRows {
       P* to_scale = row_of<P>(call.scale.gradient, row, scale.size());
       team.each(dim, [&](int64_t j) PK_LAMBDA { held.mean_sum[j] = P{}; });
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
+      const WideSums wide(work.launch, row, dim, scale.size());
       for (int64_t first = 0; first < call.count; first += work.held) {
         const int samples = int(call.count - first < work.held ? call.count - first : work.held);
         team.each(samples * dim, [&](int64_t i) PK_LAMBDA {
@@ -64,6 +65,7 @@ struct LogProbRows {
         if (to_mean || to_scale) {
           add_scores(team, work.shape, scale, samples, static_cast<const V*>(held.factor), held.white, held.at,
                      held.mean_sum, to_scale);
+          wide.add(team, first / work.held, first + work.held >= call.count, held.mean_sum, to_scale, scale.size());
         }
         if (call.value.gradient == nullptr) continue;
         // ∂/∂value is minus ∂/∂μ of the sample.

@@ -48,6 +48,7 @@ struct SampleRows {
       P* to_scale = row_of<P>(call.scale.gradient, row, scale.size());
       team.each(dim, [&](int64_t j) PK_LAMBDA { held.mean_sum[j] = P{}; });
       if (to_scale) team.each(scale.size(), [&](int64_t i) PK_LAMBDA { to_scale[i] = P{}; });
+      const WideSums wide(work.launch, row, dim, scale.size());
       for (int64_t first = 0; first < call.num_samples; first += work.held) {
         const int samples = int(call.num_samples - first < work.held ? call.num_samples - first : work.held);
         draw<P>(team, seed, first, call.row_offset + uint64_t(row), samples,
@@ -77,6 +78,7 @@ struct SampleRows {
             },
             [&](int j, P sum) PK_LAMBDA { held.mean_sum[j] = held.mean_sum[j] + sum; });
         if (to_scale) add_paths(team, work.shape, scale, samples, held.at, held.noise, to_scale);
+        wide.add(team, first / work.held, first + work.held >= call.num_samples, held.mean_sum, to_scale, scale.size());
       }
       if (to_mean) team.each(dim, [&](int64_t j) PK_LAMBDA { to_mean[j] = held.mean_sum[j]; });
     }

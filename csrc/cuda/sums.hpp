@@ -1,4 +1,8 @@
 // Sums over the samples that a warp holds: outer products, moments, and the gradients of a policy made of them.
+//
+// With u the unit roundoff: a thread adds up at most the samples that are held, then threads and chunks of samples
+// follow. Of a loss, whose group is in shared memory, they are at most some 200 together, and the sum errs by that many
+// u Σ|x|. Where the number of samples has no bound, `WideSums` takes over in double.
 #pragma once
 
 #include "cuda/memory.hpp"
@@ -248,6 +252,30 @@ PK_FN void add_scores(Warp team, const Shape& shape, const Scale<V>& scale, int 
                                  PK_LAMBDA { add_score(scale, j, of_z, of_square, mean, to_scale); });
   }
 }
+
+// Of a row with any number of samples: what its gradients in the mean and the scale have after kRun chunks, in double.
+struct WideSums {
+  double* total;  // those of the mean, then those of the scale; null if a run has all chunks
+  int dim;
+
+  PK_FN WideSums(const CudaLaunch& launch, int64_t row, int dim, int64_t size)
+      : total(launch.partials == nullptr ? nullptr : launch.partials + row * (dim + size)), dim(dim) {}
+
+  // After chunk `number` of a row: takes what is summed, and gives all of it back after the last.
+  template <class P>
+  PK_FN void add(Warp team, int64_t number, bool last, P* mean, P* scale, int64_t size) const {
+    if (total == nullptr || (number % kRun != kRun - 1 && !last)) return;
+    const auto each = [&](int64_t count, P* sums, double* wide) PK_LAMBDA {
+      team.each(count, [&](int64_t i) PK_LAMBDA {
+        const double sum = (number < kRun ? 0.0 : wide[i]) + double(sums[i]);
+        wide[i] = sum;
+        sums[i] = last ? P(sum) : P{};
+      });
+    };
+    each(dim, mean, total);
+    if (scale) each(size, scale, total + dim);
+  }
+};
 
 // Adds the gradient of Σ_k slope_kᵀ S noise_k.
 template <class V, template <class> class Scale>

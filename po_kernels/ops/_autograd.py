@@ -375,14 +375,8 @@ class _Product(torch.autograd.Function):
         return _loop(_Product, info, in_dims, *args)
 
 
-class _Refusals(torch.autograd.Function):
-    """The refusals of values that a transform hides, problem by problem; nothing is returned."""
-
-    @staticmethod
-    def forward(op, *tensors):
-        row = OPS[op]
-        dispatch.refuse_values(row, row.Inputs(*tensors[: row.count]), row.Constants(*tensors[row.count :]))
-        return tensors[0].new_empty(0)
+class _WithoutDerivative(torch.autograd.Function):
+    """A transform sees what `forward` of a subclass does problem by problem, and no derivative of it."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -397,9 +391,37 @@ class _Refusals(torch.autograd.Function):
     def jvp(ctx, *_):
         return None
 
+
+class _Refusals(_WithoutDerivative):
+    """The refusals of values that a transform hides; nothing is returned."""
+
+    @staticmethod
+    def forward(op, *tensors):
+        row = OPS[op]
+        dispatch.refuse_values(row, row.Inputs(*tensors[: row.count]), row.Constants(*tensors[row.count :]))
+        return tensors[0].new_empty(0)
+
     @staticmethod
     def vmap(info, in_dims, *args):
         return _loop(_Refusals, info, in_dims, *args)
+
+
+class _Drawn(_WithoutDerivative):
+    """Labels, within a transform."""
+
+    @staticmethod
+    def forward(call, *tensors):
+        inputs, constants = _split(call, tensors)
+        return run(call, inputs, constants, needs=[False] * len(inputs))[0]
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _loop(_Drawn, info, in_dims, *args)
+
+
+def drawn(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> Tensor:
+    """The labels of an op that has no derivative, within a transform."""
+    return _Drawn.apply(call, *inputs, *constants)
 
 
 def refuse_hidden_values(op: str, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> None:
@@ -409,5 +431,5 @@ def refuse_hidden_values(op: str, inputs: Sequence[Tensor], constants: Sequence[
 
 # Function.apply asks for the signature of `forward` at each call; reading it from the source takes longer than
 # a small kernel does.
-for _function in (_Refusals, _Value, _Gradient, _Derivative, _Product):
+for _function in (_Refusals, _Drawn, _Value, _Gradient, _Derivative, _Product):
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010

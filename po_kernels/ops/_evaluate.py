@@ -39,11 +39,13 @@ def evaluate(
                 "differentiate it twice without notice; use estimator='dice'"
             )
         name = "reference"
+    call = _autograd.Call(op, name, config, want_stats)
+    if not row.differentiable and not compiling and _modes.transforms_active():
+        return _autograd.drawn(call, inputs, constants), ()
     if name == "reference" and config.estimator != "reinforce":  # which plain torch would differentiate twice, wrongly
         if not compiling and _modes.transforms_active():
             _autograd.refuse_hidden_values(op, inputs, constants)
         return dispatch.plain(op, row.Inputs(*inputs), row.Constants(*constants), config)
-    call = _autograd.Call(op, name, config, want_stats)
     if not row.differentiable:
         return _autograd.run(call, [x.detach() for x in inputs], constants, needs=[False] * len(inputs))[0], ()
     value, stacked = _autograd.value(call, inputs, constants, compiling)

@@ -31,7 +31,9 @@ def gaussian_sample(
         mean: (*, D), one policy a row.
         log_std: (*, D) or (D,), log of the standard deviation.
         num_samples: G, samples a row.
-        seed: 64-bit seed, or an int64 scalar tensor; None draws one from torch's default CPU generator.
+        seed: 64-bit seed, or an int64 scalar tensor; None draws one from torch's default CPU generator. Under
+            torch.func.vmap a seed is that of every problem, a batch of seeds has one for each, and None draws as the
+            `randomness` of vmap says.
         stream: keeps apart what shares a seed, such as the two heads of a policy: other numbers for each stream.
         row_offset: number of the first row, for a shard of a larger batch.
         backend: name of the backend; None for the first that can serve the call.

@@ -178,5 +178,20 @@ def test_a_scale_that_is_not_finite():
     test_mvn.test_a_scale_that_is_not_finite(BACKEND, float("inf"))
 
 
+@pytest.mark.parametrize("family", ["gaussian", "mvn"])
+def test_sums_over_samples(family):
+    """A large number and then small ones, of which a chunk of those held makes less than half the last digit of it."""
+    count, small = 200_000, 0.4 / 1000
+    large = torch.full((count, 1, 2), small)
+    large[0] = 2.0**24
+    mean, scale = torch.zeros(1, 2, requires_grad=True), torch.eye(2) if family == "mvn" else torch.zeros(2)
+    samples = getattr(pk, f"{family}_sample")(mean, scale, count, seed=1, backend=BACKEND)
+    log_prob = getattr(pk, f"{family}_log_prob")(mean, scale, large, backend=BACKEND)
+    for value in ((samples * large).sum(), log_prob.sum()):
+        (found,) = torch.autograd.grad(value, mean)
+        # Of a run of 32 chunks nothing need be left of 32 times 0.4.
+        assert (found.double() - 2.0**24 - (count - 1) * small).abs().max() <= 32 * 0.4 + 2
+
+
 def test_sums_over_rows_of_equal_numbers():
     test_long_sums.test_rows_share_a_precision(BACKEND)

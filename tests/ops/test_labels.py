@@ -1,10 +1,12 @@
 """How labels are drawn: the rule in integers, known answers, and classes that 24 bits could not reach."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import po_kernels as pk
 from po_kernels.backends.reference import philox
@@ -16,6 +18,29 @@ EVERYWHERE = pytest.mark.parametrize("backend", serving("categorical_sample"))
 
 # Of seed 2024, five samples of rows 0 and 1, the logits 0, 1, ..., 999 times 0.01.
 KNOWN_LABELS = [[949, 878], [874, 830], [997, 897], [879, 967], [606, 991]]
+
+
+@EVERYWHERE
+def test_a_batch_of_problems(backend):
+    """Under vmap labels are those of each problem by itself, with one seed for all or with its own."""
+    logits, seeds = torch.randn(3, 2, 50), torch.tensor([4, 5, 2**40])
+    sample = partial(pk.categorical_sample, num_samples=6, stream=2, backend=backend)
+    found = torch.func.vmap(lambda x, seed: sample(x, seed=seed))(logits, seeds)
+    assert torch.equal(found, torch.stack([sample(x, seed=int(seed)) for x, seed in zip(logits, seeds, strict=True)]))
+    found = torch.func.vmap(partial(sample, seed=9))(logits)
+    assert torch.equal(found, torch.stack([sample(x, seed=9) for x in logits]))
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(sample)(logits)
+    equal = logits[:1].expand(3, 2, 50)
+    same, different = (torch.func.vmap(sample, randomness=kind)(equal) for kind in ("same", "different"))
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(different[0], different[1])
+
+
+def test_a_stream_of_a_seed_that_is_not_at_hand():
+    with FakeTensorMode():
+        labels = pk.categorical_sample(torch.zeros(2, 3), 4, seed=torch.tensor(1), stream=1)
+    assert labels.shape == (4, 2)
 
 
 def numpy_labels(logits: np.ndarray, seed: int, samples: int) -> np.ndarray:

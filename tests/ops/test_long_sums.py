@@ -49,6 +49,19 @@ def test_classes(backend, classes):
         assert abs(stats.entropy.item() - entropy) <= 2 * RUN * entropy
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", serving("categorical_surrogate_loss"))
+def test_twenty_million_classes(backend):
+    """So many runs that what each of them rounds off is a long sum too."""
+    classes = 20_000_000
+    _, stats = pk.categorical_surrogate_loss(
+        torch.full((1, classes), 0.3), torch.tensor([[3]]), torch.zeros(1, 1), advantage="none", return_stats=True,
+        backend=backend,
+    )  # fmt: skip
+    for found in (stats.entropy, -stats.log_prob):
+        assert abs(found.item() / math.log(classes) - 1) <= RUN
+
+
 @pytest.mark.parametrize("backend", serving("group_advantage"))
 @pytest.mark.parametrize("offset", [0.0, 1.0, 100.0])
 def test_group_of_a_million(backend, offset):

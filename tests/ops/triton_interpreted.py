@@ -5,9 +5,9 @@ import torch
 import triton
 
 import po_kernels as pk
-from po_kernels.backends.triton import launch, token
+from po_kernels.backends.triton import categorical, launch, token
 
-from . import bounds, test_numbers
+from . import bounds, test_long_sums, test_numbers, test_tiny
 from .cases import (
     ADVANTAGES,
     ESTIMATORS,
@@ -92,14 +92,14 @@ def test_tokens_in_blocks(softcap, monkeypatch):
 
 def in_chunks_of_two(group: int, dim: int, *_: object, **__: object) -> launch.Tile:
     block_d, whole = (triton.next_power_of_2(size) for size in (dim, group))
-    return launch.Tile(1, 2, whole // 2, max(4, block_d), 1)
+    return launch.Tile(1, min(2, whole), max(1, whole // 2), max(4, block_d), 1)
 
 
 @pytest.mark.parametrize("op", [op for op in LOSSES if "categorical" not in op])
 def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
     for name in ("tile", "drawn_tile"):
         monkeypatch.setattr(launch, name, in_chunks_of_two)
-    monkeypatch.setattr(launch, "_MOST_PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_USUAL_PROGRAMS", 2)
     options = {"precision_kind": "full", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
     agrees(draw(op, 2, lead=(3,), dim=2, group=3, **options))
     if op == "gaussian_policy_loss":
@@ -182,3 +182,73 @@ def test_a_row_that_is_not_a_number_stays_in_its_part_of_the_table():
         (gradients[backend],) = torch.autograd.grad(loss, table)
     assert gradients[BACKEND][:, 3].isnan().all()
     torch.testing.assert_close(gradients[BACKEND], gradients["reference"], equal_nan=True)
+
+
+def test_numbers_among_the_subnormal_ones():
+    test_tiny.test_standardized(BACKEND, torch.float32)
+    test_tiny.test_second_derivative_of_standardized(BACKEND)
+    test_tiny.test_statistics_of_tiny_rewards_by_enumeration(BACKEND)
+    test_tiny.test_log_std_of_a_subnormal_deviation(BACKEND)
+    test_tiny.test_subnormal_scale_tril(BACKEND)
+    test_tiny.test_rewards_of_a_loss("gaussian_surrogate_loss", BACKEND, "standardized")
+
+
+def test_vocabularies():
+    test_long_sums.test_classes(BACKEND, 151_936)
+
+
+# A large number and then small ones, each less than half the last digit of the sum: an accumulator of float32 loses all
+# of them, one of a run of four tiles those three. Memory is for one program, so that runs do not end with it.
+LARGE, SMALL, COUNT = 2.0**24, 0.4, 30
+LEFT_OUT = 3 * 2 * SMALL + 2  # a tile has two, and the result is rounded to an even number
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    for name in ("tile", "drawn_tile"):
+        monkeypatch.setattr(launch, name, in_chunks_of_two)
+    for module in (launch, categorical):
+        monkeypatch.setattr(module, "RUN", 4)
+    monkeypatch.setattr(launch, "_MOST_SUMS", 1)
+
+
+def one_and_then_many() -> torch.Tensor:
+    return torch.tensor([LARGE, *[SMALL] * (COUNT - 1)])
+
+
+def has_all_terms(found: torch.Tensor, sum_of: torch.Tensor) -> None:
+    assert (found.double() - sum_of.double().sum()).abs().max() <= LEFT_OUT
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_sums_over_chunks():
+    mean, zero = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1)
+    root = torch.ones(1, 1, 1, requires_grad=True)
+    large = one_and_then_many().reshape(COUNT, 1, 1)
+    (found,) = torch.autograd.grad(pk.gaussian_log_prob(mean, zero, large, backend=BACKEND).sum(), mean)
+    has_all_terms(found, large)
+    (found,) = torch.autograd.grad((pk.gaussian_sample(mean, zero, COUNT, seed=1, backend=BACKEND) * large).sum(), mean)
+    has_all_terms(found, large)
+    value = (large + 1).sqrt()
+    (found,) = torch.autograd.grad(pk.mvn_log_prob(zero, root, value, backend=BACKEND).sum(), root)
+    has_all_terms(found, value.double().square() - 1)
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_sums_over_rows():
+    target = one_and_then_many().sqrt().unsqueeze(-1)
+    precision = torch.tensor(1.0, requires_grad=True)
+    zero = torch.zeros(COUNT, 1)
+    loss = pk.gaussian_policy_loss(zero, zero - 20, target, precision, reduction="sum", backend=BACKEND)
+    has_all_terms(loss, target.double().square())
+    (found,) = torch.autograd.grad(loss, precision)
+    has_all_terms(found, target.double().square())
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_samples_of_one_class():
+    logits, labels = torch.zeros(1, 2, requires_grad=True), torch.ones(COUNT, 1, dtype=torch.int64)
+    rewards = 2 * COUNT * one_and_then_many().unsqueeze(-1)
+    loss = pk.categorical_surrogate_loss(logits, labels, rewards, advantage="none", backend=BACKEND)
+    (found,) = torch.autograd.grad(loss, logits)
+    has_all_terms(-found[:, 1], rewards / (2 * COUNT))

@@ -1,6 +1,6 @@
 // Long sums. With u the unit roundoff, n numbers in one accumulator err by up to n u Σ|x|, and equal ones do. Here runs
-// of kRun are added up as such, and the runs with a second accumulator that takes what the first one rounds off (Knuth,
-// The Art of Computer Programming 2, 4.2.2): the error is at most (kRun + 1) u Σ|x|, and n / kRun u² Σ|x|, whatever n.
+// of kRun are added up as such, and what the accumulator of the runs rounds off goes with the next one (Kahan 1965;
+// Higham, Accuracy and Stability of Numerical Algorithms, 4.3): at most (kRun + 3) u Σ|x|, and n / kRun u² Σ|x|.
 #pragma once
 
 #include "po_kernels/blocks.hpp"
@@ -17,16 +17,20 @@ struct Total {
   V sum{}, rest{};
 
   PK_FN void add(V x) {
+    x = x + rest;
     const V total = sum + x;
     const V part = total - sum;
-    rest = rest + ((sum - (total - part)) + (x - part));
+    rest = or_zero((sum - (total - part)) + (x - part));
     sum = total;
   }
-  PK_FN V value() const {
+  PK_FN V value() const { return sum + rest; }
+
+  // Of inf nothing is rounded off, and the difference is nan.
+  PK_FN static V or_zero(V x) {
     if constexpr (is_dual<V>) {
-      return {Total<Primal<V>>{sum.v, rest.v}.value(), Total<Primal<V>>{sum.t, rest.t}.value()};
+      return {Total<Primal<V>>::or_zero(x.v), Total<Primal<V>>::or_zero(x.t)};
     } else {
-      return select(rest == rest, sum + rest, sum);  // inf leaves nan in the rest
+      return select(x == x, x, V{});
     }
   }
 };

@@ -15,6 +15,7 @@ from ..contract import OPS, Request
 _BLOCKS_PER_MULTIPROCESSOR = 12
 _MOST_BLOCKS = 4096
 _MOST_SUMS = 2**20
+_RUN = 32  # samples, as kRun in csrc/include/po_kernels/sums.hpp
 _HEAD = 6  # the loss and its statistics, as in csrc/cuda/loss_sums.hpp
 
 
@@ -43,7 +44,13 @@ class _Kernel(Kernel):
             most = _BLOCKS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
         arguments["blocks"] = blocks = min(rows, most, max(64, _MOST_SUMS // (_HEAD + terms)))
         if "reduction" in arguments:
-            partials = torch.empty(blocks * (_HEAD + terms), dtype=torch.float64, device=device)
+            numbers = blocks * (_HEAD + terms)
+        else:
+            many = arguments.get("count", arguments.get("num_samples", 0)) > _RUN
+            summed = many and any(request.needs[:2])  # over samples: the gradients in the mean and the scale
+            numbers = sum(x.numel() for x in request.inputs[:2]) if summed else 0
+        if numbers:
+            partials = torch.empty(numbers, dtype=torch.float64, device=device)
             arguments["partials"] = partials.data_ptr()
         arguments["emulate"] = device.type == "cpu"
         arguments["backward"] = os.environ.get("PO_KERNELS_CUDA_EMULATE", "").lower() == "backward"

@@ -38,10 +38,22 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 
 
 def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The value, and the statistics of a loss; both have derivatives by autograd. Autocast changes neither."""
+    """The value, and the statistics of a loss; both have derivatives by autograd. Autocast changes neither.
+
+    Under autocast all is computed in float64, which autocast does not touch: passes that differentiate it may run
+    there too, and it would take their matrix products in half precision.
+    """
     checks.values(OPS[op], inputs, constants)
-    with autocast.disabled(inputs[0]):
-        found = DEFINITIONS[op](inputs, constants, config)
+    kind, dtype = inputs[0].device.type, inputs[0].dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with autocast.disabled(inputs[0]):
+            value, statistics = _evaluate(op, type(inputs)(*(x.double() for x in inputs)), constants, config)
+            return value.to(OPS[op].value_dtype(dtype)), tuple(x.to(dtype) for x in statistics)
+    return _evaluate(op, inputs, constants, config)
+
+
+def _evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Tensor, tuple[Tensor, ...]]:
+    found = DEFINITIONS[op](inputs, constants, config)
     if not isinstance(found, RowLoss):
         return found, ()
     loss, *statistics = found

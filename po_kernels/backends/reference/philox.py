@@ -4,6 +4,7 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 Key = the 64-bit seed; counter = (dimension block of 4, sample, row low word, row high word).
 """
 
+import contextlib
 import math
 from typing import Any
 
@@ -50,11 +51,15 @@ def stream_key(seed: Tensor, stream: int) -> Tensor:
         seed: () int64.
         stream: from 1 to 2**63 - 1.
     """
+    number: Any = seed
     if not torch.compiler.is_compiling() and seed.device.type == "cpu":
-        number = int(seed)  # in integers of Python, of which a hundred operations take a few microseconds
-        low, high, _, _ = _words(number & _MASK, (number >> 32) & _MASK, stream)
+        # In integers of Python, of which a hundred operations take a few microseconds, if the number is at hand: that
+        # of a fake tensor, or of one within a transform, is not.
+        with contextlib.suppress(RuntimeError):
+            number = int(seed)
+    low, high, _, _ = _words(number & _MASK, (number >> 32) & _MASK, stream)
+    if isinstance(number, int):
         return torch.tensor((high << 32 | low) - (2**64 if high >> 31 else 0), dtype=torch.int64, device="cpu")
-    low, high, _, _ = _words(seed & _MASK, (seed >> 32) & _MASK, stream)
     return high << 32 | low
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import launch, tally
 from .group import finish_group, transformed
 from .lanes import (
+    RUN,
     accumulate,
     add,
     exp,
@@ -22,9 +23,12 @@ from .lanes import (
     masked,
     mul,
     negative,
+    no_sum,
     number,
     output,
     plus,
+    power_of_two,
+    rounded,
     split,
     sub,
     times,
@@ -104,17 +108,20 @@ def draw(logits, c, u, classes):
 def scattered(label, x, c, count, K: tl.constexpr):
     """Σ_g x_g [label_g = c], (1, B, BLOCK_D), in the order of the samples; label and x (1, B, G)."""
     g = tl.arange(0, K.BLOCK_G)[None, None, :]
-    result = zeros((1, K.BLOCK_B, K.BLOCK_D), K)
-    for i in range(0, count):
-        chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
-        result = add(result, masked(c == chosen, total(masked(g == i, x), 2)))
-    return result
+    result = no_sum((1, K.BLOCK_B, K.BLOCK_D), K)
+    for first in range(0, count, RUN):
+        part = zeros((1, K.BLOCK_B, K.BLOCK_D), K)
+        for i in range(first, tl.minimum(first + RUN, count)):
+            chosen = tl.sum(tl.where(g == i, label, 0), axis=2, keep_dims=True)
+            part = add(part, masked(c == chosen, total(masked(g == i, x), 2)))
+        result = add(result, part)
+    return rounded(result, K)
 
 
 @triton.jit
 def no_table(K: tl.constexpr):
     SIZE: tl.constexpr = K.BLOCK_D if K.IN_REGISTERS else 1
-    return tl.zeros((SIZE, SIZE), K.T)
+    return tl.zeros((SIZE, SIZE), tl.float64 if K.WIDE else K.T)
 
 
 @triton.jit
@@ -126,7 +133,10 @@ def add_to_table(sums, to, x, label, inside, c, classes, K: tl.constexpr):
     if K.IN_REGISTERS:
         # What is not finite would be in all rows of a product.
         if tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1)) == 0:
-            sums = add_by_label(sums, label, x, c)
+            if K.WIDE:
+                sums += add_by_label(tl.zeros_like(sums).to(tl.float32), label, x, c)
+            else:
+                sums = add_by_label(sums, label, x, c)
         else:
             add_in_memory(to, x, label, known, c, classes)
     else:
@@ -215,7 +225,9 @@ def policy_loss(
                     by_class = mul(by_class, times(reward, options.gamma))
             std = tl.zeros((1, K.BLOCK_B, 1), K.T)
             if K.WANT_STATS:
-                std = tl.sqrt(total(p * deviation * deviation, 2))
+                unit = power_of_two(tl.max(tl.where(p > 0, tl.abs(deviation), 0), axis=2, keep_dims=True))
+                deviation = deviation / unit  # whose squares do not vanish
+                std = unit * tl.sqrt(total(p * deviation * deviation, 2))
             moments = value(objective), std, std
         else:
             g = tl.arange(0, K.BLOCK_G)[None, None, :]
@@ -284,7 +296,7 @@ def log_prob(
     inside = row < rows
     x = load(logits, row * logits_stride + c, inside & (c < classes), 0, K)
     p, _, _, log_normaliser = softmax(x, c, classes)
-    sums = tl.zeros((1, K.BLOCK_B, K.BLOCK_D), K.T)
+    sums = output(no_sum((1, K.BLOCK_B, K.BLOCK_D), K), K)
     for chunk in range(0, chunks):
         g = (tl.program_id(1).to(tl.int64) * chunks + chunk) * K.BLOCK_G + tl.arange(0, K.BLOCK_G)[None, None, :]
         there = inside & (g < count)
@@ -324,7 +336,7 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     )
     value, stats, sums = launch.loss(
         call, policy_loss, tile, (classes, classes) if need else (0,),
-        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers},
+        {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers, "LONG": _is_long(count)},
         **call.rows("logits"), target=call.constants.target.contiguous(),
         # By label first, for the rewards of a row to be neighbours.
         table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
@@ -335,11 +347,16 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     return value, stats
 
 
+def _is_long(count: int) -> bool:
+    """Whether as many samples of a class are too many for a run of runs."""
+    return count > launch.RUN**2
+
+
 def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     samples, classes = call.constants.samples.contiguous(), call.inputs.logits.shape[1]
     count = call.whole_group(samples.shape[0])
     value, stats, _ = launch.loss(
-        call, surrogate_loss, launch.class_tile(count, classes), (0,), {},
+        call, surrogate_loss, launch.class_tile(count, classes), (0,), {"LONG": _is_long(count)},
         **call.rows("logits"), **call.rows("rewards", 2), samples=samples, classes=classes, count=count,
     )  # fmt: skip
     return value, stats
@@ -349,8 +366,7 @@ def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
     at, classes = call.constants.value.contiguous(), call.inputs.logits.shape[1]
     return launch.in_chunks(
         call, log_prob, call.empty(*at.shape), launch.class_tile(min(len(at), _LABELS_AT_ONCE), classes),
-        {}, call.needs.logits, **call.rows("logits"), at=at, cotangent=call.cotangent, to=call.gradients,
-        classes=classes,
+        {}, call.needs.logits, **call.rows("logits"), at=at, classes=classes,
     )  # fmt: skip
 
 

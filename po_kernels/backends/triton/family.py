@@ -21,7 +21,7 @@ from .lanes import (
     masked,
     mul,
     negative,
-    nothing,
+    no_sum,
     number,
     output,
     sub,
@@ -116,7 +116,7 @@ def policy_loss(
             rewards = zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K)
             excess = tl.zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K.T)
             gradients = no_gradients(K)
-            pulled = nothing((K.BLOCK_D, K.BLOCK_B, 1), K)
+            pulled = no_sum((K.BLOCK_D, K.BLOCK_B, 1), K)
             for chunk in tl.range(0, K.CHUNKS, loop_unroll_factor=UNROLL):
                 eps = normals(key, chunk * K.BLOCK_G + member, row + row_offset, K.dim, K.BLOCK_D, K.T)
                 x = residual(m, s, y, eps, K)
@@ -192,7 +192,7 @@ def surrogate_loss(
         entropy = entropy_of(log_det, K)
         given = zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K)
         excess = tl.zeros((K.CHUNKS, K.BLOCK_B, K.BLOCK_G), K.T)
-        density_sum = tl.zeros((1, K.BLOCK_B, 1), K.T)
+        density_sum = tl.zeros((1, K.BLOCK_B, 1), tl.float64)
         for chunk in range(K.CHUNKS):
             g = (chunk * K.BLOCK_G + member).to(tl.int64)
             there = inside & (g < K.count)
@@ -291,11 +291,14 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
     apart = _taken_apart(dim, call.known["TRIANGULAR"], call.dual)
     tile = launch.drawn_tile(group, dim, call.dtype, kind == 2) if apart else launch.tile(group, dim, kind == 2)
     shared = ((1,), (dim,), (dim, dim))[kind] if call.needs.precision else (0,)
+    closed = call.config.estimator == "analytic"
+    turns = dim if closed and call.known["TRIANGULAR"] else tile.chunks
     value, stats, sums = launch.loss(
         call, policy_loss, tile, shared,
         {"dim": dim, "count": group, "KIND": kind, "APART": apart,
-         "CLOSED_FORM": call.config.estimator == "analytic", "WHITE": call.known["SCORE"],
+         "CLOSED_FORM": closed, "WHITE": call.known["SCORE"],
          "IN_MEMORY": tile.dim > launch.MOST_IN_REGISTERS},
+        turns, launch.run_of_products(tile) if kind == 2 else 0,
         **call.rows("mean"), **call.rows("scale"), **call.rows("target"),
         precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
         row_offset=call.config.row_offset,
@@ -321,9 +324,10 @@ def _symmetric(u: Tensor) -> Tensor:
 def _surrogate_loss(call: Call) -> tuple[Tensor, Tensor]:
     samples = launch.with_contiguous_rows(call.constants.samples, 2)
     count, _, dim = samples.shape
+    tile = launch.tile(call.whole_group(count), dim)
     value, stats, _ = launch.loss(
-        call, surrogate_loss, launch.tile(call.whole_group(count), dim), (0,),
-        {"dim": dim, "count": count},
+        call, surrogate_loss, tile, (0,),
+        {"dim": dim, "count": count}, tile.chunks,
         **call.rows("mean"), **call.rows("scale"), **call.rows("rewards", 2),
         samples=samples, samples_stride_g=samples.stride(0), samples_stride=samples.stride(1),
     )  # fmt: skip
@@ -336,7 +340,6 @@ def _log_prob(call: Call) -> tuple[Tensor, Tensor]:
         call, log_prob, call.empty(count, rows), launch.tile(count, dim),
         {"dim": dim}, call.needs.mean or call.needs.scale,
         **call.rows("mean"), **call.rows("scale"), **call.rows("value", 2),
-        cotangent=call.cotangent, to=call.gradients,
     )  # fmt: skip
 
 
@@ -346,8 +349,7 @@ def _sample(call: Call) -> tuple[Tensor, Tensor]:
     return launch.in_chunks(
         call, draw, call.empty(count, rows, dim), launch.tile(count, dim),
         {"dim": dim}, call.needs.mean or call.needs.scale,
-        **call.rows("mean"), **call.rows("scale"), cotangent=call.cotangent, to=call.gradients,
-        seed=call.seed, row_offset=call.config.row_offset,
+        **call.rows("mean"), **call.rows("scale"), seed=call.seed, row_offset=call.config.row_offset,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Vectors are (BLOCK_D, B, G), zero beyond K.dim. The functions are those of `mvn`
 import triton
 import triton.language as tl
 
-from .lanes import add, exp, masked, mul, mul_add, negative, output, square, times, total, value
+from .lanes import LIFT, add, exp, masked, mul, mul_add, negative, output, plus, square, times, total, value
 from .precision import FULL, add_diagonal, apply_squared, diagonal_of
 
 
@@ -24,15 +24,17 @@ def sample(scale, eps, mean, K: tl.constexpr):
 
 @triton.jit
 def whiten(scale, x, K: tl.constexpr):
-    """S⁻¹ x = S⁻ᵀ x."""
-    return mul(x, exp(negative(scale)))
+    """S⁻¹ x = S⁻ᵀ x. Of a σ whose inverse would be inf a power of two goes with x."""
+    small = value(scale) < (-700.0 if value(scale).dtype == tl.float64 else -80.0)
+    inverse = exp(negative(plus(scale, tl.where(small, 44.3614195558365, 0.0).to(K.T))))  # log 2^64
+    return mul(times(x, tl.where(small, LIFT, 1.0)), inverse)
 
 
 @triton.jit
 def whiten_noise(scale, mean, eps, K: tl.constexpr):
     """S⁻¹ (ŷ - μ) of the constant sample ŷ = μ + S eps: eps, with the derivative that μ and S give it."""
     if K.DUAL:
-        return eps, -(mean[1] * tl.exp(-scale[0]) + scale[1] * eps)
+        return eps, -(whiten(scale[0], mean[1], K) + scale[1] * eps)
     else:
         return eps
 

@@ -4,6 +4,8 @@ Groups are (CHUNKS, B, BLOCK_G), what a row has one of, (1, B, 1). `g` (CHUNKS, 
 is beyond the `count` of them, a floating scalar, is zero. K.ADVANTAGE is the number of a kind.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,13 +16,10 @@ from .lanes import (
     choose,
     constant,
     exp,
-    inverse,
     masked,
     mul,
-    or_one,
     plus,
-    square,
-    square_root,
+    power_of_two,
     sub,
     times,
     total,
@@ -48,9 +47,12 @@ def advantages(reward, g, count, K: tl.constexpr):
         return times(centred(reward, g, count), count / (count - 1))
     else:
         tl.static_assert(K.ADVANTAGE == STANDARDIZED)
-        deviation = centred(reward, g, count)
-        std, varies = standard_deviation(deviation, count)
-        return masked(varies, mul(deviation, inverse(plus(std, STANDARDIZED_EPS))))
+        s = spread(reward, g, count)
+        found = s.deviation * s.factor
+        if isinstance(reward, tl.tensor):
+            return found
+        else:
+            return found, (s.tangent - found * s.std_tangent) * s.inverse_std
 
 
 @triton.jit
@@ -64,12 +66,20 @@ def advantages_transposed(reward, u, g, count, K: tl.constexpr):
         return times(less_mean(u, g, count), count / (count - 1))
     else:
         tl.static_assert(K.ADVANTAGE == STANDARDIZED)
-        deviation = centred(reward, g, count)
-        std, varies = standard_deviation(deviation, count)
-        scale = inverse(plus(std, STANDARDIZED_EPS))
-        dot = times(over(mul(u, deviation)), 1.0 / count)
-        slope = mul(mul(dot, square(scale)), inverse(std))
-        return masked(varies, sub(mul(less_mean(u, g, count), scale), mul(deviation, slope)))
+        # With n = (r - mean r) / std: (u - mean u) / (std + 1e-6) - (r - mean r) mean(u n) / (std + 1e-6)².
+        s = spread(reward, g, count)
+        found = s.deviation * s.factor
+        along = times(over(times(u, s.direction)), 1.0 / count)
+        rest = less_mean(u, g, count)
+        if isinstance(reward, tl.tensor):
+            return (rest - found * along) * s.inverse_std
+        else:
+            # The tangent of n is (ṙ - mean ṙ - n ṡtd) / std, of which that divisor meets the std in r - mean r = n std.
+            turned = over(u[0] * s.tangent) * (1.0 / count)
+            turned = (turned - along[0] * s.std_tangent) * s.inverse_std + along[1] * s.relative * s.factor
+            pulled = (rest[0] - found * along[0]) * s.inverse_std
+            falling = (2 * found * along[0] - rest[0]) * s.std_tangent - s.tangent * along[0]
+            return pulled, (rest[1] + falling * s.inverse_std - s.direction * turned) * s.inverse_std
 
 
 @triton.jit
@@ -94,25 +104,56 @@ def centred(x, g, count):
     return less_mean(from_first(x, g, count), g, count)
 
 
-@triton.jit
-def standard_deviation(deviation, count):
-    """Of samples centred already, and whether they differ; 1, with no derivative, where they do not.
+class Spread(NamedTuple):
+    """Of the samples of a group, (CHUNKS, B, BLOCK_G), and their standard deviation, (1, B, 1), as in advantage.hpp.
 
-    Deviations are squared relative to the largest, so that they neither overflow nor vanish.
+    All is relative to a power of two near the largest sample, so that squares neither overflow nor vanish and nothing
+    is divided by a subnormal number.
+
+    Attributes:
+        unit: that power of two.
+        deviation: from the mean, over unit; zero beyond the group.
+        relative: the standard deviation over unit.
+        direction: deviation over relative; 0 of equal samples, as are the two that follow.
+        factor: unit over the standard deviation and 1e-6.
+        inverse_std: 1 over the same.
+        tangent: of the deviation from the mean; a number that is not used where samples have none.
+        std_tangent: of the standard deviation, likewise.
     """
-    size = tl.abs(value(deviation))
-    largest = tl.max(tl.max(size, axis=0, keep_dims=True), axis=2, keep_dims=True)
-    varies = over((size != 0).to(tl.int32)) != 0  # a nan is other than 0
-    unit = tl.where(largest != 0, largest, 1)
-    variance = times(over(square(times(deviation, 1 / unit))), 1.0 / count)
-    return times(square_root(or_one(varies, variance)), unit), varies
+
+    unit: Any
+    deviation: Any
+    relative: Any
+    direction: Any
+    factor: Any
+    inverse_std: Any
+    tangent: Any
+    std_tangent: Any
+
+
+@triton.jit
+def spread(x, g, count):
+    size = tl.where(g < count, tl.abs(value(x)), 0)
+    unit = power_of_two(tl.max(tl.max(size, axis=0, keep_dims=True), axis=2, keep_dims=True))
+    inverse = 1 / unit
+    deviation = centred(value(x) * inverse, g, count)
+    relative = tl.sqrt(over(deviation * deviation) * (1.0 / count))
+    varies = relative != 0  # also nan
+    direction = tl.where(varies, deviation / tl.where(varies, relative, 1), 0)
+    factor = tl.where(varies, 1 / (relative + inverse * STANDARDIZED_EPS), 0)
+    tangent = unit
+    std_tangent = unit
+    if not isinstance(x, tl.tensor):
+        tangent = centred(x[1], g, count)
+        std_tangent = over(direction * tangent) * (1.0 / count)
+    return Spread(unit, deviation, relative, direction, factor, factor * inverse, tangent, std_tangent)
 
 
 @triton.jit
 def group_std(x, g, count):
     """Without derivatives."""
-    std, varies = standard_deviation(centred(value(x), g, count), count)
-    return masked(varies, std)
+    s = spread(value(x), g, count)
+    return s.relative * s.unit
 
 
 @triton.jit

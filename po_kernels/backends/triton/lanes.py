@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+LEAST = tl.constexpr((2.0**-126, 2.0**-1022))  # normal numbers of float32 and float64; their inverses are normal too
+LIFT = tl.constexpr(2.0**64)
+RUN = tl.constexpr(64)  # terms in an accumulator of float32
+
 
 class Pair(NamedTuple):
     """An input in memory, and its tangent of the same strides; without one the input again, which is not read.
@@ -124,6 +128,31 @@ def inverse(a):
 
 
 @triton.jit
+def divide(a, b):
+    """a / b for a positive b that may be subnormal, and whose inverse would be inf: a power of two goes with both."""
+    if isinstance(b, tl.tensor):
+        lift = tl.where(b < LEAST[b.dtype == tl.float64], LIFT, 1.0)
+        return times(times(a, lift), 1 / (b * lift))
+    elif isinstance(a, tl.tensor):
+        y = divide(a, b[0])
+        return y, divide(-y * b[1], b[0])
+    else:
+        y = divide(a[0], b[0])
+        return y, divide(a[1] - y * b[1], b[0])
+
+
+@triton.jit
+def power_of_two(x):
+    """One near x, which is not negative; a normal number, as its inverse is."""
+    if x.dtype == tl.float64:
+        power = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        return tl.minimum(tl.maximum(power, LEAST[1]), 1 / LEAST[1])
+    else:
+        power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        return tl.minimum(tl.maximum(power, LEAST[0]), 1 / LEAST[0])
+
+
+@triton.jit
 def exp(a):
     if isinstance(a, tl.tensor):
         return tl.exp(a)
@@ -135,15 +164,6 @@ def exp(a):
 @triton.jit
 def log(a):
     return tl.log(a) if isinstance(a, tl.tensor) else (tl.log(a[0]), a[1] / a[0])
-
-
-@triton.jit
-def square_root(a):
-    if isinstance(a, tl.tensor):
-        return tl.sqrt(a)
-    else:
-        y = tl.sqrt(a[0])
-        return y, 0.5 * a[1] / y
 
 
 @triton.jit
@@ -254,18 +274,23 @@ def nothing(SHAPE: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def no_sum(SHAPE: tl.constexpr, K: tl.constexpr):
+    """`nothing` for a sum over chunks: in float64 where they are too many for one accumulator."""
+    return constant(tl.full(SHAPE, -0.0, tl.float64 if K.LONG else K.T), K)
+
+
+@triton.jit
+def rounded(a, K: tl.constexpr):
+    return a.to(K.T) if isinstance(a, tl.tensor) else (a[0].to(K.T), a[1].to(K.T))
+
+
+@triton.jit
 def alone(mask, a):
     """`masked` for a sum over a single entry."""
     if isinstance(a, tl.tensor):
         return tl.where(mask, a, -0.0)
     else:
         return tl.where(mask, a[0], -0.0), tl.where(mask, a[1], -0.0)
-
-
-@triton.jit
-def or_one(mask, a):
-    """The constant 1 where the mask is not set."""
-    return tl.where(mask, a, 1) if isinstance(a, tl.tensor) else (tl.where(mask, a[0], 1), tl.where(mask, a[1], 0))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import checks
 from ..advantages import ADVANTAGES
 from ..contract import NUM_STATS, OPS, Kernel, Op, Request
-from . import tally
+from . import lanes, tally
 from .lanes import Pair
 
 # Elements of a tile of samples in memory: more would not fit the registers, fewer would leave a warp without work.
@@ -26,11 +26,17 @@ _LEAST_MULTIPLIED = 16  # rows and columns of a matrix, on tensor cores
 # Registers hold the rewards of a whole group.
 _LARGEST_GROUP = 2**16
 # Programs whose sums over rows are added up afterwards, and numbers that these sums may take together.
-_MOST_PROGRAMS = 2048
+_USUAL_PROGRAMS = 2048
 _MOST_SUMS = 2**24
 _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
 
 MOST_IN_REGISTERS = 64  # rows of a matrix of sums
+
+# Sums of n terms in an accumulator of float32 err by up to n u Σ|x|, u = 2^-24. One takes RUN tiles, each summed by
+# threads that have up to 256 elements and then by halves, and goes on in float64: (RUN + 266) u Σ|x|. Of products of
+# matrices, which tensor cores add up eight terms at a time and do not round to nearest, it is 1024 steps: 2048 u Σ|x|.
+RUN = lanes.RUN.value
+_STEPS = 1024
 
 Arguments = dict[str, Any]
 
@@ -183,6 +189,11 @@ class Call:
             gradient.zero_()
         return self.empty(0)
 
+    def sum_in_double(self) -> None:
+        """The gradient in a triangular scale, which kernels sum up in memory, in float64 until it is returned."""
+        if self.known["TRIANGULAR"]:
+            self.gradients = self.gradients._replace(scale=self.gradients.scale.double())
+
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
@@ -227,13 +238,21 @@ def with_contiguous_rows(x: Tensor, leading: int) -> Tensor:
     return x
 
 
+def run_of_products(tile: Tile) -> int:
+    """How many products of tiles, each of three (`lanes.add_products`), are one run."""
+    return max(1, 8 * _STEPS // (3 * tile.rows * tile.group))
+
+
 def loss(
-    call: Call, kernel: Any, tile: Tile, shared: tuple[int, ...], known: dict[str, Any], **arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: Call, kernel: Any, tile: Tile, shared: tuple[int, ...], known: dict[str, Any], turns: int = 1,
+    run: int = 0, **arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Runs a kernel over the rows of a loss and adds up what its programs report.
 
     Args:
         shared: shape of what is summed over rows besides the loss and the statistics.
+        turns: terms that a block of rows adds to an accumulator.
+        run: terms that are added up in float32, RUN if 0.
 
     Returns:
         the loss, the statistics (empty unless wanted), and the sums of that shape.
@@ -249,15 +268,19 @@ def loss(
         call.no_rows()
         return value.zero_(), stats.zero_(), sums.zero_()
     size = tally.HEAD.value + sums.numel()
-    most = max(1, min(_MOST_PROGRAMS, _MOST_SUMS // size))
-    total_blocks = triton.cdiv(rows, tile.rows)
-    each = triton.cdiv(total_blocks, most)
+    total_blocks, run = triton.cdiv(rows, tile.rows), run or RUN
+    # At most a run of blocks a program, if that is not too many programs.
+    each = min(triton.cdiv(total_blocks, _USUAL_PROGRAMS), max(1, run // turns))
+    each = max(each, triton.cdiv(total_blocks, max(1, _MOST_SUMS // size)))
     programs = triton.cdiv(total_blocks, each)
     # Sums of large matrices start from zero in memory.
-    partial = torch.zeros((programs, size), dtype=call.dtype, device=call.device)
+    partial = torch.zeros((programs, size), dtype=torch.float64, device=call.device)
     reported = {"REDUCED": reduced, "WANT_STATS": want_stats}
+    long = {"LONG": turns > run, "WIDE": each * turns > run}
+    if turns > run:
+        call.sum_in_double()
     call.run_tiles(
-        kernel, (programs,), tile, {**known, **reported, "MEAN": config.reduction == "mean"},
+        kernel, (programs,), tile, {**long, **known, **reported, "MEAN": config.reduction == "mean"},
         **arguments, cotangent=call.cotangent, to=call.gradients, out=tally.Tally(value, stats, partial, size),
         rows=rows, blocks=each, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma or 0.0, share=1.0 / rows,
     )  # fmt: skip
@@ -285,6 +308,11 @@ def in_chunks(
     chunks = triton.cdiv(count, tile.group)
     each = chunks if together else triton.cdiv(chunks, _MOST_CHUNKS)
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(chunks, each)
+    known["LONG"] = together and chunks > RUN
+    if known["LONG"]:
+        call.sum_in_double()
+    if call.op != "categorical_sample":
+        arguments |= {"cotangent": call.cotangent, "to": call.gradients}
     call.run_tiles(kernel, grid, tile, known, **arguments, out=out, rows=rows, chunks=each, count=count)
     return out, call.empty(0)
 
@@ -297,6 +325,6 @@ def served(op: str, evaluate: Callable[[Call], tuple[Tensor, Tensor]]) -> Kernel
             checks.values(OPS[op], request.inputs, request.constants)
         call = Call(OPS[op], request)
         value, stats = evaluate(call)
-        return [value, stats, *call.gradients]
+        return [value, stats, *(x.to(call.dtype) for x in call.gradients)]
 
     return kernel

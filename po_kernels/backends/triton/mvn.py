@@ -13,7 +13,7 @@ from .lanes import (
     add,
     choose,
     constant,
-    inverse,
+    divide,
     is_thin,
     load,
     log,
@@ -147,7 +147,7 @@ def whiten(scale, x, K: tl.constexpr):
     z = zeros(value(x).shape, K)
     for i in range(0, K.dim):
         rest = sub(pick(x, i, d), row_product(scale, i, i, z, K))
-        z = choose(d == i, mul(rest, inverse(diagonal_entry(scale, i, K))), z)
+        z = choose(d == i, divide(rest, diagonal_entry(scale, i, K)), z)
     return z
 
 
@@ -159,7 +159,7 @@ def whiten_transposed(scale, z, K: tl.constexpr):
     for k in range(0, K.dim):
         i = K.dim - 1 - k
         rest = sub(pick(z, i, d), column_product(scale, i, a, K))
-        a = choose(d == i, mul(rest, inverse(diagonal_entry(scale, i, K))), a)
+        a = choose(d == i, divide(rest, diagonal_entry(scale, i, K)), a)
     return a
 
 
@@ -185,7 +185,7 @@ def add_gradient(scale, left, right, inner, to, row, inside, d, first, K: tl.con
     each = tl.arange(0, K.BLOCK_D)[:, None, None]
     for i in tl.range(0, K.dim, loop_unroll_factor=unrolled(K.dim, K.DUAL)):
         at = to + offset + i * K.dim
-        own = mul(inner, inverse(diagonal_entry(scale, i, K)))
+        own = divide(inner, diagonal_entry(scale, i, K))
         if is_thin(d):
             found = total(mul(pick(left, i, d), right), 2)
             found = output(add(found, masked(each == i, own)), K)
@@ -209,7 +209,7 @@ def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, 
 
     The gradient in L of weight · tr(U L Lᵀ) + inner · log det L is stored. By columns l of L: Σ lᵀ U l.
     """
-    result = zeros(value(weight).shape, K)
+    result = constant(tl.zeros(value(weight).shape, tl.float64), K)  # a sum over columns, one after the other
     offset = row * K.dim * K.dim
     for j in range(0, K.dim):
         column = column_of(scale, j, K)
@@ -218,7 +218,7 @@ def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, 
         if K.NEED_PRECISION:
             sums = add_outer(sums, to_precision, factor, column, d, K)
         if K.NEED_SCALE:
-            own = masked(d == j, mul(inner, inverse(diagonal_entry(scale, j, K))))
+            own = masked(d == j, divide(inner, diagonal_entry(scale, j, K)))
             gradient = output(add(times(mul(weight, weighted), 2), own), K)
             tl.store(to + offset + d * K.dim + j, tl.where(d >= j, gradient, 0), inside & (d < K.dim))
     return result, sums
@@ -227,7 +227,7 @@ def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, 
 @triton.jit
 def reward_variance(scale, along, u, d, K: tl.constexpr):
     """2 ‖LᵀUL‖² + 4 ‖Lᵀ along‖², (1, B, 1), without derivatives."""
-    result = tl.zeros_like(total(along, 0))
+    result = tl.zeros_like(total(along, 0)).to(tl.float64)
     for j in range(0, K.dim):
         column = column_of(scale, j, K)
         weighted = apply(u, column, d, K)

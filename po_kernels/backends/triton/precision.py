@@ -5,14 +5,16 @@ all of a sample's: loops over them are unrolled and `pick` is the choice of a re
 
 The gradient in U is summed over the rows of a program as a pair: a matrix (BLOCK_D, BLOCK_D), and a tile with a number
 for each sample in flight, of which what is not the matrix is the sum. Threads add up at the end of a program. A matrix
-too large for registers (K.IN_MEMORY) is summed in the program's part of `partial`.
+too large for registers (K.IN_MEMORY) is summed in the program's part of `partial`, in float64.
 """
 
 import triton
 import triton.language as tl
 
 from .lanes import (
+    RUN,
     accumulate,
+    add,
     add_products,
     add_squares,
     alone,
@@ -76,8 +78,11 @@ def apply(u, x, d, K: tl.constexpr):
     else:
         y = zeros(value(x).shape, K)
         if is_thin(d):
-            for i in range(0, K.dim):
-                y = mul_add(pick(x, i, d), row_of(u, i, K), y)
+            for first in range(0, K.dim, RUN):
+                part = zeros(value(x).shape, K)
+                for i in range(first, tl.minimum(first + RUN, K.dim)):
+                    part = mul_add(pick(x, i, d), row_of(u, i, K), part)
+                y = add(y, part)
         else:
             for i in tl.static_range(K.dim):
                 component = mul(pick(x, 0, d), entry(u, i * K.dim, K))
@@ -145,7 +150,8 @@ def no_sums(K: tl.constexpr):
     """What is summed over rows for the gradient in U."""
     ROWS: tl.constexpr = K.BLOCK_D if K.KIND == FULL and not K.IN_MEMORY else 1
     NUMBERS: tl.constexpr = 1 if K.KIND == SCALAR else K.BLOCK_D
-    return tl.zeros((ROWS, ROWS), K.T), tl.zeros((NUMBERS, K.BLOCK_B, K.BLOCK_G), K.T)
+    DTYPE: tl.constexpr = tl.float64 if K.WIDE else K.T
+    return tl.zeros((ROWS, ROWS), DTYPE), tl.zeros((NUMBERS, K.BLOCK_B, K.BLOCK_G), DTYPE)
 
 
 @triton.jit
@@ -163,10 +169,9 @@ def add_outer(sums, to, f, x, d, K: tl.constexpr):
     if K.KIND != FULL:
         return add_diagonal(sums, mul(left, x), K)
     elif value(x).dtype == tl.float32 and not K.IN_MEMORY:
-        if f is None:
-            return add_squares(sums[0], x, K.EACH), sums[1]
-        else:
-            return add_products(sums[0], left, x, K), sums[1]
+        before = tl.zeros_like(sums[0]).to(tl.float32) if K.WIDE else sums[0]
+        found = add_squares(before, x, K.EACH) if f is None else add_products(before, left, x, K)
+        return sums[0] + found if K.WIDE else found, sums[1]
     else:
         each = tl.arange(0, K.BLOCK_D)
         matrix = sums[0]

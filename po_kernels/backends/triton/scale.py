@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from . import gaussian, mvn
-from .lanes import add, exp, load_vector, masked, mul, nothing, output, plus, square, sub, times, total, value
+from .lanes import add, exp, load_vector, masked, mul, no_sum, output, plus, square, sub, times, total, value
 
 HALF_LOG_2PI = tl.constexpr(0.91893853320467274178)
 
@@ -61,8 +61,8 @@ def reward_variance(scale, along, u, d, K: tl.constexpr):
 
 @triton.jit
 def no_gradients(K: tl.constexpr):
-    vector = nothing((K.BLOCK_D, K.BLOCK_B, 1), K)
-    return vector, vector, nothing((1, K.BLOCK_B, 1), K)
+    vector = no_sum((K.BLOCK_D, K.BLOCK_B, 1), K)
+    return vector, vector, no_sum((1, K.BLOCK_B, 1), K)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What a kernel reports of its rows, in Triton: one by one, or summed over the rows of a program.
 
 A program's sums go to its own part of `partial`, which `reduce` adds up over programs in a fixed order: the loss, five
-statistics in the order of LossStats, and what else is summed over rows.
+statistics in the order of LossStats, and what else is summed over rows. `partial` is in float64.
 """
 
 from typing import Any, NamedTuple
@@ -57,7 +57,7 @@ def row_weight(cotangent, row, inside, options, K: tl.constexpr):
 @triton.jit
 def no_sums(K: tl.constexpr):
     """The loss and the statistics, summed over no rows yet."""
-    zero = tl.zeros((1, K.BLOCK_B, 1), K.T)
+    zero = tl.zeros((1, K.BLOCK_B, 1), tl.float64 if K.WIDE else K.T)
     return zero, zero, zero, zero, zero, zero
 
 
@@ -108,7 +108,7 @@ def store(sums, to):
 def reduce(partial, programs, size, loss, stats, shared, K: tl.constexpr):
     """Sums partial (programs, size) over programs into loss (), stats (5,) and shared (size - 6,)."""
     at = tl.program_id(0) * K.BLOCK + tl.arange(0, K.BLOCK)[None, :]
-    sums = tl.zeros((K.BLOCK_P, K.BLOCK), K.T)
+    sums = tl.zeros((K.BLOCK_P, K.BLOCK), tl.float64)
     for start in range(0, programs, K.BLOCK_P):
         program = (start + tl.arange(0, K.BLOCK_P)[:, None]).to(tl.int64)
         sums += tl.load(partial + program * size + at, (program < programs) & (at < size), 0)

@@ -9,16 +9,11 @@ from torch import Tensor
 from .. import linear_head
 from ..contract import IGNORED, NUM_TOKEN_STATS
 from . import launch
-from .lanes import add, constant, exp, inverse, load, log, masked, mul, number, output, plus, sub, times, total, value, zeros
+from .lanes import add, constant, exp, inverse, load, log, masked, mul, number, output, plus, rounded, sub, times, total, value, zeros
 from .launch import Call
 
 _LARGEST_BLOCK = 4096  # columns; their sums stay in registers
 _IGNORED = tl.constexpr(IGNORED)
-
-
-@triton.jit
-def to_lanes(x, K: tl.constexpr):
-    return x.to(K.T) if isinstance(x, tl.tensor) else (x[0].to(K.T), x[1].to(K.T))
 
 
 @triton.jit
@@ -46,7 +41,7 @@ def tanh(a):
 @triton.jit
 def scaled(x, inverse_temperature, softcap, K: tl.constexpr):
     """z of logits, and dz/dlogit."""
-    x = to_lanes(x, K)
+    x = rounded(x, K)
     if K.CAPPED:
         y = tanh(times(x, 1.0 / softcap))
         return times(y, softcap * inverse_temperature), times(plus(mul(y, times(y, -1.0)), 1.0), inverse_temperature)
