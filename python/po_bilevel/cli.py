@@ -79,8 +79,8 @@ def run_experiment(experiment: Experiment, config: Options) -> None:
 def _write(experiment: Experiment, config: Options, outcome: Outcome) -> None:
     """Writes what a run found and prints its table, whatever becomes of the files."""
     title, curves = experiment.title_of(config), outcome.curves
-    if experiment.baseline is not None:
-        curves = curves | {"paired": results.paired(outcome.rows, experiment.baseline)}
+    if experiment.baselines:
+        curves = curves | {"paired": [line for each in experiment.baselines for line in results.paired(outcome.rows, each)]}
     options = dataclasses.asdict(config) | {"out": str(config.out)}
     document = results.document(title, options, outcome.rows)
     written, trouble = [config.out / "curves.json", config.out / "results.json"], None

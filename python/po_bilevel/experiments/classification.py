@@ -38,11 +38,15 @@ from . import data, metrics, plots, runs
 from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads
 
 Method = Literal[
-    "nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned", "pg_learned_isotropic",
-    "pg_learned_diagonal", "pg_learned_full", "pg_learned_table", "pg_learned_cv", "logistic_regression",
+    "nll", "nll_cv", "nll_early", "pg_identity", "pg_identity_cv", "pg_identity_early", "pg_heuristic",
+    "pg_heuristic_cv", "pg_heuristic_early", "pg_heuristic_residual", "pg_heuristic_residual_cv",
+    "pg_heuristic_residual_early", "pg_learned", "pg_learned_isotropic", "pg_learned_diagonal", "pg_learned_full",
+    "pg_learned_table", "pg_learned_cv", "logistic_regression",
 ]  # fmt: skip
 # Methods that are estimators, with an optimiser of their own.
 ESTIMATORS = ("pg_learned_cv", "logistic_regression")
+# Values of l2 that cross-validation chooses from.
+PENALTIES = tuple(10.0 ** (0.5 * power) for power in range(-4, 7))
 
 DEFAULT_STEPS = {"lbfgs": 300, "adam": 400}
 DEFAULT_DAMPING = {"exact": 1e-4, "dice": 3e-2}
@@ -60,7 +64,9 @@ class ClassifyConfig(OptionsInParts):
     """Column of the file that holds the classes."""
     max_rows: int | None = None
     """A stratified random choice of so many rows, the same for all seeds, where a data set has more."""
-    methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned")
+    methods: tuple[Method, ...] = (
+        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"
+    )
     """Methods to compare."""
     reward: PrecisionKind = "diagonal"
     """Form of U, of the heuristic and of the learned reward."""
@@ -71,7 +77,8 @@ class ClassifyConfig(OptionsInParts):
     entropy_coef: float = 1.0
     """λ, in units of reward a nat. U and λ matter through U/λ, so the learned reward makes up for it."""
     l2: float = 1.0
-    """Penalty (l2/2N) ‖θ‖² on N rows, times λ for policy gradient: with the same curvature, the same prior."""
+    """Penalty (l2/2N) ‖θ‖² on N rows, times λ for policy gradient: with the same curvature, the same prior. `_cv` methods
+    choose theirs."""
     estimator: Literal["exact", "dice"] = "exact"
     """Expectation over classes by enumeration, or over samples."""
     num_samples: int | None = None
@@ -193,6 +200,10 @@ class _Run:
         self.tolerance = 0.0 if noisy else SOLVED
         self.damping = DEFAULT_DAMPING[config.estimator] if config.damping is None else config.damping
         self.steps = config.steps or DEFAULT_STEPS[self.optimizer]
+        self.l2 = config.l2
+        base, _, choice = self.method.rpartition("_")
+        chosen = choice in ("cv", "early") and self.method not in ESTIMATORS
+        self.base, self.choice = (base, choice) if chosen else (self.method, "")
         self.clock = Clock()
 
     def run(self) -> None:
@@ -211,13 +222,14 @@ class _Run:
 
         with self.clock:
             table, u = self._reward()
+            self._choose(table)
             self._train(policy, table, self.splits.train, watch)
         self._record(self._evaluate(policy), u, curve)
 
-    def _record(self, found: dict[str, float], u: float | None, curve: dict[str, list[float]]) -> None:
+    def _record(self, found: dict[str, float], u: float | None, curve: dict[str, Any]) -> None:
         row = {"dataset": self.name, "method": self.method, "seed": self.seed}
         self.outcome.rows.append(row | found | {"u": u, "seconds": self.clock.seconds})
-        self.outcome.curves["curves"][self.name][self.method].append(curve)
+        self.outcome.curves["curves"][self.name][self.method].append(curve | {"l2": self.l2})
 
     def _estimator(self) -> None:
         """Fits an estimator to the training rows; its curve is the one point that it ends at."""
@@ -236,7 +248,8 @@ class _Run:
                 config.reward, hidden_layer_sizes=config.hidden if config.policy == "mlp" else (), l2=config.l2,
                 outer_steps=config.outer_steps, random_state=self.seed,
             )  # fmt: skip
-        with self.clock:
+        # scikit-learn's own threads are those of its BLAS, as many as the machine has cores if nothing is said.
+        with require("threadpoolctl", "sklearn").threadpool_limits(config.threads), self.clock:
             model.fit(train.inputs.numpy(), train.target.numpy())
         found = metrics.classification(torch.from_numpy(model.predict_log_proba(test.inputs.numpy())), test.target)
         u = float(diagonal(torch.from_numpy(model.precision_)).mean()) if hasattr(model, "precision_") else None
@@ -259,9 +272,41 @@ class _Run:
             reward = TableReward(table)
             train_policy_gradient(policy, reward, rows, optimizer, self.steps, loss=self._inner_loss(rows), **options)
 
+    def _choose(self, table: Tensor | None) -> None:
+        """Sets the penalty of a `_cv`, the number of steps of an `_early`, where held-out training rows are likeliest.
+
+        A fifth of them is held out at a time, and what counts is the sum over all fifths.
+        """
+        if not self.choice:
+            return
+        parts = data.folds(self.splits.train, self.seed)
+        if self.choice == "early":
+            curves = [self._held_out_losses(table, *part) for part in parts]
+            # A fold that was solved keeps its last loss.
+            length = max(map(len, curves))
+            total = np.sum([curve + curve[-1:] * (length - len(curve)) for curve in curves], axis=0)
+            self.steps = int(total.argmin()) + 1
+            return
+        losses = {}
+        for self.l2 in PENALTIES:
+            losses[self.l2] = sum(self._held_out_losses(table, *part)[-1] for part in parts)
+        self.l2 = min(losses, key=losses.__getitem__)
+
+    def _held_out_losses(self, table: Tensor | None, fit: Batch, held_out: Batch) -> list[float]:
+        """NLL of the held-out rows, summed, after each step of training on the others; for `_cv` after the last."""
+        policy, losses = self._policy(), []
+
+        @torch.no_grad()
+        def watch(*_: Any) -> None:
+            losses.append(-float(policy.log_prob(*held_out).sum()))
+
+        self._train(policy, table, fit, watch if self.choice == "early" else None)
+        watch()
+        return losses
+
     def _reward(self) -> tuple[Tensor | None, float | None]:
         """The method's table of rewards, detached, and the mean of U's diagonal; None and None for likelihood."""
-        if self.method == "nll":
+        if self.base == "nll":
             return None, None
         if self.method.startswith("pg_learned"):
             reward = self._learned()
@@ -275,9 +320,9 @@ class _Run:
         return one_hot_table(precision, self.num_classes), float(diagonal(precision).mean())
 
     def _fixed_precision(self) -> Tensor:
-        if self.method == "pg_identity":
+        if self.base == "pg_identity":
             return torch.ones((), dtype=torch.float64)
-        if self.method == "pg_heuristic":
+        if self.base == "pg_heuristic":
             return self._optimal(marginal_covariance(self._one_hot(self.splits.train)))
         # Residuals of rows that the policy was trained on would be too small.
         policy = self._policy()
@@ -346,7 +391,7 @@ class _Run:
         )  # fmt: skip
 
     def _l2(self, rows: Batch) -> float:
-        return self.config.l2 / rows.inputs.shape[0]
+        return self.l2 / rows.inputs.shape[0]
 
     def _evaluate(self, policy: CategoricalPolicy) -> dict[str, float]:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import crossfit
 from ..errors import UsageError
 from ..losses import Batch
 from ..optional import require
@@ -22,6 +23,8 @@ BUILT_IN = ("wine", "iris", "breast_cancer", "digits")
 # Numbers of data sets at openml.org, which are versions too: spambase, default-of-credit-card-clients, poker-hand.
 OPENML = {"spambase": 44, "credit_default": 42477, "poker": 1567}
 READERS = {".csv": "CSV", ".parquet": "Parquet"}
+# Parts that rows are held out in where they choose something themselves.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,14 @@ def split(table: Table, *, test_fraction: float, held_out_fraction: float, seed:
         return Batch(torch.from_numpy(scaler.transform(table.inputs[index])), torch.from_numpy(table.labels[index]))
 
     return Splits(train=part(train), fit=part(fit), held_out=part(held_out), test=part(test))
+
+
+def folds(rows: Batch, seed: int) -> list[tuple[Batch, Batch]]:
+    """(the other rows, a fifth of them) for each fifth of random rows, stratified if the targets are labels."""
+    count = len(rows.inputs)
+    strata = np.zeros(count) if rows.target.is_floating_point() else rows.target.numpy()
+    dealt = torch.from_numpy(crossfit.deal(strata, np.ones(count), FOLDS, np.random.RandomState(seed)) > 0)
+    return [tuple(rows.rows(mask.nonzero()[:, 0]) for mask in (~fold, fold)) for fold in dealt]
 
 
 def _built_in(name: str) -> Table:

@@ -37,8 +37,20 @@ class GeneraliseConfig(OptionsInParts):
     """Fractions of the training rows; all of them are there under noise 0."""
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
     """How far the test inputs are moved, in standard deviations."""
-    methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned")
+    methods: tuple[Method, ...] = (
+        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_cv", "pg_heuristic_residual", "pg_learned"
+    )
     """As of `classify`."""
+    policy: Literal["linear", "mlp"] = "linear"
+    """As of `classify`, and so are the next four."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the network's hidden layers."""
+    optimizer: Literal["auto", "lbfgs", "adam"] = "auto"
+    """The policy's."""
+    steps: int | None = None
+    """The most optimiser steps of a training."""
+    l2: float = 1.0
+    """Penalty of the methods that do not choose theirs."""
     outer_steps: int = 20
     """Updates of the learned reward."""
 
@@ -57,7 +69,7 @@ class Setting(NamedTuple):
 
 def check(config: GeneraliseConfig) -> None:
     """See `Experiment`."""
-    runs.check_options(config, zero=("noise", "fractions", "shifts", "first_seed"))
+    runs.check_options(config, zero=("noise", "fractions", "shifts", "l2", "first_seed"))
     for option in ("noise", "fractions"):
         if any(value > 1 or (value == 0 and option == "fractions") for value in getattr(config, option)):
             values = " ".join(map(str, getattr(config, option)))
@@ -74,7 +86,8 @@ def run(config: GeneraliseConfig) -> Outcome:
     """
     check(config)
     table = data.subset(data.load(config.dataset, config.target), config.max_rows)
-    base = ClassifyConfig(outer_steps=config.outer_steps, progress=False)
+    shared = ("policy", "hidden", "optimizer", "steps", "l2", "outer_steps")
+    base = ClassifyConfig(progress=False, **{name: getattr(config, name) for name in shared})
     found = classification.new_outcome()
     with threads(config.threads):
         for seed, setting, method in each_run(config, settings(config), config.methods):
