@@ -65,8 +65,8 @@ class ClassifyConfig(OptionsInParts):
     max_rows: int | None = None
     """A stratified random choice of so many rows, the same for all seeds, where a data set has more."""
     methods: tuple[Method, ...] = (
-        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"
-    )
+        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned",
+    )  # fmt: skip
     """Methods to compare."""
     reward: PrecisionKind = "diagonal"
     """Form of U, of the heuristic and of the learned reward."""
@@ -77,8 +77,10 @@ class ClassifyConfig(OptionsInParts):
     entropy_coef: float = 1.0
     """λ, in units of reward a nat. U and λ matter through U/λ, so the learned reward makes up for it."""
     l2: float = 1.0
-    """Penalty (l2/2N) ‖θ‖² on N rows, times λ for policy gradient: with the same curvature, the same prior. `_cv` methods
-    choose theirs."""
+    """Penalty (l2/2N) ‖θ‖² on N rows, times λ for policy gradient: with the same curvature, the same prior. That of
+    `_cv` methods is chosen."""
+    choose_by: Literal["nll", "accuracy"] = "nll"
+    """What of held-out training rows `_cv` methods choose their penalty by, and `_early` methods their steps."""
     estimator: Literal["exact", "dice"] = "exact"
     """Expectation over classes by enumeration, or over samples."""
     num_samples: int | None = None
@@ -273,7 +275,7 @@ class _Run:
             train_policy_gradient(policy, reward, rows, optimizer, self.steps, loss=self._inner_loss(rows), **options)
 
     def _choose(self, table: Tensor | None) -> None:
-        """Sets the penalty of a `_cv`, the number of steps of an `_early`, where held-out training rows are likeliest.
+        """Sets the penalty of a `_cv`, the number of steps of an `_early`: what does best on held-out training rows.
 
         A fifth of them is held out at a time, and what counts is the sum over all fifths.
         """
@@ -281,7 +283,7 @@ class _Run:
             return
         parts = data.folds(self.splits.train, self.seed)
         if self.choice == "early":
-            curves = [self._held_out_losses(table, *part) for part in parts]
+            curves = [self._held_out(table, *part) for part in parts]
             # A fold that was solved keeps its last loss.
             length = max(map(len, curves))
             total = np.sum([curve + curve[-1:] * (length - len(curve)) for curve in curves], axis=0)
@@ -289,23 +291,26 @@ class _Run:
             return
         losses: dict[float, float] = {}
         for self.l2 in PENALTIES:
-            losses[self.l2] = sum(self._held_out_losses(table, *part)[-1] for part in parts)
+            losses[self.l2] = sum(self._held_out(table, *part)[-1] for part in parts)
             # Weak penalties take most of the time.
             if min(list(losses.values())[-2:]) > min(losses.values()):
                 break
         self.l2 = min(losses, key=losses.__getitem__)
 
-    def _held_out_losses(self, table: Tensor | None, fit: Batch, held_out: Batch) -> list[float]:
-        """NLL of the held-out rows, summed, after each step of training on the others; for `_cv` after the last."""
-        policy, losses = self._policy(), []
+    def _held_out(self, table: Tensor | None, fit: Batch, held_out: Batch) -> list[float]:
+        """What counts of the held-out rows, a sum over them, after each step on the others; of `_cv` after the last."""
+        policy, found = self._policy(), []
 
         @torch.no_grad()
         def watch(*_: Any) -> None:
-            losses.append(-float(policy.log_prob(*held_out).sum()))
+            if self.config.choose_by == "accuracy":
+                found.append(float((policy(held_out.inputs).argmax(dim=1) != held_out.target).sum()))
+            else:
+                found.append(-float(policy.log_prob(*held_out).sum()))
 
         self._train(policy, table, fit, watch if self.choice == "early" else None)
         watch()
-        return losses
+        return found
 
     def _reward(self) -> tuple[Tensor | None, float | None]:
         """The method's table of rewards, detached, and the mean of U's diagonal; None and None for likelihood."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import crossfit
 from ..errors import UsageError
 from ..losses import Batch
 from ..optional import require
@@ -126,10 +125,13 @@ def split(table: Table, *, test_fraction: float, held_out_fraction: float, seed:
 
 def folds(rows: Batch, seed: int) -> list[tuple[Batch, Batch]]:
     """(the other rows, a fifth of them) for each fifth of random rows, stratified if the targets are labels."""
-    count = len(rows.inputs)
-    strata = np.zeros(count) if rows.target.is_floating_point() else rows.target.numpy()
-    dealt = torch.from_numpy(crossfit.deal(strata, np.ones(count), FOLDS, np.random.RandomState(seed)) > 0)
-    return [tuple(rows.rows(mask.nonzero()[:, 0]) for mask in (~fold, fold)) for fold in dealt]
+    order = np.random.RandomState(seed).permutation(len(rows.inputs))
+    if not rows.target.is_floating_point():
+        order = order[np.argsort(rows.target.numpy()[order], kind="stable")]
+    place = torch.empty(len(order), dtype=torch.int64)
+    place[order] = torch.arange(len(order)) % FOLDS
+    inside = [place == fold for fold in range(FOLDS)]
+    return [(rows.rows((~mask).nonzero()[:, 0]), rows.rows(mask.nonzero()[:, 0])) for mask in inside]
 
 
 def _built_in(name: str) -> Table:

@@ -5,8 +5,8 @@ one dimension, A is x from -3 to 0 and B from 0 to 3, a tanh network with one σ
 
 All methods take the same steps of adam from the same weights, on A and on B. `pg_heuristic` has U* of the marginal
 covariance of labels, or of the residuals of a regression on rows that it has not seen; `pg_learned` the U that the
-outer loop learns from there on rows held out. `nll_cv` has a penalty (l2/2N) ‖θ‖² that cross-validation on the task's training
-rows chooses. `nll_replay` sees the rows of A and those of B: the upper line.
+outer loop learns from there on rows held out. `nll_cv` has a penalty (l2/2N) ‖θ‖² that cross-validation on each task's
+training rows chooses. `nll_replay` sees the rows of A and those of B: the upper line.
 
 Methods learn B at different speeds, so that "kept" at the end compares different things. `kept_at_target` is what is
 left of A at the first step at which B is as good as `target_accuracy` or `target_rmse` ask for, None if it never is.

@@ -38,15 +38,19 @@ class GeneraliseConfig(OptionsInParts):
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
     """How far the test inputs are moved, in standard deviations."""
     methods: tuple[Method, ...] = (
-        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_cv", "pg_heuristic_residual", "pg_learned"
-    )
+        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_cv", "pg_heuristic_residual", "pg_learned",
+    )  # fmt: skip
     """As of `classify`."""
+    choose_by: Literal["nll", "accuracy"] = "nll"
+    """As of `classify`, and so are the next six."""
     policy: Literal["linear", "mlp"] = "linear"
-    """As of `classify`, and so are the next four."""
+    """Multinomial logistic regression, or a tanh network."""
     hidden: tuple[int, ...] = (64, 64)
     """Widths of the network's hidden layers."""
     optimizer: Literal["auto", "lbfgs", "adam"] = "auto"
     """The policy's."""
+    learning_rate: float = 0.05
+    """Of adam for the policy."""
     steps: int | None = None
     """The most optimiser steps of a training."""
     l2: float = 1.0
@@ -86,7 +90,9 @@ def run(config: GeneraliseConfig) -> Outcome:
     """
     check(config)
     table = data.subset(data.load(config.dataset, config.target), config.max_rows)
-    shared = ("policy", "hidden", "optimizer", "steps", "l2", "outer_steps")
+    shared = (
+        "choose_by", "policy", "hidden", "optimizer", "learning_rate", "steps", "l2", "outer_steps"
+    )  # fmt: skip
     base = ClassifyConfig(progress=False, **{name: getattr(config, name) for name in shared})
     found = classification.new_outcome()
     with threads(config.threads):
