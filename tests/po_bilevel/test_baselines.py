@@ -38,12 +38,24 @@ def run(method: str, parts: data.Splits, **options) -> tuple[dict, dict]:
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("method", ["nll_cv", "pg_heuristic_cv"])
 def test_a_penalty_is_small_where_labels_are_known_and_large_where_they_are_not(method):
-    parts = splits(1, known=True)
-    known, unknown = (run(method, each)[1]["l2"] for each in (parts, splits(1, known=False)))
+    known, unknown = (run(method, splits(1, known=known))[1]["l2"] for known in (True, False))
     assert known <= 1.0
     assert unknown >= 100.0
-    # A strong penalty costs confidence, which accuracy does not count, and hardly the direction.
-    assert run(method, parts, choose_by="accuracy")[1]["l2"] > known
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("by", ["nll", "accuracy"])
+def test_a_penalty_is_the_one_that_does_best_where_each_fold_is_tested_in_turn(by):
+    parts = splits(3, known=True)
+    noisy = parts.train._replace(target=torch.where(torch.arange(60) % 6 == 0, 1, parts.train.target))
+    parts = dataclasses.replace(parts, train=noisy)
+    folds = [data.Splits(fit, fit, fit, held_out) for fit, held_out in data.folds(noisy, 0)]
+    sign = 1.0 if by == "nll" else -1.0
+    loss = {
+        l2: sum(sign * run("nll", fold, l2=l2)[0][by] * len(fold.test.target) for fold in folds)
+        for l2 in classification.PENALTIES
+    }
+    assert run("nll_cv", parts, choose_by=by)[1]["l2"] == min(loss, key=loss.__getitem__)
 
 
 def test_training_stops_early_where_labels_are_not_known():
