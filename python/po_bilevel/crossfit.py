@@ -1,16 +1,21 @@
 """What the estimators cross-fit with: policies that train together, one for each fold, and the folds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor, nn
 
+from .hypergradients import Tensors
 from .losses import Batch
 from .policies import CategoricalPolicy, FullGaussianPolicy, Policy
+
+# Of arsinh φ while a reward is learned: rewards of e²⁰ make a policy as certain as doubles can tell.
+FARTHEST = 20.0
 
 RowLoss = Callable[[Policy, Batch], Tensor]
 
@@ -27,7 +32,7 @@ class Stack(nn.Module):
     """M tanh networks (linear without hidden layers) of the same shape, evaluated together: (N, F) -> (M, N, out).
 
     Attributes:
-        unit: (out,), the units of the outputs that the penalty is to be free of.
+        unit: F (out, out), lower triangular: outputs z stand for F z, which is what the penalty is of.
 
     Args:
         members: M.
@@ -40,7 +45,7 @@ class Stack(nn.Module):
     def __init__(self, members: int, sizes: list[int], seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("unit", torch.ones(sizes[-1], dtype=torch.float64))
+        self.register_buffer("unit", torch.eye(sizes[-1], dtype=torch.float64))
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for width, out in pairwise(sizes):
@@ -58,15 +63,15 @@ class Stack(nn.Module):
         return hidden
 
     def squares(self) -> Tensor:
-        """‖weights‖² of each member for outputs in units of one, without intercepts, (M,)."""
+        """‖weights‖² of each member for the outputs that they stand for, without intercepts, (M,)."""
         *hidden, last = self.weights
-        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last * self.unit)]).sum(dim=0)
+        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last @ self.unit.mT)]).sum(dim=0)
 
     def measure_in(self, unit: Tensor) -> None:
-        """Gives the outputs in units of unit (out,) instead of one."""
+        """Gives the outputs, which stand for themselves so far, in units of unit (out, out)."""
         with torch.no_grad():
-            self.weights[-1].div_(unit)
-            self.biases[-1].div_(unit)
+            for parameter in (self.weights[-1], self.biases[-1]):
+                parameter.copy_(in_units(parameter, unit))
             self.unit.copy_(unit)
 
 
@@ -117,8 +122,10 @@ def repeated(rows: Rows, members: int) -> Batch:
 
 
 def in_units(target: Tensor, unit: Tensor) -> Tensor:
-    """Values (N, D) in units of unit (D,); labels have none."""
-    return target / unit if target.is_floating_point() else target
+    """z with F z the values (*, N, D) and F the unit (D, D); labels have none."""
+    if not target.is_floating_point():
+        return target
+    return torch.linalg.solve_triangular(unit.mT, target, upper=True, left=False)
 
 
 def spread(policy: Policy, together: Policy) -> None:
@@ -154,3 +161,58 @@ def deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.R
     dealt = np.empty((members, len(strata)))
     dealt[:, order] = np.diff(below, axis=1) * min(1.0, weight.mean())
     return dealt
+
+
+def quasi_newton(
+    reward: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], most: int, tolerance: float, enough: float,
+    prior: float,
+) -> float:  # fmt: skip
+    """L-BFGS-B on the reward's parameters φ, which are left where the loss was least.
+
+    It moves arsinh φ: a step is relative where φ is large and absolute where it is small.
+
+    Args:
+        evaluate: the loss at the parameters as they are, and its gradient.
+        most: evaluations.
+        tolerance: of the gradient's largest entry, at which to end.
+        enough: end where a step lowers the loss by less.
+
+    Returns:
+        the gradient's largest entry where the loss was least, or 0 if the end was one of steps that gain nothing.
+    """
+    phi = list(reward.parameters())
+    start = np.arcsinh(_flat(phi))
+    best: tuple[float, float, np.ndarray] = math.inf, math.inf, np.empty(0)
+    taken = 0
+
+    def move(point: np.ndarray) -> None:
+        nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
+
+    def value(point: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best, taken
+        if taken == most:
+            raise StopIteration
+        taken += 1
+        move(point)
+        loss, gradient = evaluate()
+        loss += 0.5 * prior * np.square(point - start).sum()
+        slope = _flat(gradient) * np.cosh(point) + prior * (point - start)
+        if loss < best[0]:
+            best = loss, float(np.abs(slope).max()), point.copy()
+        return loss, slope
+
+    left = True
+    try:
+        found = optimize.minimize(
+            value, start, jac=True, method="L-BFGS-B", bounds=[(-FARTHEST, FARTHEST)] * len(start),
+            options={"gtol": tolerance, "ftol": enough, "maxls": 10},
+        )  # fmt: skip
+        left = not found.success
+    except StopIteration:
+        pass
+    move(best[2])
+    return best[1] if left else 0.0
+
+
+def _flat(tensors: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy()

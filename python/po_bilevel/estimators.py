@@ -36,8 +36,8 @@ from . import crossfit
 from .crossfit import RowLoss, Rows, likelihood, network_of, policy_gradient
 from .errors import UsageError
 from .heuristics import optimal_precision, residual_covariance
-from .hypergradients import ImplicitCG
 from .losses import Batch
+from .hypergradients import ImplicitCG, Tensors
 from .optimizers import lbfgs
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
 from .rewards import MahalanobisReward, OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
@@ -57,6 +57,10 @@ CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
 ROUGHLY = 10.0
 # Outer steps end where the hypergradient is shorter than this, in nats a row for a relative change of the reward.
 OUTER_SOLVED = 1e-4
+# Or where a step gains less, in nats a row: what cross-validated likelihood knows is far less exact.
+OUTER_ENOUGH = 1e-5
+# Standard deviation of the prior of arsinh φ around its start.
+PRIOR = 3.0
 # Added to the variances of standardised residuals: a perfect fit has none.
 RIDGE = 1e-6
 
@@ -186,6 +190,10 @@ class _Bilevel(BaseEstimator, ABC):
             inside: (M, N), what of each row's weight is in each fold.
         """
 
+    def _held_out(self, policy: Policy, batch: Batch) -> Tensor:
+        """The loss of each row that a reward is judged by, (M, N), in nats."""
+        return likelihood(policy, batch)
+
     def _fit(self, rows: Rows, outputs: int, strata: np.ndarray) -> None:
         """Learns the reward, then the policy.
 
@@ -226,28 +234,36 @@ class _Bilevel(BaseEstimator, ABC):
 
     def _learn(self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> None:
         """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""
-        outer = torch.optim.Adam(reward.parameters(), lr=self.outer_learning_rate, betas=(0.8, 0.9))
         batch, inner = crossfit.repeated(rows, len(inside)), self._objective(rows, outside)
         # What L-BFGS remembers of the curvature belongs to the reward of before.
         trainer = BilevelTrainer(
             policy, reward, inner_data=batch, outer_data=batch,
-            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol), outer_optimizer=outer,
-            outer_scheduler=torch.optim.lr_scheduler.LinearLR(outer, 1.0, 0.1, self.outer_steps),
-            inner_steps=self.max_iter,
+            inner_optimizer=lambda parameters: lbfgs(parameters, ROUGHLY * self.tol),
+            outer_optimizer=torch.optim.SGD(reward.parameters()), inner_steps=self.max_iter,
             inner_loss=lambda policy, reward, batch, _: inner(policy, batch, policy_gradient(reward)),
-            outer_loss=lambda policy, batch: (inside * likelihood(policy, batch)).sum() / rows.weight.sum(),
+            outer_loss=lambda policy, batch: (inside * self._held_out(policy, batch)).sum() / rows.weight.sum(),
             hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=ROUGHLY * self.tol,
             keep_inner_state=False, progress=False,
         )  # fmt: skip
+        self.outer_losses_ = []
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
 
-            def solved(step: OuterStep) -> bool:
+            def evaluate() -> tuple[float, Tensors]:
+                step, gradient = trainer.evaluate()
+                self.outer_losses_.append(step.outer_loss)
                 bar.set_postfix_str(f"held-out NLL {step.outer_loss:.4f}", refresh=False)
                 bar.update()
-                return step.gradient_norm <= OUTER_SOLVED
+                return step.outer_loss, gradient
 
-            history = trainer.fit(self.outer_steps, solved, keep_best=True)
-        self.outer_losses_ = [step.outer_loss for step in history]
+            left = crossfit.quasi_newton(reward, evaluate, self.outer_steps, OUTER_SOLVED, OUTER_ENOUGH, 1.0 / (PRIOR**2 * float(rows.weight.sum())))
+        if left > OUTER_SOLVED:
+            warnings.warn(
+                f"{type(self).__name__}: the reward is not where the cross-validated likelihood is greatest after "
+                f"outer_steps={self.outer_steps}: its slope is {left:.1e} nats a row, tolerance {OUTER_SOLVED:.0e}; "
+                "raise outer_steps",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
 
     def _train(self, policy: Policy, rows: Rows, weight: Tensor, loss: RowLoss, tolerance: float) -> int:
         """Trains all members at once, each on its row of weight (M, N); returns how many steps it took."""
@@ -408,11 +424,11 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
         return self._output_scaler.transform(target), target.shape[1], np.zeros(len(target), dtype=np.int64)
 
     def _publish(self) -> None:
-        scale = self._output_scale()
+        unit = self._output_unit()
         if self.outer_steps > 0:
-            self.outer_losses_ = [loss + float(np.log(scale).sum()) for loss in self.outer_losses_]
-        u = self._reward.precision().numpy()
-        self.precision_ = u / np.outer(scale, scale) if u.ndim == 2 else u / scale**2
+            self.outer_losses_ = [loss + float(np.log(unit.diagonal()).sum()) for loss in self.outer_losses_]
+        u, inverse = self._reward.precision().numpy(), np.linalg.inv(unit)
+        self.precision_ = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """The mean of y, (N,) or (N, D); with return_std also the standard deviations, of the same shape."""
@@ -444,13 +460,13 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
         X = validate_data(self, X, dtype=np.float64, reset=False)
         with torch.no_grad():
             mean, spread = self.policy_(torch.from_numpy(self._scaler.transform(X)))
-            factor = spread[0] if spread.ndim == 4 else torch.diag_embed(spread[0].exp())
-        scale = self._output_scale()
-        return self._output_scaler.mean_ + scale * mean[0].numpy(), scale[:, None] * factor.numpy()
+            factor = self._factor(spread)[0].numpy()
+        unit = self._output_unit()
+        return self._output_scaler.mean_ + mean[0].numpy() @ unit.T, unit @ factor
 
-    def _output_scale(self) -> np.ndarray:
-        """(D,): what one unit of the policy's is in units of y."""
-        return self._output_scaler.scale_ * network_of(self.policy_).unit.numpy()
+    def _output_unit(self) -> np.ndarray:
+        """(D, D), lower triangular: what takes the policy's outputs to y, but for its mean."""
+        return self._output_scaler.scale_[:, None] * network_of(self.policy_).unit.numpy()
 
     def _shaped(self, values: np.ndarray) -> np.ndarray:
         return values[..., 0] if self._one_output else values
@@ -461,6 +477,18 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
             return crossfit.FullStack(network, members, outputs)
         return GaussianPolicy(network, crossfit.LogStd(members, outputs), outputs)
 
+    def _held_out(self, policy: Policy, batch: Batch) -> Tensor:
+        """Expected over values with noise of variance RIDGE added: of values that are met exactly no Σ is too small."""
+        unit = network_of(policy).unit
+        factor = unit @ self._factor(policy(batch.inputs[:1])[1])
+        noise = torch.linalg.inv(factor).square().sum(dim=(-2, -1))
+        return likelihood(policy, batch) + 0.5 * RIDGE * noise
+
+    @staticmethod
+    def _factor(spread: Tensor) -> Tensor:
+        """A factor L of the covariance L Lᵀ (*, D, D) from what a policy gives, log σ (*, D) or L (M, N, D, D)."""
+        return spread if spread.ndim == 4 else torch.diag_embed(spread.exp())
+
     def _first_loss(self) -> RowLoss:
         return policy_gradient(MahalanobisReward(1, "isotropic").double())
 
@@ -470,11 +498,13 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, _Bilevel):
             residual = (inside.sqrt()[:, :, None] * (rows.target - together(rows.inputs)[0])).flatten(0, 1)
         covariance = residual_covariance(residual) * (len(residual) / rows.weight.sum())
         kind = cast(PrecisionKind, self.reward)
-        variance = covariance.diagonal() + RIDGE
-        # With residuals of one, the mean's weights and log σ have the same curvature, however good the fit.
-        unit = (variance.mean().expand(len(variance)) if kind == "isotropic" else variance).sqrt()
+        # Residuals whose covariance is one give the mean's weights and Σ the same curvature, however good the fit and
+        # however near to singular the noise. There U* = Σ⁻¹/2 is half the identity.
+        covariance = covariance + RIDGE * torch.eye(len(covariance), dtype=torch.float64)
+        unit = torch.linalg.cholesky(covariance) if kind == "full" else torch.diag(covariance.diagonal().sqrt())
+        if kind == "isotropic":
+            unit = torch.eye(len(covariance), dtype=torch.float64) * covariance.diagonal().mean().sqrt()
         for each in (policy, together):
             network_of(each).measure_in(unit)
-        guess = optimal_precision(covariance / torch.outer(unit, unit), 1.0, kind, ridge=RIDGE)
-        reward = MahalanobisReward(len(unit), kind, guess)
+        reward = MahalanobisReward(len(unit), kind, torch.tensor(0.5, dtype=torch.float64))
         return reward, rows._replace(target=crossfit.in_units(rows.target, unit))
