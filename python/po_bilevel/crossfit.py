@@ -68,11 +68,11 @@ class Stack(nn.Module):
         return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last @ self.unit.mT)]).sum(dim=0)
 
     def measure_in(self, unit: Tensor) -> None:
-        """Gives the outputs, which stand for themselves so far, in units of unit (out, out)."""
+        """Gives the outputs in units of unit (out, out), itself in the units of before."""
         with torch.no_grad():
             for parameter in (self.weights[-1], self.biases[-1]):
                 parameter.copy_(in_units(parameter, unit))
-            self.unit.copy_(unit)
+            self.unit.copy_(self.unit @ unit)
 
 
 class LogStd(nn.Module):
@@ -116,6 +116,50 @@ def policy_gradient(reward: nn.Module) -> RowLoss:
     return lambda policy, batch: policy.policy_loss(*batch, reward, entropy_coef=1.0, reduction="none", seed=0)
 
 
+def beliefs(logits: Tensor, table: Tensor) -> Tensor:
+    """q(y|x) under which a policy of these logits (*, C) is optimal for the rewards R (C, C): R q = logits + c, Σq = 1.
+
+    Below zero, where the policy errs, it is set to zero and the others are scaled to sum to one.
+    """
+    border = torch.ones(len(table), 1, dtype=table.dtype)
+    system = torch.cat([torch.cat([table, border], dim=1), torch.cat([border.mT, torch.zeros_like(border[:1])], dim=1)])
+    # Where the reward tells some answers not apart, the least q that solves it.
+    known = torch.cat([logits, torch.ones_like(logits[..., :1])], dim=-1)
+    q = (known @ torch.linalg.pinv(system, rtol=1e-9).mT)[..., :-1].clamp(min=0.0)
+    return q / q.sum(dim=-1, keepdim=True)
+
+
+def mixed(logits: Tensor, table: Tensor, share: float) -> Tensor:
+    """(1 - share) of the policy's own probabilities and a share of its beliefs, (*, C), as logarithms."""
+    own = torch.log_softmax(logits, dim=-1)
+    if share == 0.0:
+        return own
+    return torch.logaddexp(own + math.log1p(-share), beliefs(logits, table).log() + math.log(share))
+
+
+def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) -> tuple[float, float]:
+    """The share that makes the rows inside each fold likeliest, with one row more that knows the policy only.
+
+    That row keeps it below one, so that nothing is impossible that the policy holds possible.
+
+    Returns:
+        the loss of these rows, nats a row, and the share.
+    """
+    logits = policy(rows.inputs)
+    own, theirs = (
+        table.gather(-1, rows.target.expand(len(inside), -1)[..., None])[..., 0].numpy()
+        for table in (torch.softmax(logits, dim=-1), beliefs(logits, table))
+    )
+    weight = inside.numpy()
+
+    def loss(share: float) -> float:
+        return -float((weight * np.log((1.0 - share) * own + share * theirs)).sum() + np.log1p(-share))
+
+    found = optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6})
+    least, share = min((float(found.fun), float(found.x)), (loss(0.0), 0.0))
+    return least / float(weight.sum()), share
+
+
 def repeated(rows: Rows, members: int) -> Batch:
     """The rows once for each member: targets (M, N) or (M, N, D)."""
     return Batch(rows.inputs, rows.target.expand(members, *rows.target.shape))
@@ -129,10 +173,10 @@ def in_units(target: Tensor, unit: Tensor) -> Tensor:
 
 
 def spread(policy: Policy, together: Policy) -> None:
-    """Each member of `together` becomes a copy of the single member of `policy`."""
+    """Each member of `together` becomes a copy of the last member of `policy`."""
     with torch.no_grad():
         for source, parameter in zip(policy.parameters(), together.parameters(), strict=True):
-            parameter.copy_(source.expand_as(parameter))
+            parameter.copy_(source[-1:].expand_as(parameter))
         network_of(together).unit.copy_(network_of(policy).unit)
 
 
@@ -164,7 +208,7 @@ def deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.R
 
 
 def quasi_newton(
-    reward: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], most: int, tolerance: float, enough: float,
+    reward: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], most: int, *, tolerance: float, enough: float,
     prior: float,
 ) -> float:  # fmt: skip
     """L-BFGS-B on the reward's parameters φ, which are left where the loss was least.
@@ -176,9 +220,10 @@ def quasi_newton(
         most: evaluations.
         tolerance: of the gradient's largest entry, at which to end.
         enough: end where a step lowers the loss by less.
+        prior: (prior/2) ‖arsinh φ - arsinh φ₀‖² is added to the loss, φ₀ where it starts.
 
     Returns:
-        the gradient's largest entry where the loss was least, or 0 if the end was one of steps that gain nothing.
+        the gradient's largest entry where the loss was least, or 0 if the steps had come to gain too little.
     """
     phi = list(reward.parameters())
     start = np.arcsinh(_flat(phi))
