@@ -113,8 +113,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         self._learn(table, policy, rows, inside, outside)
         self.outer_losses_ = tried + self.outer_losses_
         other, share = self._judged(table, policy, rows, inside, outside)
-        # Akaike's price: a nat for each number more.
-        if other > loss - max(1, classes * (classes - 2)) / total:
+        # Numbers more gain half a nat each by chance.
+        if other > loss - 0.5 * max(1, classes * (classes - 2)) / total:
             return reward
         self.belief_share_ = share
         return table

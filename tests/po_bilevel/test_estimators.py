@@ -123,14 +123,15 @@ def test_beliefs_invert_the_optimal_policy():
 def test_a_table_is_learned_where_data_allow():
     """Where the classes' logits are linear in x, a diagonal U cannot make a linear policy likely at all x."""
     random = np.random.default_rng(0)
-    inputs = random.normal(size=(4000, 5))
-    logits = inputs @ random.normal(scale=1.5, size=(5, 5))
+    inputs = random.normal(size=(2000, 5))
+    logits = inputs @ random.normal(scale=1.5, size=(5, 4))
     target = (logits + random.gumbel(size=logits.shape)).argmax(axis=1)
     model = BilevelClassifier(folds=2, tol=1e-3, random_state=0).fit(inputs, target)
-    diagonal = clone(model).set_params(reward="diagonal").fit(inputs, target)
     assert not hasattr(model, "precision_")
-    assert min(model.outer_losses_) < min(diagonal.outer_losses_)
-    assert hasattr(clone(model).fit(inputs[:800], target[:800]), "precision_")
+    # By more than a diagonal U, whose losses come first, and than eight numbers gain by chance.
+    assert min(model.outer_losses_) < min(model.outer_losses_[:6]) - 4 / 2000
+    # Fewer than 100 rows for each of 16 entries.
+    assert hasattr(model.fit(inputs[:800], target[:800]), "precision_")
 
 
 def test_networks(iris):
