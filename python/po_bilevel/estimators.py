@@ -19,7 +19,7 @@ from .fitting import OUTER_ENOUGH, BilevelEstimator
 from .heuristics import residual_covariance
 from .losses import Batch
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
-from .rewards import MahalanobisReward, OneHotMahalanobisReward, PrecisionKind, TableReward, one_hot_table
+from .rewards import MahalanobisReward, OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
 
 # The classifier's U before anything is learned: right and wrong answers differ by 6 nats.
 START = 3.0
@@ -109,7 +109,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         simple = self.reward == "auto" and isinstance(reward, OneHotMahalanobisReward)
         if not simple or self.outer_steps == 0 or total < ROWS_AN_ENTRY * classes**2:
             return reward
-        tried, table = self.outer_losses_, TableReward(reward.table().detach())
+        tried, table = self.outer_losses_, TableReward(cast(TabularReward, reward).table().detach())
         self._learn(table, policy, rows, inside, outside)
         self.outer_losses_ = tried + self.outer_losses_
         other, share = self._judged(table, policy, rows, inside, outside)
@@ -125,7 +125,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         """NLL of the held-out rows, nats a row, with the share of beliefs that makes it least, and that share."""
         self._train(policy, rows, outside, policy_gradient(reward))
         with torch.no_grad():
-            return crossfit.share_of_beliefs(policy, reward.table(), rows, inside)
+            return crossfit.share_of_beliefs(policy, cast(TabularReward, reward).table(), rows, inside)
 
     def _publish(self) -> None:
         self.reward_ = self._reward.table().numpy()

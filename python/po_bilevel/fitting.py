@@ -66,6 +66,7 @@ class BilevelEstimator(BaseEstimator, ABC):
     # Of scikit-learn's validation of y.
     _target_options: ClassVar[dict[str, Any]] = {}
     policy_: Policy
+    outer_losses_: list[float]
     _reward: Any
     _model: dict[str, Any]
     _scaler: StandardScaler
