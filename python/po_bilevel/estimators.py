@@ -19,7 +19,14 @@ from .fitting import OUTER_ENOUGH, BilevelEstimator
 from .heuristics import residual_covariance
 from .losses import Batch
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
-from .rewards import MahalanobisReward, OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, one_hot_table
+from .rewards import (
+    MahalanobisReward,
+    OneHotMahalanobisReward,
+    PrecisionKind,
+    TableReward,
+    TabularReward,
+    one_hot_table,
+)
 
 # The classifier's U before anything is learned: right and wrong answers differ by 6 nats.
 START = 3.0
