@@ -96,6 +96,7 @@ def test_subset():
         data.subset(table, 9)
 
 
+@pytest.mark.filterwarnings("ignore:.*the reward is not where:sklearn.exceptions.ConvergenceWarning")
 def test_every_method_and_paired_differences(tmp_path, capsys):
     methods = [
         "nll",
