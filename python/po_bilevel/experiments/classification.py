@@ -5,9 +5,10 @@ number of steps and the same L2 penalty; they differ in the loss. What a method 
 training rows: `pg_heuristic` its covariance, `pg_heuristic_residual` and `pg_learned` a reward found with part of
 the training rows held out of the inner problem. `pg_learned_isotropic`, `..._diagonal`, `..._full` and `..._table` are
 `pg_learned` with a reward of that form whatever `reward` says; `pg_learned_cv` is `BilevelClassifier`, which holds out
-each fifth of the training rows in turn, and `logistic_regression` is scikit-learn's, to compare that with. Of `nll`,
-`pg_identity` and `pg_heuristic` there are `..._cv`, whose penalty is chosen on such fifths, and `..._early`, whose
-number of steps is: a penalty that suits clean labels is no fair one under noise. No choice reads a test row.
+each fifth of the training rows in turn and chooses the form itself, and `logistic_regression` is scikit-learn's, to
+compare that with. Of `nll`, `pg_identity` and `pg_heuristic` there are `..._cv`, whose penalty is chosen on such fifths,
+and `..._early`, whose number of steps is: a penalty that suits clean labels is no fair one under noise. No choice reads a
+test row.
 
 The categorical policy under reward table R and entropy weight λ has the inner objective λ KL(p ‖ softmax(R[·, y]/λ)):
 R sets how sure of the label the policy is asked to be, and the outer loss learns that from held-out likelihood.
@@ -247,7 +248,7 @@ class _Run:
             from ..estimators import BilevelClassifier
 
             model = BilevelClassifier(
-                config.reward, hidden_layer_sizes=config.hidden if config.policy == "mlp" else (), l2=config.l2,
+                hidden_layer_sizes=config.hidden if config.policy == "mlp" else (), l2=config.l2,
                 outer_steps=config.outer_steps, random_state=self.seed,
             )  # fmt: skip
         # scikit-learn's own threads are those of its BLAS, as many as the machine has cores if nothing is said.
