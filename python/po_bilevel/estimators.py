@@ -174,8 +174,9 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     """Gaussian regression N(mean(x), Σ), trained by policy gradient under the reward -(ŷ-y)ᵀU(ŷ-y), U learned too.
 
     U sets the spread, Σ = U⁻¹/2, and how much a residual counts beside the penalty. A standard deviation is never below
-    a thousandth of y's. With hidden layers training stops where the held-out rows are likeliest, and U is the closed
-    form for the residuals there. docs/estimators.md has more.
+    a thousandth of y's. With hidden layers training stops where the held-out rows are likeliest, U is the closed form
+    for the residuals there, and `warm_start` starts from nothing: no fold may have seen its held-out rows.
+    docs/estimators.md has more.
 
     Args:
         reward: form of U: "isotropic" (one number in units of each output's standard deviation), "diagonal", or "full",

@@ -220,6 +220,8 @@ class BilevelEstimator(BaseEstimator, ABC):
         features = rows.inputs.shape[1]
         inside = torch.from_numpy(crossfit.deal(strata, rows.weight.numpy(), self.folds, random))
         if self._stops_early():
+            # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
+            warm = False
             # One more member sees all rows, and so goes the way of the others for as long as they do.
             inside = torch.cat([inside, torch.zeros_like(inside[:1])])
         outside = (rows.weight - inside).clamp(min=0.0)

@@ -280,6 +280,9 @@ def test_a_network_stops_where_the_held_out_rows_are_likeliest():
     assert model.n_iter_ < 200
     assert model.score(inputs[280:], target[280:]) > 0.86
     mean, std = model.predict(inputs[280:], return_std=True)
+    # The last fit saw the rows that are held out in the next one, and so is no start for it.
+    again = model.set_params(warm_start=True).fit(inputs[:280], target[:280])
+    assert again.predict(inputs, return_std=True)[1][0] == std[0]
     assert std[0] == pytest.approx(np.sqrt(0.5 / model.precision_[0]), rel=1e-6)
     assert std[0] == pytest.approx(np.sqrt(np.square(mean - target[280:]).mean()), rel=0.25)
 
