@@ -7,8 +7,8 @@ the training rows held out of the inner problem. `pg_learned_isotropic`, `..._di
 `pg_learned` with a reward of that form whatever `reward` says; `pg_learned_cv` is `BilevelClassifier`, which holds out
 each fifth of the training rows in turn and chooses the form itself, and `logistic_regression` is scikit-learn's, to
 compare that with. Of `nll`, `pg_identity` and `pg_heuristic` there are `..._cv`, whose penalty is chosen on such
-fifths, and `..._early`, whose number of steps is: a penalty that suits clean labels is no fair one under noise. No choice
-reads a test row.
+fifths, and `..._early`, whose number of steps is: a penalty that suits clean labels is no fair one under noise. No
+choice reads a test row.
 
 The categorical policy under reward table R and entropy weight λ has the inner objective λ KL(p ‖ softmax(R[·, y]/λ)):
 R sets how sure of the label the policy is asked to be, and the outer loss learns that from held-out likelihood.
