@@ -17,6 +17,7 @@ R sets how sure of the label the policy is asked to be, and the outer loss learn
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -252,8 +253,12 @@ class _Run:
                 outer_steps=config.outer_steps, random_state=self.seed,
             )  # fmt: skip
         # scikit-learn's own threads are those of its BLAS, as many as the machine has cores if nothing is said.
-        with require("threadpoolctl", "sklearn").threadpool_limits(config.threads), self.clock:
+        limited = require("threadpoolctl", "sklearn").threadpool_limits(config.threads)
+        with limited, warnings.catch_warnings(record=True) as said, self.clock:
+            warnings.simplefilter("always")
             model.fit(train.inputs.numpy(), train.target.numpy())
+        where = f"{self.name}, seed {self.seed}, {self.method}"
+        self.outcome.warnings.extend(f"{where}: {warning.message}" for warning in said)
         found = metrics.classification(torch.from_numpy(model.predict_log_proba(test.inputs.numpy())), test.target)
         u = float(diagonal(torch.from_numpy(model.precision_)).mean()) if hasattr(model, "precision_") else None
         curve = {"step": [float(np.max(model.n_iter_))], "nll": [found["nll"]], "accuracy": [found["accuracy"]]}

@@ -156,11 +156,23 @@ def _part(rows: Batch, share: float, least: int, generator: torch.Generator) -> 
     return rows.rows(torch.cat(kept).sort().values)
 
 
+# The data sets and methods of docs/experiments.md, and the quick version of a run on them.
+_NOISE = {"choose_by": "accuracy", "noise": (0.1, 0.2, 0.3, 0.4), "fractions": (), "shifts": ()}
+_CHOSEN = ("nll_cv", "pg_heuristic_cv")
+_QUICK = {"dataset": "iris", "seeds": 1, "outer_steps": 2, "steps": 20}
+
 EXPERIMENT = Experiment(
     "generalise", GeneraliseConfig, check, run, "generalisation",
     reproduced={
-        "generalisation": ({}, {
-            "dataset": "iris", "seeds": 1, "outer_steps": 2, "noise": (0.2,), "fractions": (0.5,), "shifts": (1.0,),
-        }),
+        "generalisation": ({}, _QUICK | {"noise": (0.2,), "fractions": (0.5,), "shifts": (1.0,)}),
+        "generalisation_linear": (_NOISE | {"methods": ("nll", *_CHOSEN)}, _QUICK | {"noise": (0.2,)}),
+        "generalisation_network": (
+            _NOISE | {
+                "max_rows": 500, "noise": (0.2, 0.4), "seeds": 5, "policy": "mlp", "optimizer": "adam",
+                "learning_rate": 5e-3, "steps": 300, "l2": 0.01,
+                "methods": ("nll", *_CHOSEN, "nll_early", "pg_identity_early", "pg_heuristic_early"),
+            },
+            _QUICK | {"noise": (0.2,), "hidden": (5,), "steps": 5, "max_rows": None},
+        ),
     },
 )  # fmt: skip
