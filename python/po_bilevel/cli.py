@@ -79,8 +79,9 @@ def run_experiment(experiment: Experiment, config: Options) -> None:
 def _write(experiment: Experiment, config: Options, outcome: Outcome) -> None:
     """Writes what a run found and prints its table, whatever becomes of the files."""
     title, curves = experiment.title_of(config), outcome.curves
-    if experiment.baseline is not None:
-        curves = curves | {"paired": results.paired(outcome.rows, experiment.baseline)}
+    if experiment.baselines:
+        paired = [line for each in experiment.baselines for line in results.paired(outcome.rows, each)]
+        curves = curves | {"paired": paired}
     options = dataclasses.asdict(config) | {"out": str(config.out)}
     document = results.document(title, options, outcome.rows)
     written, trouble = [config.out / "curves.json", config.out / "results.json"], None
@@ -95,8 +96,8 @@ def _write(experiment: Experiment, config: Options, outcome: Outcome) -> None:
     # Last, so that no trouble with the terminal costs the run.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    paired = results.table(curves["paired"]) if curves.get("paired") else ""
-    for text in (results.table(document["summary"]), paired, experiment.summary(config, outcome)):
+    differences = results.table(curves["paired"]) if curves.get("paired") else ""
+    for text in (results.table(document["summary"]), differences, experiment.summary(config, outcome)):
         if text:
             print(text)
     for warning in outcome.warnings:

@@ -1,16 +1,21 @@
 """What the estimators cross-fit with: policies that train together, one for each fold, and the folds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor, nn
 
+from .hypergradients import Tensors
 from .losses import Batch
 from .policies import CategoricalPolicy, FullGaussianPolicy, Policy
+
+# Of arsinh φ while a reward is learned: rewards of e²⁰ make a policy as certain as doubles can tell.
+FARTHEST = 20.0
 
 RowLoss = Callable[[Policy, Batch], Tensor]
 
@@ -27,7 +32,7 @@ class Stack(nn.Module):
     """M tanh networks (linear without hidden layers) of the same shape, evaluated together: (N, F) -> (M, N, out).
 
     Attributes:
-        unit: (out,), the units of the outputs that the penalty is to be free of.
+        unit: F (out, out), lower triangular: outputs z stand for F z, which is what the penalty is of.
 
     Args:
         members: M.
@@ -40,7 +45,7 @@ class Stack(nn.Module):
     def __init__(self, members: int, sizes: list[int], seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("unit", torch.ones(sizes[-1], dtype=torch.float64))
+        self.register_buffer("unit", torch.eye(sizes[-1], dtype=torch.float64))
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for width, out in pairwise(sizes):
@@ -58,16 +63,16 @@ class Stack(nn.Module):
         return hidden
 
     def squares(self) -> Tensor:
-        """‖weights‖² of each member for outputs in units of one, without intercepts, (M,)."""
+        """‖weights‖² of each member for the outputs that they stand for, without intercepts, (M,)."""
         *hidden, last = self.weights
-        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last * self.unit)]).sum(dim=0)
+        return torch.stack([weight.square().sum(dim=(1, 2)) for weight in (*hidden, last @ self.unit.mT)]).sum(dim=0)
 
     def measure_in(self, unit: Tensor) -> None:
-        """Gives the outputs in units of unit (out,) instead of one."""
+        """Gives the outputs in units of unit (out, out), itself in the units of before."""
         with torch.no_grad():
-            self.weights[-1].div_(unit)
-            self.biases[-1].div_(unit)
-            self.unit.copy_(unit)
+            for parameter in (self.weights[-1], self.biases[-1]):
+                parameter.copy_(in_units(parameter, unit))
+            self.unit.copy_(self.unit @ unit)
 
 
 class LogStd(nn.Module):
@@ -111,21 +116,67 @@ def policy_gradient(reward: nn.Module) -> RowLoss:
     return lambda policy, batch: policy.policy_loss(*batch, reward, entropy_coef=1.0, reduction="none", seed=0)
 
 
+def beliefs(logits: Tensor, table: Tensor) -> Tensor:
+    """q(y|x) under which a policy of these logits (*, C) is optimal for the rewards R (C, C): R q = logits + c, Σq = 1.
+
+    Below zero, where the policy errs, it is set to zero and the others are scaled to sum to one.
+    """
+    border = torch.ones(len(table), 1, dtype=table.dtype)
+    system = torch.cat([torch.cat([table, border], dim=1), torch.cat([border.mT, torch.zeros_like(border[:1])], dim=1)])
+    # Where the reward tells some answers not apart, the least q that solves it.
+    known = torch.cat([logits, torch.ones_like(logits[..., :1])], dim=-1)
+    q = (known @ torch.linalg.pinv(system, rtol=1e-9).mT)[..., :-1].clamp(min=0.0)
+    return q / q.sum(dim=-1, keepdim=True)
+
+
+def mixed(logits: Tensor, table: Tensor, share: float) -> Tensor:
+    """(1 - share) of the policy's own probabilities and a share of its beliefs, (*, C), as logarithms."""
+    own = torch.log_softmax(logits, dim=-1)
+    if share == 0.0:
+        return own
+    return torch.logaddexp(own + math.log1p(-share), beliefs(logits, table).log() + math.log(share))
+
+
+def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) -> tuple[float, float]:
+    """The share that makes the rows inside each fold likeliest, with one row more that knows the policy only.
+
+    That row keeps it below one, so that nothing is impossible that the policy holds possible.
+
+    Returns:
+        the loss of these rows, nats a row, and the share.
+    """
+    logits = policy(rows.inputs)
+    own, theirs = (
+        table.gather(-1, rows.target.expand(len(inside), -1)[..., None])[..., 0].numpy()
+        for table in (torch.softmax(logits, dim=-1), beliefs(logits, table))
+    )
+    weight = inside.numpy()
+
+    def loss(share: float) -> float:
+        return -float((weight * np.log((1.0 - share) * own + share * theirs)).sum() + np.log1p(-share))
+
+    found = optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6})
+    least, share = min((float(found.fun), float(found.x)), (loss(0.0), 0.0))
+    return least / float(weight.sum()), share
+
+
 def repeated(rows: Rows, members: int) -> Batch:
     """The rows once for each member: targets (M, N) or (M, N, D)."""
     return Batch(rows.inputs, rows.target.expand(members, *rows.target.shape))
 
 
 def in_units(target: Tensor, unit: Tensor) -> Tensor:
-    """Values (N, D) in units of unit (D,); labels have none."""
-    return target / unit if target.is_floating_point() else target
+    """z with F z the values (*, N, D) and F the unit (D, D); labels have none."""
+    if not target.is_floating_point():
+        return target
+    return torch.linalg.solve_triangular(unit.mT, target, upper=True, left=False)
 
 
 def spread(policy: Policy, together: Policy) -> None:
-    """Each member of `together` becomes a copy of the single member of `policy`."""
+    """Each member of `together` becomes a copy of the last member of `policy`."""
     with torch.no_grad():
         for source, parameter in zip(policy.parameters(), together.parameters(), strict=True):
-            parameter.copy_(source.expand_as(parameter))
+            parameter.copy_(source[-1:].expand_as(parameter))
         network_of(together).unit.copy_(network_of(policy).unit)
 
 
@@ -154,3 +205,59 @@ def deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.R
     dealt = np.empty((members, len(strata)))
     dealt[:, order] = np.diff(below, axis=1) * min(1.0, weight.mean())
     return dealt
+
+
+def quasi_newton(
+    reward: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], most: int, *, tolerance: float, enough: float,
+    prior: float,
+) -> float:  # fmt: skip
+    """L-BFGS-B on the reward's parameters φ, which are left where the loss was least.
+
+    It moves arsinh φ: a step is relative where φ is large and absolute where it is small.
+
+    Args:
+        evaluate: the loss at the parameters as they are, and its gradient.
+        most: evaluations.
+        tolerance: of the gradient's largest entry, at which to end.
+        enough: end where a step lowers the loss by less.
+        prior: (prior/2) ‖arsinh φ - arsinh φ₀‖² is added to the loss, φ₀ where it starts.
+
+    Returns:
+        the gradient's largest entry where the loss was least, or 0 if the steps had come to gain too little.
+    """
+    phi = list(reward.parameters())
+    start = np.arcsinh(_flat(phi))
+    best: tuple[float, float, np.ndarray] = math.inf, math.inf, np.empty(0)
+    taken = 0
+
+    def move(point: np.ndarray) -> None:
+        nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
+
+    def value(point: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best, taken
+        if taken == most:
+            raise StopIteration
+        taken += 1
+        move(point)
+        loss, gradient = evaluate()
+        loss += 0.5 * prior * np.square(point - start).sum()
+        slope = _flat(gradient) * np.cosh(point) + prior * (point - start)
+        if loss < best[0]:
+            best = loss, float(np.abs(slope).max()), point.copy()
+        return loss, slope
+
+    left = True
+    try:
+        found = optimize.minimize(
+            value, start, jac=True, method="L-BFGS-B", bounds=[(-FARTHEST, FARTHEST)] * len(start),
+            options={"gtol": tolerance, "ftol": enough, "maxls": 10},
+        )  # fmt: skip
+        left = not found.success
+    except StopIteration:
+        pass
+    move(best[2])
+    return best[1] if left else 0.0
+
+
+def _flat(tensors: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy()

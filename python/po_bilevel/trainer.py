@@ -299,6 +299,30 @@ class BilevelTrainer:
 
     def step(self) -> OuterStep:
         """One outer step; see `fit`."""
+        done, result = self._evaluated()
+        phi = _named(self.reward, self._phi)
+        self._update_reward(phi, result)
+        norm = training.norm_of([p.detach() for p in phi])
+        training.check_finite(f"outer step {done.step}: the norm of the reward's parameters", norm, self._last_good())
+        self.history.append(done)
+        return done
+
+    def evaluate(self) -> tuple[OuterStep, Tensors]:
+        """An outer step without its update of the reward, for optimisers that choose the next reward themselves.
+
+        The history stays as it is; the policy is trained, and the next solve starts from this one.
+
+        Returns:
+            what the step would be in the history, and dF/dφ, a tensor for each of the reward's parameters that require
+            grad.
+
+        Raises:
+            NonFiniteError, ValueError, RuntimeError: as `fit`.
+        """
+        done, result = self._evaluated()
+        return done, result.gradient
+
+    def _evaluated(self) -> tuple[OuterStep, Hypergradient]:
         number = len(self.history)
         try:
             inner_steps = self._train_policy()
@@ -306,7 +330,7 @@ class BilevelTrainer:
         except NonFiniteError as error:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
         phi = _named(self.reward, self._phi)
-        done = OuterStep(
+        step = OuterStep(
             step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss, inner_steps=inner_steps,
             reward=self.reward.shown() if isinstance(self.reward, Reward) else None,
             reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
@@ -314,11 +338,7 @@ class BilevelTrainer:
             negative_curvature=result.negative_curvature, problems=result.problems,
             inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity,
         )  # fmt: skip
-        self._update_reward(phi, result)
-        norm = training.norm_of([p.detach() for p in phi])
-        training.check_finite(f"outer step {number}: the norm of the reward's parameters", norm, self._last_good())
-        self.history.append(done)
-        return done
+        return step, result
 
     def _take_hypergradient(self) -> Hypergradient:
         """The hypergradient where the policy is, which moves if the method moves it."""

@@ -11,7 +11,7 @@ from po_bilevel import NonFiniteError, cli
 from po_bilevel.experiments import classification, data
 
 SMALL = ["--seeds", "2", "--outer-steps", "3", "--steps", "30", "--inner-steps", "20"]
-METHODS = ["nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]
+METHODS = ["nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned"]
 HEADER = "length,width,kind"
 
 
@@ -53,7 +53,7 @@ def test_end_to_end_on_iris(tmp_path, capsys):
     assert [(row["seed"], row["method"]) for row in result["rows"]] == [(s, m) for s in range(2) for m in METHODS]
     for row in result["rows"]:
         assert set(row) == {"dataset", "method", "seed", "accuracy", "nll", "brier", "ece", "u", "seconds"}
-        assert (row["u"] is None) == (row["method"] == "nll")
+        assert (row["u"] is None) == (row["method"] in ("nll", "nll_cv"))
         assert row["accuracy"] > 0.8
     for entry, method in zip(result["summary"], METHODS, strict=True):
         assert (entry["dataset"], entry["method"], entry["seeds"]) == ("iris", method, 2)

@@ -110,7 +110,9 @@ def test_every_method_and_paired_differences(tmp_path, capsys):
         "--steps", "30", "--inner-steps", "20", "--out", str(tmp_path), "--methods", *methods,
     ])  # fmt: skip
     assert code == 0
-    assert "pg_learned_cv - nll" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "pg_learned_cv - nll" in printed.out
+    assert "warning: iris, seed 0, pg_learned_cv: BilevelClassifier: the reward is not where" in printed.err
     found = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["method"] for row in found] == methods * 2
     # From 1 (2 for the estimator) on, for the labels of iris can be told: Adam's first steps are of its learning rate.

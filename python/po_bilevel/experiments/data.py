@@ -22,6 +22,8 @@ BUILT_IN = ("wine", "iris", "breast_cancer", "digits")
 # Numbers of data sets at openml.org, which are versions too: spambase, default-of-credit-card-clients, poker-hand.
 OPENML = {"spambase": 44, "credit_default": 42477, "poker": 1567}
 READERS = {".csv": "CSV", ".parquet": "Parquet"}
+# Parts that rows are held out in where they choose something themselves.
+FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,17 @@ def split(table: Table, *, test_fraction: float, held_out_fraction: float, seed:
         return Batch(torch.from_numpy(scaler.transform(table.inputs[index])), torch.from_numpy(table.labels[index]))
 
     return Splits(train=part(train), fit=part(fit), held_out=part(held_out), test=part(test))
+
+
+def folds(rows: Batch, seed: int) -> list[tuple[Batch, Batch]]:
+    """(the other rows, a fifth of them) for each fifth of random rows, stratified if the targets are labels."""
+    order = np.random.RandomState(seed).permutation(len(rows.inputs))
+    if not rows.target.is_floating_point():
+        order = order[np.argsort(rows.target.numpy()[order], kind="stable")]
+    place = torch.empty(len(order), dtype=torch.int64)
+    place[order] = torch.arange(len(order)) % FOLDS
+    inside = [place == fold for fold in range(FOLDS)]
+    return [(rows.rows((~mask).nonzero()[:, 0]), rows.rows(mask.nonzero()[:, 0])) for mask in inside]
 
 
 def _built_in(name: str) -> Table:

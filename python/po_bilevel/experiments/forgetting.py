@@ -5,7 +5,8 @@ one dimension, A is x from -3 to 0 and B from 0 to 3, a tanh network with one σ
 
 All methods take the same steps of adam from the same weights, on A and on B. `pg_heuristic` has U* of the marginal
 covariance of labels, or of the residuals of a regression on rows that it has not seen; `pg_learned` the U that the
-outer loop learns from there on rows held out. `nll_replay` sees the rows of A and those of B: the upper line.
+outer loop learns from there on rows held out. `nll_cv` has a penalty (l2/2N) ‖θ‖² that cross-validation on each task's
+training rows chooses. `nll_replay` sees the rows of A and those of B: the upper line.
 
 Methods learn B at different speeds, so that "kept" at the end compares different things. `kept_at_target` is what is
 left of A at the first step at which B is as good as `target_accuracy` or `target_rmse` ask for, None if it never is.
@@ -13,7 +14,7 @@ left of A at the first step at which B is as good as `target_accuracy` or `targe
 
 import copy
 import dataclasses
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,14 @@ from . import data, runs
 from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, named, threads
 
 Name = Literal["digits", "regression"]
-Method = Literal["nll", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay"]
+Method = Literal["nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay"]
 
 # Standard deviation of the noise of the regression.
 NOISE_STD = 0.1
 # Added to the inner Hessian, which is indefinite in a network's weights.
 DAMPING = 0.1
+# Values of l2 that `nll_cv` chooses from.
+PENALTIES = (0.0, 0.01, 0.1, 1.0, 10.0)
 # How often the tasks are looked at while B is learned.
 LOOKS = 50
 
@@ -46,7 +49,7 @@ class ForgettingConfig(OptionsInParts):
 
     tasks: tuple[Name, ...] = ("digits", "regression")
     """Digits 0 to 4 and then 5 to 9; a curve left and then right of zero."""
-    methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay")
+    methods: tuple[Method, ...] = get_args(Method)
     """Methods to compare."""
     hidden: tuple[int, ...] = (64,)
     """Widths of the network's hidden layers."""
@@ -145,11 +148,27 @@ class _Run:
     def _train(self, policy: Policy, task: Task, rows: Batch, callback: Any) -> None:
         config = self.config
         options: dict[str, Any] = {"seed": self.seed, "callback": callback}
-        if self.method in ("nll", "nll_replay"):
-            train_nll(policy, rows, self._optimizer(policy.parameters()), config.steps, **options)
+        if self.method.startswith("nll"):
+            loss = NegativeLogLikelihood(self._penalty(policy, rows) if self.method == "nll_cv" else 0.0)
+            train_nll(policy, rows, self._optimizer(policy.parameters()), config.steps, loss=loss, **options)
             return
         reward = self._reward(policy, task)
         train_policy_gradient(policy, reward, rows, self._optimizer(policy.parameters()), config.steps, **options)
+
+    def _penalty(self, policy: Policy, rows: Batch) -> float:
+        """The l2, a row, under which training from the policy makes each held-out fifth of the rows likeliest."""
+        parts = data.folds(rows, self.seed)
+
+        def held_out_loss(l2: float) -> float:
+            total = 0.0
+            for fit, held_out in parts:
+                other, loss = copy.deepcopy(policy), NegativeLogLikelihood(l2 / len(fit.inputs))
+                train_nll(other, fit, self._optimizer(other.parameters()), self.config.steps, loss=loss, seed=self.seed)
+                with torch.no_grad():
+                    total -= float(other.log_prob(*held_out).sum())
+            return total
+
+        return min(PENALTIES, key=held_out_loss) / len(rows.inputs)
 
     def _reward(self, policy: Policy, task: Task) -> nn.Module:
         if self.method == "pg_identity":

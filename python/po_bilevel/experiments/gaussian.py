@@ -372,7 +372,7 @@ def _optimum(config: GaussianConfig, covariance: Tensor) -> Tensor:
 
 EXPERIMENT = Experiment(
     "gaussian", GaussianConfig, check, run, "gaussian_figure{figure}",
-    figure=lambda config, outcome: plots.figure_of_gaussian(outcome, config.figure), summary=_summary, baseline=None,
+    figure=lambda config, outcome: plots.figure_of_gaussian(outcome, config.figure), summary=_summary, baselines=(),
     reproduced={
         "gaussian1": ({"figure": 1}, {"targets": 5}),
         "gaussian2": ({"figure": 2}, {}),

@@ -37,8 +37,24 @@ class GeneraliseConfig(OptionsInParts):
     """Fractions of the training rows; all of them are there under noise 0."""
     shifts: tuple[float, ...] = (1.0, 2.0, 4.0)
     """How far the test inputs are moved, in standard deviations."""
-    methods: tuple[Method, ...] = ("nll", "pg_identity", "pg_heuristic", "pg_heuristic_residual", "pg_learned")
+    methods: tuple[Method, ...] = (
+        "nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_cv", "pg_heuristic_residual", "pg_learned",
+    )  # fmt: skip
     """As of `classify`."""
+    choose_by: Literal["nll", "accuracy"] = "nll"
+    """As of `classify`, and so are the next six."""
+    policy: Literal["linear", "mlp"] = "linear"
+    """Multinomial logistic regression, or a tanh network."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Widths of the network's hidden layers."""
+    optimizer: Literal["auto", "lbfgs", "adam"] = "auto"
+    """The policy's."""
+    learning_rate: float = 0.05
+    """Of adam for the policy."""
+    steps: int | None = None
+    """The most optimiser steps of a training."""
+    l2: float = 1.0
+    """Penalty of the methods that do not choose theirs."""
     outer_steps: int = 20
     """Updates of the learned reward."""
 
@@ -57,7 +73,7 @@ class Setting(NamedTuple):
 
 def check(config: GeneraliseConfig) -> None:
     """See `Experiment`."""
-    runs.check_options(config, zero=("noise", "fractions", "shifts", "first_seed"))
+    runs.check_options(config, zero=("noise", "fractions", "shifts", "l2", "first_seed"))
     for option in ("noise", "fractions"):
         if any(value > 1 or (value == 0 and option == "fractions") for value in getattr(config, option)):
             values = " ".join(map(str, getattr(config, option)))
@@ -74,7 +90,10 @@ def run(config: GeneraliseConfig) -> Outcome:
     """
     check(config)
     table = data.subset(data.load(config.dataset, config.target), config.max_rows)
-    base = ClassifyConfig(outer_steps=config.outer_steps, progress=False)
+    shared = (
+        "choose_by", "policy", "hidden", "optimizer", "learning_rate", "steps", "l2", "outer_steps"
+    )  # fmt: skip
+    base = ClassifyConfig(progress=False, **{name: getattr(config, name) for name in shared})
     found = classification.new_outcome()
     with threads(config.threads):
         for seed, setting, method in each_run(config, settings(config), config.methods):
@@ -137,11 +156,23 @@ def _part(rows: Batch, share: float, least: int, generator: torch.Generator) -> 
     return rows.rows(torch.cat(kept).sort().values)
 
 
+# The data sets and methods of docs/experiments.md, and the quick version of a run on them.
+_NOISE = {"choose_by": "accuracy", "noise": (0.1, 0.2, 0.3, 0.4), "fractions": (), "shifts": ()}
+_CHOSEN = ("nll_cv", "pg_heuristic_cv")
+_QUICK = {"dataset": "iris", "seeds": 1, "outer_steps": 2, "steps": 20}
+
 EXPERIMENT = Experiment(
     "generalise", GeneraliseConfig, check, run, "generalisation",
     reproduced={
-        "generalisation": ({}, {
-            "dataset": "iris", "seeds": 1, "outer_steps": 2, "noise": (0.2,), "fractions": (0.5,), "shifts": (1.0,),
-        }),
+        "generalisation": ({}, _QUICK | {"noise": (0.2,), "fractions": (0.5,), "shifts": (1.0,)}),
+        "generalisation_linear": (_NOISE | {"methods": ("nll", *_CHOSEN)}, _QUICK | {"noise": (0.2,)}),
+        "generalisation_network": (
+            _NOISE | {
+                "max_rows": 500, "noise": (0.2, 0.4), "seeds": 5, "policy": "mlp", "optimizer": "adam",
+                "learning_rate": 5e-3, "steps": 300, "l2": 0.01,
+                "methods": ("nll", *_CHOSEN, "nll_early", "pg_identity_early", "pg_heuristic_early"),
+            },
+            _QUICK | {"noise": (0.2,), "hidden": (5,), "steps": 5, "max_rows": None},
+        ),
     },
 )  # fmt: skip

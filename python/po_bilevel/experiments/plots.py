@@ -23,8 +23,8 @@ def figure_of_classification(outcome: "Outcome") -> Any:
     panels = figure.subplots(len(names), 3, squeeze=False)
     for (left, middle, right), name in zip(panels, names, strict=True):
         for method, seeds in outcome.curves["curves"][name].items():
-            _band(left, [seed["nll"] for seed in seeds], method)
-            _band(middle, [seed["accuracy"] for seed in seeds], method)
+            _band(left, seeds, "nll", method)
+            _band(middle, seeds, "accuracy", method)
         left.set(title=f"{name}: test NLL", xlabel="optimiser step", ylabel="nats a row", yscale="log")
         middle.set(title=f"{name}: test accuracy", xlabel="optimiser step", ylabel="fraction")
         left.legend(fontsize="x-small", framealpha=0.6)
@@ -134,13 +134,18 @@ def save(figure: Any, path: Path) -> None:
         figure.savefig(temporary, dpi=120)
 
 
-def _band(panel: Any, seeds: list[list[float]], label: str) -> None:
-    """Mean over seeds with a band of ± one standard deviation; a run that ended early keeps its last value."""
-    length = max(map(len, seeds))
-    values = np.array([seed + [seed[-1]] * (length - len(seed)) for seed in seeds])
+def _band(panel: Any, seeds: list[dict[str, list[float]]], metric: str, label: str) -> None:
+    """Mean over seeds with a band of ± one standard deviation; a run that ended early keeps its last value.
+
+    Of an estimator there is the one point at its last step.
+    """
+    length = max(len(seed["step"]) for seed in seeds)
+    values, steps = (
+        np.array([seed[key] + seed[key][-1:] * (length - len(seed[key])) for seed in seeds]) for key in (metric, "step")
+    )
     mean, spread = values.mean(axis=0), values.std(axis=0)
-    steps = np.arange(1, length + 1)
-    (line,) = panel.plot(steps, mean, label=label)
+    steps = steps.max(axis=0)
+    (line,) = panel.plot(steps, mean, "o" if length == 1 else "-", label=label)
     # On the logarithmic axis of the NLL a band must stay above zero.
     panel.fill_between(steps, np.maximum(mean - spread, 0.5 * mean), mean + spread, color=line.get_color(), alpha=0.15)
 

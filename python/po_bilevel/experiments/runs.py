@@ -76,7 +76,7 @@ class Experiment:
         title: of its results and its figure's file, {option} standing for that option's value; the name if empty.
         figure: the figure of (config, outcome), see `plots`; means and intervals of all metrics as it stands.
         summary: what is printed of (config, outcome) under the table.
-        baseline: method whose differences to the others on the same seed are printed and kept; None for no such.
+        baselines: methods whose differences to the others on the same seed are printed and kept, where they were run.
         reproduced: its runs in `po-bilevel reproduce`: by folder, options, and what the quick version changes.
     """
 
@@ -87,7 +87,7 @@ class Experiment:
     title: str = ""
     figure: Callable[[Any, Outcome], Any] = _figure
     summary: Callable[[Any, Outcome], str] = lambda config, outcome: ""
-    baseline: str | None = "nll"
+    baselines: tuple[str, ...] = ("nll", "nll_cv")
     reproduced: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def title_of(self, config: Options) -> str:

@@ -1,0 +1,341 @@
+"""How an estimator's reward is learned from the data that it is fitted to, and its policy under that reward.
+
+Fitting has two stages. The reward: K policies, one for each fold, are trained by entropy-regularised policy gradient on
+the rows outside their fold, and the reward is moved along the hypergradient of the likelihood of the rows inside. No
+likelihood is read on rows that its policy was trained on, so memorising them does not pass for knowing the answer.
+The policy: one more, trained on all rows under that reward.
+
+Rows that occur more than once are put together and their weights added, and the rest of the fit sees the rows in an
+order of their own. So an integer weight is that many copies to the last bit, and the order of the rows does not matter.
+Folds share out the weight, a unit at a time: copies are observations of their own, and a fold that had all of them
+would take from the others what they know of that x.
+
+The entropy weight λ is 1: rewards and λ matter through their ratio only.
+"""
+
+import copy
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from numbers import Integral, Real
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, validate_data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import crossfit
+from .crossfit import RowLoss, Rows, likelihood, network_of, policy_gradient
+from .errors import UsageError
+from .hypergradients import ImplicitCG, Tensors
+from .losses import Batch
+from .optimizers import LBFGS_HISTORY, lbfgs
+from .policies import Policy
+from .trainer import BilevelTrainer
+from .training import BatchStream, train
+
+E = TypeVar("E", bound="BilevelEstimator")
+
+# Added to the inner Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
+DAMPING = 1e-6
+# Of the hypergradient's linear solve.
+CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
+# Outer steps end where the hypergradient is shorter than this, in nats a row for a relative change of the reward.
+OUTER_SOLVED = 1e-4
+# Or where a step gains less, in nats a row: what cross-validated likelihood knows is far less exact.
+OUTER_ENOUGH = 3e-5
+# Of L-BFGS for networks, whose losses are worse conditioned: it halves the iterations.
+NETWORK_HISTORY = 100
+# Iterations without a gain on the held-out rows after which training stops early.
+PATIENCE = 20
+# Standard deviation of the prior of arsinh φ around its start.
+PRIOR = 2.0
+
+
+class BilevelEstimator(BaseEstimator, ABC):
+    """What both estimators have in common: the two stages of fitting."""
+
+    _rewards: ClassVar[tuple[str, ...]]
+    # Of scikit-learn's validation of y.
+    _target_options: ClassVar[dict[str, Any]] = {}
+    policy_: Policy
+    outer_losses_: list[float]
+    _reward: Any
+    _model: dict[str, Any]
+    _scaler: StandardScaler
+
+    def __init__(
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
+        outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
+        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+    ) -> None:  # fmt: skip
+        self.reward = reward
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.l2 = l2
+        self.folds = folds
+        self.outer_steps = outer_steps
+        self.max_iter = max_iter
+        self.tol = tol
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self: E, X: Any, y: Any, sample_weight: Any = None) -> E:
+        """Learns the reward and the policy.
+
+        Args:
+            X: (N, F), an array or a DataFrame of finite numbers.
+            y: labels (N,) of at least two classes for a classifier; for a regressor finite numbers, (N,) or (N, D).
+            sample_weight: (N,), at least 0; a row of weight 2 is that row twice.
+
+        Raises:
+            ValueError: data or a parameter that cannot be used.
+            NonFiniteError: training diverged.
+        """
+        self._check_parameters()
+        self._check_target(y)
+        X, y = validate_data(self, X, y, dtype=np.float64, **self._target_options)
+        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+        X, target, weight = crossfit.distinct(X, self._columns(y, weight), weight)
+        target, outputs, strata = self._standardised(target, weight)
+        self._scaler = StandardScaler().fit(X, sample_weight=weight)
+        inputs = self._scaler.transform(X)
+        self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
+        with torch.no_grad():
+            self._publish()
+        return self
+
+    def _check_target(self, y: Any) -> None:
+        """Refuses what scikit-learn would let pass."""
+
+    @abstractmethod
+    def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """y as numbers, (N, D), once it is known to be usable."""
+
+    @abstractmethod
+    def _standardised(self, target: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, int, np.ndarray]:
+        """What the network is trained on, how many outputs it has, and (N,) strata, of which each fold gets a share."""
+
+    @abstractmethod
+    def _publish(self) -> None:
+        """Sets the attributes that say what was learned."""
+
+    def _check_parameters(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.reward, str) or self.reward not in self._rewards:
+            raise UsageError(
+                f"{name}: reward: expected one of {', '.join(map(repr, self._rewards))}, got {self.reward!r}"
+            )
+        for option, least in (("folds", 2), ("outer_steps", 0), ("max_iter", 1)):
+            value = getattr(self, option)
+            if not isinstance(value, Integral) or value < least:
+                raise UsageError(f"{name}: {option}: expected an integer of at least {least}, got {value!r}")
+        for option in ("l2", "tol"):
+            value = getattr(self, option)
+            if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+                raise UsageError(f"{name}: {option}: expected a finite number of at least 0, got {value!r}")
+        if not isinstance(self.hidden_layer_sizes, (tuple, list, np.ndarray)) or any(
+            not isinstance(width, Integral) or width < 1 for width in self.hidden_layer_sizes
+        ):
+            raise UsageError(
+                f"{name}: hidden_layer_sizes: expected a sequence of integers of at least 1, got "
+                f"{self.hidden_layer_sizes!r}"
+            )
+
+    def _begin(self, features: int, outputs: int) -> tuple[bool, dict[str, Any]]:
+        """Whether this fit goes on from the last, and what model it is of; what else the last one left is forgotten.
+
+        Raises:
+            UsageError: warm_start, and the last fit was of another model.
+        """
+        model = {
+            "reward": self.reward, "hidden_layer_sizes": tuple(self.hidden_layer_sizes), "features": features,
+            "outputs": outputs,
+        }  # fmt: skip
+        warm = self.warm_start and hasattr(self, "policy_")
+        if warm and model != self._model:
+            raise UsageError(
+                f"{type(self).__name__}: warm_start: expected the model of the last fit, {self._model}, got {model}"
+            )
+        for name in ("precision_", "outer_losses_"):
+            if hasattr(self, name):
+                delattr(self, name)
+        return warm, model
+
+    @abstractmethod
+    def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
+        """M policies that start the same."""
+
+    @abstractmethod
+    def _first_loss(self) -> "RowLoss":
+        """The loss that the policies are trained under before there is a reward."""
+
+    @abstractmethod
+    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
+        """The reward to start from, and the rows in the units that it is for.
+
+        Args:
+            policy: trained on all rows under `_first_loss`.
+            together: with a member for each fold, trained on the other folds.
+            rows: standardised.
+            inside: (M, N), what of each row's weight is in each fold.
+        """
+
+    def _held_out(self, policy: Policy, batch: Batch) -> Tensor:
+        """The loss of each row that a reward is judged by, (M, N), in nats."""
+        return likelihood(policy, batch)
+
+    def _stops_early(self) -> bool:
+        """Whether training ends where the held-out rows are likeliest, which is no minimum of the loss."""
+        return False
+
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> nn.Module:
+        """The reward, where the policies' training stops early."""
+        raise NotImplementedError
+
+    def _refined(
+        self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
+    ) -> nn.Module:  # fmt: skip
+        """A better reward than the one learned, or that one; the arguments are those of `_learn`."""
+        return reward
+
+    def _fit(self, rows: Rows, outputs: int, strata: np.ndarray) -> None:
+        """Learns the reward, then the policy.
+
+        Args:
+            rows: standardised.
+            outputs: of the network: classes, or dimensions of y.
+            strata: (N,) int64, of which each fold gets its share.
+        """
+        warm, model = self._begin(rows.inputs.shape[1], outputs)
+        random = check_random_state(self.random_state)
+        seed = int(random.randint(2**31 - 1))
+        features = rows.inputs.shape[1]
+        inside = torch.from_numpy(crossfit.deal(strata, rows.weight.numpy(), self.folds, random))
+        if self._stops_early():
+            # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
+            warm = False
+            # One more member sees all rows, and so goes the way of the others for as long as they do.
+            inside = torch.cat([inside, torch.zeros_like(inside[:1])])
+        outside = (rows.weight - inside).clamp(min=0.0)
+        together = self._policy(len(inside), features, outputs, seed)
+        policy = copy.deepcopy(self.policy_) if warm else self._policy(1, features, outputs, seed)
+        if warm:
+            crossfit.spread(policy, together)
+            rows = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
+        if self._stops_early():
+            reward = self._learn_early(together, rows, inside, outside)
+            crossfit.spread(together, policy)
+        else:
+            if warm:
+                reward = copy.deepcopy(self._reward)
+            else:
+                self._train(policy, rows, rows.weight[None], self._first_loss())
+                self._train(together, rows, outside, self._first_loss())
+                reward, rows = self._first_reward(policy, together, rows, inside)
+            if self.outer_steps > 0:
+                self._learn(reward, together, rows, inside, outside)
+            reward = self._refined(reward, together, rows, inside, outside)
+            self.n_iter_ = self._train(policy, rows, rows.weight[None], policy_gradient(reward))
+        if self.n_iter_ >= self.max_iter:
+            warnings.warn(
+                f"{type(self).__name__}: the policy's training stopped after max_iter={self.max_iter} steps, its "
+                f"gradient possibly above tol={self.tol}; raise max_iter, l2 or tol",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        self.policy_, self._reward, self._model = policy, reward, model
+
+    def _learn(self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> None:
+        """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""
+        batch, inner = crossfit.repeated(rows, len(inside)), self._objective(rows, outside)
+        # What L-BFGS remembers of the curvature belongs to the reward of before.
+        trainer = BilevelTrainer(
+            policy, reward, inner_data=batch, outer_data=batch,
+            inner_optimizer=self._optimizer,
+            outer_optimizer=torch.optim.SGD(reward.parameters()), inner_steps=self.max_iter,
+            inner_loss=lambda policy, reward, batch, _: inner(policy, batch, policy_gradient(reward)),
+            outer_loss=lambda policy, batch: (inside * self._held_out(policy, batch)).sum() / rows.weight.sum(),
+            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=self.tol,
+            keep_inner_state=False, progress=False,
+        )  # fmt: skip
+        self.outer_losses_ = []
+        with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
+
+            def evaluate() -> tuple[float, Tensors]:
+                step, gradient = trainer.evaluate()
+                self.outer_losses_.append(step.outer_loss)
+                bar.set_postfix_str(f"held-out NLL {step.outer_loss:.4f}", refresh=False)
+                bar.update()
+                return step.outer_loss, gradient
+
+            left = crossfit.quasi_newton(
+                reward, evaluate, self.outer_steps, tolerance=OUTER_SOLVED, enough=OUTER_ENOUGH,
+                prior=1.0 / (PRIOR**2 * float(rows.weight.sum())),
+            )  # fmt: skip
+        if left > OUTER_SOLVED:
+            warnings.warn(
+                f"{type(self).__name__}: the reward is not where the cross-validated likelihood is greatest after "
+                f"outer_steps={self.outer_steps}: its slope is {left:.1e} nats a row, tolerance {OUTER_SOLVED:.0e}; "
+                "raise outer_steps",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return lbfgs(parameters, self.tol, NETWORK_HISTORY if self.hidden_layer_sizes else LBFGS_HISTORY)
+
+    def _train(
+        self, policy: Policy, rows: Rows, weight: Tensor, loss: RowLoss,
+        callback: Callable[[int, float], Any] | None = None,
+    ) -> int:  # fmt: skip
+        """Trains all members at once, each on its row of weight (M, N); returns how many steps it took."""
+        objective = self._objective(rows, weight)
+        _, steps = train(
+            policy, lambda policy, batch, _: objective(policy, batch, loss),
+            BatchStream(crossfit.repeated(rows, len(weight)), None, 0), self._optimizer(policy.parameters()),
+            self.max_iter, tolerance=self.tol, callback=callback,
+        )  # fmt: skip
+        return steps
+
+    def _train_early(
+        self, policy: Policy, rows: Rows, weight: Tensor, loss: RowLoss, inside: Tensor
+    ) -> tuple[float, int]:  # fmt: skip
+        """`_train` up to where the rows inside each fold are likeliest.
+
+        Returns:
+            their loss there, and how many steps it took to know.
+        """
+        batch, total = crossfit.repeated(rows, len(inside)), rows.weight.sum()
+        least, at, best = math.inf, 0, copy.deepcopy(policy.state_dict())
+
+        def watch(step: int, _: float = math.nan) -> bool:
+            nonlocal least, at, best
+            with torch.no_grad():
+                value = float((inside * self._held_out(policy, batch)).sum() / total)
+            if value < least - OUTER_ENOUGH:
+                least, at, best = value, step, copy.deepcopy(policy.state_dict())
+            return step - at >= PATIENCE
+
+        watch(-1)
+        steps = self._train(policy, rows, weight, loss, watch)
+        policy.load_state_dict(best)
+        return least, steps
+
+    def _objective(self, rows: Rows, weight: Tensor) -> Callable[[Policy, Batch, RowLoss], Tensor]:
+        """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
+        total = weight.sum(dim=1, keepdim=True)
+        share = weight / total
+
+        def objective(policy: Policy, batch: Batch, loss: RowLoss) -> Tensor:
+            penalty = 0.5 * self.l2 * (network_of(policy).squares() / total[:, 0]).sum()
+            return (share * loss(policy, batch)).sum() + penalty
+
+        return objective
