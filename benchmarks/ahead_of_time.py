@@ -61,9 +61,7 @@ def request(
     if config.estimator == row.closed_form and "seed" in constants._fields:
         constants = constants._replace(seed=None)
     needed = row.differentiable
-    cotangent = (
-        torch.ones([sizes[letter] for letter in row.value], dtype=row.value_dtype(dtype)) if needed else None
-    )
+    cotangent = torch.ones([sizes[letter] for letter in row.value], dtype=row.value_dtype(dtype)) if needed else None
     return Request(
         inputs,
         constants,

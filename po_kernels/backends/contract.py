@@ -269,7 +269,6 @@ REFUSALS = {
 MATRIX_TOLERANCE = 1e-4
 
 
-
 class RefusedError(ValueError):
     """A value is refused, of that row."""
 

@@ -70,12 +70,13 @@ class _Chunk:
 
     ids: Tensor
     cotangents: list[Tensor | None]
+    moved: Tensor | None = None
 
     def __init__(
         self, row_kernel: Kernel, inputs: Any, tangents: Any, hidden: Tensor, first: int, config: OpConfig
     ) -> None:
         self.row_kernel, self.inputs, self.tangents, self.config = row_kernel, inputs, tangents, config
-        self.hidden, self.moved, self.first = hidden, None, first
+        self.hidden, self.first = hidden, first
 
     def run(self, found: list[Tensor | None], part: slice, needs: Any) -> Tensor:
         """The value; adds the chunk's gradients to `found`."""

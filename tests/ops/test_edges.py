@@ -131,9 +131,7 @@ def test_mixed_dtypes_are_promoted_under_autocast_alone(op):
 @pytest.mark.parametrize("precision", [1e-8, 1e5, 1.0009765625 + 2**-20])
 def test_a_number_for_the_precision_is_not_rounded_to_half(precision, dtype):
     case = draw("gaussian_policy_loss", 1, dtype, lead=(3,), dim=2, estimator="analytic")
-    found = pk.gaussian_policy_loss(
-        case.tensors["mean"], case.tensors["log_std"], case.tensors["target"], precision
-    )
+    found = pk.gaussian_policy_loss(case.tensors["mean"], case.tensors["log_std"], case.tensors["target"], precision)
     expected = pk.gaussian_policy_loss(
         *(case.tensors[name].double() for name in ("mean", "log_std", "target")), precision
     )

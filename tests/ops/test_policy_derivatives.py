@@ -19,7 +19,10 @@ STOPPED = {
 }  # fmt: skip
 
 
-def inputs(seed=0, few=slice(None)):
+ALL = slice(None)
+
+
+def inputs(seed=0, few=ALL):
     log_prob, A, rest = batch(seed)
     x = [y[few].clone().requires_grad_() for y in (log_prob, A, rest["ref_log_prob"], rest["entropy"])]
     return [*x, torch.tensor(0.1, dtype=torch.float64, requires_grad=True)], rest["old_log_prob"][few]

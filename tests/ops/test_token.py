@@ -78,9 +78,12 @@ def test_masks(backend, classes):
     entropy = -(p * log_p).sum(-1, keepdim=True)
     alpha, beta, gamma = cotangent[..., None]
     one_hot = torch.nn.functional.one_hot(ids, classes)
-    assert torch.allclose(first, alpha * (one_hot - p) - beta * p * (log_p + entropy) + gamma * p, rtol=1e-12, atol=1e-15)
+    assert torch.allclose(
+        first, alpha * (one_hot - p) - beta * p * (log_p + entropy) + gamma * p, rtol=1e-12, atol=1e-15
+    )
     (second,) = grad((first * torch.randn(4, classes, **F64)).sum(), logits)
-    assert second.isfinite().all() and (second[logits == -INF] == 0).all()
+    assert second.isfinite().all()
+    assert (second[logits == -INF] == 0).all()
 
 
 @ROWS
@@ -102,9 +105,12 @@ def test_ignored(backend, dtype):
     logits[1] = float("nan")
     logits.requires_grad_()
     found = every(logits, torch.tensor([1, -100, 2]), ignore_index=-100, backend=backend)
-    assert (found[:, 1] == 0).all() and found.isfinite().all()
+    assert (found[:, 1] == 0).all()
+    assert found.isfinite().all()
     (first,) = grad(found.sum(), logits)
-    assert (first[1] == 0).all() and first.isfinite().all() and (first[0] != 0).any()
+    assert (first[1] == 0).all()
+    assert first.isfinite().all()
+    assert (first[0] != 0).any()
 
 
 @ROWS
@@ -122,7 +128,8 @@ def test_half_precision_is_read_as_such(backend, dtype):
         (second,) = grad((first * direction.to(x.dtype)).sum(), x)
         results.append((found, first, second))
     (found, first, second), right = results
-    assert found.dtype == torch.float32 and first.dtype == second.dtype == dtype
+    assert found.dtype == torch.float32
+    assert first.dtype == second.dtype == dtype
     # 2^-24 of a float32, times a dozen operations and the size of a logit beside it.
     assert (found - right[0]).abs().max() < 2e-6 * right[0].abs().max()
     eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal

@@ -36,9 +36,9 @@ PK_FN V exp_of_negative(V x) {
           (r + T(1));
     } else {  // coefficients: fdlibm, exp
       const V z = r * r;
-      const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06,
-                                     6.61375632143793436117e-05, -2.77777777770155933842e-03,
-                                     1.66666666666666019037e-01);
+      const V c =
+          r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06, 6.61375632143793436117e-05,
+                             -2.77777777770155933842e-03, 1.66666666666666019037e-01);
       y = (high - (n * ln2_low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
     }
     y = y * from_bits(Bits((k + bias) << mantissa_bits));
@@ -60,14 +60,14 @@ PK_FN V tanh(V x) {
     const V s = x * x;
     V small;
     if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, tanhf and tanh
-      small = x + x * s * polynomial(s, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
-                                     -3.33332819422e-1f);
-    } else {
       small = x + x * s *
-                      (polynomial(s, -9.64399179425052238628e-1, -9.92877231001918586564e1,
-                                  -1.61468768441708447952e3) /
-                       polynomial(s, 1.0, 1.12811678491632931402e2, 2.23548839060100448583e3,
-                                  4.84406305325125486048e3));
+                      polynomial(s, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                                 -3.33332819422e-1f);
+    } else {
+      small =
+          x + x * s *
+                  (polynomial(s, -9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3) /
+                   polynomial(s, 1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3));
     }
     return select(size < T(0.625), small, select(x < T(0), -large, large));
   }

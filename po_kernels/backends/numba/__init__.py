@@ -9,7 +9,8 @@ import torch
 # Than the reference, by benchmarks/baselines/numba.json; the linear head needs less memory instead.
 _FASTER = (
     "gaussian_policy_loss", "gaussian_surrogate_loss", "gaussian_sample", "mvn_policy_loss", "mvn_surrogate_loss",
-    "mvn_log_prob", "mvn_sample", "categorical_policy_loss", "categorical_surrogate_loss", "categorical_sample", "linear_token_log_prob",
+    "mvn_log_prob", "mvn_sample", "categorical_policy_loss", "categorical_surrogate_loss", "categorical_sample",
+    "linear_token_log_prob",
 )  # fmt: skip
 FIRST_ORDER_ONLY = "its kernels compute values and gradients"
 
@@ -34,7 +35,9 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
-        files = [importlib.import_module(f"{__name__}.{file}") for file in ("gaussian", "categorical", "token", "advantage")]
+        files = [
+            importlib.import_module(f"{__name__}.{file}") for file in ("gaussian", "categorical", "token", "advantage")
+        ]
         globals()[name] = {op: kernel for file in files for op, kernel in file.KERNELS.items()}
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

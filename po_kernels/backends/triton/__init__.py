@@ -36,7 +36,9 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
-        files = [importlib.import_module(f"{__name__}.{file}") for file in ("family", "categorical", "token", "advantage")]
+        files = [
+            importlib.import_module(f"{__name__}.{file}") for file in ("family", "categorical", "token", "advantage")
+        ]
         globals()[name] = {op: kernel for file in files for op, kernel in file.KERNELS.items()}
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

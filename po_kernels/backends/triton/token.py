@@ -9,7 +9,25 @@ from torch import Tensor
 from .. import linear_head
 from ..contract import IGNORED, NUM_TOKEN_STATS
 from . import launch
-from .lanes import add, constant, exp, inverse, load, log, masked, mul, number, output, plus, rounded, sub, times, total, value, zeros
+from .lanes import (
+    add,
+    constant,
+    exp,
+    inverse,
+    load,
+    log,
+    masked,
+    mul,
+    number,
+    output,
+    plus,
+    rounded,
+    sub,
+    times,
+    total,
+    value,
+    zeros,
+)
 from .launch import Call
 
 _LARGEST_BLOCK = 4096  # columns; their sums stay in registers
