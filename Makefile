@@ -45,7 +45,7 @@ bench-quick: $(VENV)/installed-test
 count: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.count
 
-# The op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The op tests on extensions built with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(VENV)/installed-test
 	tests/sanitize.sh $(BIN)/python
 

@@ -46,7 +46,7 @@ class _Kernel(Kernel):
         if "reduction" in arguments:
             numbers = blocks * (_HEAD + terms)
         else:
-            many = arguments.get("count", arguments.get("num_samples", 0)) > _RUN
+            many = (arguments.get("count") or arguments.get("num_samples") or 0) > _RUN
             summed = many and any(request.needs[:2])  # over samples: the gradients in the mean and the scale
             numbers = sum(x.numel() for x in request.inputs[:2]) if summed else 0
         if numbers:
