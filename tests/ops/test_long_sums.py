@@ -15,7 +15,7 @@ from torch.autograd import grad
 
 import po_kernels as pk
 
-from .cases import serving
+from .cases import fused, serving
 
 U = 2.0**-24
 RUN = 72 * U  # a run, and the roundings of what is summed
@@ -196,3 +196,19 @@ print((resident() - before) / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
     assert float(done.stdout) < 64  # 16 MiB are kept, and torch's allocator may keep the two tensors
+
+
+@pytest.mark.parametrize("backend", fused("gaussian_policy_loss"))
+def test_products_with_a_full_precision(backend):
+    """Equal numbers, of which torch's own sum is off by some hundreds of units: here runs of 128, and 2000 / 128 of
+    them, at most 144 units, of a sum and of the sum of those."""
+    dim = 2000
+    precision = torch.full((dim, dim), 0.1) + torch.eye(dim)
+    mean = torch.full((2, dim), 0.3, requires_grad=True)
+    zero = torch.zeros(2, dim)
+    loss = pk.gaussian_policy_loss(mean, zero, zero, precision, backend=backend)
+    (gradient,) = torch.autograd.grad(loss, mean)
+    x, one, rest = (float(torch.tensor(value)) for value in (0.3, 1.1, 0.1))
+    row = x * (one + (dim - 1) * rest)
+    assert gradient[0, -1].item() == pytest.approx(row, rel=144 * 2**-24)
+    assert loss.item() == pytest.approx(dim * (x * row + one), rel=288 * 2**-24)

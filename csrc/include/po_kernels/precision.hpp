@@ -31,20 +31,33 @@ PK_FN Shared<V> precision_diagonal(Precision<V> p, Index dim, Index j) {
   return p.kind == kScalar ? p.u[0] : p.kind == kDiagonal ? p.u[j] : p.u[j * dim + j];
 }
 
+// Terms that are added up in a row of products before their sum goes to the others: n of them err by at most
+// (kRowRun + n / kRowRun) u Σ|x|.
+constexpr Index kRowRun = 128;
+
 // Rows i..i+R of y = U x for the S vectors of x (S, dim), which are zero before `first`: sums[r][s].
 template <int S, int R, class V>
 PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Index i, const V* x, V (&sums)[R][S]) {
   unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = V{}; }); });
-  for (Index j = first; j < end; ++j) {
-    Shared<V> u[R];
-    unrolled<R>([&](auto r) PK_LAMBDA { u[r] = p.u[(i + r) * dim + j]; });
-    unrolled<S>([&](auto s) PK_LAMBDA {
-      const V from = x[s * dim + j];
-      unrolled<R>([&](auto r) PK_LAMBDA {
-        V& sum = sums[r][s];
-        sum = sum + from * u[r];
+  const auto add = [&](Index begin, Index stop, V(&run)[R][S]) PK_LAMBDA {
+    for (Index j = begin; j < stop; ++j) {
+      Shared<V> u[R];
+      unrolled<R>([&](auto r) PK_LAMBDA { u[r] = p.u[(i + r) * dim + j]; });
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        const V from = x[s * dim + j];
+        unrolled<R>([&](auto r) PK_LAMBDA {
+          V& sum = run[r][s];
+          sum = sum + from * u[r];
+        });
       });
-    });
+    }
+  };
+  add(first, end - first > kRowRun ? first + kRowRun : end, sums);
+  for (Index next = first + kRowRun; next < end; next += kRowRun) {
+    V run[R][S];
+    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { run[r][s] = V{}; }); });
+    add(next, end - next > kRowRun ? next + kRowRun : end, run);
+    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = sums[r][s] + run[r][s]; }); });
   }
 }
 
@@ -95,7 +108,15 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
   }
   // Twice what is below the diagonal, and the diagonal.
   Index i = 0;
+  V before[S];
+  unrolled<S>([&](auto s) PK_LAMBDA { before[s] = V{}; });
   for (; i + 2 <= dim; i += 2) {
+    if (i % kRowRun == 0 && i > 0) {
+      unrolled<S>([&](auto s) PK_LAMBDA {
+        before[s] = before[s] + total[s];
+        total[s] = V{};
+      });
+    }
     V below[2][S];
     multiply_rows<S, 2>(p, dim, 0, i, i, x, below);
     const Shared<V>* row = p.u + (i + 1) * dim + i;
@@ -117,6 +138,7 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
       total[at] = total[at] + b * (below[0][at] * T(2) + b * tail);
     });
   }
+  unrolled<S>([&](auto s) PK_LAMBDA { total[s] = before[s] + total[s]; });
 }
 
 // acc += Σ_s weighted_s x_sᵀ, as the gradient in U, for weighted_s a multiple of x_s, both (S, dim) and zero before
