@@ -59,7 +59,7 @@ def test_a_penalty_is_the_one_that_does_best_where_each_fold_is_tested_in_turn(b
 
 
 def test_a_network_that_learns_nothing_under_strong_penalties_tries_weak_ones(monkeypatch):
-    """Whether the signs of two inputs agree: what a linear policy does not see, and no network whose weights are small."""
+    """Whether the signs of two inputs agree, which no network of small weights sees."""
     monkeypatch.setattr(classification, "PENALTIES", (30.0, 10.0, 7.0, 0.1))
     parts = splits(3, known=True)
     agree = (
