@@ -81,8 +81,8 @@ def test_a_reward_that_is_not_the_best_is_named(iris):
         warnings.simplefilter("error")
         model.fit(*iris)
     assert len(model.outer_losses_) < 30
-    # 30 steps of Adam end at 0.092; without a prior the least is 0.070 at a U of 1e6.
-    assert min(model.outer_losses_) < 0.08
+    # 30 steps of Adam ended at 0.080, still falling.
+    assert min(model.outer_losses_) < 0.065
 
 
 def cells(count, seed=0):

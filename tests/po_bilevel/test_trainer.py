@@ -91,6 +91,17 @@ def test_fitting_twice_goes_on_where_it_was(classes):
     assert torch.equal(once.reward.precision(), twice.reward.precision())
 
 
+def test_an_evaluation_is_a_step_that_leaves_the_reward(classes):
+    trainer, other = bilevel(classes), bilevel(classes)
+    before = trainer.reward.precision().detach().clone()
+    step, (gradient,) = trainer.evaluate()
+    assert torch.equal(trainer.reward.precision(), before)
+    assert trainer.history == []
+    first = other.step()
+    assert (step.outer_loss, step.gradient_norm) == (first.outer_loss, first.gradient_norm)
+    assert float(gradient.norm()) == pytest.approx(step.gradient_norm)
+
+
 def test_a_callback_stops_and_the_best_reward_is_kept(classes, tmp_path):
     """Outer steps that are far too long: the loss rises, and the reward of its least is known from the history."""
     path = tmp_path / "run.pt"
