@@ -58,6 +58,19 @@ def test_a_penalty_is_the_one_that_does_best_where_each_fold_is_tested_in_turn(b
     assert run("nll_cv", parts, choose_by=by)[1]["l2"] == min(loss, key=loss.__getitem__)
 
 
+def test_a_network_that_learns_nothing_under_strong_penalties_tries_weak_ones(monkeypatch):
+    """Whether the signs of two inputs agree, which no network of small weights sees."""
+    monkeypatch.setattr(classification, "PENALTIES", (30.0, 10.0, 7.0, 0.1))
+    parts = splits(3, known=True)
+    agree = (
+        part._replace(target=(part.inputs[:, 0] * part.inputs[:, 1] > 0).long())
+        for part in (parts.train, parts.fit, parts.held_out, parts.test)
+    )
+    row, curve = run("nll_cv", data.Splits(*agree), policy="mlp", hidden=(8,), steps=60)
+    assert curve["l2"] == 0.1
+    assert row["accuracy"] > 0.9
+
+
 def test_training_stops_early_where_labels_are_not_known():
     lengths = [run("nll_early", splits(1, known=known), l2=0.01)[1]["step"][-1] for known in (True, False)]
     assert lengths[0] > 3 * lengths[1]
