@@ -55,20 +55,26 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -
         ValueError: an unknown name.
         RuntimeError: the backend asked for cannot serve the call.
     """
-    if backend is not None:
-        source, name = "backend", backend
-    elif (name := _requested.get()) is not None:  # type: ignore[assignment]
-        source = "use_backend"
-    else:
-        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or None  # type: ignore[assignment]
+    source, name = requested(op, backend)
     if name is None:
         known = _decisions.get((op, device_type, dtype))
         return known.backend if known is not None else _automatic(op, device_type, dtype).backend
-    _known(op, source, name)
     reason = refusal(op, name, device_type, dtype)
     if reason is not None:
         raise RuntimeError(f"{op}: {source}: backend {name!r} was asked for, but {reason}")
     return name
+
+
+def requested(op: str, backend: str | None) -> tuple[str, str | None]:
+    """What asks for a backend, the argument before the context and the environment, and the name that it asks for."""
+    source, name = "backend", backend
+    if name is None:
+        source, name = "use_backend", _requested.get()
+    if name is None:
+        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None:
+        _known(op, source, name)
+    return source, name
 
 
 def refusal(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -5,7 +5,7 @@ g the gradient in z of what is differentiated, dh = g W, dW = gᵀ h and dbias =
 ż = ḣ Wᵀ + h Ẇᵀ + ḃ and the derivatives of these products with ġ from the kernel's second order.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +38,15 @@ def kernel(row_kernel: Kernel) -> Kernel:
         found = [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(inputs, needs, strict=True)]
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
-            chunk = _Chunk(row_kernel, inputs, tangents, _rows(hidden, part, size), first, config)
-            chunk.ids = _padded(ids[part], size, IGNORED)
-            chunk.cotangents = [
-                None if c is None else _padded(c[:, part].mT, size).mT for c in (cotangent, cotangent_tangent)
-            ]
-            if tangents is not None and tangents.hidden is not None:
-                chunk.moved = _rows(tangents.hidden, part, size)
+            chunk = _Chunk(
+                row_kernel, inputs, tangents, config, first,
+                hidden=_padded(hidden[part], size),
+                moved=None if tangents is None or tangents.hidden is None else _padded(tangents.hidden[part], size),
+                ids=_padded(ids[part], size, IGNORED),
+                cotangents=[
+                    None if c is None else _padded(c[:, part].mT, size).mT for c in (cotangent, cotangent_tangent)
+                ],
+            )  # fmt: skip
             value[:, part] = chunk.run(found, part, needs)[:, : len(hidden) - first]
         return [value, None, *[None if g is None else g.to(x.dtype) for g, x in zip(found, inputs, strict=True)]]
 
@@ -61,22 +63,18 @@ def _padded(x: Tensor, rows: int, fill: float = 0) -> Tensor:
     return padded
 
 
-def _rows(x: Tensor, part: slice, rows: int) -> Tensor:
-    return _padded(x[part], rows)
+class _Chunk(NamedTuple):
+    """Rows of a request from `first` on, padded with rows that are left out; `moved` is the tangent of `hidden`."""
 
-
-class _Chunk:
-    """Rows of a request, padded with rows that are left out."""
-
+    row_kernel: Kernel
+    inputs: Any
+    tangents: Any
+    config: OpConfig
+    first: int
+    hidden: Tensor
+    moved: Tensor | None
     ids: Tensor
     cotangents: list[Tensor | None]
-    moved: Tensor | None = None
-
-    def __init__(
-        self, row_kernel: Kernel, inputs: Any, tangents: Any, hidden: Tensor, first: int, config: OpConfig
-    ) -> None:
-        self.row_kernel, self.inputs, self.tangents, self.config = row_kernel, inputs, tangents, config
-        self.hidden, self.first = hidden, first
 
     def run(self, found: list[Tensor | None], part: slice, needs: Any) -> Tensor:
         """The value; adds the chunk's gradients to `found`."""

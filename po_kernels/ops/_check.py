@@ -93,7 +93,8 @@ def zero_or_one(op: str, name: str, tensor: Tensor, like: Tensor) -> tuple[Tenso
         return tensor, None
     valid = ((tensor == 0) | (tensor == 1)).all()
     if dispatch.is_true(~valid):
-        raise ValueError(f"{op}: {name}: expected True and False, or 0 and 1, got other values")
+        other = tensor[(tensor != 0) & (tensor != 1)][0].item()
+        raise ValueError(f"{op}: {name}: expected True and False, or 0 and 1, got {other}")
     return tensor != 0, valid
 
 

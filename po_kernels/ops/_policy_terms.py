@@ -90,10 +90,9 @@ class Sequences(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """A surrogate by name, with its ratio, the bounds that replace ρ or its logarithm, and the temperatures."""
+    """A surrogate by name, the bounds that replace ρ or its logarithm, and the temperatures."""
 
     name: str
-    ratio: str
     low: float
     high: float
     dual_clip: float | None
@@ -156,8 +155,9 @@ def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> Bou
 
 
 def constant_ratio(
-    how: Surrogate, log_ratio: Tensor, advantages: Tensor, delta: Tensor, sequences: Sequences
-) -> Bounded:
+    how: Surrogate, log_ratio: Tensor, advantages: Tensor, delta: Tensor, sequences: Sequences,
+    log_ratio_max: float | None,
+) -> Bounded:  # fmt: skip
     """Of "cispo", "vespo" and "reinforce"."""
     if how.name == "reinforce":
         return 1.0, None
@@ -166,7 +166,8 @@ def constant_ratio(
         bounded = ratio.clamp(how.low, how.high)
         return bounded, (ratio, bounded)
     # φ is 0 beyond exp(20).
-    weight = sequences.spread(sequences.sums(delta.detach())).clamp(max=20.0)
+    most = math.inf if log_ratio_max is None else log_ratio_max
+    weight = sequences.spread(sequences.sums(delta.detach())).clamp(-most, min(most, 20.0))
     k, rate = (_either(advantages >= 0, pair, weight) for pair in zip(*_VESPO, strict=True))
     return torch.exp(rate + k * weight - rate * weight.exp()), None
 

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..backends.advantages import ADVANTAGES, STANDARDIZED_EPS
 from ..backends.contract import OpConfig
 from . import _check, _segments
@@ -27,9 +28,9 @@ def group_advantage(
 
     {kinds}
 
-    TRL's GRPO has std_ddof=1 and std_eps=1e-4, verl's 1 and 1e-6. A group of one has no baseline: in one that `index`
-    makes, and wherever std_ddof is 1, its advantage is 0 for all kinds but "none" and "min", as in verl's vectorized
-    RLOO; verl's GRPO and its other RLOO give such a sample its own reward.
+    TRL's GRPO has std_ddof=1 and std_eps=1e-4, verl's 1 and 1e-6. A group of one has no baseline: where `index` makes
+    one its advantage is 0 for all kinds but "none", as in verl's vectorized RLOO; verl's GRPO and its other RLOO give
+    such a sample its own reward. So it is for "standardized" with std_ddof=1.
 
     Args:
         rewards: (G, *), one group along the first axis; with index (N,).
@@ -37,10 +38,10 @@ def group_advantage(
         rbf_gamma: first replaces r by exp(rbf_gamma · r).
         index: (N,) integers: samples with the same number are a group, of any size, wherever they stand.
         std_ddof: what is taken from G in the denominator of the variance of "standardized": 0, or 1 for the unbiased
-            estimate.
+            estimate. The other kinds have no use for it, nor for std_eps.
         std_eps: what is added to its standard deviation.
         backend: name of the backend; None for the first that can serve the call. Groups by index, and another std_ddof
-            or std_eps, are plain torch.
+            or std_eps of "standardized", are plain torch: only the reference serves them.
 
     Returns:
         advantages, like rewards and differentiable in them.
@@ -59,10 +60,15 @@ def group_advantage(
     if rewards.ndim < 1:
         raise ValueError(f"{op}: rewards: expected shape (G, *), got ()")
     gamma = None if rbf_gamma is None else _check.real(op, "rbf_gamma", rbf_gamma)
+    _check.integer(op, "std_ddof", std_ddof, 0)
+    if std_ddof > 1:
+        raise ValueError(f"{op}: std_ddof: expected 0 or 1, got {std_ddof}")
+    if _check.real(op, "std_eps", std_eps) < 0:
+        raise ValueError(f"{op}: std_eps: expected a number of at least 0, got {std_eps}")
     size, others = rewards.shape[0], math.prod(rewards.shape[1:])
     if index is None:
         _check.group_size(op, "rewards", size, kind)
-        if std_ddof == 0 and std_eps == STANDARDIZED_EPS:
+        if kind != "standardized" or (std_ddof == 0 and std_eps == STANDARDIZED_EPS):
             config = OpConfig(num_samples=size, advantage=kind, rbf_gamma=gamma)
             advantages, _ = evaluate(op, backend, (computed.reshape(size, others),), (), config)
             return advantages.reshape(rewards.shape).to(rewards.dtype)
@@ -73,13 +79,11 @@ def group_advantage(
             raise ValueError(f"{op}: rewards: expected shape (N,) with index, got {_check.shape_of(rewards)}")
         _check.has_shape(op, "index", owner, rewards.shape)
         owner, number = _segments.numbered(owner), size
-    _check.integer(op, "std_ddof", std_ddof, 0)
-    if _check.real(op, "std_eps", std_eps) < 0:
-        raise ValueError(f"{op}: std_eps: expected a number of at least 0, got {std_eps}")
-    if backend not in (None, "reference"):
+    source, name = dispatch.requested(op, backend)
+    if name not in (None, "reference"):
         raise RuntimeError(
-            f"{op}: backend: {backend!r} was asked for, but groups by index, std_ddof and std_eps are plain torch; "
-            "use backend='reference'"
+            f"{op}: {source}: backend {name!r} was asked for, but groups by index, std_ddof and std_eps are plain "
+            "torch; use backend='reference'"
         )
     flat = computed.reshape(-1) if gamma is None else torch.exp(gamma * computed.reshape(-1))
     advantages = _ragged(flat.double(), kind, owner, number, std_ddof, std_eps)

@@ -29,7 +29,8 @@ def importance_weights(
     `weight`.
 
     Args:
-        log_prob: (B, T), or (B,), at the start of the update: TRL's and verl's old log-probabilities.
+        log_prob: (B, T), or (B,) for sequences of one token, at the start of the update: TRL's and verl's old
+            log-probabilities. Packed tokens have no sequences here: pad them.
         sampler_log_prob: like log_prob, as the sampler reports it.
         mask: like log_prob, True or 1 for tokens that count; None for all.
         level: "token", or "sequence" for one weight a sequence.
@@ -117,11 +118,12 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, di
         raise ValueError(f"{op}: logits: expected shape (*, V) with V of at least 1, got {_check.shape_of(logits)}")
     _check.has_shape(op, "ref_logits", ref_logits, logits.shape)
     _check.choice(op, "direction", direction, ("reverse", "forward"))
-    if _check.real(op, "temperature", temperature) <= 0:
-        raise ValueError(f"{op}: temperature: expected a number above 0, got {temperature}")
+    _check.positive(op, "temperature", temperature)
     for name, x in (("logits", first), ("ref_logits", second)):
-        if dispatch.is_true((x.detach().amax(dim=-1) == -torch.inf).any()):
-            raise ValueError(f"{op}: {name}: expected a logit above -inf in each row, got none in some")
+        masked = x.detach().amax(dim=-1).reshape(-1) == -torch.inf
+        if dispatch.is_true(masked.any()):
+            row = int(masked.nonzero()[0])
+            raise ValueError(f"{op}: {name}: expected a logit above -inf in each row, got none in row {row}")
     p, q = (torch.log_softmax(x / temperature, dim=-1) for x in (first, second))
     if direction == "forward":
         p, q = q, p

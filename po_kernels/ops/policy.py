@@ -106,12 +106,13 @@ def policy_loss(
         mask: like log_prob, True or 1 for tokens that count; None for all.
         weight: like log_prob, or (B,), constant: corrections and selections, such as `importance_weights`.
         ratio, surrogate: see above.
-        clip: (ε_l, ε_h); for "geo_mean" bounds of the log-ratio. For "cispo" the bounds (lo, hi) of ρ themselves with
-            hi ≥ 1: (None, hi) as in TRL, (1-ε_l, 1+ε_h) as in verl. Numbers below 1 are no such bounds: then too they
-            are (ε_l, ε_h).
+        clip: (ε_l, ε_h); for "geo_mean" bounds of the log-ratio; for "cispo" the bounds (lo, hi) of ρ themselves,
+            (None, hi) as in TRL, (1-ε_l, 1+ε_h) as in verl; an upper one below 1 would bound nothing on-policy, and
+            says that both are (ε_l, ε_h). The other surrogates have no use for it.
         dual_clip: c, at least 1+ε_h, for "clip" (TRL's delta is the same); above 0, the bound of "is".
-        tau: temperatures of "sapo".
-        log_ratio_max: u is held within ± this.
+        tau: temperatures of "sapo"; the others have no use for it.
+        log_ratio_max: u is held within ± this, also the one that "vespo" has of its own. "reinforce" has no ratio but
+            that of a divergence placed "loss_times_ratio".
         kl: estimate of KL(policy || reference) from x = ref_log_prob - log_prob: "k1" -x, "abs" |x|, "k2" x²/2,
             "k3" exp(x)-x-1 (Schulman 2020).
         kl_coef: its coefficient; 0 for none.
@@ -123,7 +124,7 @@ def policy_loss(
             (1/B) Σ, "seq_mean_token_sum_norm" Σ/(B · max_length). B counts sequences without a token too.
         normalizer: in place of the tokens of "token_mean" or of B: counts over ranks or accumulated batches. A number,
             or a () tensor.
-        max_length: for "seq_mean_token_sum_norm"; None for T.
+        max_length: for "seq_mean_token_sum_norm", None for T; the others have no use for it.
         cu_seqlens: (B+1,) integers from 0 to N, where each sequence of packed tokens starts; all tokens count.
         return_stats: also return `PolicyStats`.
 
@@ -151,8 +152,10 @@ def policy_loss(
     ):  # fmt: skip
         _check.choice(op, name, choice, allowed)
     how = _surrogate(ratio, surrogate, clip, dual_clip, tau)
-    if log_ratio_max is not None and _check.real(op, "log_ratio_max", log_ratio_max) <= 0:
-        raise ValueError(f"{op}: log_ratio_max: expected a number above 0, got {log_ratio_max}")
+    if log_ratio_max is not None:
+        _check.positive(op, "log_ratio_max", log_ratio_max)
+    if max_length is not None:
+        _check.integer(op, "max_length", max_length, 1)
     kl_coef = _check.real(op, "kl_coef", kl_coef)
     bonus = isinstance(entropy_coef, Tensor) or _check.real(op, "entropy_coef", entropy_coef) != 0
     for name, needed, x, why in (
@@ -181,7 +184,9 @@ def policy_loss(
     by_sequence = advantages.shape == (number,)
     if not by_sequence and (ratio != "token" or surrogate == "geo_mean"):
         chosen = "surrogate='geo_mean'" if surrogate == "geo_mean" else f"ratio={ratio!r}"
-        raise ValueError(f"{op}: advantages: expected shape ({number},), one a sequence, with {chosen}, got {shape}")
+        raise ValueError(
+            f"{op}: advantages: expected shape ({number},), one a sequence, with {chosen}, got {tuple(shape)}"
+        )
     reasons = [_FIRST_ORDER[each] for each in (surrogate, ratio) if each in _FIRST_ORDER]
     if kl_coef and (kl_placement == "reward" or (kl_placement == "straight_through" and kl != "k2")):
         reasons.append(_FIRST_ORDER[kl_placement])
@@ -207,7 +212,9 @@ def policy_loss(
             advantages = advantages - (sequences.sums(penalty) if by_sequence else penalty)
     by_token = spread(advantages) if by_sequence else advantages
     if surrogate in ("cispo", "vespo", "reinforce"):
-        factor, bounded = _policy_terms.constant_ratio(how, to_tokens(log_ratio), by_token, delta, sequences)
+        factor, bounded = _policy_terms.constant_ratio(
+            how, to_tokens(log_ratio), by_token, delta, sequences, log_ratio_max
+        )
         terms = -by_token * factor * log_prob
     elif surrogate == "geo_mean":
         factor, bounded = _policy_terms.geometric_mean(how, by_token, delta, sequences, log_ratio_max)
@@ -258,19 +265,20 @@ def _surrogate(ratio: str, name: str, clip: Any, dual_clip: float | None, tau: A
         raise ValueError(f"{op}: clip: expected numbers of at least 0, got {clip}")
     if name == "clip" or (name == "cispo" and high < 1):
         low, high = low if unbounded else 1 - low, 1 + high
-    if name == "cispo" and low > 1:
-        raise ValueError(f"{op}: clip: expected a lower bound of at most 1 with surrogate='cispo', got {clip}")
+    if name == "cispo" and not low <= 1 <= high:
+        raise ValueError(
+            f"{op}: clip: expected bounds of the ratio itself, on both sides of 1, with surrogate='cispo', such as "
+            f"(None, 5.0) or (1-ε, 1+ε), got {clip}"
+        )
     if dual_clip is not None:
         _check.real(op, "dual_clip", dual_clip)
         if name not in ("clip", "is"):
             raise ValueError(f"{op}: dual_clip: expected None with surrogate={name!r}, got {dual_clip}")
         if (name == "clip" and dual_clip < high) or dual_clip <= 0:
-            least = f"a number of at least {high}, 1 + ε_h," if name == "clip" else "a number above 0"
+            least = f"a number of at least 1 + ε_h = {high}" if name == "clip" else "a positive number"
             raise ValueError(f"{op}: dual_clip: expected {least}, got {dual_clip}")
-    temperatures = (_check.real(op, "tau", tau[0]), _check.real(op, "tau", tau[1]))
-    if min(temperatures) <= 0:
-        raise ValueError(f"{op}: tau: expected numbers above 0, got {tau}")
-    return Surrogate(name, ratio, low, high, dual_clip, temperatures)
+    temperatures = (_check.positive(op, "tau", tau[0]), _check.positive(op, "tau", tau[1]))
+    return Surrogate(name, low, high, dual_clip, temperatures)
 
 
 def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Sequences:
@@ -328,7 +336,7 @@ def _aggregated(
         count = normalizer.to(tokens.device, tokens.dtype)
     elif normalizer is not None:
         count = _check.real(op, "normalizer", normalizer)
-    if count is not None and (dispatch.is_true(count <= 0) if isinstance(count, Tensor) else count <= 0):
+    if count is not None and (dispatch.is_true(~(count > 0)) if isinstance(count, Tensor) else not count > 0):
         raise ValueError(f"{op}: normalizer: expected a number above 0, got {normalizer}")
     if aggregation == "token_sum":
         if normalizer is not None:
@@ -345,4 +353,4 @@ def _aggregated(
         if sequences.owner is not None:
             raise ValueError(f"{op}: max_length: expected an integer with {aggregation!r} and cu_seqlens, got None")
         max_length = max(tokens.shape[1], 1) if tokens.ndim == 2 else 1
-    return tokens.sum() / (count * _check.integer(op, "max_length", max_length, 1))
+    return tokens.sum() / (count * max_length)

@@ -57,7 +57,7 @@ PRESETS = {
     ),
     "cispo_verl": _preset(
         "arXiv 2506.13585", "verl `cispo`",
-        surrogate="cispo", clip=(0.2, 0.2), log_ratio_max=20.0, aggregation="token_mean",
+        surrogate="cispo", clip=(0.8, 1.2), log_ratio_max=20.0, aggregation="token_mean",
     ),
     "sapo": _preset(
         "arXiv 2511.20347", "TRL `sapo`",

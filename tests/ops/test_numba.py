@@ -16,7 +16,7 @@ MEASURED = json.loads((Path(__file__).parents[2] / "benchmarks" / "baselines" / 
 @pytest.mark.parametrize("op", OPS)
 def test_it_has_to_be_asked_unless_it_was_measured_faster_than_the_reference(op):
     faster = op in MEASURED and min(MEASURED[op].values()) >= 1
-    assert (numba.must_be_asked(op, "cpu") is None) == faster
+    assert (numba.must_be_asked(op, "cpu") is None) == (faster or op in numba._SMALLER)
 
 
 def test_its_kernels_know_nothing_of_llvm():

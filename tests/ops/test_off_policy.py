@@ -116,7 +116,7 @@ def test_bad_input_of_token_kl_is_named():
     for change, error, message in (
         ({"ref_logits": torch.zeros(2, 4)}, ValueError, "ref_logits: expected shape"),
         ({"logits": torch.tensor(0.0)}, ValueError, "logits: expected shape"),
-        ({"temperature": 0.0}, ValueError, "temperature: expected a number above 0"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a positive number"),
         ({"direction": "backward"}, ValueError, "direction: expected one of 'reverse', 'forward'"),
         ({"ref_logits": torch.tensor([[0.0] * 3, [-INF] * 3])}, ValueError, "ref_logits: expected a logit above -inf"),
     ):
@@ -214,7 +214,15 @@ def test_bad_groups_are_named():
         ({"std_ddof": -1}, ValueError, "std_ddof: expected an integer of at least 0"),
         ({"std_ddof": 0.5}, TypeError, "std_ddof: expected an integer"),
         ({"std_eps": -1e-3}, ValueError, "std_eps: expected a number of at least 0"),
-        ({"std_ddof": 1, "backend": "native"}, RuntimeError, "backend: 'native' was asked for"),
+        ({"std_ddof": 2}, ValueError, "std_ddof: expected 0 or 1, got 2"),
+        (
+            {"kind": "standardized", "std_ddof": 1, "backend": "native"},
+            RuntimeError,
+            "backend: backend 'native' was asked for",
+        ),
+        ({"kind": "standardized", "std_ddof": 1, "backend": "nativ"}, ValueError, "backend: expected one of 'native'"),
     ):
         with pytest.raises(error, match=f"group_advantage: {message}"):
             pk.group_advantage(**{"rewards": x, **change})
+    with pk.use_backend("native"), pytest.raises(RuntimeError, match="group_advantage: use_backend: backend 'native'"):
+        pk.group_advantage(x, index=torch.zeros(4, dtype=torch.int64))

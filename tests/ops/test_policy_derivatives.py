@@ -215,7 +215,7 @@ def test_the_hessian_is_exact_for_sequence_sum_alone():
     weight = log_probs(logits).sum(1).exp()
     log_p = error(hessian(lambda y: (weight * log_probs(y).sum(1) * rewards).sum())(logits))
     for each in (by_token, by_mean, log_p):
-        assert 0.3 * largest < each < 1.5 * largest, (by_token, by_mean, log_p, largest)
+        assert 0.5 * largest < each < 1.5 * largest, (by_token, by_mean, log_p, largest)
 
 
 def test_scale_lost_by_std():

@@ -20,8 +20,8 @@ def table():
     """python -c "from tests.ops.test_recipes import table; print(table())" """
     lines = []
     for name, each in PRESETS.items():
-        options = ", ".join(f"{key}={value!r}" for key, value in each.options.items())
-        lines.append(f"| {name} | {options} | {each.paper} | {each.equals} |".replace("'", '"'))
+        options = ", ".join(f"{key}={value!r}".replace("'", '"') for key, value in each.options.items())
+        lines.append(f"| {name} | {options} | {each.paper} | {each.equals} |")
     return "\n".join(lines)
 
 

@@ -14,10 +14,6 @@ struct Float16 {
 template <class Stored>
 constexpr bool is_half = sizeof(Stored) == 2;
 
-// What numbers that are stored so are computed in.
-template <class Stored>
-using Computed = std::conditional_t<is_half<Stored>, float, Stored>;
-
 inline namespace PK_LEVEL {
 
 // Words as the signed integers that lanes have for bits, and back.

@@ -308,12 +308,14 @@ def in_chunks(
     chunks = triton.cdiv(count, tile.group)
     each = chunks if together else triton.cdiv(chunks, _MOST_CHUNKS)
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(chunks, each)
-    known["LONG"] = together and chunks > RUN
-    if known["LONG"]:
+    long = together and chunks > RUN
+    if long:
         call.sum_in_double()
-    if call.op != "categorical_sample":
+    if OPS[call.op].differentiable:
         arguments |= {"cotangent": call.cotangent, "to": call.gradients}
-    call.run_tiles(kernel, grid, tile, known, **arguments, out=out, rows=rows, chunks=each, count=count)
+    call.run_tiles(
+        kernel, grid, tile, {**known, "LONG": long}, **arguments, out=out, rows=rows, chunks=each, count=count
+    )
     return out, call.empty(0)
 
 
