@@ -38,10 +38,16 @@ def kernel(row_kernel: Kernel) -> Kernel:
         found = [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(inputs, needs, strict=True)]
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
+            left_out = (ids[part] == IGNORED).unsqueeze(1)
+
+            def kept(rows: Tensor, left_out: Tensor = left_out) -> Tensor:
+                """What is left out may be nan, and a product with 0 would be too."""
+                return _padded(rows.masked_fill(left_out, 0.0), size)
+
             chunk = _Chunk(
                 row_kernel, inputs, tangents, config, first,
-                hidden=_padded(hidden[part], size),
-                moved=None if tangents is None or tangents.hidden is None else _padded(tangents.hidden[part], size),
+                hidden=kept(hidden[part]),
+                moved=None if tangents is None or tangents.hidden is None else kept(tangents.hidden[part]),
                 ids=_padded(ids[part], size, IGNORED),
                 cotangents=[
                     None if c is None else _padded(c[:, part].mT, size).mT for c in (cotangent, cotangent_tangent)
@@ -57,7 +63,7 @@ def _padded(x: Tensor, rows: int, fill: float = 0) -> Tensor:
     """x with so many rows: a matrix product of fewer rows may round otherwise, and a row's result would depend on
     how many there are beside it."""
     if len(x) == rows:
-        return x
+        return x.contiguous()
     padded = x.new_full((rows, *x.shape[1:]), fill)
     padded[: len(x)] = x
     return padded

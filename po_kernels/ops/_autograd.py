@@ -43,15 +43,10 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | Non
     if not _modes.may_call_directly(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
     elif True in needs or _modes.in_forward_mode():
-        outputs = _PlainValue.apply(call, needs, _kept(constants), *_kept(inputs))
+        outputs = _PlainValue.apply(call, needs, [*map(_modes.kept, constants)], *map(_modes.kept, inputs))
     else:
         outputs = _direct(call, inputs, constants, None, None, None, needs, call.want_stats)
     return outputs[:2]
-
-
-def _kept(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Copies of what inference mode made, such as the samples of a rollout: autograd keeps no such tensor."""
-    return [x.clone() if x is not None and x.is_inference() else x for x in tensors]
 
 
 def run(

@@ -74,6 +74,13 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
     return True
 
 
+def kept(x: Tensor | None) -> Tensor | None:
+    """x, or a copy of what inference mode made, such as the samples of a rollout: autograd keeps no such tensor."""
+    if x is None or torch.compiler.is_compiling() or not x.is_inference():
+        return x
+    return x.clone()
+
+
 def has_tangent(x: Tensor | None) -> bool:
     return x is not None and in_forward_mode() and forward_ad.unpack_dual(x).tangent is not None
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import _segments
 
+_TINY = torch.finfo(torch.float32).tiny
 # Of VESPO (k, λ for A ≥ 0 and A < 0), as TRL's defaults have them.
 _VESPO = ((2.0, 3.0), (3.0, 2.0))
 
@@ -139,9 +140,11 @@ def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> Bou
         # Beyond exp(80) the sigmoid is 1 to all digits and its derivative 0.
         return torch.sigmoid(tau * (log_ratio.clamp(max=80.0).exp() - 1.0)) * (4.0 / tau), None
     ratio = log_ratio.detach().exp()
+    # Of no advantage a ratio is no loss, whatever its size.
+    endless = ratio.isinf() & (advantages.detach() == 0)
     if how.name == "clip":
         bound = ratio.clamp(how.low, how.high)
-        replaced = (ratio - bound) * advantages.detach() > 0
+        replaced = ((ratio - bound) * advantages.detach() > 0) | endless
         if how.dual_clip is not None:
             beyond = (ratio > how.dual_clip) & (advantages < 0)
             bound, replaced = torch.where(beyond, how.dual_clip, bound), replaced | beyond
@@ -149,7 +152,7 @@ def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> Bou
         bound = ratio.clamp(max=how.dual_clip)
         replaced = ratio > bound
     else:
-        return log_ratio.exp(), None
+        return log_ratio.masked_fill(endless, 0.0).exp(), None
     found = torch.where(replaced, bound, log_ratio.masked_fill(replaced, 0.0).exp())
     return found, (ratio, found.detach())
 
@@ -195,6 +198,8 @@ def statistics(
 
     counted, largest = kept(weights.expand(shape)), kept(ratios.expand(shape)).reshape(-1)
     before, after = bounded or (ratios, ratios)
+    # Relative to the largest, for squares neither to overflow nor to vanish.
+    share = counted / torch.cat([counted.abs().reshape(-1), counted.new_zeros(1)]).amax().clamp(min=_TINY)
     return PolicyStats(
         mean(ratios),
         torch.cat([largest.new_zeros(1), largest]).amax(),
@@ -203,7 +208,7 @@ def statistics(
         mean(-x),
         mean(torch.expm1(x) - x),
         largest.new_full((), math.nan) if entropy is None else mean(entropy.detach()),
-        counted.sum().square() / counted.square().sum().clamp(min=torch.finfo(counted.dtype).tiny),
+        share.sum().square() / share.square().sum().clamp(min=_TINY),
         tokens,
         objective,
         (~terms.isfinite()).sum(),

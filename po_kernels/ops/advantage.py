@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import dispatch
 from ..backends.advantages import ADVANTAGES, STANDARDIZED_EPS
 from ..backends.contract import OpConfig
-from . import _check, _segments
+from . import _check, _modes, _segments
 from ._evaluate import evaluate
 
 __all__ = ["group_advantage"]
@@ -79,15 +79,20 @@ def group_advantage(
             raise ValueError(f"{op}: rewards: expected shape (N,) with index, got {_check.shape_of(rewards)}")
         _check.has_shape(op, "index", owner, rewards.shape)
         owner, number = _segments.numbered(owner), size
-    source, name = dispatch.requested(op, backend)
+    name = _asked_for(op, backend)
     if name not in (None, "reference"):
         raise RuntimeError(
-            f"{op}: {source}: backend {name!r} was asked for, but groups by index, std_ddof and std_eps are plain "
+            f"{op}: backend {name!r} was asked for, but groups by index, std_ddof and std_eps are plain "
             "torch; use backend='reference'"
         )
     flat = computed.reshape(-1) if gamma is None else torch.exp(gamma * computed.reshape(-1))
     advantages = _ragged(flat.double(), kind, owner, number, std_ddof, std_eps)
     return advantages.reshape(rewards.shape).to(rewards.dtype)
+
+
+@_modes.asked_once
+def _asked_for(op: str, backend: str | None) -> str | None:
+    return dispatch.requested(op, backend)[1]
 
 
 def _ragged(rewards: Tensor, kind: str, owner: Tensor, number: int, ddof: int, eps: float) -> Tensor:

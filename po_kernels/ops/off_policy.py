@@ -127,7 +127,9 @@ def token_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, di
     p, q = (torch.log_softmax(x / temperature, dim=-1) for x in (first, second))
     if direction == "forward":
         p, q = q, p
-    there = p.detach() != -torch.inf
+    there = p.detach().exp() != 0
+    missing = (p.detach() != -torch.inf) & (q.detach() == -torch.inf)
     # Chosen before the product: 0 · inf, and its derivatives, are nan.
     log_p, log_q = torch.where(there, p, 0.0), torch.where(there, q, 0.0)
-    return (torch.where(there, log_p.exp(), 0.0) * (log_p - log_q)).sum(dim=-1)
+    found = (torch.where(there, log_p.exp(), 0.0) * (log_p - log_q)).sum(dim=-1)
+    return torch.where(missing.any(dim=-1), torch.inf, found)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from . import _check, _first_order, _policy_terms
+from . import _check, _first_order, _modes, _policy_terms
 from ._policy_terms import PolicyStats, Sequences, Surrogate
 
 __all__ = ["PolicyStats", "policy_loss"]
@@ -99,7 +99,8 @@ def policy_loss(
 
     Args:
         log_prob: (B, T), or (B,) for actions: the same with T = 1. Packed, (N,) with `cu_seqlens`.
-        advantages: (B,), one a sequence, or like log_prob; with a sequence's ratio or term (B,).
+        advantages: (B,), one a sequence, or like log_prob; with a sequence's ratio or term (B,). Packed (N,) with N = B
+            are read as (B,).
         old_log_prob: like log_prob, constant; None for log_prob itself: ρ = 1, with its derivative.
         ref_log_prob: like log_prob, of the reference policy.
         entropy: like log_prob, in nats.
@@ -169,7 +170,7 @@ def policy_loss(
     given = {"log_prob": log_prob, "advantages": advantages, "old_log_prob": old_log_prob, "ref_log_prob": ref_log_prob,
              "entropy": entropy, "weight": weight}  # fmt: skip
     tensors: dict[str, Any] = {k: x for k, x in given.items() if x is not None or k in ("log_prob", "advantages")}
-    found = dict(zip(tensors, _check.floating(op, list(tensors), *tensors.values()), strict=True))
+    found = dict(zip(tensors, map(_modes.kept, _check.floating(op, list(tensors), *tensors.values())), strict=True))
     for name, constant in (("old_log_prob", old_log_prob), ("weight", weight), ("normalizer", normalizer)):
         _check.constant(op, name, constant)
     sequences = _sequences(found["log_prob"], mask, cu_seqlens)
@@ -204,7 +205,9 @@ def policy_loss(
         return spread(x) if whole else x
 
     extra: Tensor | None = None
-    ratios = to_tokens(log_ratio.exp()) if kl_coef or return_stats else log_ratio
+    # As large as the dtype holds: infinite ones would make nan of a divergence of 0.
+    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
+    ratios = to_tokens(log_ratio.clamp(max=largest).exp()) if kl_coef or return_stats else log_ratio
     if kl_coef:
         extra = kl_coef * _policy_terms.divergence(kl, kl_placement, found["ref_log_prob"] - log_prob, ratios)
         if kl_placement == "reward":
@@ -225,7 +228,7 @@ def policy_loss(
         terms = to_tokens(-at_ratio * factor)
         bounded = bounded and (to_tokens(bounded[0]), to_tokens(bounded[1]))
     if weight is not None:
-        weight = spread(weight) if weight.shape == (number,) else weight
+        weight = sequences.kept((spread(weight) if weight.shape == (number,) else weight).expand(shape))
         terms = terms * weight
     if bonus:
         cost = -_coefficient(entropy_coef, log_prob) * found["entropy"]
@@ -307,6 +310,7 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     if len(shape) not in (1, 2):
         raise ValueError(f"{op}: log_prob: expected shape (B, T), or (B,), got {tuple(shape)}")
     inside, valid = (None, None) if mask is None else _check.zero_or_one(op, "mask", mask, log_prob)
+    inside = _modes.kept(inside)
     return Sequences(shape, log_prob.device, shape[0], inside, None, valid)
 
 
@@ -332,8 +336,11 @@ def _aggregated(
     op = "policy_loss"
     count: Any = normalizer
     if isinstance(normalizer, Tensor):
+        if normalizer.is_complex() or normalizer.dtype == torch.bool:
+            raise TypeError(f"{op}: normalizer: expected a real number or tensor, got {normalizer.dtype}")
         _check.has_shape(op, "normalizer", normalizer, ())
-        count = normalizer.to(tokens.device, tokens.dtype)
+        count = _modes.kept(normalizer.to(tokens.device, tokens.dtype))
+        count = torch.where((count > 0) & count.isfinite(), count, math.nan)  # where it cannot be read
     elif normalizer is not None:
         count = _check.real(op, "normalizer", normalizer)
     if count is not None and (dispatch.is_true(~(count > 0)) if isinstance(count, Tensor) else not count > 0):

@@ -250,4 +250,5 @@ def test_opcheck(op, backend, monkeypatch):
 
 def test_every_op_is_in_the_table():
     families = {name.split("_")[0] for name in OPS}
-    assert {name for name in pk.__all__ if name.split("_")[0] in families} == set(OPS)
+    plain = {"token_kl"}  # has no kernels
+    assert {name for name in pk.__all__ if name.split("_")[0] in families} == {*OPS, *plain}

@@ -388,3 +388,46 @@ def test_bad_values_that_cannot_be_read_make_nan():
     assert torch.func.vmap(masked)(torch.stack([good, bad])).isnan().tolist() == [False, True]
     ends = torch.tensor([[0, 2, 6], [0, 2, 5]])
     assert torch.func.vmap(packed)(ends).isnan().tolist() == [False, True]
+
+
+def test_no_advantage_and_an_endless_ratio():
+    """A sequence without an advantage adds nothing, however far it is from the old policy."""
+    log_prob = torch.zeros(2, 100, requires_grad=True)
+    A, old = torch.tensor([0.0, 1.0]), torch.full((2, 100), -1.0)
+    for name in ("rloo", "dice"):
+        first = old.clone()
+        first[1] = 0.0
+        loss = pk.policy_loss(log_prob, A, old_log_prob=first, **pk.policy_loss_preset(name))
+        (gradient,) = torch.autograd.grad(loss, log_prob)
+        assert loss == -0.5
+        assert (gradient[0] == 0).all()
+        assert torch.allclose(gradient[1], torch.tensor(-0.5), rtol=1e-6)  # of a mean of 100 numbers
+    # A divergence of zero is none, too.
+    options = {"ref_log_prob": torch.zeros(1, 100), "kl_coef": 0.1, "ratio": "sequence_sum"}
+    loss = pk.policy_loss(log_prob[:1], torch.ones(1), old_log_prob=old[:1], **options)
+    assert loss == -1.2
+    assert torch.autograd.grad(loss, log_prob)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("delta", [-50.0, 50.0])
+def test_effective_sample_size_of_equal_weights(delta):
+    found = pk.policy_loss(
+        torch.zeros(1, 4), torch.ones(1), old_log_prob=torch.full((1, 4), -delta), return_stats=True
+    )[1]
+    assert found.effective_sample_size == 4.0
+
+
+def test_a_masked_weight_reaches_no_gradient():
+    A = torch.ones(2, requires_grad=True)
+    weight = torch.tensor([1.0, math.nan])
+    for mask in (torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([1, 0])):
+        loss = pk.policy_loss(torch.zeros(mask.shape), A, weight=weight, mask=mask)
+        assert torch.autograd.grad(loss, A)[0].tolist() == [-1.0, 0.0]
+
+
+def test_tensors_of_inference_mode_are_taken():
+    with torch.inference_mode():
+        mask, weight, count = torch.rand(3, 4) < 0.7, torch.rand(3, 4), torch.tensor(3.0)
+    log_prob = torch.randn(3, 4, requires_grad=True)
+    pk.policy_loss(log_prob, torch.randn(3), mask=mask, weight=weight, normalizer=count).backward()
+    assert log_prob.grad.isfinite().all()

@@ -180,6 +180,16 @@ def test_large_logits(backend):
 
 
 @ROWS
+def test_logits_as_far_apart_as_numbers_can_be(backend):
+    logits = torch.full((1, 3000), -1e308, **F64)
+    logits[0, 2000] = 1e308
+    logits.requires_grad_()
+    found = pk.token_log_prob(logits, torch.tensor([2000]), entropy=True, backend=backend)
+    assert (found.log_prob.item(), found.entropy.item()) == (0.0, 0.0)
+    assert grad(found.log_prob + found.entropy, logits)[0].isfinite().all()
+
+
+@ROWS
 def test_a_row_depends_on_no_other(backend):
     logits, ids = torch.randn(37, 1100), torch.randint(1100, (37,))
     together = every(logits, ids, backend=backend)
@@ -237,6 +247,17 @@ def test_some_inputs_of_a_linear_head(backend):
 
         assert gradcheck(run, x)
         assert gradgradcheck(run, x)
+
+
+@HEAD
+def test_ignored_rows_of_a_linear_head(backend):
+    """What stands there reaches no gradient."""
+    hidden, weight = torch.randn(3, 4, **F64), torch.randn(5, 4, **F64).requires_grad_()
+    hidden[1] = float("nan")
+    hidden.requires_grad_()
+    found = linear(hidden, weight, None, torch.tensor([0, -7, 1]), ignore_index=-7, backend=backend)
+    for g in grad(found.sum(), [hidden, weight]):
+        assert g.isfinite().all()
 
 
 @HEAD

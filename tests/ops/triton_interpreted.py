@@ -5,7 +5,7 @@ import torch
 import triton
 
 import po_kernels as pk
-from po_kernels.backends import triton as backend
+from po_kernels import dispatch
 from po_kernels.backends.contract import OPS
 from po_kernels.backends.triton import categorical, launch, token
 
@@ -25,6 +25,7 @@ from .test_contract import compiled_agrees, small_cases, transforms_agree
 from .test_derivatives import agrees_with_oracle, scored
 
 BACKEND = "triton"
+SERVED = dispatch.module(BACKEND).KERNELS
 
 
 def agrees(case: Case, seed: int = 0) -> None:
@@ -69,7 +70,7 @@ def test_precisions(op, kind):
         agrees(draw(op, 1, lead=(3,), dim=3, group=3, precision_kind=kind, estimator=estimator, reduction="mean"))
 
 
-@pytest.mark.parametrize("op", [op for op in VALUES if op in backend.KERNELS])
+@pytest.mark.parametrize("op", [op for op in VALUES if op in SERVED])
 def test_values(op):
     options = {"chunk_rows": 2} if "chunk_rows" in OPS[op].options else {}
     for seed in range(3):

@@ -52,6 +52,9 @@ PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Inde
       });
     }
   };
+#if defined(__CUDA_ARCH__)
+  add(first, end, sums);  // what shared memory holds are some hundreds, and registers are dear
+#else
   add(first, end - first > kRowRun ? first + kRowRun : end, sums);
   for (Index next = first + kRowRun; next < end; next += kRowRun) {
     V run[R][S];
@@ -59,6 +62,7 @@ PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Inde
     add(next, end - next > kRowRun ? next + kRowRun : end, run);
     unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = sums[r][s] + run[r][s]; }); });
   }
+#endif
 }
 
 // y = U x for S vectors, (S, dim), that are zero before `first`, where y is not wanted either.
@@ -108,15 +112,19 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
   }
   // Twice what is below the diagonal, and the diagonal.
   Index i = 0;
+#if !defined(__CUDA_ARCH__)
   V before[S];
   unrolled<S>([&](auto s) PK_LAMBDA { before[s] = V{}; });
+#endif
   for (; i + 2 <= dim; i += 2) {
+#if !defined(__CUDA_ARCH__)
     if (i % kRowRun == 0 && i > 0) {
       unrolled<S>([&](auto s) PK_LAMBDA {
         before[s] = before[s] + total[s];
         total[s] = V{};
       });
     }
+#endif
     V below[2][S];
     multiply_rows<S, 2>(p, dim, 0, i, i, x, below);
     const Shared<V>* row = p.u + (i + 1) * dim + i;
@@ -138,7 +146,9 @@ PK_FN void quadratic(Precision<V> p, Index dim, const V* x, V (&total)[S]) {
       total[at] = total[at] + b * (below[0][at] * T(2) + b * tail);
     });
   }
+#if !defined(__CUDA_ARCH__)
   unrolled<S>([&](auto s) PK_LAMBDA { total[s] = before[s] + total[s]; });
+#endif
 }
 
 // acc += Σ_s weighted_s x_sᵀ, as the gradient in U, for weighted_s a multiple of x_s, both (S, dim) and zero before

@@ -101,7 +101,7 @@ struct TokenSums {
     if (!(to > top)) return;
     if (top > -__builtin_huge_val()) {
       const double factor = ::exp(top - to);
-      product = (product + mass * (top - to)) * factor;
+      product = factor == 0 ? S{} : (product + mass * (top - to)) * factor;
       mass = mass * factor;
     }
     top = to;

@@ -23,7 +23,9 @@ def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
 
 
 def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
-    logits = inputs.hidden @ inputs.weight.mT
+    # What is left out may be nan, and the weight's gradient would be too.
+    hidden = inputs.hidden.masked_fill((constants.token_ids == IGNORED).unsqueeze(-1), 0.0)
+    logits = hidden @ inputs.weight.mT
     if inputs.bias.numel():
         logits = logits + inputs.bias
     checks.logits("linear_token_log_prob", logits, left_out=constants.token_ids == IGNORED)

@@ -223,7 +223,7 @@ def surrogate_loss(
                 left = constant(right, K)
             gradients = add_gradients(gradients, s, left, right, own, to, row, inside, d, chunk == 0, K)
         store_gradients(gradients, s, to, row, inside, d, K)
-        log_prob = density_sum * (1.0 / size)
+        log_prob = density_sum.to(K.T) * (1.0 / size)
         reported = tally.report(reported, objective, entropy, log_prob, moments, out, row, rows, inside, options, K)
     tally.store(reported, out)
 

@@ -22,6 +22,7 @@ from .lanes import (
     mul_add,
     nothing,
     output,
+    rounded,
     sub,
     times,
     total,
@@ -221,7 +222,7 @@ def trace(scale, weight, factor, inner, u, sums, to_precision, to, row, inside, 
             own = masked(d == j, divide(inner, diagonal_entry(scale, j, K)))
             gradient = output(add(times(mul(weight, weighted), 2), own), K)
             tl.store(to + offset + d * K.dim + j, tl.where(d >= j, gradient, 0), inside & (d < K.dim))
-    return result, sums
+    return rounded(result, K), sums
 
 
 @triton.jit
@@ -236,4 +237,4 @@ def reward_variance(scale, along, u, d, K: tl.constexpr):
             product += pick(weighted, i, d) * row_of(scale, i, K)
         projected = total(column * along, 0)
         result += 2 * total(product * product, 0) + 4 * projected * projected
-    return result
+    return result.to(K.T)
