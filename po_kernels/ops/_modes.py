@@ -74,8 +74,8 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
     return True
 
 
-def kept(x: Tensor | None) -> Tensor | None:
-    """x, or a copy of what inference mode made, such as the samples of a rollout: autograd keeps no such tensor."""
+def kept(x: Any) -> Any:
+    """A tensor or None, or a copy of what inference mode made, such as a rollout: autograd keeps no such tensor."""
     if x is None or torch.compiler.is_compiling() or not x.is_inference():
         return x
     return x.clone()
