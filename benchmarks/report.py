@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 # A ratio may fall by this much of its baseline, besides the spread of both.
 ALLOWED = 0.25
 # Ratios of which less is better.
-COSTS = ("growth", "over_network")
+COSTS = ("growth", "over_network", "copy", "read")
 NAMES = {
     "eager": "eager torch",
     "compiled": "torch.compile",
@@ -33,6 +33,9 @@ NAMES = {
     "over_network": "the network alone",
     "growth": "linear growth",
     "products": "its products alone",
+    "copy": "in the time of a copy of the logits",
+    "read": "in the time of reading the logits",
+    "linear_cross_entropy": "torch's linear_cross_entropy",
 }
 # What each case is to reach: against eager torch, against torch.compile.
 GOALS: dict[str, tuple[float, float | None]] = {
@@ -149,7 +152,7 @@ def page(first: dict[str, Any], second: dict[str, Any]) -> str:
         case, peer = name.rsplit(": ", 1)
         again = ratios(second).get(name)
         lines.append(f"| {case.removeprefix('bench_')} | {NAMES.get(peer, peer)} | {value} | {again or '-'} |")
-    if one := info[0].get("bench_memory"):
+    for one in (info[0][name] for name in ("bench_memory", "bench_linear_token") if name in info[0]):
         lines += [
             "",
             f"Memory at once besides inputs and outputs, {one['shape']}: {one['peak_extra_mb']:.1f} MB, "
