@@ -129,10 +129,9 @@ def inverse(a):
 
 @triton.jit
 def divide(a, b):
-    """a / b for a positive b that may be subnormal, and whose inverse would be inf: a power of two goes with both."""
+    """a / b, where the inverse of b may be inf: b may be subnormal."""
     if isinstance(b, tl.tensor):
-        lift = tl.where(b < LEAST[b.dtype == tl.float64], LIFT, 1.0)
-        return times(times(a, lift), 1 / (b * lift))
+        return a / b if isinstance(a, tl.tensor) else (a[0] / b, a[1] / b)
     elif isinstance(a, tl.tensor):
         y = divide(a, b[0])
         return y, divide(-y * b[1], b[0])
