@@ -1,5 +1,6 @@
 """scikit-learn estimators whose reward is learned from the data that they are fitted to; `fitting` says how."""
 
+from collections.abc import Callable
 from numbers import Integral, Number
 from typing import Any, ClassVar, cast, get_args
 
@@ -290,8 +291,8 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     def _first_loss(self) -> RowLoss:
         return policy_gradient(MahalanobisReward(1, "isotropic", HALF))
 
-    def _stops_early(self) -> bool:
-        return len(self.hidden_layer_sizes) > 0
+    def _early(self) -> Callable[[Policy, Rows, Tensor, Tensor], nn.Module] | None:
+        return self._learn_early if len(self.hidden_layer_sizes) > 0 else None
 
     def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> nn.Module:
         # Off a minimum there is no hypergradient; for the means that were reached U* has a closed form.

@@ -192,13 +192,9 @@ class BilevelEstimator(BaseEstimator, ABC):
         """The loss of each row that a reward is judged by, (M, N), in nats."""
         return likelihood(policy, batch)
 
-    def _stops_early(self) -> bool:
-        """Whether training ends where the held-out rows are likeliest, which is no minimum of the loss."""
-        return False
-
-    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> nn.Module:
-        """The reward, where the policies' training stops early."""
-        raise NotImplementedError
+    def _early(self) -> Callable[[Policy, Rows, Tensor, Tensor], nn.Module] | None:
+        """What learns the reward, if training ends where the held-out rows are likeliest, which is no minimum."""
+        return None
 
     def _refined(
         self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
@@ -219,7 +215,8 @@ class BilevelEstimator(BaseEstimator, ABC):
         seed = int(random.randint(2**31 - 1))
         features = rows.inputs.shape[1]
         inside = torch.from_numpy(crossfit.deal(strata, rows.weight.numpy(), self.folds, random))
-        if self._stops_early():
+        early = self._early()
+        if early is not None:
             # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
             warm = False
             # One more member sees all rows, and so goes the way of the others for as long as they do.
@@ -230,8 +227,8 @@ class BilevelEstimator(BaseEstimator, ABC):
         if warm:
             crossfit.spread(policy, together)
             rows = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
-        if self._stops_early():
-            reward = self._learn_early(together, rows, inside, outside)
+        if early is not None:
+            reward = early(together, rows, inside, outside)
             crossfit.spread(together, policy)
         else:
             if warm:

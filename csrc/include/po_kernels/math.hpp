@@ -247,6 +247,31 @@ PK_FN V log(V x) {
   return y;
 }
 
+// exp x = y 2^k with y in [sqrt(1/2), sqrt(2)].
+template <class V>
+PK_FN V exp_reduced(V x, typename LaneTraits<V>::Bits& k) {
+  using T = Element<V>;
+  constexpr T log2e = T(1.4426950408889634074);
+  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  k = nearest_integer(x * log2e);
+  const V n = from_integer<V>(k);
+  const V high = x - n * ln2_high;
+  const V r = high - n * ln2_low;
+  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
+    return polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                      5.0000001201e-1f) *
+               (r * r) +
+           r + T(1);
+  } else {  // coefficients: fdlibm, exp
+    const V low = n * ln2_low;
+    const V z = r * r;
+    const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06,
+                                   6.61375632143793436117e-05, -2.77777777770155933842e-03, 1.66666666666666019037e-01);
+    return (high - (low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
+  }
+}
+
 // exp, with gradual underflow, inf above the range and 0 at -inf.
 template <class V>
 PK_FN V exp(V x) {
@@ -255,28 +280,10 @@ PK_FN V exp(V x) {
   constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52;
   constexpr int bias = sizeof(T) == 4 ? 127 : 1023;
   constexpr T limit = sizeof(T) == 4 ? T(150) : T(1080);  // beyond these in units of ln 2, the result is inf or 0
-  constexpr T log2e = T(1.4426950408889634074);
-  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
-  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
   const V clamped = select(x > limit * T(0.7), broadcast<V>(limit * T(0.7)),
                            select(x < -limit * T(0.7), broadcast<V>(-limit * T(0.7)), x));
-  const Bits k = nearest_integer(clamped * log2e);
-  const V n = from_integer<V>(k);
-  const V high = clamped - n * ln2_high;
-  const V r = high - n * ln2_low;
-  V y;
-  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
-    y = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                   5.0000001201e-1f) *
-            (r * r) +
-        r + T(1);
-  } else {  // coefficients: fdlibm, exp
-    const V low = n * ln2_low;
-    const V z = r * r;
-    const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06,
-                                   6.61375632143793436117e-05, -2.77777777770155933842e-03, 1.66666666666666019037e-01);
-    y = (high - (low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
-  }
+  Bits k;
+  V y = exp_reduced(clamped, k);
   // Two factors of 2, each in range, so that results below the normal range and above it come out right.
   const Bits half = k >> 1;
   y = y * from_bits((half + Bits{} + bias) << mantissa_bits) * from_bits((k - half + bias) << mantissa_bits);

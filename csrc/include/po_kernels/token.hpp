@@ -22,25 +22,8 @@ PK_FN V exp_of_negative(V x) {
     using T = Element<V>;
     using Bits = typename LaneTraits<V>::Bits;
     constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52, bias = sizeof(T) == 4 ? 127 : 1023;
-    constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
-    constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-    const Bits k = nearest_integer(x * T(1.4426950408889634074));
-    const V n = from_integer<V>(k);
-    const V high = x - n * ln2_high;
-    const V r = high - n * ln2_low;
-    V y;
-    if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
-      y = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                     5.0000001201e-1f) *
-              (r * r) +
-          (r + T(1));
-    } else {  // coefficients: fdlibm, exp
-      const V z = r * r;
-      const V c =
-          r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06, 6.61375632143793436117e-05,
-                             -2.77777777770155933842e-03, 1.66666666666666019037e-01);
-      y = (high - (n * ln2_low - r * c / (broadcast<V>(T(2)) - c))) + T(1);
-    }
+    Bits k;
+    V y = exp_reduced(x, k);
     y = y * from_bits(Bits((k + bias) << mantissa_bits));
     return select(x < kLowest<T>, V{}, y);
   }
