@@ -10,52 +10,6 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// For x <= 0, and 0 where x is below kLowest and the result would be subnormal.
-template <class T>
-constexpr T kLowest = T(sizeof(T) == 4 ? -87 : -708);
-template <class V>
-PK_FN V exp_of_negative(V x) {
-  if constexpr (is_dual<V>) {
-    const Primal<V> y = exp_of_negative(x.v);
-    return {y, y * x.t};
-  } else {
-    using T = Element<V>;
-    using Bits = typename LaneTraits<V>::Bits;
-    constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52, bias = sizeof(T) == 4 ? 127 : 1023;
-    Bits k;
-    V y = exp_reduced(x, k);
-    y = y * from_bits(Bits((k + bias) << mantissa_bits));
-    return select(x < kLowest<T>, V{}, y);
-  }
-}
-
-// tanh with a relative error of some ulp also near 0.
-template <class V>
-PK_FN V tanh(V x) {
-  if constexpr (is_dual<V>) {
-    const Primal<V> y = tanh(x.v);
-    return {y, x.t - x.t * (y * y)};
-  } else {
-    using T = Element<V>;
-    const V size = select(x < T(0), -x, x);
-    const V e = exp_of_negative(size * T(-2));
-    const V large = (broadcast<V>(T(1)) - e) / (e + T(1));
-    const V s = x * x;
-    V small;
-    if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, tanhf and tanh
-      small = x + x * s *
-                      polynomial(s, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
-                                 -3.33332819422e-1f);
-    } else {
-      small =
-          x + x * s *
-                  (polynomial(s, -9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3) /
-                   polynomial(s, 1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3));
-    }
-    return select(size < T(0.625), small, select(x < T(0), -large, large));
-  }
-}
-
 // z of a logit, and its derivative from z. Without a cap `softcap` is 0.
 template <class T>
 struct TokenScale {
