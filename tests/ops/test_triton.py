@@ -50,7 +50,7 @@ def test_the_interpreter_serves_cpu_tensors_by_name_only(monkeypatch):
 # Compilation: rows do not matter, and shapes are typical of their op. The numbers are dimensions and samples.
 SHAPES = {
     "gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categorical": ((32, 16),), "group": ((1, 64),),
-    "token": ((49152, 1),), "linear": ((5000, 4),),
+    "token": ((49152, 1),), "linear": ((5000, 4),), "gae": ((1, 128),),
 }  # fmt: skip
 # Of second order, and of pathwise derivatives: what is unrolled takes a minute to compile at larger ones.
 FEW = {"gaussian": (8, 16), "mvn": (4, 8)}
