@@ -14,6 +14,7 @@ from . import autocast, checks, contract
 from .contract import IGNORED, NUM_TOKEN_STATS, OPS, Kernel, OpConfig, Request
 
 OP, ROW_OP = "linear_token_log_prob", "token_log_prob"
+LOGITS = "hidden, weight"  # what a message calls them, which the caller does not have
 # Rows of a chunk unless the call says how many: enough for the matrix products, few enough for memory.
 _CHUNK_ROWS = {"cpu": 64}
 _CHUNK_ROWS_ON_A_DEVICE = 1024
@@ -29,7 +30,7 @@ def kernel(row_kernel: Kernel) -> Kernel:
     def in_chunks(request: Request) -> list[Tensor | None]:
         inputs, _, tangents, cotangent, cotangent_tangent, needs, _, config = request
         ids = request.constants.token_ids
-        checks.labels(OP, "token_ids", ids, inputs.weight.shape[0], leaves_out=True)
+        checks.labels(OPS[OP], request.constants, inputs.weight.shape[0])
         hidden = inputs.hidden
         size = config.chunk_rows or _CHUNK_ROWS.get(hidden.device.type, _CHUNK_ROWS_ON_A_DEVICE)
         dtype = contract.computed(hidden.dtype)
@@ -121,7 +122,7 @@ class _Chunk(NamedTuple):
         try:
             return list(self.row_kernel(request))
         except contract.RefusedError as error:
-            contract.refuse(OP, error.refusal, self.first + error.row, "token_ids")
+            contract.refuse(OP, error.refusal, self.first + error.row, logits=LOGITS)
 
     def _add(
         self, found: list[Tensor | None], part: slice, g: Tensor, hidden: Tensor | None, weight: Tensor | None,

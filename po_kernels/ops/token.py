@@ -158,7 +158,7 @@ def _options(
     ids = _check.integral(op, "token_ids", token_ids, like)
     _check.has_shape(op, "token_ids", ids, lead)
     given = _check.rows(ids, math.prod(lead))
-    ids = given.clamp(min=-1)  # which is out of range, and no id that is given is IGNORED
+    ids = given.clamp(min=IGNORED + 1)  # no id that is given is IGNORED
     if ignore_index is not None:
         ids = ids.masked_fill(given == _check.integer(op, "ignore_index", ignore_index, -(2**63)), IGNORED)
     return ids, OpConfig(
