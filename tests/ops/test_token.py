@@ -313,6 +313,31 @@ def test_bad_input(name):
         pk.token_log_prob(**arguments)
 
 
+@ROWS
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float32, 126), (torch.bfloat16, 126), (torch.float64, 1022)])
+def test_scales_at_the_ends_of_the_dtype(backend, dtype, bits):
+    """Scales are taken as far as they and their reciprocals are normal numbers, and named by every backend beyond."""
+    least, most = 2.0**-bits, 2.0**bits
+    logits, ids = torch.tensor([[0.0, 1.0, -1.0]], dtype=dtype, requires_grad=True), torch.tensor([1])
+    plain = torch.log_softmax(logits.detach().double(), -1)[0, 1].item()
+    for options, right in (
+        ({"temperature": least}, 0.0), ({"temperature": most}, -math.log(3)), ({"softcap": least}, -math.log(3)),
+        ({"softcap": most}, plain), ({"softcap": most, "temperature": most}, -math.log(3)),
+    ):  # fmt: skip
+        found = every(logits, ids, backend=backend, **options)
+        assert found[0].item() == pytest.approx(right, rel=1e-6)  # some units of float32
+        assert found.isfinite().all()
+        assert grad(found[0], logits)[0].isfinite().all()
+    for options in (
+        {"temperature": least / 2}, {"temperature": most * 2}, {"softcap": least / 2}, {"softcap": most * 2},
+        {"softcap": least, "temperature": 2.0}, {"softcap": most, "temperature": 0.5},
+    ):  # fmt: skip
+        for op, arguments in (("token_log_prob", ()), ("linear_token_log_prob", (torch.eye(3, dtype=dtype),))):
+            message = rf"{op}: {next(iter(options))}.*: expected a number from .* got"
+            with pytest.raises(ValueError, match=message):
+                getattr(pk, op)(logits, *arguments, ids, backend=backend, **options)
+
+
 def test_bad_heads():
     hidden, ids = torch.zeros(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"linear_token_log_prob: weight: expected shape \(V, 3\)"):
