@@ -242,24 +242,33 @@ PK_FN V log(V x) {
   return y;
 }
 
+// ln 2 in two parts, of which an integer of up to 10 bits times the first is exact.
+template <class T>
+constexpr T kLog2High = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
+template <class T>
+constexpr T kLog2Low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+template <class T>
+constexpr T kLog2e = T(1.4426950408889634074);
+
+// exp r for |r| <= ln(2) / 2.
+template <class V>
+PK_FN std::enable_if_t<sizeof(Element<V>) == 4, V> exp_near_zero(V r) {  // coefficients: Cephes, expf
+  return polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                    5.0000001201e-1f, 1.0f, 1.0f);
+}
+
 // exp x = y 2^k with y in [sqrt(1/2), sqrt(2)].
 template <class V>
 PK_FN V exp_reduced(V x, typename LaneTraits<V>::Bits& k) {
   using T = Element<V>;
-  constexpr T log2e = T(1.4426950408889634074);
-  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
-  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  k = nearest_integer(x * log2e);
+  k = nearest_integer(x * kLog2e<T>);
   const V n = from_integer<V>(k);
-  const V high = x - n * ln2_high;
-  const V r = high - n * ln2_low;
-  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
-    return polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                      5.0000001201e-1f) *
-               (r * r) +
-           r + T(1);
+  const V high = x - n * kLog2High<T>;
+  if constexpr (sizeof(T) == 4) {
+    return exp_near_zero(high - n * kLog2Low<T>);
   } else {  // coefficients: fdlibm, exp
-    const V low = n * ln2_low;
+    const V low = n * kLog2Low<T>;
+    const V r = high - low;
     const V z = r * r;
     const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06,
                                    6.61375632143793436117e-05, -2.77777777770155933842e-03, 1.66666666666666019037e-01);
@@ -285,18 +294,29 @@ PK_FN V exp(V x) {
   return select(x == x, y, x);
 }
 
-// exp for x <= 0, and 0 where x is below kLowest and the result would be subnormal.
+// exp of x from kLowest to about 0.
 template <class T>
 constexpr T kLowest = T(sizeof(T) == 4 ? -87 : -708);
 template <class V>
-PK_FN V exp_of_negative(V x) {
+PK_FN V exp_in_range(V x) {
   using T = Element<V>;
-  using Bits = typename LaneTraits<V>::Bits;
-  constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52, bias = sizeof(T) == 4 ? 127 : 1023;
-  Bits k;
-  V y = exp_reduced(x, k);
-  y = y * from_bits(Bits((k + bias) << mantissa_bits));
-  return select(x < kLowest<T>, V{}, y);
+  if constexpr (sizeof(T) == 4) {
+    // The low bits of such a sum are the exponent of the result, as a float has it.
+    constexpr T integers = 12582912 + 127;
+    const V shifted = x * kLog2e<T> + integers;
+    const V n = shifted - integers;
+    return exp_near_zero(x - n * kLog2High<T> - n * kLog2Low<T>) * from_bits(to_bits(shifted) << 23);
+  } else {
+    typename LaneTraits<V>::Bits k;
+    const V y = exp_reduced(x, k);
+    return y * from_bits((k + int64_t(1023)) << 52);
+  }
+}
+
+// exp for x <= 0, and 0 where x is below kLowest and the result would be subnormal.
+template <class V>
+PK_FN V exp_of_negative(V x) {
+  return select(x < kLowest<Element<V>>, V{}, exp_in_range(x));
 }
 
 // tanh with a relative error of some ulp also near 0.

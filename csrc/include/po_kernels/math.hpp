@@ -103,8 +103,8 @@ PK_FN Dual<V> exp(Dual<V> a) {
   return {y, y * a.t};
 }
 template <class V>
-PK_FN Dual<V> exp_of_negative(Dual<V> a) {
-  const V y = exp_of_negative(a.v);
+PK_FN Dual<V> exp_in_range(Dual<V> a) {
+  const V y = exp_in_range(a.v);
   return {y, y * a.t};
 }
 template <class V>
