@@ -43,7 +43,9 @@ def kernel(row_kernel: Kernel) -> Kernel:
 
             def kept(rows: Tensor, left_out: Tensor = left_out) -> Tensor:
                 """What is left out may be nan, and a product with 0 would be too."""
-                return _padded(rows.masked_fill(left_out, 0.0), size)
+                copy = _matrix(size, rows).zero_()
+                copy[: len(rows)] = rows.masked_fill(left_out, 0.0)
+                return copy
 
             chunk = _Chunk(
                 row_kernel, inputs, tangents, config, first,
@@ -68,6 +70,13 @@ def _padded(x: Tensor, rows: int, fill: float = 0) -> Tensor:
     padded = x.new_full((rows, *x.shape[1:]), fill)
     padded[: len(x)] = x
     return padded
+
+
+def _matrix(rows: int, like: Tensor) -> Tensor:
+    """Room for so many rows of a matrix, each at a multiple of 64 bytes: a matrix product that reads or writes rows
+    that lie otherwise may round each of them otherwise, and a row's result would depend on its place."""
+    size = like.shape[-1]
+    return like.new_empty(rows, -(-size // 32) * 32)[:, :size]
 
 
 class _Chunk(NamedTuple):
@@ -131,7 +140,7 @@ class _Chunk(NamedTuple):
         to_hidden, to_weight, to_bias = found
         if to_hidden is not None and weight is not None:
             rows = to_hidden[part]
-            rows += (g @ weight)[: len(rows)]
+            rows += torch.mm(g, weight, out=_matrix(len(g), weight))[: len(rows)]
         if to_weight is not None and hidden is not None:
             if g.dtype == to_weight.dtype:
                 to_weight.addmm_(g.mT, hidden)

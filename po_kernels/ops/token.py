@@ -103,10 +103,9 @@ def linear_token_log_prob(
 
     Backward passes, of both orders, compute the logits of a chunk again; the reference alone, which also serves the
     second order of numba and `torch.func` under `torch.compile`, has all logits at once. Chunks are filled up to one
-    size, so that a row's results depend on no other row (of sizes that are no multiple of 16, the last bits may on its
-    place in the chunk). The weight of an embedding that is tied to the head gets the sum of both gradients; a weight
-    that needs no gradient costs none. Matrix products are torch's, in the inputs' dtype; sums over chunks are at least
-    in float32.
+    size, and their rows lie alike in memory, so that a row's results depend neither on another row nor on its place.
+    The weight of an embedding that is tied to the head gets the sum of both gradients; a weight that needs no gradient
+    costs none. Matrix products are torch's, in the inputs' dtype; sums over chunks are at least in float32.
 
     Args:
         hidden: (*, H).

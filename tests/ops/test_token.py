@@ -285,12 +285,22 @@ def test_tied_weights(backend):
 
 
 @pytest.mark.parametrize("backend", fused("linear_token_log_prob"))
-def test_a_row_of_a_linear_head_depends_on_no_other(backend):
-    hidden, weight = torch.randn(70, 48), torch.randn(1000, 48)
-    ids = torch.randint(1000, (70,))
-    together = linear(hidden, weight, None, ids, backend=backend)
-    for rows in (slice(0, 1), slice(66, 70), slice(13, 14)):
-        assert torch.equal(linear(hidden[rows], weight, None, ids[rows], backend=backend), together[:, rows])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("size", "classes"), [(48, 1000), (577, 1023), (17, 5), (7, 257), (5, 4099), (1, 2)])
+def test_a_row_of_a_linear_head_depends_on_no_other(backend, dtype, size, classes):
+    """To the bit, nor on its place: the same row 70 times, and alone, in results and gradients of both orders."""
+    row, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((1, size), (classes, size), (classes,)))
+    along, ids = torch.randn(1, size).to(dtype), torch.randint(classes, (1,))
+
+    def results(rows):
+        hidden = row.repeat(rows, 1).requires_grad_()
+        found = linear(hidden, weight, bias, ids.repeat(rows), backend=backend)
+        (first,) = grad(found.sum(), hidden, create_graph=backend != "numba")
+        second = grad((first * along).sum(), hidden) if backend != "numba" else ()  # the reference's there
+        return [found.mT, first, *second]
+
+    for many, one in zip(results(70), results(1), strict=True):
+        assert torch.equal(many, one.expand_as(many))
 
 
 @HEAD
