@@ -14,6 +14,7 @@ from . import autocast, checks, contract
 from .contract import IGNORED, NUM_TOKEN_STATS, OPS, Kernel, OpConfig, Request
 
 OP, ROW_OP = "linear_token_log_prob", "token_log_prob"
+LOGITS = "hidden, weight"  # what a message calls them, which the caller does not have
 # Rows of a chunk unless the call says how many: enough for the matrix products, few enough for memory.
 _CHUNK_ROWS = {"cpu": 128}
 _CHUNK_ROWS_ON_A_DEVICE = 1024
@@ -30,7 +31,7 @@ def kernel(row_kernel: Kernel) -> Kernel:
     def in_chunks(request: Request) -> list[Tensor | None]:
         inputs, _, tangents, cotangent, cotangent_tangent, needs, _, config = request
         ids = request.constants.token_ids
-        checks.labels(OP, "token_ids", ids, inputs.weight.shape[0], leaves_out=True)
+        checks.labels(OPS[OP], request.constants, inputs.weight.shape[0])
         hidden = inputs.hidden
         size = config.chunk_rows or _CHUNK_ROWS.get(hidden.device.type, _CHUNK_ROWS_ON_A_DEVICE)
         dtype = contract.computed(hidden.dtype)
@@ -44,7 +45,9 @@ def kernel(row_kernel: Kernel) -> Kernel:
 
             def kept(rows: Tensor, left_out: Tensor = left_out) -> Tensor:
                 """What is left out may be nan, and a product with 0 would be too."""
-                return _padded(rows.masked_fill(left_out, 0.0), size)
+                copy = _matrix(size, rows).zero_()
+                copy[: len(rows)] = rows.masked_fill(left_out, 0.0)
+                return copy
 
             chunk = _Chunk(
                 row_kernel, inputs, tangents, config, first, logits,
@@ -69,6 +72,13 @@ def _padded(x: Tensor, rows: int, fill: float = 0) -> Tensor:
     padded = x.new_full((rows, *x.shape[1:]), fill)
     padded[: len(x)] = x
     return padded
+
+
+def _matrix(rows: int, like: Tensor) -> Tensor:
+    """Room for so many rows of a matrix, each at a multiple of 64 bytes: a matrix product that reads or writes rows
+    that lie otherwise may round each of them otherwise, and a row's result would depend on its place."""
+    size = like.shape[-1]
+    return like.new_empty(rows, -(-size // 32) * 32)[:, :size]
 
 
 class _Chunk(NamedTuple):
@@ -134,7 +144,7 @@ class _Chunk(NamedTuple):
         try:
             return list(self.row_kernel(request))
         except contract.RefusedError as error:
-            contract.refuse(OP, error.refusal, self.first + error.row, "token_ids")
+            contract.refuse(OP, error.refusal, self.first + error.row, logits=LOGITS)
 
     def _add(
         self, found: list[Tensor | None], part: slice, g: Tensor, hidden: Tensor | None, weight: Tensor | None,
@@ -143,7 +153,7 @@ class _Chunk(NamedTuple):
         to_hidden, to_weight, to_bias = found
         if to_hidden is not None and weight is not None:
             rows = to_hidden[part]
-            rows += (g @ weight)[: len(rows)]
+            rows += torch.mm(g, weight, out=_matrix(len(g), weight))[: len(rows)]
         if to_weight is not None and hidden is not None:
             if g.dtype == to_weight.dtype:
                 to_weight.addmm_(g.mT, hidden)
