@@ -38,7 +38,7 @@ def kernel(row_kernel: Kernel) -> Kernel:
         value = torch.empty((NUM_TOKEN_STATS, len(hidden)), dtype=dtype, device=hidden.device)
         # Sums over chunks are not in half precision.
         found = [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(inputs, needs, strict=True)]
-        logits = hidden.new_empty((size, inputs.weight.shape[0]))
+        logits = _matrix(size, inputs.weight.mT)
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
             left_out = (ids[part] == IGNORED).unsqueeze(1)
@@ -123,9 +123,11 @@ class _Chunk(NamedTuple):
     def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """hidden · weightᵀ + bias; on the CPU by blocks of the vocabulary, whose weights are in cache for all rows."""
         if out is None:
-            out = torch.empty_like(self.logits)
+            out = _matrix(len(hidden), weight.mT)
         bias = None if bias is None or not bias.numel() else bias
-        block = len(weight) if weight.device.type != "cpu" else max(256, _WEIGHTS_AT_ONCE // max(weight.shape[1], 1))
+        block = len(weight)
+        if weight.device.type == "cpu":
+            block = max(256, _WEIGHTS_AT_ONCE // max(weight.shape[1], 1) // 64 * 64)
         for first in range(0, len(weight), block):
             part = slice(first, first + block)
             if bias is None:
