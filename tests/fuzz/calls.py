@@ -253,7 +253,7 @@ def left_out(call: Call) -> bool:
 
 LEADS = ((), (1,), (2,), (0,), (3, 2), (5,), (2, 0))
 # Of leading dimensions, D or C, and G: many rows, many dimensions, many samples.
-LARGE = (((257,), 3, 4), ((1030,), 5, 2), ((2,), 130, 3), ((3,), 4, 129))
+LARGE = (((257,), 3, 4), ((1030,), 5, 2), ((2,), 130, 3), ((3,), 4, 129), ((3,), 1029, 3))
 # Whose sums have to be better than float32 in sequence; in float64 they may be that.
 LONG = (((), 20000, 2), ((2,), 2, 20000))
 EXPONENTS = (0, 0, 0, -70, -30, -130, -145, 30, 60, 100, 120)
