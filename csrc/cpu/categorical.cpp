@@ -1,8 +1,6 @@
 // Categorical policies on the CPU.
 #include "po_kernels/categorical.hpp"
 
-#include <numeric>
-
 #include "cpu/tiles.hpp"
 
 namespace po_kernels {
@@ -202,15 +200,21 @@ void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, i
 template <class T>
 void sample_across(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, int64_t row,
                    Lanes<double>* packs, int64_t stride, int64_t* out) {
+  using D = Lanes<double>;
+  constexpr int width = LaneTraits<D>::width;
   double* distribution = reinterpret_cast<double*>(packs);
   const T* from = static_cast<const T*>(input.value) + row * input.stride;
   std::copy_n(from, classes, distribution);
-  std::fill_n(distribution + classes, LaneTraits<Lanes<double>>::width, -__builtin_huge_val());
-  exponentiate(CategoricalRow<Lanes<double>, true>{classes, packs, nullptr}, packs);
+  std::fill_n(distribution + classes, width, -__builtin_huge_val());
+  const D top = CategoricalRow<D, true>{classes, packs, nullptr}.largest_logit();
   int64_t last = classes - 1;
-  while (!(distribution[last] > 0)) --last;
-  std::partial_sum(distribution, distribution + classes, distribution);
-  const double inverse = 1 / distribution[last];
+  while (!(exp(broadcast<D>(distribution[last]) - top).v[0] > 0)) --last;
+  double sum = 0;
+  for (int64_t c = 0; c < classes; c += width) {
+    const D mass = exp(packs[c / width] - top);  // while the sum waits for itself
+    for (int l = 0; l < width; ++l) distribution[c + l] = sum += mass.v[l];
+  }
+  const double inverse = 1 / sum;
   for (int64_t c = 0; c < last; ++c) distribution[c] *= inverse;
   const uint64_t number = call.row_offset + uint64_t(row);
   for (int64_t g = 0; g < samples; ++g) {
