@@ -135,7 +135,7 @@ void scatter_columns(const CategoricalPolicyLoss& call, const T* columns) {
 
 // Rows of so many classes stand across the lanes: one alone does not pay for all lanes, and none is transposed. What is
 // done for each of `count` labels is then done a row at a time, and must be little next to the classes.
-constexpr int64_t kAcross = 1024, kAcrossPerLabel = 32;
+constexpr int64_t kAcross = 1024, kAcrossPerLabel = 128;
 
 // Runs kernel(lane value, whether across, call).
 template <class Kernel, class C>
@@ -196,7 +196,7 @@ void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, i
   if (g < samples) draw(g, Constant<1>{});
 }
 
-// The same of one row across the lanes, to the bit: out[g * stride].
+// The same of one row across the lanes: out[g * stride].
 template <class T>
 void sample_across(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, int64_t row,
                    Lanes<double>* packs, int64_t stride, int64_t* out) {
@@ -209,12 +209,12 @@ void sample_across(const RandomNumbers& call, RowInput input, int64_t samples, i
   const D top = CategoricalRow<D, true>{classes, packs, nullptr}.largest_logit();
   int64_t last = classes - 1;
   while (!(exp(broadcast<D>(distribution[last]) - top).v[0] > 0)) --last;
-  double sum = 0;
-  for (int64_t c = 0; c < classes; c += width) {
-    const D mass = exp(packs[c / width] - top);  // while the sum waits for itself
-    for (int l = 0; l < width; ++l) distribution[c + l] = sum += mass.v[l];
+  D before{};
+  for (int64_t i = 0; i * width < classes; ++i) {
+    packs[i] = running_sum(exp(packs[i] - top)) + before;
+    before = from_lane(packs[i], width - 1);
   }
-  const double inverse = 1 / sum;
+  const double inverse = 1 / before.v[0];
   for (int64_t c = 0; c < last; ++c) distribution[c] *= inverse;
   const uint64_t number = call.row_offset + uint64_t(row);
   for (int64_t g = 0; g < samples; ++g) {
