@@ -104,7 +104,9 @@ class Call:
             if name in ("rewards", "reward_table"):
                 return x * 2.0**self.exponent
             if name in ("mean", "target", "value", "samples") and x.is_floating_point():
-                return x * 2.0 ** min(self.exponent, self.exponent // 2)
+                # Beside the mean of a sample that is drawn the reference, in float64, has to see σ.
+                most = 32 if "seed" in OPS[self.op].Constants._fields else self.exponent
+                return x * 2.0 ** min(self.exponent, self.exponent // 2, most)
             return x
 
         return replace(
