@@ -161,6 +161,15 @@ class Op:
             cotangent, cotangent_tangent, new(Inputs, needs), want_stats, config,
         )  # fmt: skip
 
+    def problem(self, request: Request, index: int) -> Request:
+        """One of a batch of problems, which the first axis of every tensor counts."""
+
+        def of(tensors: Iterable[Tensor | None] | None) -> Any:
+            return None if tensors is None else [None if x is None else x[index] for x in tensors]
+
+        inputs, constants, tangents, cotangent, cotangent_tangent, *rest = request
+        return self.request(of(inputs), of(constants), of(tangents), *of((cotangent, cotangent_tangent)), *rest)
+
     def size(self, letter: str, inputs: Any, constants: Any, config: OpConfig) -> int:
         if letter == "G":
             return config.num_samples

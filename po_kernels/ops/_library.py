@@ -104,26 +104,31 @@ def gradient(
     cotangent: Tensor,
     known: Sequence[Any],
     compute: Callable[[list[bool]], Sequence[Tensor | None]],
+    lead: bool = False,
 ) -> list[Tensor | None]:
     """g ∇f where needed.
 
     Args:
         known: ∇f where the forward pass had reason to compute it, an empty tensor or None elsewhere.
         compute: gives g ∇f for the inputs asked for.
+        lead: the first axis of every tensor counts problems.
     """
     missing = [needed and (k is None or k.shape != x.shape) for needed, k, x in zip(needs, known, inputs, strict=True)]
     result: list[Any] = list(compute(missing)) if any(missing) else [None] * len(missing)
     for i, axis in enumerate(op.row_axis):
         if needs[i] and not missing[i]:
-            result[i] = known[i] * _along(cotangent, axis, inputs[i].ndim)
+            result[i] = known[i] * _along(cotangent, axis, inputs[i].ndim, lead)
     return result
 
 
-def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
+def _along(cotangent: Tensor, axis: int | None, ndim: int, lead: bool) -> Tensor:
     """A cotangent () or (B,) to multiply a gradient with whose axis `axis` counts rows."""
-    if cotangent.ndim == 0 or axis is None:
+    if cotangent.ndim == lead:
+        return cotangent.reshape([-1] + [1] * (ndim - 1)) if lead else cotangent
+    if axis is None:
         return cotangent
-    return cotangent.reshape([-1 if i == axis else 1 for i in range(ndim)])
+    ahead = cotangent.shape[:1] if lead else ()
+    return cotangent.reshape([*ahead, *[-1 if i == axis else 1 for i in range(ndim - lead)]])
 
 
 def known_early(op: Op, needs: Sequence[bool], config: OpConfig) -> Sequence[bool]:

@@ -33,8 +33,8 @@ def test_keywords_are_checked():
         "out": labels.data_ptr(),
     }
     sample = extension.module.categorical_sample
-    assert sample(**arguments) == (0, 0)
-    assert sample(**arguments, threads=2, logits_tangent=0) == (0, 0)
+    assert sample(**arguments) == (0, 0, 0)
+    assert sample(**arguments, threads=2, logits_tangent=0) == (0, 0, 0)
     with pytest.raises(TypeError, match=r"unexpected keyword argument classe$"):
         sample(**arguments, classe=2)
     del arguments["seed"]
