@@ -279,6 +279,48 @@ PK_FN void scatter(Dual<Pack<T, N>>* table, Pack<uint32_t, N> index, Dual<Pack<T
   }
 }
 
+// ---- Lanes of one row ----
+
+// In all lanes their sum, the largest, or that of one of them.
+template <class T, int N>
+PK_FN Pack<T, N> over_lanes(Pack<T, N> x) {
+  for (int n = N / 2; n > 0; n /= 2) {
+    for (int l = 0; l < n; ++l) x.v[l] += x.v[l + n];
+  }
+  return broadcast<Pack<T, N>>(x.v[0]);
+}
+template <class T, int N>
+PK_FN Pack<T, N> largest_lane(Pack<T, N> x) {
+  T largest = x.v[0];
+  for (int l = 1; l < N; ++l) largest = x.v[l] > largest ? x.v[l] : largest;
+  return broadcast<Pack<T, N>>(largest);
+}
+template <class T, int N>
+PK_FN Pack<T, N> from_lane(Pack<T, N> x, int lane) {
+  return broadcast<Pack<T, N>>(x.v[lane]);
+}
+
+// Zero in all lanes but one.
+template <class T, int N>
+PK_FN Pack<T, N> in_lane(Pack<T, N> x, int lane) {
+  Pack<T, N> y{};
+  y.v[lane] = x.v[lane];
+  return y;
+}
+
+template <class V>
+PK_FN Dual<V> over_lanes(Dual<V> x) {
+  return {over_lanes(x.v), over_lanes(x.t)};
+}
+template <class V>
+PK_FN Dual<V> from_lane(Dual<V> x, int lane) {
+  return {from_lane(x.v, lane), from_lane(x.t, lane)};
+}
+template <class V>
+PK_FN Dual<V> in_lane(Dual<V> x, int lane) {
+  return {in_lane(x.v, lane), in_lane(x.t, lane)};
+}
+
 // ---- Rows of memory to and from lanes ----
 
 // Four neighbouring elements of a row, wherever they start.
@@ -327,7 +369,25 @@ PK_FN Vector join_fours(Vector a, Vector b) {
   PK_LANES_OF_FOUR(PK_LANE)
 #undef PK_LANE
 }
+// n lanes further, with zero in the first.
+template <int N, int n, class Vector>
+PK_FN Vector moved_lanes(Vector a) {
+  const Vector b{};
+#define PK_LANE(i) ((i) < n ? N + (i) : (i) - n)
+  PK_LANES_OF_FOUR(PK_LANE)
+#undef PK_LANE
+}
 #undef PK_LANES_OF_FOUR
+
+// In each lane the sum up to it.
+template <class T, int N>
+PK_FN Pack<T, N> running_sum(Pack<T, N> x) {
+  x.v += moved_lanes<N, 1>(x.v);
+  x.v += moved_lanes<N, 2>(x.v);
+  if constexpr (N > 4) x.v += moved_lanes<N, 4>(x.v);
+  if constexpr (N > 8) x.v += moved_lanes<N, 8>(x.v);
+  return x;
+}
 
 // Transposes each 4 x 4 block of lanes.
 template <int N, class Vector>

@@ -48,7 +48,10 @@ GOES_ON, TERMINATED, TRUNCATED = 0, 1, 2
 
 
 class OpConfig(NamedTuple):
-    """The options of an op that are not tensors; each op has use for some of them."""
+    """The options of an op that are not tensors; each op has use for some of them.
+
+    `overwrite` is between backends: the gradient of an op's only input may take its place.
+    """
 
     estimator: str = ""
     num_samples: int = 0
@@ -60,6 +63,7 @@ class OpConfig(NamedTuple):
     temperature: float = 1.0
     softcap: float | None = None
     chunk_rows: int = 0
+    overwrite: bool = False
 
 
 class Request(NamedTuple):

@@ -16,8 +16,9 @@ from .contract import IGNORED, NUM_TOKEN_STATS, OPS, Kernel, OpConfig, Request
 OP, ROW_OP = "linear_token_log_prob", "token_log_prob"
 LOGITS = "hidden, weight"  # what a message calls them, which the caller does not have
 # Rows of a chunk unless the call says how many: enough for the matrix products, few enough for memory.
-_CHUNK_ROWS = {"cpu": 64}
+_CHUNK_ROWS = {"cpu": 128}
 _CHUNK_ROWS_ON_A_DEVICE = 1024
+_WEIGHTS_AT_ONCE = 2**20
 
 
 def kernel(row_kernel: Kernel) -> Kernel:
@@ -37,6 +38,7 @@ def kernel(row_kernel: Kernel) -> Kernel:
         value = torch.empty((NUM_TOKEN_STATS, len(hidden)), dtype=dtype, device=hidden.device)
         # Sums over chunks are not in half precision.
         found = [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(inputs, needs, strict=True)]
+        logits = _matrix(size, inputs.weight.mT)
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
             left_out = (ids[part] == IGNORED).unsqueeze(1)
@@ -48,7 +50,7 @@ def kernel(row_kernel: Kernel) -> Kernel:
                 return copy
 
             chunk = _Chunk(
-                row_kernel, inputs, tangents, config, first,
+                row_kernel, inputs, tangents, config, first, logits,
                 hidden=kept(hidden[part]),
                 moved=None if tangents is None or tangents.hidden is None else kept(tangents.hidden[part]),
                 ids=_padded(ids[part], size, IGNORED),
@@ -80,13 +82,15 @@ def _matrix(rows: int, like: Tensor) -> Tensor:
 
 
 class _Chunk(NamedTuple):
-    """Rows of a request from `first` on, padded with rows that are left out; `moved` is the tangent of `hidden`."""
+    """Rows of a request from `first` on, padded with rows that are left out, with memory for their logits; `moved` is
+    the tangent of `hidden`."""
 
     row_kernel: Kernel
     inputs: Any
     tangents: Any
     config: OpConfig
     first: int
+    logits: Tensor
     hidden: Tensor
     moved: Tensor | None
     ids: Tensor
@@ -95,9 +99,9 @@ class _Chunk(NamedTuple):
     def run(self, found: list[Tensor | None], part: slice, needs: Any) -> Tensor:
         """The value; adds the chunk's gradients to `found`."""
         weight, moved = self.inputs.weight, self.tangents
-        z = self._head(self.hidden, weight, self.inputs.bias)
+        z = self._head(self.hidden, weight, self.inputs.bias, self.logits)
         if moved is None:
-            value, _, g = self._row(z, None, any(needs))
+            value, _, g = self._row(z, None, any(needs), overwrite=True)
             if g is not None:
                 self._add(found, part, g, self.hidden, weight)
             return value
@@ -116,17 +120,28 @@ class _Chunk(NamedTuple):
                 self._add(found, part, g, self.moved, moved.weight, bias=False)
         return value
 
-    def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None or not bias.numel():
-            return hidden @ weight.mT
-        return torch.addmm(bias, hidden, weight.mT)
+    def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """hidden · weightᵀ + bias; on the CPU by blocks of the vocabulary, whose weights are in cache for all rows."""
+        if out is None:
+            out = _matrix(len(hidden), weight.mT)
+        bias = None if bias is None or not bias.numel() else bias
+        block = len(weight)
+        if weight.device.type == "cpu":
+            block = max(256, _WEIGHTS_AT_ONCE // max(weight.shape[1], 1) // 64 * 64)
+        for first in range(0, len(weight), block):
+            part = slice(first, first + block)
+            if bias is None:
+                torch.mm(hidden, weight[part].mT, out=out[:, part])
+            else:
+                torch.addmm(bias[part], hidden, weight[part].mT, out=out[:, part])
+        return out
 
-    def _row(self, z: Tensor, along: Tensor | None, needed: bool) -> list[Any]:
+    def _row(self, z: Tensor, along: Tensor | None, needed: bool, overwrite: bool = False) -> list[Any]:
         cotangent, cotangent_tangent = self.cotangents
         tangents = None if along is None else [along]
         request = OPS[ROW_OP].request(
             [z], [self.ids], tangents, cotangent, cotangent_tangent if along is not None else None, [needed], False,
-            self.config,
+            self.config._replace(overwrite=overwrite),
         )  # fmt: skip
         try:
             return list(self.row_kernel(request))

@@ -220,7 +220,7 @@ def policy_loss(
         )
         terms = -by_token * factor * log_prob
     elif surrogate == "geo_mean":
-        factor, bounded = _policy_terms.geometric_mean(how, by_token, delta, sequences, log_ratio_max)
+        factor, bounded = _policy_terms.geometric_mean(how, advantages, delta, sequences, log_ratio_max)
         terms = spread(-advantages * factor)
     else:
         at_ratio = advantages if whole else by_token

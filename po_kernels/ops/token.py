@@ -112,7 +112,7 @@ def linear_token_log_prob(
         weight: (V, H), as that of `torch.nn.Linear(H, V)`.
         token_ids: (*), integers from 0 to V - 1.
         bias: (V,), or None.
-        chunk_rows: rows whose logits there are at a time; None for 64 on the CPU and 1024 elsewhere.
+        chunk_rows: rows whose logits there are at a time; None for 128 on the CPU and 1024 elsewhere.
         temperature, softcap, ignore_index, entropy, return_lse, backend: as in `token_log_prob`.
 
     Returns:

@@ -247,3 +247,15 @@ def test_ragged_groups_compile():
     for options in ({"index": index}, {"kind": "standardized", "std_ddof": 1}):
         compiled = torch.compile(lambda r, o=options: pk.group_advantage(r, **o), backend="aot_eager", fullgraph=True)
         near(compiled(rewards), pk.group_advantage(rewards, **options), 2 * 4 + 12)
+
+
+def test_ragged_groups_of_any_number_are_exported():
+    class Module(torch.nn.Module):
+        def forward(self, rewards, index):
+            return pk.group_advantage(rewards, "mean", index=index)
+
+    size = torch.export.Dim("size", min=2)
+    example = torch.randn(5), torch.tensor([7, 7, 0, 3, 3])
+    program = torch.export.export(Module(), example, dynamic_shapes=({0: size}, {0: size}))
+    for rewards, index in (example, (torch.tensor([1.0, 3.0]), torch.tensor([-2, -2]))):
+        assert torch.equal(program.module()(rewards, index), Module()(rewards, index))

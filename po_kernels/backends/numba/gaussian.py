@@ -288,9 +288,13 @@ def _policy(request: Request) -> tuple[bool, Tensor, Tensor]:
 def _reward_std(request: Request, u: Array) -> Array:
     """Of the closed form: the variance is 2 ‖SᵀUS‖² + 4 ‖SᵀU(μ - y)‖²."""
     mean, scale, target = (tiles.array(x.double()) for x in request.inputs[:3])
-    matrix = np.tril(scale) if scale.ndim == 3 else np.exp(scale)[:, :, None] * np.eye(scale.shape[1])
-    weighted = (u if u.ndim == 2 else np.diag(u)) @ matrix
-    products, along = matrix.mT @ weighted, weighted.mT @ (mean - target)[:, :, None]
+    times = np.matmul if u.ndim == 2 else np.multiply
+    pulled = times(mean - target, u)
+    if scale.ndim == 2:
+        spread = np.exp(2.0 * scale)
+        return np.sqrt((spread * (2.0 * times(spread, np.square(u)) + 4.0 * np.square(pulled))).sum(axis=1))
+    matrix = np.tril(scale)
+    products, along = times(matrix.mT, u) @ matrix, pulled[:, None, :] @ matrix
     return np.sqrt(2.0 * np.square(products).sum(axis=(1, 2)) + 4.0 * np.square(along).sum(axis=(1, 2)))
 
 
