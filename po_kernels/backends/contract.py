@@ -270,9 +270,7 @@ REFUSALS = {
         1, "precision: expected positive values (as a matrix: positive definite), got others"
     ),
     "precision_not_symmetric": Refusal(2, "precision: expected a symmetric matrix, got one that is not"),
-    "label_out_of_range": Refusal(
-        3, "{labels}: expected labels from 0 to {last}, the number of classes less one, got {got} in row {row}"
-    ),
+    "label_out_of_range": Refusal(3, "{labels}: expected labels from 0 to {last}, got {got} in row {row}"),
     "all_masked": Refusal(4, "{logits}: expected a logit above -inf in each row, got none in row {row}"),
     "not_triangular": Refusal(
         5, "scale_tril: expected a lower triangular matrix, got an entry above the diagonal in row {row}"

@@ -129,7 +129,7 @@ def test_float64_compiles(op, request):
 def test_a_row_more_takes_no_new_kernel(op, estimator):
     """What a launch is specialised on does not change with the number of rows."""
     keys = set()
-    for rows in (1, 2, 16, 1000, 4096):
+    for rows in (1, 2, 16, 1000, 4096, 2**16 + 1):
         for each in ahead_of_time.launches_of(op, request_of(op, estimator, (5, 4), rows)):
             keys.add((ahead_of_time.source_of(each, 90).hash(), each.warps))
     assert len(keys) == (2 if OPS[op].is_loss else 1)  # the loss, and the sum over programs

@@ -34,6 +34,7 @@ from .launch import Call
 
 _LARGEST_BLOCK = 4096  # columns; their sums stay in registers
 _IGNORED = tl.constexpr(IGNORED)
+_LOWEST = tl.constexpr((-87.0, -708.0))  # whose exp is a normal number
 
 
 @triton.jit
@@ -69,6 +70,11 @@ def scaled(x, inverse_temperature, softcap, K: tl.constexpr):
         return times(x, inverse_temperature), constant(tl.full(value(x).shape, inverse_temperature, K.T), K)
 
 
+@triton.constexpr_function
+def lowest(K):
+    return _LOWEST.value[1 if tl.float64 == K.T else 0]
+
+
 @triton.jit
 def finite(top):
     """Zero for the largest of what is all masked."""
@@ -77,11 +83,13 @@ def finite(top):
 
 @triton.jit
 def centred(z, top, inside, K: tl.constexpr):
-    """z - top and exp(z - top); both zero, with no derivative, where masked, as without a cap z is beyond the last."""
-    seen = value(z) != float("-inf")
+    """z - top and exp(z - top); both zero, with no derivative, where that is nothing: of what is masked, for one, as
+    without a cap columns beyond the last are."""
+    d = plus(z, -finite(top))
+    seen = ~(value(d) < lowest(K))  # also nan
     if K.CAPPED:
         seen = seen & inside
-    d = masked(seen, plus(z, -finite(top)))
+    d = masked(seen, d)
     return d, masked(seen, exp(d))
 
 
@@ -118,6 +126,7 @@ def token_log_prob(
         higher = tl.maximum(top, tl.max(seen, axis=0))
         # What has been summed is relative to the largest z so far.
         shift = tl.where(top == float("-inf"), finite(higher), top) - finite(higher)
+        shift = tl.maximum(shift, 2 * lowest(K))
         factor = tl.exp(shift)
         top = higher
         d, e = centred(z, top, inside, K)
@@ -128,7 +137,7 @@ def token_log_prob(
     taken, _ = scaled(load(logits, start + tl.where(known, token, 0), known, 0.0, K), inverse_temperature, cap, K)
     wrong = tl.where(known, 0.0, float("nan")).to(K.T)
     counted = token != _IGNORED
-    tl.store(out + row, output(masked(counted, plus(plus(sub(taken, log_mass), -top), wrong)), K), there)
+    tl.store(out + row, output(masked(counted, plus(sub(plus(taken, -top), log_mass), wrong)), K), there)
     entropy = sub(log_mass, mul(product, inverse(mass)))
     tl.store(out + rows + row, output(masked(counted, plus(entropy, wrong)), K), there)
     tl.store(out + 2 * rows + row, output(masked(counted, plus(plus(log_mass, top), wrong)), K), there)
