@@ -296,24 +296,24 @@ struct TokenRow {
       if constexpr (capped) g = g * scale.slope(y);
       return output(g);
     };
-    const auto store = [&](auto y, int64_t column) PK_LAMBDA { store_columns(to + column, finished(y, of(y))); };
-    int64_t column = 0;
-    for (; column + step <= classes; column += step) store(columns<All>(column), column);
-    for (; column + width <= classes; column += width) store(columns<V>(column), column);
-    Stored some[width];
-    if (column < classes) {
-      const V y = last_columns(column);
-      store_columns(some, finished(y, of(y)));
-      std::copy_n(some, classes - column, to + column);
-    }
-    // The taken one again, rounded once.
+    // The taken one's sum is rounded once. It is made first, since the gradient may take the place of the logits.
     const int64_t here = token / width * width;
     V more{};
     reinterpret_cast<T*>(&more)[token - here] = T(stop(weights.alpha));
     if constexpr (is_dual<V>) reinterpret_cast<T*>(&more)[width + token - here] = T(weights.alpha.t);
     const V y = pack_with(here);
-    store_columns(some, finished(y, of(y) + more));
-    to[token] = some[token - here];
+    Stored taken[width], last[width];
+    store_columns(taken, finished(y, of(y) + more));
+
+    const auto store = [&](auto y, Stored* to) PK_LAMBDA { store_columns(to, finished(y, of(y))); };
+    int64_t column = 0;
+    for (; column + step <= classes; column += step) store(columns<All>(column), to + column);
+    for (; column + width <= classes; column += width) store(columns<V>(column), to + column);
+    if (column < classes) {
+      store(last_columns(column), last);
+      std::copy_n(last, classes - column, to + column);
+    }
+    to[token] = taken[token - here];
   }
 };
 

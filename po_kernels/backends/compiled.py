@@ -68,7 +68,8 @@ class Kernel(ABC):
             contiguous = x.is_contiguous()
             gradient = None
             if needed:
-                gradient = torch.empty_like(x) if contiguous else x.new_empty(x.shape)
+                in_place = config.overwrite and contiguous
+                gradient = x if in_place else torch.empty_like(x) if contiguous else x.new_empty(x.shape)
                 arguments[gradient_name] = gradient.data_ptr()
             outputs.append(gradient)
             if not (contiguous or (stride and x[:1].is_contiguous())):

@@ -35,6 +35,17 @@ ZERO = 1e-14
 Derivatives = dict[str, list[Tensor]]
 
 
+def near(found: Tensor, right: Tensor, roundings: int, size: float | None = None) -> None:
+    """Two computations of a tensor, of so many roundings each, of numbers up to `size`: half an eps a rounding in each.
+
+    Args:
+        size: if None 1, of which normal numbers are, or the largest entry where that is more.
+    """
+    size = max(1.0, largest([right])) if size is None else size
+    error, bound = distance([found], [right]), roundings * torch.finfo(found.dtype).eps * size
+    assert error <= bound, f"off by {error:.3g}, more than {bound:.3g}"
+
+
 @dataclass(frozen=True)
 class Expected:
     """The derivatives of a call, computed in float64, and how far from each a backend may be.

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from ... import extension
-from .. import contract, linear_head
+from .. import checks, contract, linear_head
 from ..compiled import Arguments, Kernel
 from ..contract import OPS, Request
 
@@ -56,7 +56,9 @@ class _Kernel(Kernel):
                 f"got {samples} samples of {per_sample} numbers"
             ) from None
         if code:
-            contract.refuse(op, _REFUSALS[code], row, self.op.labels or "")
+            if _REFUSALS[code] == "label_out_of_range":
+                checks.wrong_label(self.op, request.constants, self.op.classes(request.inputs), row)
+            contract.refuse(op, _REFUSALS[code], row)
 
 
 KERNELS: dict[str, contract.Kernel] = {name: _Kernel(op) for name, op in OPS.items() if hasattr(extension.module, name)}
