@@ -137,10 +137,13 @@ void scatter_columns(const CategoricalPolicyLoss& call, const T* columns) {
 // done for each of `count` labels is then done a row at a time, and must be little next to the classes.
 constexpr int64_t kAcross = 1024, kAcrossPerLabel = 128;
 
+inline bool stand_across(int64_t classes, int64_t count) {
+  return classes >= std::max(kAcross, kAcrossPerLabel * count);
+}
+
 // Runs kernel(lane value, whether across, call).
 template <class Kernel, class C>
-Verdict with_layout(const C& call, int64_t count, Kernel kernel) {
-  const bool across = call.classes >= std::max(kAcross, kAcrossPerLabel * count);
+Verdict with_layout(const C& call, bool across, Kernel kernel) {
   return with_lanes(call, [&](auto lane, const C& call) {
     return across ? kernel(lane, std::true_type{}, call) : kernel(lane, std::false_type{}, call);
   });
@@ -196,7 +199,7 @@ void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, i
   if (g < samples) draw(g, Constant<1>{});
 }
 
-// The same of one row across the lanes: out[g * stride].
+// The same of one row across the lanes, to the bit: out[g * stride].
 template <class T>
 void sample_across(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, int64_t row,
                    Lanes<double>* packs, int64_t stride, int64_t* out) {
@@ -209,12 +212,12 @@ void sample_across(const RandomNumbers& call, RowInput input, int64_t samples, i
   const D top = CategoricalRow<D, true>{classes, packs, nullptr}.largest_logit();
   int64_t last = classes - 1;
   while (!(exp(broadcast<D>(distribution[last]) - top).v[0] > 0)) --last;
-  D before{};
-  for (int64_t i = 0; i * width < classes; ++i) {
-    packs[i] = running_sum(exp(packs[i] - top)) + before;
-    before = from_lane(packs[i], width - 1);
+  double sum = 0;
+  for (int64_t c = 0; c < classes; c += width) {
+    const D mass = exp(packs[c / width] - top);
+    for (int l = 0; l < width; ++l) distribution[c + l] = sum += mass.v[l];
   }
-  const double inverse = 1 / before.v[0];
+  const double inverse = 1 / sum;
   for (int64_t c = 0; c < last; ++c) distribution[c] *= inverse;
   const uint64_t number = call.row_offset + uint64_t(row);
   for (int64_t g = 0; g < samples; ++g) {
@@ -308,7 +311,8 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
 }
 
 Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
-  return with_layout(call, call.num_samples, [](auto lane, auto layout, const auto& call) -> Verdict {
+  const bool across = stand_across(call.classes, call.num_samples);
+  return with_layout(call, across, [](auto lane, auto layout, const auto& call) -> Verdict {
     using V = decltype(lane);
     constexpr bool across = layout;
     using T = Element<V>;
@@ -357,7 +361,8 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
 }
 
 Verdict categorical_log_prob(const CategoricalLogProb& call) {
-  return with_layout(call, call.count, [](auto lane, auto layout, const auto& call) -> Verdict {
+  const bool across = stand_across(call.classes, call.count);
+  return with_layout(call, across, [](auto lane, auto layout, const auto& call) -> Verdict {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
@@ -401,7 +406,9 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
 }
 
 Verdict categorical_sample(const CategoricalSample& call) {
-  return with_layout(call, 0, [](auto lane, auto layout, const auto& call) -> Verdict {
+  // As both ways draw the same, rows that fill the lanes may stand in them.
+  const bool across = call.rows < kFloatLanes && stand_across(call.classes, 0);
+  return with_layout(call, across, [](auto lane, auto layout, const auto& call) -> Verdict {
     using V = Primal<decltype(lane)>;
     constexpr bool across = layout;
     using T = Element<V>;

@@ -369,25 +369,7 @@ PK_FN Vector join_fours(Vector a, Vector b) {
   PK_LANES_OF_FOUR(PK_LANE)
 #undef PK_LANE
 }
-// n lanes further, with zero in the first.
-template <int N, int n, class Vector>
-PK_FN Vector moved_lanes(Vector a) {
-  const Vector b{};
-#define PK_LANE(i) ((i) < n ? N + (i) : (i) - n)
-  PK_LANES_OF_FOUR(PK_LANE)
-#undef PK_LANE
-}
 #undef PK_LANES_OF_FOUR
-
-// In each lane the sum up to it.
-template <class T, int N>
-PK_FN Pack<T, N> running_sum(Pack<T, N> x) {
-  x.v += moved_lanes<N, 1>(x.v);
-  x.v += moved_lanes<N, 2>(x.v);
-  if constexpr (N > 4) x.v += moved_lanes<N, 4>(x.v);
-  if constexpr (N > 8) x.v += moved_lanes<N, 8>(x.v);
-  return x;
-}
 
 // Transposes each 4 x 4 block of lanes.
 template <int N, class Vector>

@@ -173,4 +173,5 @@ def test_many_classes(backend, classes):
     seeds = {"seed": 5, "row_offset": 2**33}
     drawn = pk.categorical_sample(logits, 7, **seeds, backend=backend)
     assert torch.equal(drawn, pk.categorical_sample(logits, 7, **seeds, backend="reference"))
+    assert torch.equal(drawn[:, :3], pk.categorical_sample(logits[:3], 7, **seeds, backend=backend))
     assert (logits.gather(1, drawn.T) > -torch.inf).all()

@@ -41,8 +41,11 @@ def _add_entropy(tri, lanes, begin, s, dim, scale, log_det, weight, losses, stat
         if stats.size > 0:
             stats[2, begin + b] = entropy
     if need_scale:
-        scales.add_log_det(tri, lanes, dim, scale, f, to_scale)
         scales.to_parameter(tri, lanes, scale, to_scale)
+        for i in range(dim):  # not f / σ · σ, which is nan of a σ that is zero
+            for b in range(lanes):
+                at = scales.entry(tri, dim, i, i)
+                to_scale[at, b] += f[b] / scale[at, b] if tri else f[b]
 
 
 @helper
