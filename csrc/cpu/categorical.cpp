@@ -323,7 +323,7 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
     const int64_t packs = Row{classes, nullptr, nullptr}.packs();
     const size_t bytes = sizeof(V) * size_t(5 * packs + 6 * samples) + sizeof(P) * size_t(2 * packs + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
-    const int64_t operations = 8 * classes + 8 * samples;
+    const int64_t operations = 32 * classes + 8 * samples;
     const Totals totals = for_each_tile<V, across>(
         call, operations, SharedSums{}, bytes,
         [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
@@ -416,7 +416,7 @@ Verdict categorical_sample(const CategoricalSample& call) {
     const int64_t packs = classes / LaneTraits<Lanes<double>>::width + 2;  // with one beyond the last class
     const size_t bytes = across ? sizeof(Lanes<double>) * size_t(packs)
                                 : sizeof(Word<V>) * size_t(call.num_samples) + sample_bytes<V>(classes) + 1024;
-    const int64_t operations = 8 * classes + call.num_samples * (16 + classes);
+    const int64_t operations = 32 * classes + call.num_samples * (16 + classes);
     return for_each_tile<V, across>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
       const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
       if (verdict.code != kAccepted) return verdict;

@@ -249,12 +249,12 @@ struct Chunks {
   }
 };
 
-// Threads worth waking for rows that cost so many elementary operations each: waking one takes as long as some ten
-// thousand of them.
+// Threads that get some fifty microseconds each of rows that cost so many elementary operations. Waking one takes a
+// tenth of that, and where others use the machine too, a loop waits for a thread that has nothing to run on.
 inline int worthwhile_threads(const Call& call, int64_t operations) {
-  constexpr double kOperationsPerThread = 65536;
+  constexpr double kOperationsPerThread = 1 << 20;
   const double wanted = double(call.rows) * double(operations) / kOperationsPerThread;
-  return int(std::min(double(call.threads), 1.0 + wanted));
+  return int(std::clamp(wanted, 1.0, double(std::max(call.threads, 1))));
 }
 
 // The first refusal, in the order of rows.

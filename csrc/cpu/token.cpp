@@ -7,7 +7,7 @@
 
 #include "cpu/kernels.hpp"
 #include "cpu/pack.hpp"
-#include "cpu/parallel.hpp"
+#include "cpu/tiles.hpp"
 #include "po_kernels/half.hpp"
 #include "po_kernels/several.hpp"
 
@@ -360,12 +360,12 @@ Verdict run_row(const TokenLogProb& call, int64_t row) {
 template <class V, class Stored>
 Verdict run_rows(const TokenLogProb& call) {
   const auto run = call.softcap.given ? run_row<V, Stored, true> : run_row<V, Stored, false>;
-  constexpr int64_t kColumnsPerThread = 8192;  // whose work is worth waking a thread
-  const int64_t size = std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(call.classes, 1));
+  constexpr int64_t kColumnsAtOnce = 8192;  // which a thread takes from the others
+  const int64_t size = std::max<int64_t>(1, kColumnsAtOnce / std::max<int64_t>(call.classes, 1));
   const int64_t chunks = (call.rows + size - 1) / size;
   // The first refusal, in the order of rows.
   std::atomic<int64_t> first{INT64_MAX};
-  parallel_for(chunks, int(std::min<int64_t>(call.threads, chunks)), [&](int64_t chunk) {
+  parallel_for(chunks, worthwhile_threads(call, 8 * call.classes), [&](int64_t chunk) {
     for (int64_t row = chunk * size; row < std::min(call.rows, (chunk + 1) * size); ++row) {
       const Verdict verdict = run(call, row);
       if (verdict.code == kAccepted) continue;
