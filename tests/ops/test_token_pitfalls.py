@@ -76,6 +76,22 @@ def test_the_cap_comes_before_the_temperature(backend):
 
 
 @EVERYWHERE
+def test_what_all_logits_have_in_common_is_in_no_derivative(backend):
+    """That of the log-sum-exp is exp(z - lse) elsewhere, with the rounding of lse."""
+    z = torch.linspace(0.0, 2.0, 33)
+    z = z + 2.0**20 - 2.0**20  # what such a number leaves of the others
+    ids, direction = torch.tensor([4]), torch.cos(torch.arange(33.0))
+    products = []
+    for logits in (z.double()[None], z[None] + 2.0**20):
+        logits.requires_grad_()
+        lse = pk.token_log_prob(logits, ids, return_lse=True, backend=backend).lse
+        (p,) = grad(lse.sum(), logits, create_graph=True)
+        products.append((p, *grad((p * direction).sum(), logits)))
+    for right, found in zip(*products, strict=True):
+        near(found, right, 33)
+
+
+@EVERYWHERE
 def test_rows_beyond_what_32_bits_address(backend):
     """Half the numbers are never read, and take no memory."""
     rows = torch.from_numpy(np.zeros(2**31 + 70, dtype=np.int16)).view(torch.bfloat16).as_strided((3, 70), (2**30, 1))

@@ -19,7 +19,10 @@ def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
     log_p = torch.log_softmax(z, dim=-1)
     taken = log_p.gather(-1, token_ids.masked_fill(left_out, 0).unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * torch.where(torch.isneginf(log_p), 0.0, log_p)).sum(dim=-1)
-    return torch.stack([taken, entropy, torch.logsumexp(z, dim=-1)]).masked_fill(left_out, 0.0)
+    # Torch's derivative, exp(z - lse), has the rounding of lse, which is that of the logits' common offset.
+    top = z.detach().amax(dim=-1, keepdim=True)
+    lse = torch.logsumexp(z - top, dim=-1) + top.squeeze(-1)
+    return torch.stack([taken, entropy, lse]).masked_fill(left_out, 0.0)
 
 
 def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
