@@ -179,7 +179,9 @@ def call(
     """
     numbers, annealed = (config.temperature, config.entropy_coef), None
     if inputs[0].device.type == "cpu":
-        annealed = torch.stack([torch.full((), x, dtype=torch.float64, device="cpu") for x in numbers])
+        # As products, which stay open in torch's graphs; it would fill a tensor with a constant.
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        annealed = torch.stack([one * x for x in numbers])
         numbers = 1.0, 0.0
     return OPERATORS[op](
         list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), want_stats, backend,
