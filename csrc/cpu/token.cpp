@@ -334,7 +334,9 @@ Verdict run_row(const TokenLogProb& call, int64_t row) {
   using S = typename Row::S;
   const int64_t token = call.token_ids[row];
   T* out = static_cast<T*>(call.out) + row;
-  Stored* gradient = call.logits.gradient ? static_cast<Stored*>(call.logits.gradient) + row * call.classes : nullptr;
+  // One that takes the place of the logits lies as they do.
+  const int64_t stride = call.logits.gradient == call.logits.value ? call.logits.stride : call.classes;
+  Stored* gradient = call.logits.gradient ? static_cast<Stored*>(call.logits.gradient) + row * stride : nullptr;
   if (token == kIgnored) {
     for (int i = 0; i < kTokenStats; ++i) out[i * call.rows] = T(0);
     if (gradient) std::fill_n(gradient, call.classes, Stored{});

@@ -73,13 +73,14 @@ class Kernel(ABC):
             arguments[ndim] = tensors[position].ndim
         for (name, _, gradient_name, stride), x, needed in zip(self.inputs, inputs, needs, strict=True):
             contiguous = x.is_contiguous()
+            as_it_is = contiguous or (stride and x[:1].is_contiguous())
             gradient = None
             if needed:
-                in_place = config.overwrite and contiguous
+                in_place = config.overwrite and as_it_is
                 gradient = x if in_place else torch.empty_like(x) if contiguous else x.new_empty(x.shape)
                 arguments[gradient_name] = gradient.data_ptr()
             outputs.append(gradient)
-            if not (contiguous or (stride and x[:1].is_contiguous())):
+            if not as_it_is:
                 x = x.contiguous()
                 keep.append(x)
             arguments[name] = x.data_ptr()

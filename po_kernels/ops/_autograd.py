@@ -98,7 +98,6 @@ def _one_by_one(
     call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Any, moved: Any, needs: Any, want_stats: bool
 ) -> list[Tensor | None]:
     """A batch where a kernel takes one problem a call."""
-
     row, one = OPS[call.op], call._replace(problems=0)
     batch = row.request(inputs, constants, tangents, cotangent, moved, needs, want_stats, call.config)
     found = []
@@ -132,12 +131,17 @@ def _filled(call: Call, found: Sequence[Tensor | None], like: Tensor) -> tuple[T
     return tuple([like.new_empty(shape) if x is None else x for x in found])
 
 
+def _batch_size(op: str, info: Any) -> int:
+    if info.batch_size == 0:
+        raise ValueError(f"{op}: torch.vmap: expected a batch of at least 1, got 0")
+    return int(info.batch_size)
+
+
 def _batch(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
     """vmap of a function whose first argument is a call: the same function of a batch of problems, or of as many times
     more of them."""
-    call, size = args[0], info.batch_size
-    if size == 0:
-        raise ValueError(f"{call.op}: torch.vmap: expected a batch of at least 1, got 0")
+    call = args[0]
+    size = _batch_size(call.op, info)
 
     def folded(x: Any, dim: int | None) -> Any:
         if not isinstance(x, Tensor):
@@ -423,7 +427,7 @@ class _WithoutDerivative(torch.autograd.Function):
 
 def _each(function: Any, info: Any, in_dims: Any, op: str, *tensors: Any) -> Any:
     """vmap of a check, problem by problem."""
-    for i in range(info.batch_size):
+    for i in range(_batch_size(op, info)):
         one = [x if x is None or dim is None else x.select(dim, i) for x, dim in zip(tensors, in_dims[1:], strict=True)]
         found = function.apply(op, *one)
     return found, None

@@ -285,6 +285,8 @@ def test_values_are_refused_within_transforms(backend, transform):
     labels = torch.tensor([[0, 1], [2, 1]])
     with pytest.raises(ValueError, match="value: expected labels from 0"):
         torch.func.vmap(lambda y: pk.categorical_log_prob(torch.zeros(2, 2), y, backend=backend))(labels)
+    with pytest.raises(ValueError, match=r"torch\.vmap: expected a batch of at least 1, got 0"):
+        torch.func.vmap(transform(loss))(precisions[:0])
 
 
 POINT = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -7,6 +7,8 @@ import torch
 from torch.autograd import grad, gradcheck, gradgradcheck
 
 import po_kernels as pk
+from po_kernels import dispatch
+from po_kernels.backends.contract import IGNORED, OPS, OpConfig
 
 from .bounds import near
 from .cases import draw, fused, largest, serving
@@ -282,6 +284,23 @@ def test_tied_weights(backend):
         results.append((first, grad(first.square().sum(), weight)[0]))
     for x, y in zip(*results, strict=True):  # products over 5 dimensions, and statistics over 12 classes, both twice
         near(x, y, 2 * (5 + 12 + A_FEW))
+
+
+@pytest.mark.skipif("native" not in fused("token_log_prob"), reason="the extension was not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+def test_a_gradient_takes_the_place_of_logits_as_they_lie(dtype):
+    row, kernel = OPS["token_log_prob"], dispatch.kernel("token_log_prob", "native")
+    for classes in (32, 33):
+        memory = torch.randn(3, 64).to(dtype)
+        logits, beyond = memory[:, :classes], memory[:, classes:].clone()
+        ids = torch.tensor([0, IGNORED, classes - 1])
+        right, found = (
+            kernel(row.request([logits], [ids], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[2]
+            for overwrite in (False, True)
+        )
+        assert found.data_ptr() == memory.data_ptr()
+        assert torch.equal(found, right)
+        assert torch.equal(memory[:, classes:], beyond)
 
 
 @pytest.mark.parametrize("backend", fused("linear_token_log_prob"))
