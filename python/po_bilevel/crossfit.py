@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from .hypergradients import Tensors
 from .losses import Batch
-from .policies import CategoricalPolicy, FullGaussianPolicy, Policy
+from .policies import CategoricalPolicy, FullGaussianPolicy, GaussianPolicy, Policy
 
 # Of arsinh φ while a reward is learned: rewards of e²⁰ make a policy as certain as doubles can tell.
 FARTHEST = 20.0
+# The longest step there.
+LONGEST = 1.0
 
 RowLoss = Callable[[Policy, Batch], Tensor]
 
@@ -160,6 +162,16 @@ def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) 
     return least / float(weight.sum()), share
 
 
+def set_covariance(policy: Policy, covariance: Tensor) -> None:
+    """Gives a Gaussian policy's members the covariance (D, D), or its diagonal, in the outputs' unit."""
+    if isinstance(policy, FullStack):
+        factor = torch.linalg.cholesky(covariance)
+        policy.log_diagonal.copy_(factor.diagonal().log())
+        policy.below_diagonal.copy_(factor.tril(-1))
+    else:
+        cast(LogStd, cast(GaussianPolicy, policy).log_std_network).value.copy_(0.5 * covariance.diagonal().log())
+
+
 def repeated(rows: Rows, members: int) -> Batch:
     """The rows once for each member: targets (M, N) or (M, N, D)."""
     return Batch(rows.inputs, rows.target.expand(members, *rows.target.shape))
@@ -211,52 +223,67 @@ def quasi_newton(
     reward: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], most: int, *, tolerance: float, enough: float,
     prior: float,
 ) -> float:  # fmt: skip
-    """L-BFGS-B on the reward's parameters φ, which are left where the loss was least.
+    """BFGS on the reward's parameters φ, which are left where the loss was least.
 
-    It moves arsinh φ: a step is relative where φ is large and absolute where it is small.
+    It moves arsinh φ: a step is relative where φ is large and absolute where it is small. None is longer than `LONGEST`
+    in any of them, for the losses far away are no guide.
 
     Args:
         evaluate: the loss at the parameters as they are, and its gradient.
         most: evaluations.
         tolerance: of the gradient's largest entry, at which to end.
-        enough: end where a step lowers the loss by less.
+        enough: end where a step is to lower the loss by less, or has twice lowered it by less.
         prior: (prior/2) ‖arsinh φ - arsinh φ₀‖² is added to the loss, φ₀ where it starts.
 
     Returns:
         the gradient's largest entry where the loss was least, or 0 if the steps had come to gain too little.
     """
     phi = list(reward.parameters())
-    start = np.arcsinh(_flat(phi))
-    best: tuple[float, float, np.ndarray] = math.inf, math.inf, np.empty(0)
-    taken = 0
-
-    def move(point: np.ndarray) -> None:
-        nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
+    start = point = np.arcsinh(_flat(phi))
 
     def value(point: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best, taken
-        if taken == most:
-            raise StopIteration
-        taken += 1
-        move(point)
+        nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
         loss, gradient = evaluate()
-        loss += 0.5 * prior * np.square(point - start).sum()
-        slope = _flat(gradient) * np.cosh(point) + prior * (point - start)
-        if loss < best[0]:
-            best = loss, float(np.abs(slope).max()), point.copy()
-        return loss, slope
+        loss += 0.5 * prior * float(np.square(point - start).sum())
+        return loss, _flat(gradient) * np.cosh(point) + prior * (point - start)
 
-    left = True
-    try:
-        found = optimize.minimize(
-            value, start, jac=True, method="L-BFGS-B", bounds=[(-FARTHEST, FARTHEST)] * len(start),
-            options={"gtol": tolerance, "ftol": enough, "maxls": 10},
-        )  # fmt: skip
-        left = not found.success
-    except StopIteration:
-        pass
-    move(best[2])
-    return best[1] if left else 0.0
+    loss, slope = value(point)
+    inverse = np.eye(len(point))
+    scaled, left, small = False, most - 1, 0
+    while left > 0 and np.abs(slope).max() > tolerance and small < 2:
+        step = -inverse @ slope
+        step *= min(1.0, LONGEST / np.abs(step).max()) if scaled else LONGEST / np.abs(step).max()
+        step = np.clip(point + step, -FARTHEST, FARTHEST) - point
+        gain = -float(step @ slope)
+        if scaled and 0.5 * gain < enough:
+            small = 2
+            break
+        while left > 0:
+            left -= 1
+            tried, tried_slope = value(point + step)
+            change = tried_slope - slope
+            if tried <= loss - 1e-4 * gain:
+                break
+            # Where the parabola through what is known has its minimum.
+            shrink = float(np.clip(0.5 * gain / (tried - loss + gain), 0.1, 0.5))
+            step, gain = shrink * step, shrink * gain
+            if gain < enough:
+                small = 2
+                break
+        else:
+            break
+        curvature = float(step @ change)
+        if curvature > 0:
+            if not scaled:
+                inverse *= curvature / float(change @ change)
+                scaled = True
+            side = np.eye(len(point)) - np.outer(step, change) / curvature
+            inverse = side @ inverse @ side.T + np.outer(step, step) / curvature
+        if tried < loss:
+            small = small + 1 if loss - tried < enough else 0
+            point, loss, slope = point + step, tried, tried_slope
+    nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
+    return 0.0 if small >= 2 else float(np.abs(slope).max())
 
 
 def _flat(tensors: Sequence[Tensor]) -> np.ndarray:

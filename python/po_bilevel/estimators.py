@@ -14,11 +14,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from . import crossfit
-from .crossfit import RowLoss, Rows, likelihood, network_of, policy_gradient
+from .crossfit import Rows, likelihood, network_of
 from .errors import UsageError
 from .fitting import OUTER_ENOUGH, BilevelEstimator
 from .heuristics import residual_covariance
+from .linear import Ridge, Softmax
 from .losses import Batch
+from .members import Members, Networks
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
 from .rewards import (
     MahalanobisReward,
@@ -56,6 +58,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
             are free. Inputs are standardised first.
         folds: of the reward's cross-validation; fewer if there are fewer rows.
+        reward_rows: the most distinct rows that the reward is learned from, chosen at random in every class; the policy
+            is trained on all of them. None for all.
         outer_steps: the most rewards to try, which warns if none is the best; 0 keeps the one that it starts from.
         max_iter: the most L-BFGS iterations in one training of a policy.
         tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
@@ -82,13 +86,22 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
 
     def __init__(
         self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
-        outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4, warm_start: bool = False,
-        random_state: Any = None, verbose: int = 0,
+        reward_rows: int | None = 10_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
+        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
+        self.reward_rows = reward_rows
         super().__init__(
             reward, hidden_layer_sizes=hidden_layer_sizes, l2=l2, folds=folds, outer_steps=outer_steps,
             max_iter=max_iter, tol=tol, warm_start=warm_start, random_state=random_state, verbose=verbose,
         )  # fmt: skip
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        value = self.reward_rows
+        if value is not None and (not isinstance(value, Integral) or value < 2):
+            raise UsageError(
+                f"BilevelClassifier: reward_rows: expected None or an integer of at least 2, got {value!r}"
+            )
 
     def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
@@ -108,32 +121,37 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         labels = target[:, 0].astype(np.int64)
         return labels, len(self.classes_), labels
 
-    def _refined(
-        self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
-    ) -> nn.Module:  # fmt: skip
-        loss, share = self._judged(reward, policy, rows, inside, outside)
+    def _for_reward(self, rows: Rows, strata: np.ndarray, random: np.random.RandomState) -> tuple[Rows, np.ndarray]:
+        if self.reward_rows is None or self.reward_rows >= len(strata):
+            return rows, strata
+        # Every so many of the rows of a class: none loses its share.
+        order = random.permutation(len(strata))
+        order = order[np.argsort(strata[order], kind="stable")]
+        chosen = np.sort(order[np.linspace(0, len(order) - 1, self.reward_rows).astype(np.int64)])
+        return Rows(*(column[torch.from_numpy(chosen)] for column in rows)), strata[chosen]
+
+    def _refined(self, reward: nn.Module, folds: Members, rows: Rows, inside: Tensor) -> nn.Module:
+        loss, share = self._judged(reward, folds, rows, inside)
         self.belief_share_ = share
         classes, total = len(self.classes_), float(rows.weight.sum())
         simple = self.reward == "auto" and isinstance(reward, OneHotMahalanobisReward)
         if not simple or self.outer_steps == 0 or total < ROWS_AN_ENTRY * classes**2:
             return reward
         tried, table = self.outer_losses_, TableReward(cast(TabularReward, reward).table().detach())
-        self._learn(table, policy, rows, inside, outside)
+        self._learn(table, folds, total)
         self.outer_losses_ = tried + self.outer_losses_
-        other, share = self._judged(table, policy, rows, inside, outside)
+        other, share = self._judged(table, folds, rows, inside)
         # Numbers more gain half a nat each by chance.
         if other > loss - 0.5 * max(1, classes * (classes - 2)) / total:
             return reward
         self.belief_share_ = share
         return table
 
-    def _judged(
-        self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
-    ) -> tuple[float, float]:  # fmt: skip
+    def _judged(self, reward: nn.Module, folds: Members, rows: Rows, inside: Tensor) -> tuple[float, float]:
         """NLL of the held-out rows, nats a row, with the share of beliefs that makes it least, and that share."""
-        self._train(policy, rows, outside, policy_gradient(reward))
+        folds.train(reward)
         with torch.no_grad():
-            return crossfit.share_of_beliefs(policy, cast(TabularReward, reward).table(), rows, inside)
+            return crossfit.share_of_beliefs(folds.policy, cast(TabularReward, reward).table(), rows, inside)
 
     def _publish(self) -> None:
         self.reward_ = self._reward.table().numpy()
@@ -160,15 +178,18 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> CategoricalPolicy:
         return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
 
-    def _first_loss(self) -> RowLoss:
-        return likelihood
+    def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
+        options: dict[str, Any] = {"l2": self.l2, "tol": self.tol, "max_iter": self.max_iter}
+        if len(self.hidden_layer_sizes) > 0:
+            return Networks(policy, rows, inside, first=likelihood, held_out=likelihood, **options)
+        return Softmax(cast(CategoricalPolicy, policy), rows, inside, **options)
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
+    def _first_reward(self, folds: Members) -> nn.Module:
         classes = len(self.classes_)
         if self.reward == "table":
-            return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes)), rows
+            return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes))
         kind = "diagonal" if self.reward == "auto" else self.reward
-        return OneHotMahalanobisReward(classes, cast(PrecisionKind, kind), START).double(), rows
+        return OneHotMahalanobisReward(classes, cast(PrecisionKind, kind), START).double()
 
 
 class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
@@ -288,60 +309,60 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         """A factor L of the covariance L Lᵀ (*, D, D) from what a policy gives, log σ (*, D) or L (M, N, D, D)."""
         return spread if spread.ndim == 4 else torch.diag_embed(spread.exp())
 
-    def _first_loss(self) -> RowLoss:
-        return policy_gradient(MahalanobisReward(1, "isotropic", HALF))
+    def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
+        return Ridge(cast(Any, policy), rows, inside, l2=self.l2, noise=RIDGE)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor, Tensor], nn.Module] | None:
+    def _early(self) -> Callable[[Policy, Rows, Tensor], nn.Module] | None:
         return self._learn_early if len(self.hidden_layer_sizes) > 0 else None
 
-    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> nn.Module:
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> nn.Module:
         # Off a minimum there is no hypergradient; for the means that were reached U* has a closed form.
-        kind = cast(PrecisionKind, self.reward)
-        reward = MahalanobisReward(rows.target.shape[1], kind, HALF)
+        reward = self._half(rows.target.shape[1])
         losses: list[float] = []
         self.n_iter_ = 0
         for _ in range(max(1, self.outer_steps)):
-            loss, steps = self._train_early(policy, rows, outside, policy_gradient(reward), inside)
+            here = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
+            folds = Networks(
+                policy, here, inside, first=likelihood, held_out=self._held_out, l2=self.l2, tol=self.tol,
+                max_iter=self.max_iter,
+            )  # fmt: skip
+            loss, steps = folds.train_early(reward, OUTER_ENOUGH)
             self.n_iter_ = max(self.n_iter_, steps)
             losses.append(loss + _log_volume(policy))
-            rows = self._measured([policy], rows, inside)
+            with torch.no_grad():
+                # Each around the mean of the member that did not train on it.
+                residual = (inside.sqrt()[:, :, None] * (here.target - policy(rows.inputs)[0])).flatten(0, 1)
+                unit = network_of(policy).unit
+                covariance = unit @ residual_covariance(residual) @ unit.mT * (len(residual) / rows.weight.sum())
+            self._measure(policy, covariance)
             if len(losses) > 1 and losses[-1] > losses[-2] - OUTER_ENOUGH:
                 break
         if self.outer_steps > 0:
             self.outer_losses_ = [loss - _log_volume(policy) for loss in losses]
         return reward
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
-        rows = self._measured([together, policy], rows, inside)
-        return MahalanobisReward(rows.target.shape[1], cast(PrecisionKind, self.reward), HALF), rows
+    def _first_reward(self, folds: Members) -> nn.Module:
+        covariance = cast(Ridge, folds).residual()
+        self._measure(folds.policy, covariance)
+        return self._half(len(covariance))
 
-    def _measured(self, policies: list[Policy], rows: Rows, inside: Tensor) -> Rows:
-        """Takes for units what makes the covariance of the held-out residuals one.
+    def _half(self, outputs: int) -> nn.Module:
+        return MahalanobisReward(outputs, cast(PrecisionKind, self.reward), HALF)
+
+    def _measure(self, policy: Policy, covariance: Tensor) -> None:
+        """Takes for the outputs' unit what makes the covariance (D, D) of the held-out residuals one.
 
         There the mean's weights and Σ have the same curvature, however good the fit and however near to singular the
         noise, and U* = Σ⁻¹/2 is half the identity.
-
-        Args:
-            policies: the first with a member for each fold.
-
-        Returns:
-            the rows in these units.
         """
-        with torch.no_grad():
-            # Each around the mean of the member that did not train on it.
-            residual = (inside.sqrt()[:, :, None] * (rows.target - policies[0](rows.inputs)[0])).flatten(0, 1)
-            before = network_of(policies[0]).unit
-            covariance = before @ residual_covariance(residual) @ before.mT * (len(residual) / rows.weight.sum())
-            variance = covariance.diagonal() + RIDGE
-            if self.reward == "isotropic":
-                variance = variance.mean().expand(len(variance))
-            unit = torch.diag(variance.sqrt())
-            if self.reward == "full":
-                unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
-            step = torch.linalg.solve_triangular(before, unit, upper=False)
-            for policy in policies:
-                network_of(policy).measure_in(step)
-        return rows._replace(target=crossfit.in_units(rows.target, step))
+        variance = covariance.diagonal() + RIDGE
+        if self.reward == "isotropic":
+            variance = variance.mean().expand(len(variance))
+        unit = torch.diag(variance.sqrt())
+        if self.reward == "full":
+            unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
+        network = network_of(policy)
+        network.measure_in(torch.linalg.solve_triangular(network.unit, unit, upper=False))
 
 
 def _log_volume(policy: Policy) -> float:

@@ -1,0 +1,335 @@
+"""Linear policies of all folds together, brought to their minimum by second-order methods made for their losses.
+
+A softmax of logits that are linear in x has Hessian products in closed form: two matrix products for all folds, and a
+little arithmetic on each logit between them. `Softmax` trains it by Newton's method, whose steps conjugate gradients
+solve; the preconditioner is the mean of all folds' Hessians, one for all of them and for the hypergradient's solve too,
+and everything starts from where it ended last. A linear Gaussian is ridge regression: `Ridge` has its optimum in closed
+form, from moments of the data.
+"""
+
+import math
+from typing import cast
+
+import numpy as np
+import torch
+from scipy.linalg import lapack
+from torch import Tensor, nn
+
+from .crossfit import FullStack, Rows, in_units, network_of, set_covariance
+from .hypergradients import Tensors
+from .members import Members
+from .policies import CategoricalPolicy, GaussianPolicy
+from .rewards import MatrixReward, TabularReward, as_matrix
+from .training import check_finite
+
+# Added to the Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
+DAMPING = 1e-6
+# Of the hypergradient's linear solve, relative to its right-hand side.
+HYPERGRADIENT = 3e-3
+# The most products in one solve.
+PRODUCTS = 100
+# Of the likelihood's gradient, at which it is near enough to its optimum to start from there.
+BEGUN = 1e-2
+# Of the standardised inputs' covariance, below which an eigenvalue is none.
+SINGULAR = 1e-10
+# The largest matrix that is factored for a preconditioner.
+LARGEST = 2000
+# Products in a solve that need no better preconditioner.
+FEW = 5
+
+
+class Softmax(Members):
+    """Linear softmax policies under a reward for each pair of answer and label: see `Members`.
+
+    With p the probabilities of a row, r = R[:, y] its rewards and a = log p - r, its loss is L = p·a, the gradient in
+    the logits g = p ∘ (a - L), and the Hessian diag(p + g) - p pᵀ - g pᵀ - p gᵀ. Likelihood's gradient is p - e_y, its
+    Hessian the same with g = 0.
+
+    Attributes:
+        products, factorisations: Hessian products and preconditioners so far.
+    """
+
+    policy: CategoricalPolicy
+
+    def __init__(
+        self, policy: CategoricalPolicy, rows: Rows, inside: Tensor, *, l2: float, tol: float, max_iter: int
+    ) -> None:  # fmt: skip
+        self.policy, self._tol, self._most = policy, tol, max_iter
+        network = network_of(policy)
+        self._theta = np.concatenate(
+            [network.weights[0].detach().numpy(), network.biases[0].detach().numpy()], axis=1
+        ).transpose(0, 2, 1).copy()  # (M, C, F+1)
+        members, classes, features = self._theta.shape
+        self._inputs = np.column_stack([rows.inputs.numpy(), np.ones(len(rows.inputs))])
+        self._columns = np.ascontiguousarray(self._inputs.T)
+        self._labels = rows.target.numpy()
+        self._one_hot = np.equal.outer(np.arange(classes), self._labels).astype(np.float64)
+        outside = (rows.weight - inside).clamp(min=0.0).numpy()
+        total = outside.sum(axis=1)
+        self._share = (outside / total[:, None])[:, None]
+        self._inside = (inside.numpy() / float(rows.weight.sum()))[:, None]
+        self._penalty = np.zeros((members, 1, features))
+        self._penalty[:, :, :-1] = (l2 / total)[:, None, None]
+        self._inverse: np.ndarray | None = None
+        # Products in excess of few since the preconditioner was made; it costs as much as `_worth` of them.
+        self._excess, self._worth = 0, classes * features / (4.0 * members)
+        self._adjoint = np.zeros_like(self._theta)
+        self.products = self.factorisations = 0
+
+    def begin(self) -> None:
+        self._newton(None, max(BEGUN, self._tol))
+
+    def train(self, reward: nn.Module) -> int:
+        with torch.no_grad():
+            table = cast(TabularReward, reward).table().numpy()
+        steps = self._newton(table[:, self._labels], self._tol)
+        weight, bias = np.split(self._theta.transpose(0, 2, 1), [-1], axis=1)
+        network = network_of(self.policy)
+        with torch.no_grad():
+            network.weights[0].copy_(torch.from_numpy(weight.copy()))
+            network.biases[0].copy_(torch.from_numpy(bias.copy()))
+        return steps
+
+    def evaluate(self, reward: nn.Module) -> tuple[float, Tensors]:
+        self.train(reward)
+        loss = -float((self._inside * self._one_hot * self._log_p).sum())
+        self._adjoint = self._solve(
+            self._summed(self._inside * (self._p - self._one_hot)), self._adjoint, HYPERGRADIENT
+        )
+        change = self._logits(self._adjoint)
+        change -= np.einsum("mcn,mcn->mn", self._p, change)[:, None]
+        change *= self._share * self._p
+        gradient = change.sum(axis=0) @ self._one_hot.T
+        phi = list(reward.parameters())
+        with torch.enable_grad():
+            table = cast(TabularReward, reward).table()
+            return loss, torch.autograd.grad(table, phi, torch.from_numpy(gradient))
+
+    def _logits(self, theta: np.ndarray) -> np.ndarray:
+        """(M, C, F+1) -> (M, C, N)."""
+        return (theta.reshape(-1, theta.shape[2]) @ self._columns).reshape(*theta.shape[:2], -1)
+
+    def _summed(self, logits: np.ndarray) -> np.ndarray:
+        """The transpose of `_logits`."""
+        return (logits.reshape(-1, logits.shape[2]) @ self._inputs).reshape(*logits.shape[:2], -1)
+
+    def _losses(self, theta: np.ndarray, rewards: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """The members' losses (M,) and their gradients, of the likelihood or under rewards (C, N)."""
+        log_p = self._logits(theta)
+        log_p -= log_p.max(axis=1, keepdims=True)
+        p = np.exp(log_p)
+        total = p.sum(axis=1, keepdims=True)
+        p /= total
+        log_p -= np.log(total)
+        if rewards is None:
+            loss = -(self._one_hot * log_p).sum(axis=1)
+            slope, bend = p - self._one_hot, np.zeros_like(p)
+        else:
+            slope = log_p - rewards
+            loss = np.einsum("mcn,mcn->mn", p, slope)
+            slope -= loss[:, None]
+            slope *= p
+            bend = slope
+        self._p, self._log_p, self._bend, self._shared = p, log_p, bend, None
+        value = np.einsum("mn,mn->m", self._share[:, 0], loss) + 0.5 * _dot(self._penalty * theta, theta)
+        return value, self._summed(self._share * slope) + self._penalty * theta
+
+    def _product(self, direction: np.ndarray) -> np.ndarray:
+        self.products += 1
+        if self._shared is None:
+            shared = self._share * self._p
+            self._shared = shared, self._share * self._bend + shared
+        shared, diagonal = self._shared
+        change = self._logits(direction)
+        mean = np.einsum("mcn,mcn->mn", self._p, change)[:, None]
+        bent = np.einsum("mcn,mcn->mn", self._bend, change)[:, None]
+        change -= mean
+        change *= diagonal
+        change -= shared * bent
+        return self._summed(change) + (self._penalty + DAMPING) * direction
+
+    def _factor(self) -> None:
+        """The preconditioner: the inverse of the members' mean Hessian, or of its blocks (blocks, D, D) if it is large.
+
+        Where that is not positive definite, far from the optimum, it is Fisher's, which leaves out what the gradient g
+        adds and is exact where each row has its own optimum.
+        """
+        self.factorisations += 1
+        self._excess = 0
+        for bend in (self._share * self._bend, None):
+            inverse = self._inverted(bend)
+            if inverse is not None:
+                self._inverse = inverse
+                return
+
+    def _inverted(self, bend: np.ndarray | None) -> np.ndarray | None:
+        members, classes, features = self._theta.shape
+        shared = self._share * self._p
+        diagonal = shared if bend is None else shared + bend
+        together = classes * features <= LARGEST
+        hessian = np.zeros((classes, features, classes if together else 1, features))
+        penalty = self._penalty.mean(axis=0) + DAMPING
+        for i in range(classes):
+            for j in range(i, classes if together else i + 1):
+                curvature = -np.einsum("mn,mn->n", diagonal[:, i], self._p[:, j])
+                if bend is not None:
+                    curvature -= np.einsum("mn,mn->n", self._p[:, i], bend[:, j])
+                if i == j:
+                    curvature += diagonal[:, i].sum(axis=0)
+                block = (self._columns * (curvature / members)) @ self._inputs
+                if i == j:
+                    block[np.diag_indices(features)] += penalty[0]
+                hessian[i, :, j if together else 0] = block
+                if together:
+                    hessian[j, :, i] = block
+        size = classes * features if together else features
+        found = []
+        for block in hessian.reshape(-1, size, size):
+            factor, failed = lapack.dpotrf(block, lower=1)
+            if failed:
+                return None
+            inverse, _ = lapack.dpotri(factor, lower=1)
+            found.append(np.tril(inverse) + np.tril(inverse, -1).T)
+        return np.stack(found)
+
+    def _preconditioned(self, gradient: np.ndarray) -> np.ndarray:
+        inverse = cast(np.ndarray, self._inverse)
+        parts = gradient.reshape(len(gradient), len(inverse), -1).transpose(1, 0, 2)
+        return (parts @ inverse).transpose(1, 0, 2).reshape(gradient.shape)
+
+    def _solve(self, right: np.ndarray, start: np.ndarray | None, relative: float, least: float = 0.0) -> np.ndarray:
+        """H⁻¹ right for each member, by conjugate gradients that end where a residual is short enough.
+
+        A member that meets negative curvature keeps what it has, or the preconditioned gradient.
+        """
+        if self._inverse is None or self._excess > self._worth:
+            self._factor()
+        target = np.maximum(relative**2 * _dot(right, right), least**2)
+        solution = np.zeros_like(right) if start is None else start.copy()
+        residual = right.copy() if start is None else right - self._product(start)
+        direction = step = self._preconditioned(residual)
+        length = _dot(residual, step)
+        live = _dot(residual, residual) > target
+        taken = 0
+        while live.any() and taken < PRODUCTS:
+            product = self._product(direction)
+            curvature = _dot(direction, product)
+            if taken == 0 and start is None:
+                solution[live & (curvature <= 0)] = direction[live & (curvature <= 0)]
+            live &= curvature > 0
+            taken += 1
+            rate = np.where(live, length / np.where(live, curvature, 1.0), 0.0)[:, None, None]
+            solution += rate * direction
+            residual -= rate * product
+            live &= _dot(residual, residual) > target
+            step = self._preconditioned(residual)
+            before, length = length, _dot(residual, step)
+            direction = step + (length / np.where(live, before, 1.0))[:, None, None] * direction
+        self._excess += max(0, taken - FEW)
+        return solution
+
+    def _newton(self, rewards: np.ndarray | None, tolerance: float) -> int:
+        """Takes all members to where the norm of their gradients is at most the tolerance; returns the steps taken."""
+        value, gradient = self._losses(self._theta, rewards)
+        for step in range(self._most):
+            norm = float(np.sqrt(np.square(gradient).sum()))
+            check_finite("the gradient's norm", norm)
+            if norm <= tolerance:
+                return step
+            direction = self._solve(
+                -gradient, None, min(0.1, math.sqrt(norm)), 0.3 * tolerance / math.sqrt(len(gradient))
+            )
+            slope = _dot(gradient, direction)
+            rate = np.ones(len(value))
+            for _ in range(30):
+                theta = self._theta + rate[:, None, None] * direction
+                tried, tried_gradient = self._losses(theta, rewards)
+                # A loss is known to some roundings.
+                worse = ~(tried <= value + 1e-4 * rate * slope + 1e-13 * np.abs(value))
+                if not worse.any():
+                    break
+                rate[worse] *= 0.5
+            self._theta, value, gradient = theta, tried, tried_gradient
+        return self._most
+
+
+def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The members' inner products, (M,)."""
+    return np.einsum("mcf,mcf->m", left, right)
+
+
+class Ridge(Members):
+    """Linear Gaussian policies under -(ŷ-y)ᵀU(ŷ-y): see `Members`.
+
+    With A and b the covariances of x with itself and with y, the weights B solve A B + (l2/2W) B U⁻¹ = b, U in units of
+    y, which A's eigenvectors make one equation of D numbers for each of its eigenvalues. The spread is U⁻¹/2. All of it
+    is differentiable, and so is the likelihood of the rows inside, from their second moments.
+
+    Args:
+        noise: variance that is added to y where the rows inside are judged.
+    """
+
+    policy: GaussianPolicy | FullStack
+
+    def __init__(
+        self, policy: GaussianPolicy | FullStack, rows: Rows, inside: Tensor, *, l2: float, noise: float
+    ) -> None:  # fmt: skip
+        self.policy, self._noise = policy, noise
+        columns = torch.cat([rows.inputs, rows.target, torch.ones_like(rows.target[:, :1])], dim=1)
+        everything, *parts = (columns.mT @ (each[:, None] * columns) for each in (rows.weight, *inside))
+        outside = everything - torch.stack(parts)
+        total = outside[:, -1:, -1:]
+        self._inside, self._penalty = torch.stack(parts) / everything[-1, -1], 0.5 * l2 / total[..., None]
+        self._mean = outside[:, -1:, :-1] / total
+        covariance = outside[:, :-1, :-1] / total - self._mean.mT * self._mean
+        self._features = rows.inputs.shape[1]
+        x, y = slice(self._features), slice(self._features, None)
+        values, self._vectors = torch.linalg.eigh(covariance[:, x, x])
+        # Without a penalty a direction that x does not have is left at nothing.
+        self._values = values.clamp(min=SINGULAR)[:, :, None, None]
+        self._target = self._vectors.mT @ covariance[:, x, y]
+
+    def begin(self) -> None:
+        self._fit(0.5 * torch.eye(self._target.shape[2], dtype=torch.float64))
+
+    def residual(self) -> Tensor:
+        """Second moments of what the members leave of the rows inside, (D, D), in units of y."""
+        weights = torch.cat([self._weights, self._bias], dim=1)
+        cross = torch.cat([-weights[:, :-1].mT, torch.eye(weights.shape[2]).expand(len(weights), -1, -1)], dim=2)
+        cross = torch.cat([cross, -weights[:, -1:].mT], dim=2)
+        return (cross @ self._inside @ cross.mT).sum(dim=0)
+
+    def train(self, reward: nn.Module) -> int:
+        with torch.no_grad():
+            precision = self._precision(reward)
+            self._fit(self._of_values(precision))
+            network = network_of(self.policy)
+            network.weights[0].copy_(in_units(self._weights, network.unit))
+            network.biases[0].copy_(in_units(self._bias, network.unit))
+            set_covariance(self.policy, 0.5 * torch.linalg.inv(precision))
+        return 0
+
+    def evaluate(self, reward: nn.Module) -> tuple[float, Tensors]:
+        phi = list(reward.parameters())
+        with torch.enable_grad():
+            precision = self._precision(reward)
+            of_values = self._of_values(precision)
+            self._fit(of_values)
+            spread = self.residual() + self._noise * torch.eye(len(precision), dtype=torch.float64)
+            loss = (of_values * spread).sum() - 0.5 * torch.logdet(precision / math.pi)
+            return float(loss.detach()), torch.autograd.grad(loss, phi)
+
+    def _precision(self, reward: nn.Module) -> Tensor:
+        return as_matrix(cast(MatrixReward, reward).precision(), self._target.shape[2])
+
+    def _of_values(self, precision: Tensor) -> Tensor:
+        """U for y of one for outputs in their unit."""
+        inverse = torch.linalg.inv(network_of(self.policy).unit)
+        return inverse.mT @ precision @ inverse
+
+    def _fit(self, precision: Tensor) -> None:
+        curvature = self._values * precision + self._penalty * torch.eye(len(precision), dtype=torch.float64)
+        rotated = torch.linalg.solve(curvature, (self._target @ precision)[..., None])[..., 0]
+        self._weights = self._vectors @ rotated
+        x, y = self._mean.split([self._features, len(precision)], dim=2)
+        self._bias = y - x @ self._weights
