@@ -139,13 +139,13 @@ def mixed(logits: Tensor, table: Tensor, share: float) -> Tensor:
     return torch.logaddexp(own + math.log1p(-share), beliefs(logits, table).log() + math.log(share))
 
 
-def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) -> tuple[float, float]:
+def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
     """The share that makes the rows inside each fold likeliest, with one row more that knows the policy only.
 
     That row keeps it below one, so that nothing is impossible that the policy holds possible.
 
     Returns:
-        the loss of these rows, nats a row, and the share.
+        the log-probabilities of the rows' labels, (M, N), and the share.
     """
     logits = policy(rows.inputs)
     own, theirs = (
@@ -158,8 +158,8 @@ def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) 
         return -float((weight * np.log((1.0 - share) * own + share * theirs)).sum() + np.log1p(-share))
 
     found = optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6})
-    least, share = min((float(found.fun), float(found.x)), (loss(0.0), 0.0))
-    return least / float(weight.sum()), share
+    share = float(found.x) if found.fun < loss(0.0) else 0.0
+    return torch.from_numpy(np.log((1.0 - share) * own + share * theirs)), share
 
 
 def set_covariance(policy: Policy, covariance: Tensor) -> None:
@@ -220,16 +220,17 @@ def deal(strata: np.ndarray, weight: np.ndarray, folds: int, random: np.random.R
 
 
 def quasi_newton(
-    reward: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], most: int, *, tolerance: float, enough: float,
-    prior: float,
+    learned: nn.Module, evaluate: Callable[[], tuple[float, Tensors]], keep: Callable[[], None], most: int, *,
+    tolerance: float, enough: float, prior: float,
 ) -> float:  # fmt: skip
-    """BFGS on the reward's parameters φ, which are left where the loss was least.
+    """BFGS on the parameters φ of a module, which are left where the loss was least.
 
     It moves arsinh φ: a step is relative where φ is large and absolute where it is small. None is longer than `LONGEST`
     in any of them, for the losses far away are no guide.
 
     Args:
         evaluate: the loss at the parameters as they are, and its gradient.
+        keep: called after an evaluation that the next ones are to start from.
         most: evaluations.
         tolerance: of the gradient's largest entry, at which to end.
         enough: end where a step is to lower the loss by less, or has twice lowered it by less.
@@ -238,7 +239,7 @@ def quasi_newton(
     Returns:
         the gradient's largest entry where the loss was least, or 0 if the steps had come to gain too little.
     """
-    phi = list(reward.parameters())
+    phi = list(learned.parameters())
     start = point = np.arcsinh(_flat(phi))
 
     def value(point: np.ndarray) -> tuple[float, np.ndarray]:
@@ -248,6 +249,7 @@ def quasi_newton(
         return loss, _flat(gradient) * np.cosh(point) + prior * (point - start)
 
     loss, slope = value(point)
+    keep()
     inverse = np.eye(len(point))
     scaled, left, small = False, most - 1, 0
     while left > 0 and np.abs(slope).max() > tolerance and small < 2:
@@ -282,6 +284,7 @@ def quasi_newton(
         if tried < loss:
             small = small + 1 if loss - tried < enough else 0
             point, loss, slope = point + step, tried, tried_slope
+            keep()
     nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
     return 0.0 if small >= 2 else float(np.abs(slope).max())
 

@@ -1,5 +1,7 @@
 """scikit-learn estimators whose reward is learned from the data that they are fitted to; `fitting` says how."""
 
+import copy
+import math
 from collections.abc import Callable
 from numbers import Integral, Number
 from typing import Any, ClassVar, cast, get_args
@@ -20,7 +22,7 @@ from .fitting import OUTER_ENOUGH, BilevelEstimator
 from .heuristics import residual_covariance
 from .linear import Ridge, Softmax
 from .losses import Batch
-from .members import Members, Networks
+from .members import Learned, Members, Networks
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
 from .rewards import (
     MahalanobisReward,
@@ -56,7 +58,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             diagonal U, and from 100 rows for each entry of a table on that too, where it is cross-validated better.
         hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
-            are free. Inputs are standardised first.
+            are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward.
         folds: of the reward's cross-validation; fewer if there are fewer rows.
         reward_rows: the most distinct rows that the reward is learned from, chosen at random in every class; the policy
             is trained on all of them. None for all.
@@ -71,6 +73,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         classes_: (C,) labels.
         reward_: (C, C), reward_[i, j] of the answer classes_[i] where the label is classes_[j], in nats.
         precision_: U, () or (C,) or (C, C); not there for a table.
+        l2_: the penalty that was learned, or given.
         belief_share_: how much of the probabilities is P(y|x) as the policy's optimality tells it, from 0 to 1; the
             rest is the policy itself. See docs/estimators.md.
         outer_losses_: cross-validated NLL of the policies under each reward that was tried, nats a row; the least is
@@ -80,13 +83,14 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         n_features_in_, feature_names_in_: of the inputs, as everywhere in scikit-learn.
     """
 
+    _learns_l2 = True
     _rewards = ("auto", *get_args(PrecisionKind), "table")
     classes_: np.ndarray
     belief_share_: float
 
     def __init__(
-        self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
-        reward_rows: int | None = 10_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
+        self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = "auto",
+        folds: int = 5, reward_rows: int | None = 10_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
         warm_start: bool = False, random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
         self.reward_rows = reward_rows
@@ -130,33 +134,39 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         chosen = np.sort(order[np.linspace(0, len(order) - 1, self.reward_rows).astype(np.int64)])
         return Rows(*(column[torch.from_numpy(chosen)] for column in rows)), strata[chosen]
 
-    def _refined(self, reward: nn.Module, folds: Members, rows: Rows, inside: Tensor) -> nn.Module:
-        loss, share = self._judged(reward, folds, rows, inside)
-        self.belief_share_ = share
+    def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
+        found, self.belief_share_ = self._judged(phi, folds, rows, inside)
         classes, total = len(self.classes_), float(rows.weight.sum())
-        simple = self.reward == "auto" and isinstance(reward, OneHotMahalanobisReward)
+        simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
         if not simple or self.outer_steps == 0 or total < ROWS_AN_ENTRY * classes**2:
-            return reward
-        tried, table = self.outer_losses_, TableReward(cast(TabularReward, reward).table().detach())
+            return phi
+        tried, policy = self.outer_losses_, copy.deepcopy(folds.policy.state_dict())
+        table = copy.deepcopy(phi)
+        table.reward = TableReward(cast(TabularReward, phi.reward).table().detach())
         self._learn(table, folds, total)
         self.outer_losses_ = tried + self.outer_losses_
         other, share = self._judged(table, folds, rows, inside)
+        gain = other - found
+        mean = float((inside * gain).sum()) / total
+        error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
         # Numbers more gain half a nat each by chance.
-        if other > loss - 0.5 * max(1, classes * (classes - 2)) / total:
-            return reward
-        self.belief_share_ = share
-        return table
+        if mean > max(error, 0.5 * max(1, classes * (classes - 2)) / total):
+            self.belief_share_ = share
+            return table
+        folds.policy.load_state_dict(policy)
+        return phi
 
-    def _judged(self, reward: nn.Module, folds: Members, rows: Rows, inside: Tensor) -> tuple[float, float]:
-        """NLL of the held-out rows, nats a row, with the share of beliefs that makes it least, and that share."""
-        folds.train(reward)
+    def _judged(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
+        """Log-probabilities of the held-out rows with the share of beliefs that makes it least, and that share."""
+        folds.train(phi)
         with torch.no_grad():
-            return crossfit.share_of_beliefs(folds.policy, cast(TabularReward, reward).table(), rows, inside)
+            return crossfit.share_of_beliefs(folds.policy, cast(TabularReward, phi.reward).table(), rows, inside)
 
     def _publish(self) -> None:
-        self.reward_ = self._reward.table().numpy()
-        if isinstance(self._reward, OneHotMahalanobisReward):
-            self.precision_ = self._reward.precision().numpy()
+        self.l2_ = float(self._phi.l2())
+        self.reward_ = self._phi.reward.table().numpy()
+        if isinstance(self._phi.reward, OneHotMahalanobisReward):
+            self.precision_ = self._phi.reward.precision().numpy()
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities of the classes, (N, C), in nats."""
@@ -179,7 +189,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
 
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
-        options: dict[str, Any] = {"l2": self.l2, "tol": self.tol, "max_iter": self.max_iter}
+        options: dict[str, Any] = {"tol": self.tol, "max_iter": self.max_iter}
         if len(self.hidden_layer_sizes) > 0:
             return Networks(policy, rows, inside, first=likelihood, held_out=likelihood, **options)
         return Softmax(cast(CategoricalPolicy, policy), rows, inside, **options)
@@ -247,7 +257,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         unit = self._output_unit()
         if self.outer_steps > 0:
             self.outer_losses_ = [loss + float(np.log(unit.diagonal()).sum()) for loss in self.outer_losses_]
-        u, inverse = self._reward.precision().numpy(), np.linalg.inv(unit)
+        u, inverse = self._phi.reward.precision().numpy(), np.linalg.inv(unit)
         self.precision_ = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -310,23 +320,22 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         return spread if spread.ndim == 4 else torch.diag_embed(spread.exp())
 
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
-        return Ridge(cast(Any, policy), rows, inside, l2=self.l2, noise=RIDGE)
+        return Ridge(cast(Any, policy), rows, inside, noise=RIDGE)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor], nn.Module] | None:
+    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
         return self._learn_early if len(self.hidden_layer_sizes) > 0 else None
 
-    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> nn.Module:
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
         # Off a minimum there is no hypergradient; for the means that were reached U* has a closed form.
-        reward = self._half(rows.target.shape[1])
+        phi = Learned(self._half(rows.target.shape[1]), *self._l2())
         losses: list[float] = []
         self.n_iter_ = 0
         for _ in range(max(1, self.outer_steps)):
             here = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
             folds = Networks(
-                policy, here, inside, first=likelihood, held_out=self._held_out, l2=self.l2, tol=self.tol,
-                max_iter=self.max_iter,
+                policy, here, inside, first=likelihood, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
             )  # fmt: skip
-            loss, steps = folds.train_early(reward, OUTER_ENOUGH)
+            loss, steps = folds.train_early(phi, OUTER_ENOUGH)
             self.n_iter_ = max(self.n_iter_, steps)
             losses.append(loss + _log_volume(policy))
             with torch.no_grad():
@@ -339,7 +348,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
                 break
         if self.outer_steps > 0:
             self.outer_losses_ = [loss - _log_volume(policy) for loss in losses]
-        return reward
+        return phi
 
     def _first_reward(self, folds: Members) -> nn.Module:
         covariance = cast(Ridge, folds).residual()

@@ -35,7 +35,7 @@ from . import crossfit
 from .crossfit import Rows
 from .errors import UsageError
 from .hypergradients import Tensors
-from .members import Members
+from .members import Learned, Members
 from .policies import Policy
 
 E = TypeVar("E", bound="BilevelEstimator")
@@ -45,23 +45,24 @@ OUTER_SOLVED = 1e-4
 # Or where a step gains less, in nats a row: what cross-validated likelihood knows is far less exact.
 OUTER_ENOUGH = 3e-5
 # Standard deviation of the prior of arsinh φ around its start.
-PRIOR = 2.0
+PRIOR = 1.0
 
 
 class BilevelEstimator(BaseEstimator, ABC):
     """What both estimators have in common: the two stages of fitting."""
 
     _rewards: ClassVar[tuple[str, ...]]
+    _learns_l2: ClassVar[bool] = False
     # Of scikit-learn's validation of y.
     _target_options: ClassVar[dict[str, Any]] = {}
     policy_: Policy
     outer_losses_: list[float]
-    _reward: Any
+    _phi: Learned
     _model: dict[str, Any]
     _scaler: StandardScaler
 
     def __init__(
-        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = 1.0, folds: int = 5,
         outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
         warm_start: bool = False, random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
@@ -128,8 +129,12 @@ class BilevelEstimator(BaseEstimator, ABC):
                 raise UsageError(f"{name}: {option}: expected an integer of at least {least}, got {value!r}")
         for option in ("l2", "tol"):
             value = getattr(self, option)
+            learned = option == "l2" and self._learns_l2
+            if learned and isinstance(value, str) and value == "auto":
+                continue
             if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-                raise UsageError(f"{name}: {option}: expected a finite number of at least 0, got {value!r}")
+                expected = "a finite number of at least 0" + learned * " or 'auto'"
+                raise UsageError(f"{name}: {option}: expected {expected}, got {value!r}")
         if not isinstance(self.hidden_layer_sizes, (tuple, list, np.ndarray)) or any(
             not isinstance(width, Integral) or width < 1 for width in self.hidden_layer_sizes
         ):
@@ -170,13 +175,17 @@ class BilevelEstimator(BaseEstimator, ABC):
     def _first_reward(self, folds: Members) -> nn.Module:
         """The reward to start from."""
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor], nn.Module] | None:
+    def _l2(self) -> tuple[float, bool]:
+        """The penalty, or where it starts, and whether it is learned."""
+        return (1.0, True) if isinstance(self.l2, str) else (float(self.l2), False)
+
+    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
         """What learns the reward, if training ends where the held-out rows are likeliest, which is no minimum."""
         return None
 
-    def _refined(self, reward: nn.Module, folds: Members, rows: Rows, inside: Tensor) -> nn.Module:
-        """A better reward than the one learned, or that one."""
-        return reward
+    def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
+        """A better reward than the one learned, or that one, to which the folds' policies have been trained."""
+        return phi
 
     def _for_reward(self, rows: Rows, strata: np.ndarray, random: np.random.RandomState) -> tuple[Rows, np.ndarray]:
         """The rows that the reward is learned from, and their strata."""
@@ -207,20 +216,20 @@ class BilevelEstimator(BaseEstimator, ABC):
         if warm:
             crossfit.spread(policy, together)
         if early is not None:
-            reward = early(together, some, inside)
+            phi = early(together, some, inside)
             crossfit.spread(together, policy)
         else:
             folds = self._members(together, some, inside)
             if warm:
-                reward = copy.deepcopy(self._reward)
+                phi = copy.deepcopy(self._phi)
             else:
-                folds.begin()
-                reward = self._first_reward(folds)
+                folds.begin(self._l2()[0])
+                phi = Learned(self._first_reward(folds), *self._l2())
             if self.outer_steps > 0:
-                self._learn(reward, folds, float(some.weight.sum()))
-            reward = self._refined(reward, folds, some, inside)
+                self._learn(phi, folds, float(some.weight.sum()))
+            phi = self._refined(phi, folds, some, inside)
             crossfit.spread(together, policy)
-            self.n_iter_ = self._members(policy, rows, torch.zeros_like(rows.weight[None])).train(reward)
+            self.n_iter_ = self._members(policy, rows, torch.zeros_like(rows.weight[None])).train(phi)
         if self.n_iter_ >= self.max_iter:
             warnings.warn(
                 f"{type(self).__name__}: the policy's training stopped after max_iter={self.max_iter} steps, its "
@@ -229,22 +238,22 @@ class BilevelEstimator(BaseEstimator, ABC):
                 stacklevel=3,
             )
         self.n_iter_ = max(1, self.n_iter_)
-        self.policy_, self._reward, self._model = policy, reward, model
+        self.policy_, self._phi, self._model = policy, phi, model
 
-    def _learn(self, reward: nn.Module, folds: Members, total: float) -> None:
+    def _learn(self, phi: Learned, folds: Members, total: float) -> None:
         """Moves the reward to where the policies of the folds are likeliest inside them; `total` is the rows' weight."""
         self.outer_losses_ = []
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
 
             def evaluate() -> tuple[float, Tensors]:
-                loss, gradient = folds.evaluate(reward)
+                loss, gradient = folds.evaluate(phi)
                 self.outer_losses_.append(loss)
                 bar.set_postfix_str(f"held-out NLL {loss:.4f}", refresh=False)
                 bar.update()
                 return loss, gradient
 
             left = crossfit.quasi_newton(
-                reward, evaluate, self.outer_steps, tolerance=OUTER_SOLVED, enough=OUTER_ENOUGH,
+                phi, evaluate, folds.keep, self.outer_steps, tolerance=OUTER_SOLVED, enough=OUTER_ENOUGH,
                 prior=1.0 / (PRIOR**2 * total),
             )  # fmt: skip
         if left > OUTER_SOLVED:

@@ -13,11 +13,11 @@ from typing import cast
 import numpy as np
 import torch
 from scipy.linalg import lapack
-from torch import Tensor, nn
+from torch import Tensor
 
 from .crossfit import FullStack, Rows, in_units, network_of, set_covariance
 from .hypergradients import Tensors
-from .members import Members
+from .members import Learned, Members
 from .policies import CategoricalPolicy, GaussianPolicy
 from .rewards import MatrixReward, TabularReward, as_matrix
 from .training import check_finite
@@ -52,7 +52,7 @@ class Softmax(Members):
     policy: CategoricalPolicy
 
     def __init__(
-        self, policy: CategoricalPolicy, rows: Rows, inside: Tensor, *, l2: float, tol: float, max_iter: int
+        self, policy: CategoricalPolicy, rows: Rows, inside: Tensor, *, tol: float, max_iter: int
     ) -> None:  # fmt: skip
         self.policy, self._tol, self._most = policy, tol, max_iter
         network = network_of(policy)
@@ -68,20 +68,25 @@ class Softmax(Members):
         total = outside.sum(axis=1)
         self._share = (outside / total[:, None])[:, None]
         self._inside = (inside.numpy() / float(rows.weight.sum()))[:, None]
-        self._penalty = np.zeros((members, 1, features))
-        self._penalty[:, :, :-1] = (l2 / total)[:, None, None]
+        # Of l2 = 1; `_penalty` is that of the l2 that is trained under.
+        self._unit_penalty = np.zeros((members, 1, features))
+        self._unit_penalty[:, :, :-1] = (1.0 / total)[:, None, None]
         self._inverse: np.ndarray | None = None
         # Products in excess of few since the preconditioner was made; it costs as much as `_worth` of them.
         self._excess, self._worth = 0, classes * features / (4.0 * members)
         self._adjoint = np.zeros_like(self._theta)
         self.products = self.factorisations = 0
+        self.keep()
 
-    def begin(self) -> None:
+    def begin(self, l2: float) -> None:
+        self._penalty = l2 * self._unit_penalty
         self._newton(None, max(BEGUN, self._tol))
+        self.keep()
 
-    def train(self, reward: nn.Module) -> int:
+    def train(self, phi: Learned) -> int:
+        self._theta = self._kept
         with torch.no_grad():
-            table = cast(TabularReward, reward).table().numpy()
+            table, self._penalty = self._table(phi).numpy(), float(phi.l2()) * self._unit_penalty
         steps = self._newton(table[:, self._labels], self._tol)
         weight, bias = np.split(self._theta.transpose(0, 2, 1), [-1], axis=1)
         network = network_of(self.policy)
@@ -90,8 +95,8 @@ class Softmax(Members):
             network.biases[0].copy_(torch.from_numpy(bias.copy()))
         return steps
 
-    def evaluate(self, reward: nn.Module) -> tuple[float, Tensors]:
-        self.train(reward)
+    def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
+        self.train(phi)
         loss = -float((self._inside * self._one_hot * self._log_p).sum())
         self._adjoint = self._solve(
             self._summed(self._inside * (self._p - self._one_hot)), self._adjoint, HYPERGRADIENT
@@ -99,11 +104,18 @@ class Softmax(Members):
         change = self._logits(self._adjoint)
         change -= np.einsum("mcn,mcn->mn", self._p, change)[:, None]
         change *= self._share * self._p
-        gradient = change.sum(axis=0) @ self._one_hot.T
-        phi = list(reward.parameters())
+        by_table = torch.from_numpy(change.sum(axis=0) @ self._one_hot.T)
+        by_l2 = -float(_dot(self._adjoint, self._unit_penalty * self._theta).sum())
         with torch.enable_grad():
-            table = cast(TabularReward, reward).table()
-            return loss, torch.autograd.grad(table, phi, torch.from_numpy(gradient))
+            linear = (self._table(phi) * by_table).sum() + phi.l2() * by_l2
+            return loss, torch.autograd.grad(linear, list(phi.parameters()))
+
+    def keep(self) -> None:
+        self._kept = self._theta
+
+    @staticmethod
+    def _table(phi: Learned) -> Tensor:
+        return cast(TabularReward, phi.reward).table()
 
     def _logits(self, theta: np.ndarray) -> np.ndarray:
         """(M, C, F+1) -> (M, C, N)."""
@@ -272,14 +284,14 @@ class Ridge(Members):
     policy: GaussianPolicy | FullStack
 
     def __init__(
-        self, policy: GaussianPolicy | FullStack, rows: Rows, inside: Tensor, *, l2: float, noise: float
+        self, policy: GaussianPolicy | FullStack, rows: Rows, inside: Tensor, *, noise: float
     ) -> None:  # fmt: skip
         self.policy, self._noise = policy, noise
         columns = torch.cat([rows.inputs, rows.target, torch.ones_like(rows.target[:, :1])], dim=1)
         everything, *parts = (columns.mT @ (each[:, None] * columns) for each in (rows.weight, *inside))
         outside = everything - torch.stack(parts)
         total = outside[:, -1:, -1:]
-        self._inside, self._penalty = torch.stack(parts) / everything[-1, -1], 0.5 * l2 / total[..., None]
+        self._inside, self._penalty = torch.stack(parts) / everything[-1, -1], 0.5 / total[..., None]
         self._mean = outside[:, -1:, :-1] / total
         covariance = outside[:, :-1, :-1] / total - self._mean.mT * self._mean
         self._features = rows.inputs.shape[1]
@@ -289,8 +301,8 @@ class Ridge(Members):
         self._values = values.clamp(min=SINGULAR)[:, :, None, None]
         self._target = self._vectors.mT @ covariance[:, x, y]
 
-    def begin(self) -> None:
-        self._fit(0.5 * torch.eye(self._target.shape[2], dtype=torch.float64))
+    def begin(self, l2: float) -> None:
+        self._fit(0.5 * torch.eye(self._target.shape[2], dtype=torch.float64), torch.tensor(l2))
 
     def residual(self) -> Tensor:
         """Second moments of what the members leave of the rows inside, (D, D), in units of y."""
@@ -299,36 +311,38 @@ class Ridge(Members):
         cross = torch.cat([cross, -weights[:, -1:].mT], dim=2)
         return (cross @ self._inside @ cross.mT).sum(dim=0)
 
-    def train(self, reward: nn.Module) -> int:
+    def train(self, phi: Learned) -> int:
         with torch.no_grad():
-            precision = self._precision(reward)
-            self._fit(self._of_values(precision))
+            precision = self._precision(phi)
+            self._fit(self._of_values(precision), phi.l2())
             network = network_of(self.policy)
             network.weights[0].copy_(in_units(self._weights, network.unit))
             network.biases[0].copy_(in_units(self._bias, network.unit))
             set_covariance(self.policy, 0.5 * torch.linalg.inv(precision))
         return 0
 
-    def evaluate(self, reward: nn.Module) -> tuple[float, Tensors]:
-        phi = list(reward.parameters())
+    def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
         with torch.enable_grad():
-            precision = self._precision(reward)
+            precision = self._precision(phi)
             of_values = self._of_values(precision)
-            self._fit(of_values)
+            self._fit(of_values, phi.l2())
             spread = self.residual() + self._noise * torch.eye(len(precision), dtype=torch.float64)
             loss = (of_values * spread).sum() - 0.5 * torch.logdet(precision / math.pi)
-            return float(loss.detach()), torch.autograd.grad(loss, phi)
+            return float(loss.detach()), torch.autograd.grad(loss, list(phi.parameters()))
 
-    def _precision(self, reward: nn.Module) -> Tensor:
-        return as_matrix(cast(MatrixReward, reward).precision(), self._target.shape[2])
+    def keep(self) -> None:
+        pass
+
+    def _precision(self, phi: Learned) -> Tensor:
+        return as_matrix(cast(MatrixReward, phi.reward).precision(), self._target.shape[2])
 
     def _of_values(self, precision: Tensor) -> Tensor:
         """U for y of one for outputs in their unit."""
         inverse = torch.linalg.inv(network_of(self.policy).unit)
         return inverse.mT @ precision @ inverse
 
-    def _fit(self, precision: Tensor) -> None:
-        curvature = self._values * precision + self._penalty * torch.eye(len(precision), dtype=torch.float64)
+    def _fit(self, precision: Tensor, l2: Tensor) -> None:
+        curvature = self._values * precision + l2 * self._penalty * torch.eye(len(precision), dtype=torch.float64)
         rotated = torch.linalg.solve(curvature, (self._target @ precision)[..., None])[..., 0]
         self._weights = self._vectors @ rotated
         x, y = self._mean.split([self._features, len(precision)], dim=2)

@@ -30,6 +30,31 @@ HISTORY = 100
 PATIENCE = 20
 
 
+class Learned(nn.Module):
+    """φ: a reward, and the penalty (l2/2) ‖weights‖² that goes with it.
+
+    Args:
+        l2: its strength, or where it starts.
+        free: it is learned too, by its logarithm.
+    """
+
+    log_factor: Tensor
+
+    def __init__(self, reward: nn.Module, l2: float, free: bool) -> None:
+        super().__init__()
+        self.reward = reward
+        self._start = float(l2)
+        factor = torch.zeros((), dtype=torch.float64)
+        if free:
+            self.log_factor = nn.Parameter(factor)
+        else:
+            self.register_buffer("log_factor", factor)
+
+    def l2(self) -> Tensor:
+        """()."""
+        return self._start * self.log_factor.exp()
+
+
 class Members(ABC):
     """M policies that are trained together, each on what of the rows' weight is outside its fold.
 
@@ -40,20 +65,24 @@ class Members(ABC):
     policy: Policy
 
     @abstractmethod
-    def begin(self) -> None:
+    def begin(self, l2: float) -> None:
         """Trains under the loss from which a reward is learned."""
 
     @abstractmethod
-    def train(self, reward: nn.Module) -> int:
-        """Trains to the optimum under the reward; returns how many steps it took."""
+    def train(self, phi: Learned) -> int:
+        """Trains to the optimum that is next to what was kept; returns how many steps it took."""
 
     @abstractmethod
-    def evaluate(self, reward: nn.Module) -> tuple[float, Tensors]:
-        """Trains under the reward.
+    def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
+        """Trains.
 
         Returns:
             F(φ), the loss of the rows inside the folds, nats a row, and dF/dφ, a tensor for each of its parameters.
         """
+
+    @abstractmethod
+    def keep(self) -> None:
+        """The next trainings start from what the policies are now: some rewards lead to where none comes back from."""
 
 
 class Networks(Members):
@@ -65,42 +94,48 @@ class Networks(Members):
         inside: (M, N), what of each row's weight is in each fold.
         first: the loss that `begin` trains under.
         held_out: (policy, batch) -> (M, N), what the rows inside are judged by.
-        l2, tol, max_iter: as the estimators have them.
+        tol, max_iter: as the estimators have them.
     """
 
     def __init__(
-        self, policy: Policy, rows: Rows, inside: Tensor, *, first: RowLoss, held_out: RowLoss, l2: float, tol: float,
-        max_iter: int,
+        self, policy: Policy, rows: Rows, inside: Tensor, *, first: RowLoss, held_out: RowLoss, tol: float, max_iter: int
     ) -> None:  # fmt: skip
-        self.policy, self._first, self._l2, self._tol, self._most = policy, first, l2, tol, max_iter
+        self.policy, self._first, self._tol, self._most = policy, first, tol, max_iter
         self._batch = crossfit.repeated(rows, len(inside))
         outside = (rows.weight - inside).clamp(min=0.0)
         self._total = outside.sum(dim=1)
         self._share = outside / self._total[:, None]
         self._held_out = lambda: (inside * held_out(policy, self._batch)).sum() / rows.weight.sum()
         self._trainer: BilevelTrainer | None = None
+        self.keep()
 
-    def begin(self) -> None:
-        self._train(self._first)
+    def begin(self, l2: float) -> None:
+        self._train(lambda: self._objective(self._first, l2))
+        self.keep()
 
-    def train(self, reward: nn.Module) -> int:
-        return self._train(policy_gradient(reward))
+    def train(self, phi: Learned) -> int:
+        self.policy.load_state_dict(self._kept)
+        return self._train(lambda: self._objective(policy_gradient(phi.reward), phi.l2()))
 
-    def evaluate(self, reward: nn.Module) -> tuple[float, Tensors]:
-        if self._trainer is None or self._trainer.reward is not reward:
+    def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
+        if self._trainer is None or self._trainer.reward is not phi:
             # What L-BFGS remembers of the curvature belongs to the reward of before.
             self._trainer = BilevelTrainer(
-                self.policy, reward, inner_data=self._batch, outer_data=self._batch, inner_optimizer=self._optimizer,
-                outer_optimizer=torch.optim.SGD(reward.parameters()), inner_steps=self._most,
-                inner_loss=lambda policy, reward, batch, _: self._objective(policy_gradient(reward)),
-                outer_loss=lambda policy, batch: self._held_out(),
+                self.policy, phi, inner_data=self._batch, outer_data=self._batch, inner_optimizer=self._optimizer,
+                outer_optimizer=torch.optim.SGD(phi.parameters()), inner_steps=self._most,
+                inner_loss=lambda policy, phi, *_: self._objective(policy_gradient(phi.reward), phi.l2()),
+                outer_loss=lambda *_: self._held_out(),
                 hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=self._tol,
                 keep_inner_state=False, progress=False,
             )  # fmt: skip
+        self.policy.load_state_dict(self._kept)
         step, gradient = self._trainer.evaluate()
         return step.outer_loss, gradient
 
-    def train_early(self, reward: nn.Module, enough: float) -> tuple[float, int]:
+    def keep(self) -> None:
+        self._kept = copy.deepcopy(self.policy.state_dict())
+
+    def train_early(self, phi: Learned, enough: float) -> tuple[float, int]:
         """Trains up to where the rows inside each fold are likeliest, by gains of at least `enough`.
 
         Returns:
@@ -117,21 +152,21 @@ class Networks(Members):
             return step - at >= PATIENCE
 
         watch(-1)
-        steps = self._train(policy_gradient(reward), watch)
+        steps = self._train(lambda: self._objective(policy_gradient(phi.reward), phi.l2()), watch)
         self.policy.load_state_dict(best)
         return least, steps
 
     def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         return lbfgs(parameters, self._tol, HISTORY)
 
-    def _train(self, loss: RowLoss, callback: Callable[[int, float], Any] | None = None) -> int:
+    def _train(self, loss: Callable[[], Tensor], callback: Callable[[int, float], Any] | None = None) -> int:
         _, steps = train(
-            self.policy, lambda policy, batch, _: self._objective(loss), BatchStream(self._batch, None, 0),
+            self.policy, lambda *_: loss(), BatchStream(self._batch, None, 0),
             self._optimizer(self.policy.parameters()), self._most, tolerance=self._tol, callback=callback,
         )  # fmt: skip
         return steps
 
-    def _objective(self, loss: RowLoss) -> Tensor:
+    def _objective(self, loss: RowLoss, l2: Tensor | float) -> Tensor:
         """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
-        penalty = 0.5 * self._l2 * (network_of(self.policy).squares() / self._total).sum()
+        penalty = 0.5 * l2 * (network_of(self.policy).squares() / self._total).sum()
         return (self._share * loss(self.policy, self._batch)).sum() + penalty
