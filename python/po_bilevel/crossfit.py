@@ -18,6 +18,8 @@ from .policies import CategoricalPolicy, FullGaussianPolicy, GaussianPolicy, Pol
 FARTHEST = 20.0
 # The longest step there.
 LONGEST = 1.0
+# Of the loss, its curvature in any of them before one is known: 0.1 to 1 on a dozen data sets.
+CURVATURE = 0.3
 
 RowLoss = Callable[[Policy, Batch], Tensor]
 
@@ -250,43 +252,45 @@ def quasi_newton(
 
     loss, slope = value(point)
     keep()
-    inverse = np.eye(len(point))
-    scaled, left, small = False, most - 1, 0
+    left, small = most - 1, 0
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    scale = 1.0 / (CURVATURE * abs(loss))
     while left > 0 and np.abs(slope).max() > tolerance and small < 2:
-        step = -inverse @ slope
-        step *= min(1.0, LONGEST / np.abs(step).max()) if scaled else LONGEST / np.abs(step).max()
+        step = -_inverse_product(pairs, scale, slope)
+        step *= min(1.0, LONGEST / np.abs(step).max())
         step = np.clip(point + step, -FARTHEST, FARTHEST) - point
         gain = -float(step @ slope)
-        if scaled and 0.5 * gain < enough:
+        if 0.5 * gain < enough:
             small = 2
             break
-        while left > 0:
-            left -= 1
-            tried, tried_slope = value(point + step)
-            change = tried_slope - slope
-            if tried <= loss - 1e-4 * gain:
-                break
-            # Where the parabola through what is known has its minimum.
-            shrink = float(np.clip(0.5 * gain / (tried - loss + gain), 0.1, 0.5))
-            step, gain = shrink * step, shrink * gain
-            if gain < enough:
-                small = 2
-                break
-        else:
-            break
-        curvature = float(step @ change)
-        if curvature > 0:
-            if not scaled:
-                inverse *= curvature / float(change @ change)
-                scaled = True
-            side = np.eye(len(point)) - np.outer(step, change) / curvature
-            inverse = side @ inverse @ side.T + np.outer(step, step) / curvature
+        left -= 1
+        tried, tried_slope = value(point + step)
+        change = tried_slope - slope
+        if step @ change > 0:
+            if not pairs:
+                scale = float(step @ change) / float(change @ change)
+            # A step that led nowhere says why, and the next one is shorter.
+            pairs.append((step, change))
+        elif tried >= loss:
+            scale *= 0.25
         if tried < loss:
             small = small + 1 if loss - tried < enough else 0
             point, loss, slope = point + step, tried, tried_slope
             keep()
     nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
     return 0.0 if small >= 2 else float(np.abs(slope).max())
+
+
+def _inverse_product(pairs: list[tuple[np.ndarray, np.ndarray]], scale: float, slope: np.ndarray) -> np.ndarray:
+    """BFGS's inverse Hessian, from steps and changes of the slope and a multiple of the identity, times the slope."""
+    product, shares = slope.copy(), []
+    for step, change in reversed(pairs):
+        shares.append(float(step @ product) / float(step @ change))
+        product -= shares[-1] * change
+    product *= scale
+    for (step, change), share in zip(pairs, reversed(shares), strict=True):
+        product += (share - float(change @ product) / float(step @ change)) * step
+    return product
 
 
 def _flat(tensors: Sequence[Tensor]) -> np.ndarray:

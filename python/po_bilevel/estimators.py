@@ -35,8 +35,10 @@ from .rewards import (
 
 # The classifier's U before anything is learned: right and wrong answers differ by 6 nats.
 START = 3.0
-# Of the data, for each entry of a table of rewards, before a table is tried.
-ROWS_AN_ENTRY = 100
+# Of the data, for each class and for each entry of a table of rewards, before a table is tried.
+ROWS_A_CLASS, ROWS_AN_ENTRY = 100, 10
+# Standard errors by which the table has to be better.
+SURE = 2.0
 # U* = Σ⁻¹/2 where Σ is one.
 HALF = torch.tensor(0.5, dtype=torch.float64)
 # Added to the residuals' variances, of standardised y: a perfect fit has none.
@@ -138,19 +140,20 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         found, self.belief_share_ = self._judged(phi, folds, rows, inside)
         classes, total = len(self.classes_), float(rows.weight.sum())
         simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
-        if not simple or self.outer_steps == 0 or total < ROWS_AN_ENTRY * classes**2:
+        if not simple or self.outer_steps == 0 or total < max(ROWS_A_CLASS * classes, ROWS_AN_ENTRY * classes**2):
             return phi
         tried, policy = self.outer_losses_, copy.deepcopy(folds.policy.state_dict())
         table = copy.deepcopy(phi)
         table.reward = TableReward(cast(TabularReward, phi.reward).table().detach())
-        self._learn(table, folds, total)
+        # Numbers more gain half a nat each by chance.
+        chance = 0.5 * max(1, classes * (classes - 2)) / total
+        self._learn(table, folds, total, enough=max(OUTER_ENOUGH, 0.1 * chance))
         self.outer_losses_ = tried + self.outer_losses_
         other, share = self._judged(table, folds, rows, inside)
         gain = other - found
         mean = float((inside * gain).sum()) / total
         error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
-        # Numbers more gain half a nat each by chance.
-        if mean > max(error, 0.5 * max(1, classes * (classes - 2)) / total):
+        if mean > max(SURE * error, chance):
             self.belief_share_ = share
             return table
         folds.policy.load_state_dict(policy)

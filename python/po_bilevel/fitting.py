@@ -240,7 +240,7 @@ class BilevelEstimator(BaseEstimator, ABC):
         self.n_iter_ = max(1, self.n_iter_)
         self.policy_, self._phi, self._model = policy, phi, model
 
-    def _learn(self, phi: Learned, folds: Members, total: float) -> None:
+    def _learn(self, phi: Learned, folds: Members, total: float, enough: float = OUTER_ENOUGH) -> None:
         """Moves the reward to where the policies of the folds are likeliest inside them; `total` is the rows' weight."""
         self.outer_losses_ = []
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
@@ -253,7 +253,7 @@ class BilevelEstimator(BaseEstimator, ABC):
                 return loss, gradient
 
             left = crossfit.quasi_newton(
-                phi, evaluate, folds.keep, self.outer_steps, tolerance=OUTER_SOLVED, enough=OUTER_ENOUGH,
+                phi, evaluate, folds.keep, self.outer_steps, tolerance=OUTER_SOLVED, enough=enough,
                 prior=1.0 / (PRIOR**2 * total),
             )  # fmt: skip
         if left > OUTER_SOLVED:

@@ -5,6 +5,8 @@ little arithmetic on each logit between them. `Softmax` trains it by Newton's me
 solve; the preconditioner is the mean of all folds' Hessians, one for all of them and for the hypergradient's solve too,
 and everything starts from where it ended last. A linear Gaussian is ridge regression: `Ridge` has its optimum in closed
 form, from moments of the data.
+
+Steps and their solves are in single precision, losses and gradients, which say where the optimum is, in double.
 """
 
 import math
@@ -34,6 +36,8 @@ BEGUN = 1e-2
 SINGULAR = 1e-10
 # The largest matrix that is factored for a preconditioner.
 LARGEST = 2000
+# Of the preconditioner's largest entry, added to its diagonal: its sums are of single precision.
+ROUNDING = 1e-6
 # Products in a solve that need no better preconditioner.
 FEW = 5
 
@@ -62,6 +66,7 @@ class Softmax(Members):
         members, classes, features = self._theta.shape
         self._inputs = np.column_stack([rows.inputs.numpy(), np.ones(len(rows.inputs))])
         self._columns = np.ascontiguousarray(self._inputs.T)
+        self._inputs32, self._columns32 = self._inputs.astype(np.float32), self._columns.astype(np.float32)
         self._labels = rows.target.numpy()
         self._one_hot = np.equal.outer(np.arange(classes), self._labels).astype(np.float64)
         outside = (rows.weight - inside).clamp(min=0.0).numpy()
@@ -73,7 +78,7 @@ class Softmax(Members):
         self._unit_penalty[:, :, :-1] = (1.0 / total)[:, None, None]
         self._inverse: np.ndarray | None = None
         # Products in excess of few since the preconditioner was made; it costs as much as `_worth` of them.
-        self._excess, self._worth = 0, classes * features / (4.0 * members)
+        self._excess, self._worth = 0, classes * features / (2.0 * members)
         self._adjoint = np.zeros_like(self._theta)
         self.products = self.factorisations = 0
         self.keep()
@@ -142,23 +147,31 @@ class Softmax(Members):
             slope -= loss[:, None]
             slope *= p
             bend = slope
-        self._p, self._log_p, self._bend, self._shared = p, log_p, bend, None
+        self._p, self._log_p, self._bend = p, log_p, bend
         value = np.einsum("mn,mn->m", self._share[:, 0], loss) + 0.5 * _dot(self._penalty * theta, theta)
         return value, self._summed(self._share * slope) + self._penalty * theta
 
     def _product(self, direction: np.ndarray) -> np.ndarray:
+        """The Hessian's product with (M, C, F+1), in single precision."""
         self.products += 1
-        if self._shared is None:
-            shared = self._share * self._p
-            self._shared = shared, self._share * self._bend + shared
-        shared, diagonal = self._shared
-        change = self._logits(direction)
-        mean = np.einsum("mcn,mcn->mn", self._p, change)[:, None]
-        bent = np.einsum("mcn,mcn->mn", self._bend, change)[:, None]
+        p, shared, bend, diagonal = self._curvature
+        change = (direction.reshape(-1, direction.shape[2]) @ self._columns32).reshape(p.shape)
+        mean = np.einsum("mcn,mcn->mn", p, change)[:, None]
+        bent = np.einsum("mcn,mcn->mn", bend, change)[:, None]
         change -= mean
         change *= diagonal
         change -= shared * bent
-        return self._summed(change) + (self._penalty + DAMPING) * direction
+        product = (change.reshape(-1, change.shape[2]) @ self._inputs32).reshape(direction.shape)
+        product += self._ridge * direction
+        return product
+
+    def _linearise(self) -> None:
+        """What products need of the policies as they are: p, and p, g and their sum with the rows' shares."""
+        share = self._share.astype(np.float32)
+        p, bend = self._p.astype(np.float32), self._bend.astype(np.float32)
+        shared = share * p
+        self._curvature = p, shared, bend, share * bend + shared
+        self._ridge = (self._penalty + DAMPING).astype(np.float32)
 
     def _factor(self) -> None:
         """The preconditioner: the inverse of the members' mean Hessian, or of its blocks (blocks, D, D) if it is large.
@@ -168,57 +181,61 @@ class Softmax(Members):
         """
         self.factorisations += 1
         self._excess = 0
-        for bend in (self._share * self._bend, None):
-            inverse = self._inverted(bend)
-            if inverse is not None:
-                self._inverse = inverse
-                return
+        p, shared, bend, diagonal = self._curvature
+        bend = bend * self._share.astype(np.float32)
+        if not self._inverted(p, diagonal, bend):
+            self._inverted(p, shared, None)
 
-    def _inverted(self, bend: np.ndarray | None) -> np.ndarray | None:
+    def _inverted(self, p: np.ndarray, diagonal: np.ndarray, bend: np.ndarray | None) -> bool:
         members, classes, features = self._theta.shape
-        shared = self._share * self._p
-        diagonal = shared if bend is None else shared + bend
         together = classes * features <= LARGEST
-        hessian = np.zeros((classes, features, classes if together else 1, features))
-        penalty = self._penalty.mean(axis=0) + DAMPING
+        blocks = np.zeros((classes, classes if together else 1, features, features), np.float32)
         for i in range(classes):
-            for j in range(i, classes if together else i + 1):
-                curvature = -np.einsum("mn,mn->n", diagonal[:, i], self._p[:, j])
-                if bend is not None:
-                    curvature -= np.einsum("mn,mn->n", self._p[:, i], bend[:, j])
-                if i == j:
-                    curvature += diagonal[:, i].sum(axis=0)
-                block = (self._columns * (curvature / members)) @ self._inputs
-                if i == j:
-                    block[np.diag_indices(features)] += penalty[0]
-                hessian[i, :, j if together else 0] = block
-                if together:
-                    hessian[j, :, i] = block
+            # The class itself, and those after it.
+            others = slice(i, classes if together else i + 1)
+            curvature = -np.einsum("mn,mcn->cn", diagonal[:, i], p[:, others])
+            if bend is not None:
+                curvature -= np.einsum("mn,mcn->cn", p[:, i], bend[:, others])
+            curvature[0] += diagonal[:, i].sum(axis=0)
+            weighted = (curvature[:, None] * self._columns32).reshape(-1, len(self._inputs32))
+            blocks[i, others if together else slice(1)] = (weighted @ self._inputs32).reshape(-1, features, features)
+        # The mean over members, and what rounding may have taken from it.
+        hessian = blocks.transpose(0, 2, 1, 3).astype(np.float64) / members
         size = classes * features if together else features
-        found = []
-        for block in hessian.reshape(-1, size, size):
-            factor, failed = lapack.dpotrf(block, lower=1)
+        ridge = np.tile(self._ridge.mean(axis=0)[0], size // features)
+        found = np.empty((classes * features // size, size, size), np.float32)
+        for matrix, inverse in zip(hessian.reshape(-1, size, size), found, strict=True):
+            matrix[np.diag_indices(size)] += ridge + ROUNDING * matrix.diagonal().max()
+            factor, failed = lapack.dpotrf(matrix.T, lower=1)
             if failed:
-                return None
-            inverse, _ = lapack.dpotri(factor, lower=1)
-            found.append(np.tril(inverse) + np.tril(inverse, -1).T)
-        return np.stack(found)
+                return False
+            lower, _ = lapack.dpotri(factor, lower=1)
+            inverse[:] = lower
+            upper = np.triu_indices(size, 1)
+            inverse[upper] = inverse.T[upper]
+        self._inverse = found
+        return True
 
     def _preconditioned(self, gradient: np.ndarray) -> np.ndarray:
         inverse = cast(np.ndarray, self._inverse)
-        parts = gradient.reshape(len(gradient), len(inverse), -1).transpose(1, 0, 2)
-        return (parts @ inverse).transpose(1, 0, 2).reshape(gradient.shape)
+        if len(inverse) == 1:
+            return (gradient.reshape(len(gradient), -1) @ inverse[0]).reshape(gradient.shape)
+        return (gradient.transpose(1, 0, 2) @ inverse).transpose(1, 0, 2)
 
     def _solve(self, right: np.ndarray, start: np.ndarray | None, relative: float, least: float = 0.0) -> np.ndarray:
         """H⁻¹ right for each member, by conjugate gradients that end where a residual is short enough.
 
         A member that meets negative curvature keeps what it has, or the preconditioned gradient.
         """
+        self._linearise()
         if self._inverse is None or self._excess > self._worth:
             self._factor()
-        target = np.maximum(relative**2 * _dot(right, right), least**2)
-        solution = np.zeros_like(right) if start is None else start.copy()
-        residual = right.copy() if start is None else right - self._product(start)
+        residual = right.astype(np.float32)
+        target = np.maximum(relative**2 * _dot(residual, residual), least**2)
+        solution = np.zeros_like(residual)
+        if start is not None:
+            solution = start.astype(np.float32)
+            residual -= self._product(solution)
         direction = step = self._preconditioned(residual)
         length = _dot(residual, step)
         live = _dot(residual, residual) > target
@@ -226,19 +243,20 @@ class Softmax(Members):
         while live.any() and taken < PRODUCTS:
             product = self._product(direction)
             curvature = _dot(direction, product)
+            stuck = live & (curvature <= 0)
             if taken == 0 and start is None:
-                solution[live & (curvature <= 0)] = direction[live & (curvature <= 0)]
-            live &= curvature > 0
+                solution[stuck] = direction[stuck]
+            live &= ~stuck
             taken += 1
-            rate = np.where(live, length / np.where(live, curvature, 1.0), 0.0)[:, None, None]
+            rate = np.where(live, length / np.where(live, curvature, 1.0), 0.0)[:, None, None].astype(np.float32)
             solution += rate * direction
             residual -= rate * product
             live &= _dot(residual, residual) > target
             step = self._preconditioned(residual)
             before, length = length, _dot(residual, step)
-            direction = step + (length / np.where(live, before, 1.0))[:, None, None] * direction
+            direction = step + np.where(live, length / before, 0.0)[:, None, None].astype(np.float32) * direction
         self._excess += max(0, taken - FEW)
-        return solution
+        return solution.astype(np.float64)
 
     def _newton(self, rewards: np.ndarray | None, tolerance: float) -> int:
         """Takes all members to where the norm of their gradients is at most the tolerance; returns the steps taken."""

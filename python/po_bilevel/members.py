@@ -28,6 +28,7 @@ CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
 HISTORY = 100
 # Iterations without a gain on the held-out rows after which training stops early.
 PATIENCE = 20
+SCALE = 1.0
 
 
 class Learned(nn.Module):
@@ -52,7 +53,7 @@ class Learned(nn.Module):
 
     def l2(self) -> Tensor:
         """()."""
-        return self._start * self.log_factor.exp()
+        return self._start * (SCALE * self.log_factor).exp()
 
 
 class Members(ABC):
