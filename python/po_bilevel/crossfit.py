@@ -242,13 +242,13 @@ def quasi_newton(
         the gradient's largest entry where the loss was least, or 0 if the steps had come to gain too little.
     """
     phi = list(learned.parameters())
-    start = point = np.arcsinh(_flat(phi))
+    start = point = np.arcsinh(flat(phi))
 
     def value(point: np.ndarray) -> tuple[float, np.ndarray]:
         nn.utils.vector_to_parameters(torch.from_numpy(np.sinh(point)), phi)
         loss, gradient = evaluate()
         loss += 0.5 * prior * float(np.square(point - start).sum())
-        return loss, _flat(gradient) * np.cosh(point) + prior * (point - start)
+        return loss, flat(gradient) * np.cosh(point) + prior * (point - start)
 
     loss, slope = value(point)
     keep()
@@ -293,5 +293,6 @@ def _inverse_product(pairs: list[tuple[np.ndarray, np.ndarray]], scale: float, s
     return product
 
 
-def _flat(tensors: Sequence[Tensor]) -> np.ndarray:
+def flat(tensors: Sequence[Tensor]) -> np.ndarray:
+    """The tensors' entries, one after another."""
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).numpy()

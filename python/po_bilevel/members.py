@@ -6,26 +6,25 @@
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor, nn
 
 from . import crossfit
 from .crossfit import RowLoss, Rows, network_of, policy_gradient
 from .hypergradients import ImplicitCG, Tensors
-from .optimizers import lbfgs
 from .policies import Policy
-from .trainer import BilevelTrainer
-from .training import BatchStream, train
+from .training import check_finite
 
 # Added to the inner Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
 DAMPING = 1e-6
 # Of the hypergradient's linear solve.
 CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
-# Pairs of steps and gradients: networks' losses are badly conditioned, and so many halve the iterations.
-HISTORY = 100
+# Pairs of steps and gradients: networks' losses are badly conditioned, and so many save iterations.
+HISTORY = 50
 # Iterations without a gain on the held-out rows after which training stops early.
 PATIENCE = 20
 SCALE = 1.0
@@ -107,7 +106,7 @@ class Networks(Members):
         self._total = outside.sum(dim=1)
         self._share = outside / self._total[:, None]
         self._held_out = lambda: (inside * held_out(policy, self._batch)).sum() / rows.weight.sum()
-        self._trainer: BilevelTrainer | None = None
+        self._solution: Tensors | None = None
         self.keep()
 
     def begin(self, l2: float) -> None:
@@ -116,22 +115,16 @@ class Networks(Members):
 
     def train(self, phi: Learned) -> int:
         self.policy.load_state_dict(self._kept)
-        return self._train(lambda: self._objective(policy_gradient(phi.reward), phi.l2()))
+        return self._train(lambda: self._under(phi))
 
     def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
-        if self._trainer is None or self._trainer.reward is not phi:
-            # What L-BFGS remembers of the curvature belongs to the reward of before.
-            self._trainer = BilevelTrainer(
-                self.policy, phi, inner_data=self._batch, outer_data=self._batch, inner_optimizer=self._optimizer,
-                outer_optimizer=torch.optim.SGD(phi.parameters()), inner_steps=self._most,
-                inner_loss=lambda policy, phi, *_: self._objective(policy_gradient(phi.reward), phi.l2()),
-                outer_loss=lambda *_: self._held_out(),
-                hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=self._tol,
-                keep_inner_state=False, progress=False,
-            )  # fmt: skip
-        self.policy.load_state_dict(self._kept)
-        step, gradient = self._trainer.evaluate()
-        return step.outer_loss, gradient
+        self.train(phi)
+        found = ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS)(
+            lambda *_: self._under(phi), lambda *_: self._held_out(), tuple(self.policy.parameters()),
+            tuple(phi.parameters()), start=self._solution,
+        )  # fmt: skip
+        self._solution = found.solution
+        return found.outer_loss, found.gradient
 
     def keep(self) -> None:
         self._kept = copy.deepcopy(self.policy.state_dict())
@@ -144,7 +137,7 @@ class Networks(Members):
         """
         least, at, best = math.inf, 0, copy.deepcopy(self.policy.state_dict())
 
-        def watch(step: int, _: float = math.nan) -> bool:
+        def watch(step: int) -> bool:
             nonlocal least, at, best
             with torch.no_grad():
                 value = float(self._held_out())
@@ -152,20 +145,40 @@ class Networks(Members):
                 least, at, best = value, step, copy.deepcopy(self.policy.state_dict())
             return step - at >= PATIENCE
 
-        watch(-1)
-        steps = self._train(lambda: self._objective(policy_gradient(phi.reward), phi.l2()), watch)
+        watch(0)
+        steps = self._train(lambda: self._under(phi), watch)
         self.policy.load_state_dict(best)
         return least, steps
 
-    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return lbfgs(parameters, self._tol, HISTORY)
+    def _train(self, loss: Callable[[], Tensor], watch: Callable[[int], bool] | None = None) -> int:
+        """Minimises the loss; returns how many iterations it took. It ends before where `watch` says so after one."""
+        parameters = list(self.policy.parameters())
+        taken, norm = 0, math.inf
 
-    def _train(self, loss: Callable[[], Tensor], callback: Callable[[int, float], Any] | None = None) -> int:
-        _, steps = train(
-            self.policy, lambda *_: loss(), BatchStream(self._batch, None, 0),
-            self._optimizer(self.policy.parameters()), self._most, tolerance=self._tol, callback=callback,
+        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal norm
+            nn.utils.vector_to_parameters(torch.from_numpy(point), parameters)
+            value = loss()
+            check_finite("the loss", float(value.detach()))
+            gradient = crossfit.flat(torch.autograd.grad(value, parameters))
+            norm = float(np.linalg.norm(gradient))
+            return float(value.detach()), gradient
+
+        def after(point: np.ndarray) -> None:
+            nonlocal taken
+            taken += 1
+            if norm <= self._tol or (watch is not None and watch(taken)):
+                raise StopIteration
+
+        found = optimize.minimize(
+            evaluate, crossfit.flat(parameters), jac=True, method="L-BFGS-B", callback=after,
+            options={"maxiter": self._most, "maxfun": math.inf, "maxcor": HISTORY, "maxls": 25, "ftol": 0, "gtol": 0},
         )  # fmt: skip
-        return steps
+        nn.utils.vector_to_parameters(torch.from_numpy(found.x), parameters)
+        return taken
+
+    def _under(self, phi: Learned) -> Tensor:
+        return self._objective(policy_gradient(phi.reward), phi.l2())
 
     def _objective(self, loss: RowLoss, l2: Tensor | float) -> Tensor:
         """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
