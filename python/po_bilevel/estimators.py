@@ -92,7 +92,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
 
     def __init__(
         self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = "auto",
-        folds: int = 5, reward_rows: int | None = 10_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
+        folds: int = 5, reward_rows: int | None = 20_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
         warm_start: bool = False, random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
         self.reward_rows = reward_rows

@@ -26,8 +26,8 @@ from .training import check_finite
 
 # Added to the Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
 DAMPING = 1e-6
-# Of the hypergradient's linear solve, relative to its right-hand side.
-HYPERGRADIENT = 3e-3
+# Residuals of linear solves, relative to their right-hand side: of a step, and of the hypergradient.
+STEP, HYPERGRADIENT = 0.25, 3e-3
 # The most products in one solve.
 PRODUCTS = 100
 # Of the likelihood's gradient, at which it is near enough to its optimum to start from there.
@@ -266,9 +266,7 @@ class Softmax(Members):
             check_finite("the gradient's norm", norm)
             if norm <= tolerance:
                 return step
-            direction = self._solve(
-                -gradient, None, min(0.1, math.sqrt(norm)), 0.3 * tolerance / math.sqrt(len(gradient))
-            )
+            direction = self._solve(-gradient, None, STEP, 0.3 * tolerance / math.sqrt(len(gradient)))
             slope = _dot(gradient, direction)
             rate = np.ones(len(value))
             for _ in range(30):
