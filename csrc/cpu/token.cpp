@@ -9,6 +9,7 @@
 #include "cpu/pack.hpp"
 #include "cpu/parallel.hpp"
 #include "po_kernels/half.hpp"
+#include "po_kernels/several.hpp"
 
 namespace po_kernels {
 inline namespace PK_LEVEL {
@@ -18,9 +19,15 @@ namespace {
 constexpr int64_t kBlockColumns = 1024;
 constexpr int64_t kIgnored = INT64_MIN;  // IGNORED of contract.py
 
+template <class P>
+constexpr int kPacks = sizeof(P) / sizeof(Element<P>) / LaneTraits<P>::width;
+
 template <class P, class Stored>
 PK_FN P load_columns(const Stored* from) {
-  if constexpr (is_half<Stored>) {
+  if constexpr (kPacks<P> > 1) {
+    using One = decltype(P{}.v[0] + P{}.v[0]);
+    return each_of<kPacks<P>>([&](auto i) PK_LAMBDA { return load_columns<One>(from + i * LaneTraits<P>::width); });
+  } else if constexpr (is_half<Stored>) {
     typedef uint16_t Halves __attribute__((vector_size(2 * LaneTraits<P>::width)));
 #if defined(__AVX512F__)
     if constexpr (std::is_same<Stored, Float16>::value) {
@@ -78,6 +85,11 @@ PK_FN void store_columns(Stored* to, P x) {
   }
 }
 
+template <class V, int M, class Stored>
+PK_FN void store_columns(Stored* to, const Several<V, M>& x) {
+  for (int i = 0; i < M; ++i) store_columns(to + i * LaneTraits<V>::width, x.v[i]);
+}
+
 template <class T>
 struct Scalars {
   using type = double;
@@ -94,6 +106,29 @@ PK_FN Dual<double> scalar(Dual<double>, double value, double tangent) {
   return {value, tangent};
 }
 
+template <class V>
+PK_FN auto sum_of(const V& x) {
+  return folded(x, [](auto a, auto b) PK_LAMBDA { return a + b; });
+}
+template <class V>
+PK_FN auto sum_of(const Dual<V>& x) {
+  const auto v = sum_of(x.v);
+  return Dual<std::decay_t<decltype(v)>>{v, sum_of(x.t)};
+}
+
+template <class P>
+PK_FN P larger(P a, P b) {
+  return select(a > b, a, b);
+}
+
+template <class T, int N>
+PK_FN bool any(Pack<T, N> mask) {
+  uint64_t words[sizeof mask / sizeof(uint64_t)], found = 0;
+  memcpy(words, &mask, sizeof mask);
+  for (uint64_t word : words) found |= word;
+  return found != 0;
+}
+
 // One row, on lanes V of what is stored.
 template <class V, class Stored, bool capped>
 struct TokenRow {
@@ -101,119 +136,174 @@ struct TokenRow {
   using T = Element<V>;
   using S = typename Scalars<V>::type;
   static constexpr int width = LaneTraits<P>::width;
+  using Doubles = Pack<double, width>;
+  using Wide = std::conditional_t<is_dual<V>, Dual<Doubles>, Doubles>;
+  static constexpr T infinity = T(__builtin_huge_val());
+  // Packs at once, as many as registers allow: their chains of steps overlap.
+  static constexpr int kSeveral = (kFloatLanes == 16 ? 4 : 2) / (is_dual<V> ? 2 : 1);
+  using All = SeveralOf<V, kSeveral>;
+  static constexpr int64_t step = kSeveral * width;
 
   const Stored* value;
   const Stored* tangent;
   int64_t classes;
   TokenScale<T> scale;
 
-  // z of the columns from `column` on; beyond the last one -inf.
-  PK_FN V columns(int64_t column) const {
+  // Capped logits of the columns from `column` on, as many as a W has; in the last pack of a row -inf beyond its end.
+  template <class W>
+  PK_FN W columns(int64_t column) const {
+    return capped_of<W>(value + column, tangent ? tangent + column : nullptr);
+  }
+  V last_columns(int64_t column) const {
     const int64_t left = classes - column;
-    const P infinity = broadcast<P>(T(__builtin_huge_val()));
-    if (left >= width) {
-      const P x = load_columns<P>(value + column);
-      if constexpr (is_dual<V>) {
-        return scale.template logit<capped>(V{x, tangent ? load_columns<P>(tangent + column) : P{}});
-      } else {
-        return scale.template logit<capped>(x);
-      }
-    }
     Stored some[width] = {}, moved[width] = {};
     std::copy_n(value + column, left, some);
     if (is_dual<V> && tangent) std::copy_n(tangent + column, left, moved);
-    P x = load_columns<P>(some), rest{};
+    P rest{};
     for (int64_t l = 0; l < width; ++l) rest.v[l] = T(l < left);
+    return select(rest > T(0), capped_of<V>(some, moved), constant<V>(broadcast<P>(-infinity)));
+  }
+  V pack_with(int64_t column) const { return column + width <= classes ? columns<V>(column) : last_columns(column); }
+  template <class W>
+  PK_FN W capped_of(const Stored* from, const Stored* moved) const {
+    const Primal<W> x = load_columns<Primal<W>>(from);
     if constexpr (is_dual<V>) {
-      const V z = scale.template logit<capped>(V{x, load_columns<P>(moved)});
-      return select(rest > T(0), z, constant<V>(-infinity));
+      return scale.template cap<capped>(W{x, moved ? load_columns<Primal<W>>(moved) : Primal<W>{}});
     } else {
-      return select(rest > T(0), scale.template logit<capped>(x), -infinity);
+      return scale.template cap<capped>(x);
     }
   }
 
-  S total(const V& x) const {
-    double sum[2] = {};
-    const T* elements = reinterpret_cast<const T*>(&x);
-    for (int l = 0; l < width; ++l) sum[0] += double(elements[l]);
-    if constexpr (is_dual<V>) {
-      for (int l = 0; l < width; ++l) sum[1] += double(elements[width + l]);
-    }
-    return scalar(S{}, sum[0], sum[1]);
+  // e = exp d and d = (y - top) / temperature. Where e would be subnormal it is 0, and d has no derivative.
+  template <class W>
+  PK_FN W exp_of(W y, T top, W& d) const {
+    const W whole = (y + (-top)) * scale.inverse_temperature;
+    const auto masked = stop(whole) < kLowest<T>;
+    d = select(masked, constant<W>(broadcast<Primal<W>>(kLowest<T>)), whole);
+    return select(masked, W{}, exp_in_range(d));
   }
 
-  V all(S x) const {
+  static Wide widened(const V& x) {
+    const auto wide = [](const P& p) { return Doubles{__builtin_convertvector(p.v, typename Doubles::Vector)}; };
     if constexpr (is_dual<V>) {
-      return {broadcast<P>(T(x.v)), broadcast<P>(T(x.t))};
+      return {wide(x.v), wide(x.t)};
     } else {
-      return broadcast<P>(T(x));
+      return wide(x);
+    }
+  }
+  static S total(const Wide& x) {
+    const auto sum = [](const Doubles& lanes) {
+      double sum = 0;
+      for (int l = 0; l < width; ++l) sum += lanes.v[l];
+      return sum;
+    };
+    if constexpr (is_dual<V>) {
+      return {sum(x.v), sum(x.t)};
+    } else {
+      return sum(x);
     }
   }
 
-  TokenSums<S> sums() const {
-    TokenSums<S> found;
-    V z[kBlockColumns / width];
+  template <class W>
+  PK_FN static W all(S x) {
+    if constexpr (is_dual<V>) {
+      return {broadcast<Primal<W>>(T(x.v)), broadcast<Primal<W>>(T(x.t))};
+    } else {
+      return broadcast<W>(T(x));
+    }
+  }
+
+  TokenSums<S> sums(double inverse_temperature) const {
+    TokenSums<Wide> found{inverse_temperature};
     for (int64_t first = 0; first < classes; first += kBlockColumns) {
-      const int64_t packs = (std::min(kBlockColumns, classes - first) + width - 1) / width;
-      const T infinity = T(__builtin_huge_val());
-      P top = broadcast<P>(-infinity);
-      for (int64_t i = 0; i < packs; ++i) {
-        z[i] = columns(first + i * width);
-        top = select(stop(z[i]) > top, stop(z[i]), top);
+      const int64_t end = std::min(first + kBlockColumns, classes);
+      const bool started = found.top > -infinity;
+      // Mostly no logit of a block is above all before it.
+      Block block = started ? sums_of<true>(first, end, T(found.top)) : sums_of<false>(first, end, T(0));
+      if (any(block.top > T(found.top))) {
+        T largest = -infinity;
+        for (int l = 0; l < width; ++l) largest = std::max(largest, T(block.top.v[l]));
+        found.rise(double(largest));
+        block = sums_of<true>(first, end, largest);
+      } else if (!started) {
+        if (!any_nan(first, end)) continue;
+        block.mass = constant<V>(broadcast<P>(T(__builtin_nan(""))));
       }
-      T largest = top.v[0];
-      for (int l = 1; l < width; ++l) largest = std::max(largest, T(top.v[l]));
-      if (largest == -infinity && !any_nan(z, packs)) continue;
-      found.rise(double(largest));
-      V mass[4] = {}, product[4] = {};
-      const T centre = T(found.top);
-      const auto add = [&](int64_t i, int to) PK_LAMBDA {
-        const V d = centred(z[i], centre);
-        const V e = exp_of_negative(d);
-        mass[to] = mass[to] + e;
-        product[to] = plus_product(product[to], e, d);
-      };
-      int64_t i = 0;
-      for (; i + 4 <= packs; i += 4) unrolled<4>([&](auto k) PK_LAMBDA { add(i + k, k); });
-      for (; i < packs; ++i) add(i, 0);
-      found.mass = found.mass + total((mass[0] + mass[1]) + (mass[2] + mass[3]));
-      found.product = found.product + total((product[0] + product[1]) + (product[2] + product[3]));
+      found.mass = found.mass + widened(block.mass);
+      found.product = found.product + widened(block.product);
     }
+    return {inverse_temperature, found.top, total(found.mass), total(found.product)};
+  }
+
+  // The largest of the columns [first, end), and sums relative to `centre`.
+  struct Block {
+    P top;
+    V mass, product;
+  };
+  template <bool summed>
+  Block sums_of(int64_t first, int64_t end, T centre) const {
+    Primal<All> tops = broadcast<Primal<All>>(-infinity);
+    All masses{}, products{};
+    int64_t column = first;
+    for (; column + step <= end; column += step) {
+      add<summed>(columns<All>(column), centre, tops, masses, products);
+    }
+    Block found{folded(tops, [](P a, P b) PK_LAMBDA { return larger(a, b); }), sum_of(masses), sum_of(products)};
+    const auto one = [&](V y) PK_LAMBDA { add<summed>(y, centre, found.top, found.mass, found.product); };
+    for (; column + width <= end; column += width) one(columns<V>(column));
+    if (column < end) one(last_columns(column));
     return found;
   }
 
-  static bool any_nan(const V* z, int64_t packs) {
+  template <bool summed, class W>
+  PK_FN void add(W y, T centre, Primal<W>& top, W& mass, W& product) const {
+    top = larger(stop(y), top);
+    if constexpr (!summed) return;
+    W d;
+    const W e = exp_of(y, centre, d);
+    mass = mass + e;
+    product = plus_product(product, e, d);
+  }
+
+  bool any_nan(int64_t first, int64_t end) const {
     bool found = false;
-    for (int64_t i = 0; i < packs; ++i) {
-      for (int l = 0; l < width; ++l) found |= stop(z[i]).v[l] != stop(z[i]).v[l];
+    for (int64_t column = first; column < end; column += width) {
+      const P y = stop(pack_with(column));
+      for (int l = 0; l < width; ++l) found |= y.v[l] != y.v[l];
     }
     return found;
   }
 
   S taken(int64_t token) const {
-    const V z = columns(token / width * width);
+    const V y = pack_with(token / width * width);
     const int lane = int(token % width);
     if constexpr (is_dual<V>) {
-      return {double(z.v.v[lane]), double(z.t.v[lane])};
+      return {double(y.v.v[lane]), double(y.t.v[lane])};
     } else {
-      return double(z.v[lane]);
+      return double(y.v[lane]);
     }
   }
 
   void gradient(const TokenSums<S>& sums, const TokenGradient<S>& weights, int64_t token, Stored* to) const {
-    const V offset = all(weights.offset), factor = all(weights.factor);
     const T centre = T(sums.top);
-    const auto of = [&](int64_t column, V more) PK_LAMBDA {
-      const V z = columns(column);
-      const V d = centred(z, centre);
-      const V slope = scale.template slope<capped>(z);
-      return output(slope * (exp_of_negative(d) * (offset - factor * d) + more));
+    const auto of = [&](auto y) PK_LAMBDA {
+      using W = decltype(y);
+      W d;
+      const W e = exp_of(y, centre, d);
+      return e * (all<W>(weights.offset) - all<W>(weights.factor) * d);
     };
+    const auto finished = [&](auto y, auto g) PK_LAMBDA {
+      if constexpr (capped) g = g * scale.slope(y);
+      return output(g);
+    };
+    const auto store = [&](auto y, int64_t column) PK_LAMBDA { store_columns(to + column, finished(y, of(y))); };
     int64_t column = 0;
-    for (; column + width <= classes; column += width) store_columns(to + column, of(column, V{}));
+    for (; column + step <= classes; column += step) store(columns<All>(column), column);
+    for (; column + width <= classes; column += width) store(columns<V>(column), column);
+    Stored some[width];
     if (column < classes) {
-      Stored some[width];
-      store_columns(some, of(column, V{}));
+      const V y = last_columns(column);
+      store_columns(some, finished(y, of(y)));
       std::copy_n(some, classes - column, to + column);
     }
     // The taken one again, rounded once.
@@ -221,8 +311,8 @@ struct TokenRow {
     V more{};
     reinterpret_cast<T*>(&more)[token - here] = T(stop(weights.alpha));
     if constexpr (is_dual<V>) reinterpret_cast<T*>(&more)[width + token - here] = T(weights.alpha.t);
-    Stored some[width];
-    store_columns(some, of(here, more));
+    const V y = pack_with(here);
+    store_columns(some, finished(y, of(y) + more));
     to[token] = some[token - here];
   }
 };
@@ -255,7 +345,7 @@ Verdict run_row(const TokenLogProb& call, int64_t row) {
                  call.logits.tangent ? static_cast<const Stored*>(call.logits.tangent) + row * call.classes : nullptr,
                  call.classes,
                  {T(1 / call.temperature), T(call.softcap.given ? call.softcap.value : 0)}};
-  const TokenSums<S> sums = self.sums();
+  const TokenSums<S> sums = self.sums(1 / call.temperature);
   if (stop(sums.mass) == 0) return {kAllMasked, row};
   S stats[kTokenStats], cotangents[kTokenStats];
   token_stats(sums, self.taken(token), stats);

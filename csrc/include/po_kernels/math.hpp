@@ -247,24 +247,33 @@ PK_FN V log(V x) {
   return y;
 }
 
+// ln 2 in two parts, of which an integer of up to 10 bits times the first is exact.
+template <class T>
+constexpr T kLog2High = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
+template <class T>
+constexpr T kLog2Low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+template <class T>
+constexpr T kLog2e = T(1.4426950408889634074);
+
+// exp r for |r| <= ln(2) / 2.
+template <class V>
+PK_FN std::enable_if_t<sizeof(Element<V>) == 4, V> exp_near_zero(V r) {  // coefficients: Cephes, expf
+  return polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                    5.0000001201e-1f, 1.0f, 1.0f);
+}
+
 // exp x = y 2^k with y in [sqrt(1/2), sqrt(2)].
 template <class V>
 PK_FN V exp_reduced(V x, typename LaneTraits<V>::Bits& k) {
   using T = Element<V>;
-  constexpr T log2e = T(1.4426950408889634074);
-  constexpr T ln2_high = sizeof(T) == 4 ? T(0.693359375) : T(6.93147180369123816490e-01);
-  constexpr T ln2_low = sizeof(T) == 4 ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  k = nearest_integer(x * log2e);
+  k = nearest_integer(x * kLog2e<T>);
   const V n = from_integer<V>(k);
-  const V high = x - n * ln2_high;
-  const V r = high - n * ln2_low;
-  if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, expf
-    return polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
-                      5.0000001201e-1f) *
-               (r * r) +
-           r + T(1);
+  const V high = x - n * kLog2High<T>;
+  if constexpr (sizeof(T) == 4) {
+    return exp_near_zero(high - n * kLog2Low<T>);
   } else {  // coefficients: fdlibm, exp
-    const V low = n * ln2_low;
+    const V low = n * kLog2Low<T>;
+    const V r = high - low;
     const V z = r * r;
     const V c = r - z * polynomial(z, 4.13813679705723846039e-08, -1.65339022054652515390e-06,
                                    6.61375632143793436117e-05, -2.77777777770155933842e-03, 1.66666666666666019037e-01);

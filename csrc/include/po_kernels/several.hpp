@@ -22,6 +22,18 @@ struct LaneTraits<Several<V, M>> {
   static constexpr int width = LaneTraits<V>::width;
 };
 
+// M of V as one lane value, which is V itself if there is one.
+template <class V, int M>
+struct SeveralOrOne {
+  using type = std::conditional_t<M == 1, V, Several<V, M>>;
+};
+template <class V, int M>
+struct SeveralOrOne<Dual<V>, M> {
+  using type = Dual<typename SeveralOrOne<V, M>::type>;
+};
+template <class V, int M>
+using SeveralOf = typename SeveralOrOne<V, M>::type;
+
 // f(i) for each of the values.
 template <int M, class F>
 PK_FN auto each_of(F f) {
@@ -55,6 +67,10 @@ PK_SEVERAL_OPERATOR(>>)
   PK_FN auto operator op(const Several<V, M>& a, T b) {                                       \
     return each_of<M>([&](auto i) PK_LAMBDA { return a.v[i] op b; });                         \
   }
+template <class V, int M>
+PK_FN auto operator>(const Several<V, M>& a, const Several<V, M>& b) {
+  return each_of<M>([&](auto i) PK_LAMBDA { return a.v[i] > b.v[i]; });
+}
 PK_SEVERAL_COMPARISON(<)
 PK_SEVERAL_COMPARISON(>)
 PK_SEVERAL_COMPARISON(!=)
@@ -72,6 +88,7 @@ PK_FN Several<V, M> operator-(const Several<V, M>& a) {
   }
 PK_SEVERAL_FUNCTION(square_root)
 PK_SEVERAL_FUNCTION(square_root_of_normal)
+PK_SEVERAL_FUNCTION(nearest_integer)
 PK_SEVERAL_FUNCTION(from_bits)
 PK_SEVERAL_FUNCTION(to_bits)
 PK_SEVERAL_FUNCTION(widen)
@@ -93,6 +110,18 @@ PK_SEVERAL_CONVERSION(element_mask)
 template <class Mask, class V, int M>
 PK_FN Several<V, M> select(const Several<Mask, M>& mask, const Several<V, M>& a, const Several<V, M>& b) {
   return each_of<M>([&](auto i) PK_LAMBDA { return select(mask.v[i], a.v[i], b.v[i]); });
+}
+
+// f(f(first, second), third) and so on.
+template <class V, class F>
+PK_FN V folded(const V& x, const F&) {
+  return x;
+}
+template <class V, int M, class F>
+PK_FN V folded(const Several<V, M>& x, const F& f) {
+  V y = x.v[0];
+  unrolled<M - 1>([&](auto i) PK_LAMBDA { y = f(y, x.v[i + 1]); });
+  return y;
 }
 
 template <class W, int M>

@@ -10,23 +10,34 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// For x <= 0, and 0 where x is below kLowest and the result would be subnormal.
+// exp of x from kLowest to about 0.
 template <class T>
 constexpr T kLowest = T(sizeof(T) == 4 ? -87 : -708);
 template <class V>
-PK_FN V exp_of_negative(V x) {
+PK_FN V exp_in_range(V x) {
   if constexpr (is_dual<V>) {
-    const Primal<V> y = exp_of_negative(x.v);
+    const Primal<V> y = exp_in_range(x.v);
     return {y, y * x.t};
   } else {
     using T = Element<V>;
-    using Bits = typename LaneTraits<V>::Bits;
-    constexpr int mantissa_bits = sizeof(T) == 4 ? 23 : 52, bias = sizeof(T) == 4 ? 127 : 1023;
-    Bits k;
-    V y = exp_reduced(x, k);
-    y = y * from_bits(Bits((k + bias) << mantissa_bits));
-    return select(x < kLowest<T>, V{}, y);
+    if constexpr (sizeof(T) == 4) {
+      // The low bits of such a sum are the exponent of the result, as a float has it.
+      constexpr T integers = 12582912 + 127;
+      const V shifted = x * kLog2e<T> + integers;
+      const V n = shifted - integers;
+      return exp_near_zero(x - n * kLog2High<T> - n * kLog2Low<T>) * from_bits(to_bits(shifted) << 23);
+    } else {
+      typename LaneTraits<V>::Bits k;
+      const V y = exp_reduced(x, k);
+      return y * from_bits((k + int64_t(1023)) << 52);
+    }
   }
+}
+
+// For x <= 0, and 0 where x is below kLowest and the result would be subnormal.
+template <class V>
+PK_FN V exp_of_negative(V x) {
+  return select(stop(x) < kLowest<Element<V>>, V{}, exp_in_range(x));
 }
 
 // tanh with a relative error of some ulp also near 0.
@@ -56,35 +67,36 @@ PK_FN V tanh(V x) {
   }
 }
 
-// z of a logit, and its derivative from z. Without a cap `softcap` is 0.
+// A logit as it is capped, and the derivative of z = capped / temperature in the logit, from what is capped. Without a
+// cap `softcap` is 0.
 template <class T>
 struct TokenScale {
   T inverse_temperature, softcap;
 
   template <bool capped, class V>
-  PK_FN V logit(V x) const {
-    if constexpr (!capped) return x * inverse_temperature;
-    return tanh(x * (T(1) / softcap)) * (softcap * inverse_temperature);
+  PK_FN V cap(V x) const {
+    if constexpr (!capped) return x;
+    return tanh(x * (T(1) / softcap)) * softcap;
   }
-  template <bool capped, class V>
-  PK_FN V slope(V z) const {
-    if constexpr (!capped) return constant<V>(inverse_temperature);
-    const V y = z * (T(1) / (softcap * inverse_temperature));
-    return -(y * y * inverse_temperature) + inverse_temperature;
+  template <class V>
+  PK_FN V slope(V y) const {
+    const V t = y * (T(1) / softcap);
+    return -(t * t) + T(1);
   }
 };
 
-// Sums over a row relative to the largest z so far: in S, a double or its dual.
+// Sums over a row relative to the largest capped logit so far: in S, a double or its dual.
 template <class S>
 struct TokenSums {
+  double inverse_temperature;
   double top = -__builtin_huge_val();
-  S mass{}, product{};  // Σ e and Σ e d, with d = z - top, e = exp d
+  S mass{}, product{};  // Σ e and Σ e d, with d = (y - top) / temperature of what is capped, e = exp d
 
   PK_FN void rise(double to) {
     if (!(to > top)) return;
     if (top > -__builtin_huge_val()) {
-      const double factor = ::exp(top - to);
-      product = factor == 0 ? S{} : (product + mass * (top - to)) * factor;
+      const double by = (top - to) * inverse_temperature, factor = ::exp(by);
+      product = factor == 0 ? S{} : (product + mass * by) * factor;
       mass = mass * factor;
     }
     top = to;
@@ -96,30 +108,22 @@ constexpr int kTokenStats = 3;
 template <class S>
 PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
   const S log_mass = log(sums.mass);
-  stats[2] = log_mass + sums.top;
-  stats[0] = taken - sums.top - log_mass;
+  stats[2] = log_mass + sums.top * sums.inverse_temperature;
+  stats[0] = (taken - sums.top) * sums.inverse_temperature - log_mass;
   stats[1] = log_mass - sums.product / sums.mass;
 }
 
-// The gradient in z for cotangents of the three: e (offset - factor d), and of the taken one α more.
+// The gradient in a capped logit for cotangents of the three: e (offset - factor d), and of the taken one α more.
 template <class S>
 struct TokenGradient {
   S alpha, offset, factor;
 
   PK_FN TokenGradient(const TokenSums<S>& sums, const S (&cotangents)[kTokenStats]) {
-    alpha = cotangents[0];
-    factor = cotangents[1] / sums.mass;
-    offset = (cotangents[2] - alpha + factor * sums.product) / sums.mass;
+    alpha = cotangents[0] * sums.inverse_temperature;
+    factor = cotangents[1] * sums.inverse_temperature / sums.mass;
+    offset = (cotangents[2] * sums.inverse_temperature - alpha + factor * sums.product) / sums.mass;
   }
 };
-
-// d = z - top. A masked logit gets one whose e is 0, and no derivative.
-template <class V>
-PK_FN V centred(V z, Element<V> top) {
-  using T = Element<V>;
-  const V d = z + (-top);
-  return select(stop(d) < kLowest<T>, constant<V>(kLowest<T> * T(2)), d);
-}
 
 }  // namespace PK_LEVEL
 }  // namespace po_kernels
