@@ -26,6 +26,7 @@ from .members import Learned, Members, Networks
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
 from .rewards import (
     MahalanobisReward,
+    MatrixReward,
     OneHotMahalanobisReward,
     PrecisionKind,
     TableReward,
@@ -167,7 +168,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
 
     def _publish(self) -> None:
         self.l2_ = float(self._phi.l2())
-        self.reward_ = self._phi.reward.table().numpy()
+        self.reward_ = cast(TabularReward, self._phi.reward).table().numpy()
         if isinstance(self._phi.reward, OneHotMahalanobisReward):
             self.precision_ = self._phi.reward.precision().numpy()
 
@@ -260,7 +261,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         unit = self._output_unit()
         if self.outer_steps > 0:
             self.outer_losses_ = [loss + float(np.log(unit.diagonal()).sum()) for loss in self.outer_losses_]
-        u, inverse = self._phi.reward.precision().numpy(), np.linalg.inv(unit)
+        u, inverse = cast(MatrixReward, self._phi.reward).precision().numpy(), np.linalg.inv(unit)
         self.precision_ = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
 
     def predict(self, X: Any, return_std: bool = False) -> Any:

@@ -62,9 +62,9 @@ class BilevelEstimator(BaseEstimator, ABC):
     _scaler: StandardScaler
 
     def __init__(
-        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = 1.0, folds: int = 5,
-        outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
-        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = 1.0,
+        folds: int = 5, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4, warm_start: bool = False,
+        random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
         self.reward = reward
         self.hidden_layer_sizes = hidden_layer_sizes
@@ -241,7 +241,7 @@ class BilevelEstimator(BaseEstimator, ABC):
         self.policy_, self._phi, self._model = policy, phi, model
 
     def _learn(self, phi: Learned, folds: Members, total: float, enough: float = OUTER_ENOUGH) -> None:
-        """Moves the reward to where the policies of the folds are likeliest inside them; `total` is the rows' weight."""
+        """Moves the reward to where the folds' policies are likeliest inside them; `total` is the rows' weight."""
         self.outer_losses_ = []
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
 

@@ -34,10 +34,12 @@ PRODUCTS = 100
 BEGUN = 1e-2
 # Of the standardised inputs' covariance, below which an eigenvalue is none.
 SINGULAR = 1e-10
-# The largest matrix that is factored for a preconditioner.
-LARGEST = 2000
+# The largest matrix that is factored for a preconditioner, and the rows that are summed for it at once.
+LARGEST, CHUNK = 2000, 4096
 # Of the preconditioner's largest entry, added to its diagonal: its sums are of single precision.
 ROUNDING = 1e-6
+# What of a loss is rounding.
+ROUNDED = 1e-13
 # Products in a solve that need no better preconditioner.
 FEW = 5
 
@@ -60,13 +62,13 @@ class Softmax(Members):
     ) -> None:  # fmt: skip
         self.policy, self._tol, self._most = policy, tol, max_iter
         network = network_of(policy)
-        self._theta = np.concatenate(
-            [network.weights[0].detach().numpy(), network.biases[0].detach().numpy()], axis=1
-        ).transpose(0, 2, 1).copy()  # (M, C, F+1)
+        inputs, self._basis = row_space(rows.inputs)
+        with torch.no_grad():
+            theta = torch.cat([_in_basis(network.weights[0], self._basis), network.biases[0]], dim=1).mT
+        self._theta = theta.numpy().copy()  # (M, C, F+1)
         members, classes, features = self._theta.shape
-        self._inputs = np.column_stack([rows.inputs.numpy(), np.ones(len(rows.inputs))])
-        self._columns = np.ascontiguousarray(self._inputs.T)
-        self._inputs32, self._columns32 = self._inputs.astype(np.float32), self._columns.astype(np.float32)
+        self._inputs = np.column_stack([inputs.numpy(), np.ones(len(inputs))])
+        self._inputs32 = self._inputs.astype(np.float32)
         self._labels = rows.target.numpy()
         self._one_hot = np.equal.outer(np.arange(classes), self._labels).astype(np.float64)
         outside = (rows.weight - inside).clamp(min=0.0).numpy()
@@ -77,6 +79,7 @@ class Softmax(Members):
         self._unit_penalty = np.zeros((members, 1, features))
         self._unit_penalty[:, :, :-1] = (1.0 / total)[:, None, None]
         self._inverse: np.ndarray | None = None
+        self._blocks = features <= LARGEST
         # Products in excess of few since the preconditioner was made; it costs as much as `_worth` of them.
         self._excess, self._worth = 0, classes * features / (2.0 * members)
         self._adjoint = np.zeros_like(self._theta)
@@ -93,11 +96,10 @@ class Softmax(Members):
         with torch.no_grad():
             table, self._penalty = self._table(phi).numpy(), float(phi.l2()) * self._unit_penalty
         steps = self._newton(table[:, self._labels], self._tol)
-        weight, bias = np.split(self._theta.transpose(0, 2, 1), [-1], axis=1)
-        network = network_of(self.policy)
+        network, theta = network_of(self.policy), torch.from_numpy(self._theta).mT
         with torch.no_grad():
-            network.weights[0].copy_(torch.from_numpy(weight.copy()))
-            network.biases[0].copy_(torch.from_numpy(bias.copy()))
+            network.weights[0].copy_(_out_of_basis(theta[:, :-1], self._basis))
+            network.biases[0].copy_(theta[:, -1:])
         return steps
 
     def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
@@ -124,7 +126,7 @@ class Softmax(Members):
 
     def _logits(self, theta: np.ndarray) -> np.ndarray:
         """(M, C, F+1) -> (M, C, N)."""
-        return (theta.reshape(-1, theta.shape[2]) @ self._columns).reshape(*theta.shape[:2], -1)
+        return (theta.reshape(-1, theta.shape[2]) @ self._inputs.T).reshape(*theta.shape[:2], -1)
 
     def _summed(self, logits: np.ndarray) -> np.ndarray:
         """The transpose of `_logits`."""
@@ -155,7 +157,7 @@ class Softmax(Members):
         """The Hessian's product with (M, C, F+1), in single precision."""
         self.products += 1
         p, shared, bend, diagonal = self._curvature
-        change = (direction.reshape(-1, direction.shape[2]) @ self._columns32).reshape(p.shape)
+        change = (direction.reshape(-1, direction.shape[2]) @ self._inputs32.T).reshape(p.shape)
         mean = np.einsum("mcn,mcn->mn", p, change)[:, None]
         bent = np.einsum("mcn,mcn->mn", bend, change)[:, None]
         change -= mean
@@ -174,7 +176,8 @@ class Softmax(Members):
         self._ridge = (self._penalty + DAMPING).astype(np.float32)
 
     def _factor(self) -> None:
-        """The preconditioner: the inverse of the members' mean Hessian, or of its blocks (blocks, D, D) if it is large.
+        """The preconditioner: the inverse of the members' mean Hessian (1, D, D), of its blocks (C, F+1, F+1) for each
+        class if it is large, or of its diagonal (C, F+1) if these are.
 
         Where that is not positive definite, far from the optimum, it is Fisher's, which leaves out what the gradient g
         adds and is exact where each row has its own optimum.
@@ -189,7 +192,7 @@ class Softmax(Members):
     def _inverted(self, p: np.ndarray, diagonal: np.ndarray, bend: np.ndarray | None) -> bool:
         members, classes, features = self._theta.shape
         together = classes * features <= LARGEST
-        blocks = np.zeros((classes, classes if together else 1, features, features), np.float32)
+        blocks = np.zeros((classes, classes if together else 1, features, features if self._blocks else 1), np.float32)
         for i in range(classes):
             # The class itself, and those after it.
             others = slice(i, classes if together else i + 1)
@@ -197,15 +200,23 @@ class Softmax(Members):
             if bend is not None:
                 curvature -= np.einsum("mn,mcn->cn", p[:, i], bend[:, others])
             curvature[0] += diagonal[:, i].sum(axis=0)
-            weighted = (curvature[:, None] * self._columns32).reshape(-1, len(self._inputs32))
-            blocks[i, others if together else slice(1)] = (weighted @ self._inputs32).reshape(-1, features, features)
+            found = blocks[i, others if together else slice(1)]
+            for begin in range(0, len(self._inputs32), CHUNK):
+                some, part = self._inputs32[begin : begin + CHUNK], curvature[:, begin : begin + CHUNK]
+                if self._blocks:
+                    found += ((part[:, None] * some.T).reshape(-1, len(some)) @ some).reshape(found.shape)
+                else:
+                    found += (part @ np.square(some))[:, :, None]
         # The mean over members, and what rounding may have taken from it.
         hessian = blocks.transpose(0, 2, 1, 3).astype(np.float64) / members
+        ridge = self._ridge.mean(axis=0)[0]
+        if not self._blocks:
+            self._inverse = (1.0 / (np.maximum(hessian[:, :, 0, 0], 0.0) + ridge)).astype(np.float32)
+            return True
         size = classes * features if together else features
-        ridge = np.tile(self._ridge.mean(axis=0)[0], size // features)
-        found = np.empty((classes * features // size, size, size), np.float32)
-        for matrix, inverse in zip(hessian.reshape(-1, size, size), found, strict=True):
-            matrix[np.diag_indices(size)] += ridge + ROUNDING * matrix.diagonal().max()
+        inverses = np.empty((classes * features // size, size, size), np.float32)
+        for matrix, inverse in zip(hessian.reshape(-1, size, size), inverses, strict=True):
+            matrix[np.diag_indices(size)] += np.tile(ridge, size // features) + ROUNDING * matrix.diagonal().max()
             factor, failed = lapack.dpotrf(matrix.T, lower=1)
             if failed:
                 return False
@@ -213,11 +224,13 @@ class Softmax(Members):
             inverse[:] = lower
             upper = np.triu_indices(size, 1)
             inverse[upper] = inverse.T[upper]
-        self._inverse = found
+        self._inverse = inverses
         return True
 
     def _preconditioned(self, gradient: np.ndarray) -> np.ndarray:
         inverse = cast(np.ndarray, self._inverse)
+        if not self._blocks:
+            return gradient * inverse
         if len(inverse) == 1:
             return (gradient.reshape(len(gradient), -1) @ inverse[0]).reshape(gradient.shape)
         return (gradient.transpose(1, 0, 2) @ inverse).transpose(1, 0, 2)
@@ -272,18 +285,35 @@ class Softmax(Members):
             for _ in range(30):
                 theta = self._theta + rate[:, None, None] * direction
                 tried, tried_gradient = self._losses(theta, rewards)
-                # A loss is known to some roundings.
-                worse = ~(tried <= value + 1e-4 * rate * slope + 1e-13 * np.abs(value))
+                worse = ~(tried <= value + 1e-4 * rate * slope + ROUNDED * np.abs(value))
                 if not worse.any():
                     break
                 rate[worse] *= 0.5
-            self._theta, value, gradient = theta, tried, tried_gradient
+            self._theta, before, value, gradient = theta, value, tried, tried_gradient
+            if not (before - value > ROUNDED * np.abs(value)).any():
+                return step + 1
         return self._most
 
 
 def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The members' inner products, (M,)."""
     return np.einsum("mcf,mcf->m", left, right)
+
+
+def row_space(inputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Inputs (N, F) in an orthonormal basis (F, N) of their rows if they are wider than N: no policy leaves it."""
+    if inputs.shape[1] <= inputs.shape[0]:
+        return inputs, None
+    basis, coordinates = torch.linalg.qr(inputs.mT)
+    return coordinates.mT, basis
+
+
+def _in_basis(weights: Tensor, basis: Tensor | None) -> Tensor:
+    return weights if basis is None else basis.mT @ weights
+
+
+def _out_of_basis(weights: Tensor, basis: Tensor | None) -> Tensor:
+    return weights if basis is None else basis @ weights
 
 
 class Ridge(Members):
@@ -303,14 +333,15 @@ class Ridge(Members):
         self, policy: GaussianPolicy | FullStack, rows: Rows, inside: Tensor, *, noise: float
     ) -> None:  # fmt: skip
         self.policy, self._noise = policy, noise
-        columns = torch.cat([rows.inputs, rows.target, torch.ones_like(rows.target[:, :1])], dim=1)
+        inputs, self._basis = row_space(rows.inputs)
+        columns = torch.cat([inputs, rows.target, torch.ones_like(rows.target[:, :1])], dim=1)
         everything, *parts = (columns.mT @ (each[:, None] * columns) for each in (rows.weight, *inside))
         outside = everything - torch.stack(parts)
         total = outside[:, -1:, -1:]
         self._inside, self._penalty = torch.stack(parts) / everything[-1, -1], 0.5 / total[..., None]
         self._mean = outside[:, -1:, :-1] / total
         covariance = outside[:, :-1, :-1] / total - self._mean.mT * self._mean
-        self._features = rows.inputs.shape[1]
+        self._features = inputs.shape[1]
         x, y = slice(self._features), slice(self._features, None)
         values, self._vectors = torch.linalg.eigh(covariance[:, x, x])
         # Without a penalty a direction that x does not have is left at nothing.
@@ -318,13 +349,13 @@ class Ridge(Members):
         self._target = self._vectors.mT @ covariance[:, x, y]
 
     def begin(self, l2: float) -> None:
-        self._fit(0.5 * torch.eye(self._target.shape[2], dtype=torch.float64), torch.tensor(l2))
+        self._fit(0.5 * torch.eye(self._target.shape[2], dtype=torch.float64), torch.tensor(l2, dtype=torch.float64))
 
     def residual(self) -> Tensor:
         """Second moments of what the members leave of the rows inside, (D, D), in units of y."""
         weights = torch.cat([self._weights, self._bias], dim=1)
-        cross = torch.cat([-weights[:, :-1].mT, torch.eye(weights.shape[2]).expand(len(weights), -1, -1)], dim=2)
-        cross = torch.cat([cross, -weights[:, -1:].mT], dim=2)
+        here = torch.eye(weights.shape[2], dtype=torch.float64).expand(len(weights), -1, -1)
+        cross = torch.cat([-weights[:, :-1].mT, here, -weights[:, -1:].mT], dim=2)
         return (cross @ self._inside @ cross.mT).sum(dim=0)
 
     def train(self, phi: Learned) -> int:
@@ -332,7 +363,7 @@ class Ridge(Members):
             precision = self._precision(phi)
             self._fit(self._of_values(precision), phi.l2())
             network = network_of(self.policy)
-            network.weights[0].copy_(in_units(self._weights, network.unit))
+            network.weights[0].copy_(in_units(_out_of_basis(self._weights, self._basis), network.unit))
             network.biases[0].copy_(in_units(self._bias, network.unit))
             set_covariance(self.policy, 0.5 * torch.linalg.inv(precision))
         return 0

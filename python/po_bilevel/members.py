@@ -27,7 +27,6 @@ CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
 HISTORY = 50
 # Iterations without a gain on the held-out rows after which training stops early.
 PATIENCE = 20
-SCALE = 1.0
 
 
 class Learned(nn.Module):
@@ -52,7 +51,7 @@ class Learned(nn.Module):
 
     def l2(self) -> Tensor:
         """()."""
-        return self._start * (SCALE * self.log_factor).exp()
+        return self._start * self.log_factor.exp()
 
 
 class Members(ABC):
@@ -98,7 +97,8 @@ class Networks(Members):
     """
 
     def __init__(
-        self, policy: Policy, rows: Rows, inside: Tensor, *, first: RowLoss, held_out: RowLoss, tol: float, max_iter: int
+        self, policy: Policy, rows: Rows, inside: Tensor, *, first: RowLoss, held_out: RowLoss, tol: float,
+        max_iter: int,
     ) -> None:  # fmt: skip
         self.policy, self._first, self._tol, self._most = policy, first, tol, max_iter
         self._batch = crossfit.repeated(rows, len(inside))

@@ -1,5 +1,7 @@
 """The second-order methods of linear policies against the fused losses, trained as networks are."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -178,7 +180,7 @@ def test_bfgs_finds_the_minimum_of_a_valley():
     assert left <= 1e-6
     torch.testing.assert_close(module[0].detach().asinh(), torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
     torch.testing.assert_close(kept[-1], module[0].detach().asinh())
-    assert max(float((b - a).abs().max()) for a, b in zip(kept, kept[1:], strict=False)) <= crossfit.LONGEST + 1e-12
+    assert max(float((b - a).abs().max()) for a, b in pairwise(kept)) <= crossfit.LONGEST + 1e-12
 
 
 def test_a_reward_that_is_refused_leaves_the_policies_where_they_were():
