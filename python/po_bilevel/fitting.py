@@ -18,6 +18,8 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
@@ -37,6 +39,7 @@ from .errors import UsageError
 from .hypergradients import Tensors
 from .members import Learned, Members
 from .policies import Policy
+from .threads import one_thread
 
 E = TypeVar("E", bound="BilevelEstimator")
 
@@ -46,6 +49,10 @@ OUTER_SOLVED = 1e-4
 OUTER_ENOUGH = 3e-5
 # Standard deviation of the prior of arsinh φ around its start.
 PRIOR = 1.0
+
+
+# Multiplications in a pass over all folds from which it may have threads.
+PARALLEL = 10**8
 
 
 class BilevelEstimator(BaseEstimator, ABC):
@@ -97,7 +104,10 @@ class BilevelEstimator(BaseEstimator, ABC):
         target, outputs, strata = self._standardised(target, weight)
         self._scaler = StandardScaler().fit(X, sample_weight=weight)
         inputs = self._scaler.transform(X)
-        self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
+        widths = [inputs.shape[1], *self.hidden_layer_sizes, outputs]
+        work = self.folds * len(inputs) * sum(a * b for a, b in pairwise(widths))
+        with one_thread() if work < PARALLEL else nullcontext():
+            self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
         with torch.no_grad():
             self._publish()
         return self

@@ -97,6 +97,9 @@ def test_the_preconditioner_is_the_inverse_of_the_mean_hessian(monkeypatch, clas
     for block, inverse in enumerate(folds._inverse):
         part = hessian[4 * block : 4 * block + 4, 4 * block : 4 * block + 4]
         np.testing.assert_allclose(inverse @ part, np.eye(4), atol=2e-3)
+    folds._blocks = False
+    folds._factor()
+    np.testing.assert_allclose(folds._inverse.reshape(-1), 1.0 / np.diag(hessian), rtol=1e-4)
 
 
 class AsNetworks(BilevelClassifier):
@@ -115,6 +118,7 @@ def labelled():
     yield "blobs", make_blobs(150, 3, centers=4, cluster_std=3.0, random_state=0)
     yield "moons", make_moons(150, noise=0.3, random_state=0)
     yield "noise", (noise, (random.random(120) < 1.0 / (1.0 + np.exp(-noise[:, 0]))).astype(int))
+    yield "wide", make_classification(60, 90, n_informative=5, random_state=0)
     yield "five classes", make_classification(200, 7, n_informative=5, n_classes=5, random_state=1)
 
 
@@ -122,19 +126,20 @@ def labelled():
 def test_a_fit_ends_where_that_of_the_fused_losses_does(name, data):
     options = {"folds": 2, "tol": 1e-5, "random_state": 0, "reward": "diagonal"}
     ours, theirs = (family(**options).fit(*data) for family in (BilevelClassifier, AsNetworks))
-    # Each ends where a step gains less than 3e-5, which leaves some of them.
+    # Each ends where a step gains less than 3e-5, which leaves some of them, and 60 rows leave the reward much room.
     assert min(ours.outer_losses_) == pytest.approx(min(theirs.outer_losses_), abs=3e-4)
     difference = np.abs(ours.predict_proba(data[0]) - theirs.predict_proba(data[0]))
-    assert difference.mean() < 5e-3
+    assert difference.mean() < (0.02 if name == "wide" else 5e-3)
 
 
 @pytest.mark.parametrize("kind", ["isotropic", "diagonal", "full"])
-@pytest.mark.parametrize("name", ["diabetes", "linnerud", "singular"])
+@pytest.mark.parametrize("name", ["diabetes", "linnerud", "wide", "singular"])
 def test_ridge_is_the_optimum_of_the_fused_losses(name, kind):
     random = np.random.default_rng(0)
     inputs, target = {
         "diabetes": lambda: load_diabetes(return_X_y=True),
         "linnerud": lambda: load_linnerud(return_X_y=True),
+        "wide": lambda: (random.normal(size=(30, 40)), random.normal(size=(30, 2))),
         "singular": lambda: (np.repeat(random.normal(size=(50, 2)), 2, axis=1), random.normal(size=(50, 2))),
     }[name]()
     rows = standardised(inputs, target)
@@ -253,3 +258,18 @@ def test_a_regressor_of_a_perfect_fit():
     mean, std = BilevelRegressor(random_state=0).fit(inputs, inputs @ [1.0, 2.0, 3.0]).predict(inputs, return_std=True)
     assert np.isfinite(mean).all()
     assert (std > 0).all()
+
+
+def test_a_small_fit_has_one_thread_and_leaves_them_as_they_were(monkeypatch):
+    before, seen = torch.get_num_threads(), []
+    evaluate = Softmax.evaluate
+    monkeypatch.setattr(
+        Softmax, "evaluate", lambda self, phi: seen.append(torch.get_num_threads()) or evaluate(self, phi)
+    )
+    torch.set_num_threads(2)
+    try:
+        BilevelClassifier(random_state=0).fit(*load_iris(return_X_y=True))
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
