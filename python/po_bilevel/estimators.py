@@ -51,14 +51,14 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
 
     With its defaults a linear model with the prior of `LogisticRegression()`: it differs in the loss, which asks for
     the confidence that cross-validated likelihood finds right. docs/estimators.md has the mathematics, and why the
-    probabilities are a mixture of the policy and of the P(y|x) that it is optimal for. Time goes with the folds and the
-    rewards tried, some sixty trainings of a linear model; with many classes of a dozen rows each a reward says less
-    than likelihood does, and `LogisticRegression` is better.
+    probabilities are a mixture of the policy and of the P(y|x) that it is optimal for. Its
+    held-out likelihood beside that of `LogisticRegression` is there too: with many classes of a dozen rows each a
+    reward says less than likelihood does, and the latter is better.
 
     Args:
         reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
             -(e_ŷ-e_y)ᵀU(e_ŷ-e_y) of one-hot labels (1, C or C² numbers), "table" for any reward R[ŷ, y]; "auto" for a
-            diagonal U, and from 100 rows for each entry of a table on that too, where it is cross-validated better.
+            diagonal U, and from 100 rows for each class on a table too, where that is surely better by cross-validation.
         hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
             are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward.
@@ -66,7 +66,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         reward_rows: the most distinct rows that the reward is learned from, chosen at random in every class; the policy
             is trained on all of them. None for all.
         outer_steps: the most rewards to try, which warns if none is the best; 0 keeps the one that it starts from.
-        max_iter: the most L-BFGS iterations in one training of a policy.
+        max_iter: the most Newton steps in one training of a policy, L-BFGS iterations with hidden layers.
         tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
         warm_start: the next `fit` starts from the policy and the reward of the last.
         random_state: of the folds, and of a network's initial weights.
@@ -82,7 +82,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         outer_losses_: cross-validated NLL of the policies under each reward that was tried, nats a row; the least is
             the one that was taken, but for a prior.
         policy_: the trained policy, on standardised inputs.
-        n_iter_: L-BFGS iterations of its training.
+        n_iter_: steps or iterations of its training.
         n_features_in_, feature_names_in_: of the inputs, as everywhere in scikit-learn.
     """
 
