@@ -49,16 +49,16 @@ RIDGE = 1e-6
 class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     """Softmax classifier trained by policy gradient under a reward for each pair of answer and label, learned too.
 
-    With its defaults a linear model with the prior of `LogisticRegression()`: it differs in the loss, which asks for
-    the confidence that cross-validated likelihood finds right. docs/estimators.md has the mathematics, and why the
-    probabilities are a mixture of the policy and of the P(y|x) that it is optimal for. Its
-    held-out likelihood beside that of `LogisticRegression` is there too: with many classes of a dozen rows each a
-    reward says less than likelihood does, and the latter is better.
+    With its defaults a linear model that differs from `LogisticRegression()` in the loss, which asks for the confidence
+    that cross-validated likelihood finds right, and in the penalty, which is learned beside it. docs/estimators.md has
+    the mathematics, why the probabilities are a mixture of the policy and of the P(y|x) that it is optimal for, and how
+    likely held-out rows are under both: with many classes of a dozen rows each a reward says less than likelihood does,
+    and `LogisticRegression` is better.
 
     Args:
         reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
             -(e_ŷ-e_y)ᵀU(e_ŷ-e_y) of one-hot labels (1, C or C² numbers), "table" for any reward R[ŷ, y]; "auto" for a
-            diagonal U, and from 100 rows for each class on a table too, where that is surely better by cross-validation.
+            diagonal U, and from 100 rows for each class on a table too, where cross-validation is sure of its gain.
         hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
             are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward.
