@@ -25,8 +25,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 pytestmark = pytest.mark.filterwarnings("ignore:.*the reward is not where:sklearn.exceptions.ConvergenceWarning")
 
 
-# Fewer outer steps and folds than by default, and less exact ones, for the checks fit hundreds of times.
-@parametrize_with_checks([kind(outer_steps=1, folds=2, tol=1e-3) for kind in (BilevelClassifier, BilevelRegressor)])
+@parametrize_with_checks([BilevelClassifier(), BilevelRegressor()])
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
