@@ -44,7 +44,8 @@ def request(
 ) -> Request:
     """A call with all gradients, on tensors of those sizes and of values that are not refused."""
     row = OPS[op]
-    sizes = {"B": rows, "D": dim, "C": dim, "G": group, "N": group, "H": group, "S": NUM_TOKEN_STATS}
+    sizes = {"B": rows, "D": dim, "C": dim, "G": group, "N": group, "H": group, "T": group, "U": group + 1}
+    sizes |= {"S": NUM_TOKEN_STATS}
 
     def tensor(name: str, letters: str) -> Tensor:
         if name == "precision":
@@ -53,8 +54,8 @@ def request(
             return torch.zeros(dim, dtype=dtype)
         if letters == "BDD":
             return torch.eye(dim, dtype=dtype).repeat(rows, 1, 1)
-        integers = name in (row.labels, "seed")
-        return torch.zeros([sizes[letter] for letter in letters], dtype=torch.int64 if integers else dtype)
+        kind = {row.labels: torch.int64, "seed": torch.int64, "dones": torch.uint8}.get(name, dtype)
+        return torch.zeros([sizes[letter] for letter in letters], dtype=kind)
 
     inputs = row.Inputs(*(tensor(name, row.axes[name]) for name in row.Inputs._fields))
     constants = row.Constants(*(tensor(name, row.axes[name]) for name in row.Constants._fields))
@@ -79,7 +80,7 @@ def launches_of(op: str, call: Request) -> list[Launch]:
     found: list[Launch] = []
 
     def record(self: Any, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
-        assert all(0 < size < 2**31 for size in grid)
+        assert all(0 < size < most for size, most in zip(grid, (2**31, 2**16, 2**16), strict=False))
         found.append(Launch(kernel, arguments, warps))
 
     with unittest.mock.patch.object(launch.Call, "run", record):

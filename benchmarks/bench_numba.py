@@ -21,7 +21,7 @@ from po_kernels.backends import numba
 
 TABLE = Path(__file__).parent / "baselines" / "numba.json"
 ROWS = (1, 256, 4096)
-_GROUP, _DIM, _CLASSES = 8, 8, 1000
+_GROUP, _DIM, _CLASSES, _STEPS = 8, 8, 1000, 128
 
 
 def _call(op: str, rows: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
@@ -33,6 +33,10 @@ def _call(op: str, rows: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
     drawn = {"estimator": "dice", "num_samples": _GROUP, "seed": 1, "entropy_coef": 0.5}
     if op == "group_advantage":
         return partial(function, kind="standardized"), [rewards]
+    if op == "gae":
+        values, dones = torch.randn(_STEPS + 1, rows, requires_grad=True), torch.rand(_STEPS, rows) < 0.01
+        call = partial(function, dones=dones, gamma=0.99, lam=0.95)
+        return lambda *x, **options: call(*x, **options)[0], [torch.randn(_STEPS, rows, requires_grad=True), values]
     if family in ("token", "linear"):
         ids = torch.randint(_CLASSES, (rows,))
         inputs = [torch.randn(rows, _CLASSES), torch.randn(rows, _DIM), torch.randn(_CLASSES, _DIM)]

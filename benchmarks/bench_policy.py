@@ -1,6 +1,8 @@
 """A PPO update of a Gaussian policy, and advantages of trajectories, against what a user would write."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import po_kernels as pk
 from benchmarks.harness import check, compare, gaussian_inputs, gradients, versions
 
 ENTROPY = 0.01
+GAMMA, LAM = 0.99, 0.95
 
 
 def fused_update(mean: Tensor, log_std: Tensor, actions: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
@@ -43,33 +46,61 @@ def bench_ppo_update(benchmark, rows):
     benchmark.pedantic(ours, rounds=3)
 
 
-def gae_by_steps(rewards: Tensor, values: Tensor, dones: Tensor, gamma: float, lam: float) -> Tensor:
-    """A loop over steps, as CleanRL has it."""
-    advantages, last = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
+def gae_by_steps(rewards: Tensor, values: Tensor, dones: Tensor) -> Tensor:
+    """A loop over steps, as CleanRL has it but for a list, which autograd goes back through sooner."""
+    advantages, last = [], torch.zeros_like(rewards[0])
     for t in reversed(range(len(rewards))):
         goes_on = 1.0 - dones[t]
-        delta = rewards[t] + gamma * values[t + 1] * goes_on - values[t]
-        advantages[t] = last = delta + gamma * lam * goes_on * last
-    return advantages
+        delta = rewards[t] + GAMMA * values[t + 1] * goes_on - values[t]
+        last = delta + GAMMA * LAM * goes_on * last
+        advantages.append(last)
+    return torch.stack(advantages[::-1])
+
+
+def gae_by_doubling(rewards: Tensor, values: Tensor, dones: Tensor) -> Tensor:
+    """As one vectorises a scan: after k passes a step has the sum over 2^k steps."""
+    goes_on = 1.0 - dones
+    total = rewards + GAMMA * values[1:] * goes_on - values[:-1]
+    factor, step = GAMMA * LAM * goes_on, 1
+    while step < len(rewards):
+        total = torch.cat([total[:-step] + factor[:-step] * total[step:], total[-step:]])
+        factor = torch.cat([factor[:-step] * factor[step:], torch.zeros_like(factor[-step:])])
+        step *= 2
+    return total
+
+
+def fused_gae(rewards: Tensor, values: Tensor, dones: Tensor) -> Tensor:
+    return pk.gae(rewards, values, dones, gamma=GAMMA, lam=LAM)[0]
+
+
+def _compare_gae(benchmark: Any, what: str, run: Callable[..., Sequence[Tensor]], inputs: list[Tensor]) -> None:
+    exact = run(gae_by_steps, [x.detach().double().requires_grad_(x.requires_grad) for x in inputs])
+    check(run(fused_gae, inputs), exact, what)
+    benchmark.extra_info.update(versions(), shape=f"{what} {' x '.join(map(str, inputs[0].shape))}")
+    ours = partial(run, fused_gae, inputs)
+    for name, peer in {"eager": gae_by_steps, "vectorised": gae_by_doubling}.items():
+        benchmark.extra_info[name] = compare(ours, partial(run, peer, inputs))._asdict()
+    benchmark.pedantic(ours, rounds=3)
+
+
+def _trajectories(steps: int, columns: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    dones = (torch.rand(steps, columns) < 0.01).float()
+    return [torch.randn(steps, columns), torch.randn(steps + 1, columns), dones]
 
 
 @pytest.mark.parametrize(("steps", "columns"), [(2048, 64)])
 def bench_gae(benchmark, steps, columns):
-    """Advantages alone, and with the gradient of the values, against a loop and against the scan in plain torch."""
-    torch.manual_seed(0)
-    rewards, values = torch.randn(steps, columns), torch.randn(steps + 1, columns)
-    dones = (torch.rand(steps, columns) < 0.01).float()
+    """Advantages, against a loop and against a scan in plain torch."""
+    _compare_gae(benchmark, "gae", lambda gae, inputs: [gae(*inputs)], _trajectories(steps, columns))
 
-    def ours() -> Tensor:
-        return pk.gae(rewards, values, dones, gamma=0.99, lam=0.95, backend="native")[0]
 
-    def vectorised() -> Tensor:
-        return pk.gae(rewards, values, dones, gamma=0.99, lam=0.95, backend="reference")[0]
+@pytest.mark.parametrize(("steps", "columns"), [(2048, 64)])
+def bench_gae_gradient(benchmark, steps, columns):
+    """The same, and the gradient of their sum of squares in rewards and values."""
+    rewards, values, dones = _trajectories(steps, columns)
 
-    loop = partial(gae_by_steps, rewards, values, dones, 0.99, 0.95)
-    exact = gae_by_steps(rewards.double(), values.double(), dones.double(), 0.99, 0.95)
-    check([ours()], [exact], "gae")
-    benchmark.extra_info.update(versions(), shape=f"gae {steps} x {columns}")
-    for name, peer in {"eager": loop, "vectorised": vectorised}.items():
-        benchmark.extra_info[name] = compare(ours, peer)._asdict()
-    benchmark.pedantic(ours, rounds=3)
+    def run(gae: Callable[..., Tensor], inputs: list[Tensor]) -> Sequence[Tensor]:
+        return gradients(lambda *x: gae(*x).square().sum(), inputs)
+
+    _compare_gae(benchmark, "gae, gradient", run, [rewards.requires_grad_(), values.requires_grad_(), dones])

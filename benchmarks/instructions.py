@@ -2,6 +2,7 @@
 
 python -m benchmarks.instructions                          typical cases, compiled ahead of time for sm_90
 python -m benchmarks.instructions gaussian --capability 80
+python -m benchmarks.instructions tokens                   the table of docs/gpu.md, by row of a vocabulary
 
 Counts are those of the code, of all its loops once; a warp executes them for each block of `rows` rows. The last case
 only draws the normals of the first.
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -67,6 +69,57 @@ def instructions(cubin: bytes) -> tuple[list[str], list[tuple[int, int]]]:
     return found, loops
 
 
+def traffic(ptx: str) -> list[tuple[int, int]]:
+    """Bytes that a thread reads from global memory and writes there, in a pass of each loop."""
+    lines, labels, loops = ptx.splitlines(), {}, []
+    for i, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = i
+        elif (jump := re.search(r"\bbra\S*\s+(\$L__BB\w+)", line)) and jump[1] in labels:
+            body = "\n".join(lines[labels[jump[1]] : i])
+            read, written = (
+                sum(int(times or 1) * int(bits) // 8 for times, bits in re.findall(access, body))
+                for access in (rf"\b{kind}\.global(?:\.v(\d))?\.[a-z](\d+)" for kind in ("ld", "st"))
+            )
+            loops.append((read, written))
+    return loops
+
+
+class Row(NamedTuple):
+    """What a row of logits takes: streams are its bytes that are read and written, as multiples of the logits' own."""
+
+    read: float
+    written: float
+    instructions: int
+
+
+def token_row(dtype: torch.dtype, classes: int, order: str, capability: int) -> Row:
+    """Of `token_log_prob`, whose loops are over blocks of columns: forward, first order or second."""
+    call = ahead_of_time.request("token_log_prob", 64, classes, 1, OpConfig(), dtype=dtype, second=order == "second")
+    if order == "forward":
+        call = call._replace(cotangent=None, needs=type(call.needs)(False))
+    (launched,) = ahead_of_time.launches_of("token_log_prob", call)
+    kernel, _ = ahead_of_time.compiled(launched, capability)
+    block, threads = launched.arguments["K"].BLOCK_D.value, 32 * launched.warps
+    read, written = (
+        sum(each) * threads / (block * dtype.itemsize) for each in zip(*traffic(kernel.asm["ptx"]), strict=True)
+    )
+    found, loops = instructions(kernel.asm["cubin"])
+    looped = sum(last + 1 - first for first, last in loops)
+    passes = triton.cdiv(classes, block)
+    return Row(read, written, launched.warps * (len(found) - looped + looped * passes))
+
+
+def tokens() -> None:
+    print("| | dtype | floor | read | written | instructions of a warp, sm_80 | sm_90 |\n|---|---|---|---|---|---|---|")
+    for order, floor in (("forward", 1), ("first", 2), ("second", 3)):
+        for dtype in (torch.float32, torch.bfloat16):
+            old, new = (token_row(dtype, 151_936, order, capability) for capability in (80, 90))
+            assert old[:2] == new[:2]
+            kind = str(dtype).removeprefix("torch.")
+            print(f"| {order} | {kind} | {floor} | {new.read:g} | {new.written:g} | {old[2]:,} | {new[2]:,} |")
+
+
 def describe(name: str, launched: ahead_of_time.Launch, capability: int) -> None:
     kernel, resources = ahead_of_time.compiled(launched, capability)
     found, loops = instructions(kernel.asm["cubin"])
@@ -85,6 +138,8 @@ def main() -> None:
     parser.add_argument("filter", nargs="?", default="", help="part of the names to show")
     parser.add_argument("--capability", type=int, default=90)
     arguments = parser.parse_args()
+    if arguments.filter == "tokens":
+        return tokens()
     for op, order, estimator, dim, group in CASES:
         name = f"{op} {order} {estimator} {(dim, group)}"
         if arguments.filter not in name:

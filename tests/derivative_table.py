@@ -43,6 +43,10 @@ Under `torch.compile` calls without gradients (`no_grad`, `inference_mode`), sta
 Transforms of `torch.func` under `torch.compile` (`grad`, `jvp`, `vmap`, `hessian`) are traced as plain torch, whatever
 the backend; `reinforce` refuses them. `tests/ops/test_compile.py` holds this. `torch.jit.trace` is refused.
 
+`torch.func.vmap` of an operation, of its derivatives too and however deep, is one call of the native kernel for all
+problems, which have a seed, a precision or a table of their own where those are batched; what is not batched is not
+copied. The other backends compute one problem after another. `benchmarks/bench_batches.py` compares.
+
 The kernels of numba compute values and gradients; the reference serves its second order and jvp.
 
 "raises" is a `RuntimeError` that says what to use instead; an operation without a tensor for "mixed" has no say in it.

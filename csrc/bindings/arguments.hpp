@@ -51,6 +51,29 @@ class Fields {
     if (taken != given.size()) refuse_unknown(given);
   }
 
+  // As many calls as `first`, in each of which an address lies so many bytes after that of the call before, and a
+  // number is its own: by name, `steps` has bytes or a list of numbers.
+  template <class Struct>
+  std::vector<Struct> batch(const Struct& first, size_t count, const py::dict& steps) const {
+    std::vector<Struct> calls(count, first);
+    for (const Field& field : fields_) {
+      if (!steps.contains(field.name)) continue;
+      const py::object step = steps[field.name];
+      for (size_t i = 0; i < count; ++i) {
+        char* member = reinterpret_cast<char*>(&calls[i]) + field.offset;
+        if (py::isinstance<py::list>(step)) {
+          field.set(member, py::list(step)[i]);
+        } else {
+          char* address;
+          std::memcpy(&address, member, sizeof address);
+          address += i * step.cast<size_t>();
+          std::memcpy(member, &address, sizeof address);
+        }
+      }
+    }
+    return calls;
+  }
+
  private:
   explicit Fields(const char* base) : base_(base) {}
 

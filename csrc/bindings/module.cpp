@@ -1,7 +1,10 @@
 // The Python module: a function for each kernel of csrc/calls.hpp, and what Python has to know of the numbers in a
 // call.
+#include <chrono>
+
 #include "bindings/arguments.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/parallel.hpp"
 #if defined(PK_CUDA)
 #include "cuda/cuda.hpp"
 #endif
@@ -10,18 +13,45 @@ namespace po_kernels {
 
 namespace {
 
-// (code, row) of the verdict.
+// Runs the problems of a batch, and gives the first verdict against one, and whose it is. Threads are woken for whole
+// problems, if what the first of them took says that it is worth it.
+template <class C>
+std::pair<Verdict, size_t> run_batch(std::vector<C>& calls, Verdict (*kernel)(const C&)) {
+  using Clock = std::chrono::steady_clock;
+  constexpr std::chrono::microseconds kWorthAThread(50);
+  const int count = int(calls.size()), threads = calls[0].threads;
+  std::vector<Verdict> verdicts(calls.size());
+  const auto begin = Clock::now();
+  verdicts[0] = kernel(calls[0]);
+  const bool spread = count > threads && (Clock::now() - begin) * (count - 1) > kWorthAThread * threads;
+  parallel_for(count - 1, spread ? threads : 1, [&](int64_t i) {
+    C& call = calls[size_t(i) + 1];
+    if (spread) call.threads = 1;
+    verdicts[size_t(i) + 1] = kernel(call);
+  });
+  for (size_t i = 0; i < verdicts.size(); ++i) {
+    if (verdicts[i].code != kAccepted) return {verdicts[i], i};
+  }
+  return {};
+}
+
+// (code, row, problem) of the verdict. The call of a batch also has the number of its problems and the steps between
+// them.
 template <class C>
 void define(py::module_& module, const char* name, Verdict (*kernel)(const C&)) {
-  module.def(name, [kernel, fields = Fields::of<C>()](const py::kwargs& given) {
+  module.def(name, [kernel, fields = Fields::of<C>()](const py::args& batch, const py::kwargs& given) {
     C call;
     fields.fill(&call, given);
-    Verdict verdict;
-    {
+    std::pair<Verdict, size_t> found;
+    if (batch.empty()) {
       py::gil_scoped_release release;
-      verdict = kernel(call);
+      found.first = kernel(call);
+    } else {
+      std::vector<C> calls = fields.batch(call, batch[0].cast<size_t>(), batch[1].cast<py::dict>());
+      py::gil_scoped_release release;
+      found = run_batch(calls, kernel);
     }
-    return py::make_tuple(verdict.code, verdict.row);
+    return py::make_tuple(found.first.code, found.first.row, found.second);
   });
 }
 

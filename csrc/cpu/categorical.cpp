@@ -133,6 +133,31 @@ void scatter_columns(const CategoricalPolicyLoss& call, const T* columns) {
   });
 }
 
+// Rows of so many classes stand across the lanes: one alone does not pay for all lanes, and none is transposed. What is
+// done for each of `count` labels is then done a row at a time, and must be little next to the classes.
+constexpr int64_t kAcross = 1024, kAcrossPerLabel = 128;
+
+inline bool stand_across(int64_t classes, int64_t count) {
+  return classes >= std::max(kAcross, kAcrossPerLabel * count);
+}
+
+// Runs kernel(lane value, whether across, call).
+template <class Kernel, class C>
+Verdict with_layout(const C& call, bool across, Kernel kernel) {
+  return with_lanes(call, [&](auto lane, const C& call) {
+    return across ? kernel(lane, std::true_type{}, call) : kernel(lane, std::false_type{}, call);
+  });
+}
+
+template <bool across, class V>
+void load_classes(Tile tile, RowInput logits, int64_t classes, V* to) {
+  across ? load_across(tile, logits, classes, to) : load(tile, logits, classes, to);
+}
+template <bool across, class P, class V>
+void store_classes(Tile tile, const P* from, int64_t classes, void* to, Arena<V> arena) {
+  across ? store_across(tile, from, classes, to) : store(tile, from, classes, to, arena);
+}
+
 // Labels of a tile's rows, by distribution functions in double whatever V is.
 template <class V>
 void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, Tile tile,
@@ -172,6 +197,35 @@ void sample_labels(const RandomNumbers& call, RowInput input, int64_t samples, i
   int64_t g = 0;
   for (; g + 2 <= samples; g += 2) draw(g, Constant<2>{});
   if (g < samples) draw(g, Constant<1>{});
+}
+
+// The same of one row across the lanes, to the bit: out[g * stride].
+template <class T>
+void sample_across(const RandomNumbers& call, RowInput input, int64_t samples, int64_t classes, int64_t row,
+                   Lanes<double>* packs, int64_t stride, int64_t* out) {
+  using D = Lanes<double>;
+  constexpr int width = LaneTraits<D>::width;
+  double* distribution = reinterpret_cast<double*>(packs);
+  const T* from = static_cast<const T*>(input.value) + row * input.stride;
+  std::copy_n(from, classes, distribution);
+  std::fill_n(distribution + classes, width, -__builtin_huge_val());
+  const D top = CategoricalRow<D, true>{classes, packs, nullptr}.largest_logit();
+  int64_t last = classes - 1;
+  while (!(exp(broadcast<D>(distribution[last]) - top).v[0] > 0)) --last;
+  double sum = 0;
+  for (int64_t c = 0; c < classes; c += width) {
+    const D mass = exp(packs[c / width] - top);
+    for (int l = 0; l < width; ++l) distribution[c + l] = sum += mass.v[l];
+  }
+  const double inverse = 1 / sum;
+  for (int64_t c = 0; c < last; ++c) distribution[c] *= inverse;
+  const uint64_t number = call.row_offset + uint64_t(row);
+  for (int64_t g = 0; g < samples; ++g) {
+    Several<uint32_t, 1> x0, x1;
+    categorical_words(call.seed, uint32_t(g), uint32_t(number), uint32_t(number >> 32), x0, x1);
+    const double u = uniform53<double>(x0.v[0], x1.v[0]);
+    out[g * stride] = std::upper_bound(distribution, distribution + last, u) - distribution;
+  }
 }
 
 template <class V>
@@ -257,16 +311,20 @@ Verdict categorical_policy_loss(const CategoricalPolicyLoss& call) {
 }
 
 Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
-  return with_lanes(call, [](auto lane, const CategoricalSurrogateLoss& call) -> Verdict {
+  const bool across = stand_across(call.classes, call.num_samples);
+  return with_layout(call, across, [](auto lane, auto layout, const auto& call) -> Verdict {
     using V = decltype(lane);
+    constexpr bool across = layout;
     using T = Element<V>;
     using P = Primal<V>;
     const int64_t classes = call.classes, samples = call.num_samples;
     const Surrogate s = call;
-    const size_t bytes = sizeof(V) * size_t(5 * classes + 6 * samples) + sizeof(P) * size_t(2 * classes + samples) +
+    using Row = CategoricalRow<V, across>;
+    const int64_t packs = Row{classes, nullptr, nullptr}.packs();
+    const size_t bytes = sizeof(V) * size_t(5 * packs + 6 * samples) + sizeof(P) * size_t(2 * packs + samples) +
                          sizeof(Word<V>) * size_t(samples) + 1024;
-    const int64_t operations = 8 * classes + 8 * samples;
-    const Totals totals = for_each_tile<V>(
+    const int64_t operations = 32 * classes + 8 * samples;
+    const Totals totals = for_each_tile<V, across>(
         call, operations, SharedSums{}, bytes,
         [&](Tile tile, Arena<V> arena, P*, P& loss, RowStats<P>& stats) -> Verdict {
           Verdict verdict = check_labels(tile, samples, call.rows, classes, call.samples);
@@ -274,25 +332,25 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
           if (verdict.code == kAccepted)
             verdict = check_unmasked<T>(tile, samples, call.rows, call.logits, call.samples);
           if (verdict.code != kAccepted) return verdict;
-          V* logits = arena.take(classes);
+          V* logits = arena.take(packs);
           V* rewards = arena.take(samples);
-          V* work = arena.take(4 * classes + 5 * samples);
+          V* work = arena.take(4 * packs + 5 * samples);
           P* rewards_out = arena.template take_for<P>(call.rewards.gradient, samples);
           Word<V>* labels = arena.template take<Word<V>>(samples);
-          load(tile, call.logits, classes, logits);
+          load_classes<across>(tile, call.logits, classes, logits);
           for (int64_t g = 0; g < samples; ++g) {
             load(tile, slice<T>(call.rewards, g, call.rows, 1), 1, rewards + g);
             labels[g] = load_labels<Word<V>>(tile, call.samples + g * call.rows);
           }
-          const CategoricalRow<V> row{classes, logits, nullptr};
-          const CategoricalGradients<V> out{load_weight<V>(call, tile),
-                                            arena.template take_for<P>(call.logits.gradient, classes), nullptr};
+          const Row row{classes, logits, nullptr};
+          const CategoricalGradients<V> out{load_weight<V, across>(call, tile),
+                                            arena.template take_for<P>(call.logits.gradient, packs), nullptr};
           Group<V> group{};
           loss = output(categorical_given(row, s, rewards, labels, out, rewards_out, work, group));
           if constexpr (!is_dual<V>) {
             if (call.stats) stats = categorical_given_stats(row, s, labels, group, work + 4 * samples);
           }
-          store(tile, out.logits, classes, call.logits.gradient, arena);
+          store_classes<across>(tile, out.logits, classes, call.logits.gradient, arena);
           for (int64_t g = 0; rewards_out && g < samples; ++g) {
             store(tile, rewards_out[g], slice<T>(call.rewards.gradient, g, call.rows, 1));
           }
@@ -303,58 +361,71 @@ Verdict categorical_surrogate_loss(const CategoricalSurrogateLoss& call) {
 }
 
 Verdict categorical_log_prob(const CategoricalLogProb& call) {
-  return with_lanes(call, [](auto lane, const CategoricalLogProb& call) -> Verdict {
+  const bool across = stand_across(call.classes, call.count);
+  return with_layout(call, across, [](auto lane, auto layout, const auto& call) -> Verdict {
     using V = decltype(lane);
     using T = Element<V>;
     using P = Primal<V>;
-    const int64_t classes = call.classes;
-    const size_t bytes = sizeof(V) * size_t(5 * classes) + sizeof(P) * size_t(2 * classes) + 1024;
-    return for_each_tile<V>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+    constexpr bool across = layout;
+    using Row = CategoricalRow<V, across>;
+    const int64_t classes = call.classes, packs = Row{classes, nullptr, nullptr}.packs();
+    const size_t bytes = sizeof(V) * size_t(3 * packs) + sizeof(P) * size_t(packs) + 1024;
+    return for_each_tile<V, across>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) {
       Verdict verdict = check_labels(tile, call.count, call.rows, classes, call.value);
       if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
       if (verdict.code != kAccepted) return verdict;
-      V* logits = arena.take(classes);
-      V* p = arena.take(classes);
-      V* log_p = arena.take(classes);
-      V* score = arena.take(classes);
-      V* rest = arena.take(classes);
-      P* gradient = arena.template take<P>(classes);
-      load(tile, call.logits, classes, logits);
-      const CategoricalRow<V> row{classes, logits, nullptr};
-      softmax(classes, logits, p, log_p);
-      for (int64_t c = 0; c < classes; ++c) score[c] = rest[c] = V{};
-      Total<V> total;
+      V* logits = arena.take(packs);
+      V* e = arena.take(packs);
+      load_classes<across>(tile, call.logits, classes, logits);
+      const Row row{classes, logits, nullptr};
+      const Exponentials<V> found = exponentiate(row, e);
       for (int64_t i = 0; i < call.count; ++i) {
         const Word<V> label = load_labels<Word<V>>(tile, call.value + i * call.rows);
-        const P result = output(label_log_prob(row, log_p, label));
-        store(tile, result, slice<T>(call.out, i, call.rows, 1));
-        if (call.logits.gradient) {
-          V weight;
-          load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
-          add_at(score, rest, label, weight);
-          total.add(weight);
-        }
+        store(tile, output(found.log_prob(row.pick(logits, label))), slice<T>(call.out, i, call.rows, 1));
       }
-      if (call.logits.gradient == nullptr) return {};
-      for (int64_t c = 0; c < classes; ++c) {
-        gradient[c] = output(Total<V>{score[c], rest[c]}.value() - p[c] * total.value());
+      if (call.logits.gradient == nullptr) return Verdict{};
+      V* score = arena.take(packs);
+      V* rest = logits;  // which have been read
+      for (int64_t c = 0; c < packs; ++c) score[c] = rest[c] = V{};
+      Total<V> total;
+      for (int64_t i = 0; i < call.count; ++i) {
+        V weight;
+        load(tile, slice<T>(call.cotangent, i, call.rows, 1), 1, &weight);
+        row.add_at(score, rest, load_labels<Word<V>>(tile, call.value + i * call.rows), weight);
+        total.add(weight);
       }
-      store(tile, gradient, classes, call.logits.gradient, arena);
-      return {};
+      P* gradient = reinterpret_cast<P*>(score);  // of which no more is written than was read
+      const V weights = total.value(), inverse = constant<V>(T(1)) / found.sum;
+      for (int64_t c = 0; c < packs; ++c) {
+        gradient[c] = output(Total<V>{score[c], rest[c]}.value() - e[c] * inverse * weights);
+      }
+      store_classes<across>(tile, gradient, classes, call.logits.gradient, arena);
+      return Verdict{};
     });
   });
 }
 
 Verdict categorical_sample(const CategoricalSample& call) {
-  return with_lanes(call, [](auto lane, const CategoricalSample& call) -> Verdict {
+  // As both ways draw the same, rows that fill the lanes may stand in them.
+  const bool across = call.rows < kFloatLanes && stand_across(call.classes, 0);
+  return with_layout(call, across, [](auto lane, auto layout, const auto& call) -> Verdict {
     using V = Primal<decltype(lane)>;
+    constexpr bool across = layout;
     using T = Element<V>;
     const int64_t classes = call.classes;
-    const size_t bytes = sizeof(Word<V>) * size_t(call.num_samples) + sample_bytes<V>(classes) + 1024;
-    const int64_t operations = 8 * classes + call.num_samples * (16 + classes);
-    return for_each_tile<V>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
+    const int64_t packs = classes / LaneTraits<Lanes<double>>::width + 2;  // with one beyond the last class
+    const size_t bytes = across ? sizeof(Lanes<double>) * size_t(packs)
+                                : sizeof(Word<V>) * size_t(call.num_samples) + sample_bytes<V>(classes) + 1024;
+    const int64_t operations = 32 * classes + call.num_samples * (16 + classes);
+    return for_each_tile<V, across>(call, operations, bytes, [&](Tile tile, Arena<V> arena) -> Verdict {
       const Verdict verdict = check_logits<T>(tile, classes, call.logits, true);
       if (verdict.code != kAccepted) return verdict;
+      if constexpr (across) {
+        auto* distribution = arena.template take<Lanes<double>>(packs);
+        sample_across<T>(call, call.logits, call.num_samples, classes, tile.begin, distribution, call.rows,
+                         call.out + tile.begin);
+        return {};
+      }
       Word<V>* labels = arena.template take<Word<V>>(call.num_samples);
       sample_labels(call, call.logits, call.num_samples, classes, tile, arena, labels);
       for (int64_t g = 0; g < call.num_samples; ++g) {

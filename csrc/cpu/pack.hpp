@@ -279,6 +279,48 @@ PK_FN void scatter(Dual<Pack<T, N>>* table, Pack<uint32_t, N> index, Dual<Pack<T
   }
 }
 
+// ---- Lanes of one row ----
+
+// In all lanes their sum, the largest, or that of one of them.
+template <class T, int N>
+PK_FN Pack<T, N> over_lanes(Pack<T, N> x) {
+  for (int n = N / 2; n > 0; n /= 2) {
+    for (int l = 0; l < n; ++l) x.v[l] += x.v[l + n];
+  }
+  return broadcast<Pack<T, N>>(x.v[0]);
+}
+template <class T, int N>
+PK_FN Pack<T, N> largest_lane(Pack<T, N> x) {
+  T largest = x.v[0];
+  for (int l = 1; l < N; ++l) largest = x.v[l] > largest ? x.v[l] : largest;
+  return broadcast<Pack<T, N>>(largest);
+}
+template <class T, int N>
+PK_FN Pack<T, N> from_lane(Pack<T, N> x, int lane) {
+  return broadcast<Pack<T, N>>(x.v[lane]);
+}
+
+// Zero in all lanes but one.
+template <class T, int N>
+PK_FN Pack<T, N> in_lane(Pack<T, N> x, int lane) {
+  Pack<T, N> y{};
+  y.v[lane] = x.v[lane];
+  return y;
+}
+
+template <class V>
+PK_FN Dual<V> over_lanes(Dual<V> x) {
+  return {over_lanes(x.v), over_lanes(x.t)};
+}
+template <class V>
+PK_FN Dual<V> from_lane(Dual<V> x, int lane) {
+  return {from_lane(x.v, lane), from_lane(x.t, lane)};
+}
+template <class V>
+PK_FN Dual<V> in_lane(Dual<V> x, int lane) {
+  return {in_lane(x.v, lane), in_lane(x.t, lane)};
+}
+
 // ---- Rows of memory to and from lanes ----
 
 // Four neighbouring elements of a row, wherever they start.

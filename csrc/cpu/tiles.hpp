@@ -1,4 +1,5 @@
-// Rows in tiles of one SIMD lane a row: how they are read, weighted, written back and summed.
+// Rows in tiles of one SIMD lane a row, or of one row across all lanes: how they are read, weighted, written back and
+// summed.
 //
 // Nothing here depends on the number of threads. A row's results do not depend on the rows around it: each lane does
 // the same work, and only sums over the batch (reduced losses, gradients of shared inputs) see other rows, in an order
@@ -76,6 +77,27 @@ inline void load(Tile tile, RowInput input, int64_t columns, V* to) {
   }
 }
 
+// The row of a tile across the lanes, which are -inf beyond its last column.
+template <class V>
+inline void load_across(Tile tile, RowInput input, int64_t columns, V* to) {
+  using T = Element<V>;
+  constexpr int64_t width = LaneTraits<V>::width, step = sizeof(V) / sizeof(T);
+  T* elements = reinterpret_cast<T*>(to);
+  const auto copy = [&](const T* from, T* lanes, T beyond) {
+    int64_t c = 0;
+    for (; c + width <= columns; c += width) memcpy(lanes + c / width * step, from + c, sizeof(Primal<V>));
+    for (; c % width != 0 || c < columns; ++c) lanes[c / width * step + c % width] = c < columns ? from[c] : beyond;
+  };
+  copy(static_cast<const T*>(input.value) + tile.begin * input.stride, elements, -T(__builtin_huge_val()));
+  if constexpr (is_dual<V>) {
+    if (input.tangent != nullptr) {
+      copy(static_cast<const T*>(input.tangent) + tile.begin * columns, elements + width, T(0));
+    } else {
+      for (int64_t i = 0; i * width < columns; ++i) to[i].t = Primal<V>{};
+    }
+  }
+}
+
 template <class T, int N>
 inline double lane_sum(const Pack<T, N>& x) {
   const auto wide = __builtin_convertvector(x.v, typename Pack<double, N>::Vector);
@@ -124,6 +146,12 @@ inline void store(Tile tile, const P* from, int64_t columns, void* to, Arena<V> 
   memcpy(static_cast<T*>(to) + tile.begin * columns, rows, size_t(tile.count * columns) * sizeof(T));
 }
 
+template <class P>
+inline void store_across(Tile tile, const P* from, int64_t columns, void* to) {
+  using T = Element<P>;
+  if (from != nullptr) memcpy(static_cast<T*>(to) + tile.begin * columns, from, size_t(columns) * sizeof(T));
+}
+
 // Slice i of an (n, rows, columns) output.
 template <class T>
 inline void* slice(void* output, int64_t i, int64_t rows, int64_t columns) {
@@ -154,7 +182,7 @@ inline void load_shared(Input input, int64_t count, Shared<V>* to) {
 }
 
 // The factor of a row's loss in what is differentiated: cotangent, and 1/rows for a mean; 0 past the tile's end.
-template <class V>
+template <class V, bool across = false>
 inline V load_weight(const LossCall& call, Tile tile) {
   using T = Element<V>;
   constexpr int width = LaneTraits<V>::width;
@@ -171,6 +199,7 @@ inline V load_weight(const LossCall& call, Tile tile) {
       }
     }
   }
+  if constexpr (across) return from_lane(weight, 0);
   return weight;
 }
 
@@ -203,9 +232,9 @@ constexpr int kFlushed = 64;
 struct Chunks {
   int64_t rows, size, count;
 
-  explicit Chunks(int64_t rows, int64_t most = kMostChunks, int64_t least_rows = 32)
+  explicit Chunks(int64_t rows, int64_t most = kMostChunks, int64_t least_rows = 32, int64_t multiple = 16)
       : rows(rows),
-        size((std::max(least_rows, (rows + most - 1) / most) + 15) / 16 * 16),
+        size((std::max(least_rows, (rows + most - 1) / most) + multiple - 1) / multiple * multiple),
         count((rows + size - 1) / size) {}
 
   // body(tile) for the tiles of a chunk, until one is refused.
@@ -220,12 +249,12 @@ struct Chunks {
   }
 };
 
-// Threads worth waking for rows that cost so many elementary operations each: waking one takes as long as some ten
-// thousand of them.
+// Threads that get some fifty microseconds each of rows that cost so many elementary operations. Waking one takes a
+// tenth of that, and where others use the machine too, a loop waits for a thread that has nothing to run on.
 inline int worthwhile_threads(const Call& call, int64_t operations) {
-  constexpr double kOperationsPerThread = 65536;
+  constexpr double kOperationsPerThread = 1 << 20;
   const double wanted = double(call.rows) * double(operations) / kOperationsPerThread;
-  return int(std::min(double(call.threads), 1.0 + wanted));
+  return int(std::clamp(wanted, 1.0, double(std::max(call.threads, 1))));
 }
 
 // The first refusal, in the order of rows.
@@ -238,13 +267,14 @@ inline Verdict first_refusal(const Chunks& chunks, const Verdict* verdicts) {
 
 // Runs body(tile, arena) over all rows of so many operations each. A body that refuses a row says so before it reads
 // what that row would lead it to; what has been written by then is of no use.
-template <class V, class Body>
+template <class V, bool across = false, class Body>
 Verdict for_each_tile(const Call& call, int64_t operations, size_t scratch_bytes, Body body) {
-  const Chunks chunks(call.rows);
+  const Chunks chunks = across ? Chunks(call.rows, kMostChunks, 1, 1) : Chunks(call.rows);
   Verdict verdicts[kMostChunks];
   parallel_for(chunks.count, worthwhile_threads(call, operations), [&](int64_t chunk) {
     const Arena<V> arena{static_cast<char*>(scratch(scratch_bytes))};
-    verdicts[chunk] = chunks.for_each_tile<LaneTraits<V>::width>(chunk, [&](Tile tile) { return body(tile, arena); });
+    constexpr int width = across ? 1 : LaneTraits<V>::width;
+    verdicts[chunk] = chunks.for_each_tile<width>(chunk, [&](Tile tile) { return body(tile, arena); });
   });
   return first_refusal(chunks, verdicts);
 }
@@ -276,7 +306,7 @@ struct Totals {
 
 // Runs body(tile, arena, shared, loss, stats), as above, over all rows: it writes one lane value for the losses of the
 // tile's rows and five for their statistics, and adds to `shared`. Writes call.out and call.stats.
-template <class V, class Body>
+template <class V, bool across = false, class Body>
 Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, size_t scratch_bytes, Body body) {
   using P = Primal<V>;
   using T = Element<V>;
@@ -285,7 +315,7 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
   const int64_t most = std::max<int64_t>(1, (int64_t(1) << 21) / std::max<int64_t>(sums.terms, 1));
   // Large enough that the sums over lanes at a chunk's end are little next to its rows.
   const int64_t least_rows = std::clamp<int64_t>(2048 * sums.terms / operations, 32, 1024);
-  const Chunks chunks(call.rows, std::min(kMostChunks, most), least_rows);
+  const Chunks chunks(call.rows, std::min(kMostChunks, most), across ? 1 : least_rows, across ? 1 : 16);
   Verdict verdicts[kMostChunks];
   const int64_t shared_terms = sums.wanted ? sums.terms : 0;
   const int64_t shared_packs = sums.by_lane ? shared_terms : (shared_terms + width - 1) / width;
@@ -305,7 +335,7 @@ Totals for_each_tile(const LossCall& call, int64_t operations, SharedSums sums, 
       for (int64_t i = 0; i < shared_packs; ++i) shared[i] = P{};
     };
     int unflushed = 0;
-    verdicts[chunk] = chunks.for_each_tile<width>(chunk, [&](Tile tile) -> Verdict {
+    verdicts[chunk] = chunks.for_each_tile<across ? 1 : width>(chunk, [&](Tile tile) -> Verdict {
       P loss{};
       RowStats<P> row_stats{};
       const Verdict verdict = body(tile, arena, shared, loss, row_stats);

@@ -7,7 +7,7 @@
 
 #include "cpu/kernels.hpp"
 #include "cpu/pack.hpp"
-#include "cpu/parallel.hpp"
+#include "cpu/tiles.hpp"
 #include "po_kernels/half.hpp"
 #include "po_kernels/several.hpp"
 
@@ -296,24 +296,24 @@ struct TokenRow {
       if constexpr (capped) g = g * scale.slope(y);
       return output(g);
     };
-    const auto store = [&](auto y, int64_t column) PK_LAMBDA { store_columns(to + column, finished(y, of(y))); };
-    int64_t column = 0;
-    for (; column + step <= classes; column += step) store(columns<All>(column), column);
-    for (; column + width <= classes; column += width) store(columns<V>(column), column);
-    Stored some[width];
-    if (column < classes) {
-      const V y = last_columns(column);
-      store_columns(some, finished(y, of(y)));
-      std::copy_n(some, classes - column, to + column);
-    }
-    // The taken one again, rounded once.
+    // The taken one's sum is rounded once. It is made first, since the gradient may take the place of the logits.
     const int64_t here = token / width * width;
     V more{};
     reinterpret_cast<T*>(&more)[token - here] = T(stop(weights.alpha));
     if constexpr (is_dual<V>) reinterpret_cast<T*>(&more)[width + token - here] = T(weights.alpha.t);
     const V y = pack_with(here);
-    store_columns(some, finished(y, of(y) + more));
-    to[token] = some[token - here];
+    Stored taken[width], last[width];
+    store_columns(taken, finished(y, of(y) + more));
+
+    const auto store = [&](auto y, Stored* to) PK_LAMBDA { store_columns(to, finished(y, of(y))); };
+    int64_t column = 0;
+    for (; column + step <= classes; column += step) store(columns<All>(column), to + column);
+    for (; column + width <= classes; column += width) store(columns<V>(column), to + column);
+    if (column < classes) {
+      store(last_columns(column), last);
+      std::copy_n(last, classes - column, to + column);
+    }
+    to[token] = taken[token - here];
   }
 };
 
@@ -360,12 +360,12 @@ Verdict run_row(const TokenLogProb& call, int64_t row) {
 template <class V, class Stored>
 Verdict run_rows(const TokenLogProb& call) {
   const auto run = call.softcap.given ? run_row<V, Stored, true> : run_row<V, Stored, false>;
-  constexpr int64_t kColumnsPerThread = 8192;  // whose work is worth waking a thread
-  const int64_t size = std::max<int64_t>(1, kColumnsPerThread / std::max<int64_t>(call.classes, 1));
+  constexpr int64_t kColumnsAtOnce = 8192;  // which a thread takes from the others
+  const int64_t size = std::max<int64_t>(1, kColumnsAtOnce / std::max<int64_t>(call.classes, 1));
   const int64_t chunks = (call.rows + size - 1) / size;
   // The first refusal, in the order of rows.
   std::atomic<int64_t> first{INT64_MAX};
-  parallel_for(chunks, int(std::min<int64_t>(call.threads, chunks)), [&](int64_t chunk) {
+  parallel_for(chunks, worthwhile_threads(call, 8 * call.classes), [&](int64_t chunk) {
     for (int64_t row = chunk * size; row < std::min(call.rows, (chunk + 1) * size); ++row) {
       const Verdict verdict = run(call, row);
       if (verdict.code == kAccepted) continue;

@@ -1,6 +1,6 @@
 """Refusals that depend on values, made where the values can be read without synchronising a device."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ def values(op: contract.Op, inputs: Any, constants: Any) -> None:
     if "precision" in op.axes:
         precision(name, inputs.precision)
     if op.labels is not None:
-        labels(name, op.labels, getattr(constants, op.labels), op.classes(inputs), op.leaves_out)
+        labels(op, constants, op.classes(inputs))
     if "logits" in op.axes:
         left_out = constants.token_ids == contract.IGNORED if op.leaves_out else None
         logits(name, inputs.logits, getattr(constants, "seed", None) is not None, left_out)
         if op.labels == "samples":
-            unmasked(name, op.labels, constants.samples, inputs.logits)
+            unmasked(name, constants.samples, inputs.logits)
 
 
 def precision(op: str, value: Tensor) -> None:
@@ -38,25 +38,37 @@ def precision(op: str, value: Tensor) -> None:
         contract.refuse(op, "precision_not_positive", 0)
 
 
-def labels(op: str, name: str, value: Tensor, num_classes: int, leaves_out: bool = False) -> None:
-    """value: (..., B), of which some may be IGNORED."""
+def labels(op: contract.Op, constants: Any, num_classes: int) -> None:
+    bad = _out_of_range(op, getattr(constants, op.labels or ""), num_classes)
+    if is_true(bad.any()):
+        wrong_label(op, constants, num_classes, _first_row(bad))
+
+
+def wrong_label(op: contract.Op, constants: Any, num_classes: int, row: int) -> NoReturn:
+    """Refuses the first label of a row that is out of range."""
+    value = getattr(constants, op.labels or "")[..., row]
+    got = value[_out_of_range(op, value, num_classes)][0].item()
+    contract.refuse(op.name, "label_out_of_range", row, got=got, last=num_classes - 1)
+
+
+def _out_of_range(op: contract.Op, value: Tensor, num_classes: int) -> Tensor:
     bad = (value < 0) | (value >= num_classes)
-    _any_row(op, "label_out_of_range", bad & (value != contract.IGNORED) if leaves_out else bad, name)
+    return bad & (value != contract.IGNORED) if op.leaves_out else bad
 
 
-def logits(op: str, value: Tensor, sampled: bool = False, left_out: Tensor | None = None) -> None:
-    """value: (B, C); left_out: (B,). Samples can be drawn only where the largest logit is finite."""
+def logits(op: str, value: Tensor, sampled: bool = False, left_out: Tensor | None = None, name: str = "logits") -> None:
+    """value: (B, C), made of what `name` says; left_out: (B,). Samples need a finite largest logit."""
     value = value.detach()
     masked = torch.isneginf(value).all(dim=-1)
-    _any_row(op, "all_masked", masked if left_out is None else masked & ~left_out)
+    _any_row(op, "all_masked", masked if left_out is None else masked & ~left_out, logits=name)
     if sampled:
         _any_row(op, "logits_not_finite", ~(value < float("inf")).all(dim=-1))
 
 
-def unmasked(op: str, name: str, value: Tensor, logits: Tensor) -> None:
+def unmasked(op: str, value: Tensor, logits: Tensor) -> None:
     """value: (..., B)."""
     masked = torch.isneginf(logits.detach()).expand(*value.shape, -1)
-    _any_row(op, "label_masked", masked.gather(-1, value.unsqueeze(-1)).squeeze(-1), name)
+    _any_row(op, "label_masked", masked.gather(-1, value.unsqueeze(-1)).squeeze(-1))
 
 
 def scale_tril(op: str, value: Tensor) -> None:
@@ -84,10 +96,14 @@ def _is_positive_definite(matrix: Tensor) -> bool:
     return True
 
 
-def _any_row(op: str, refusal: str, bad: Tensor, name: str = "target") -> None:
+def _any_row(op: str, refusal: str, bad: Tensor, **named: str) -> None:
     if is_true(bad.any()):
-        row = int(bad.reshape(-1, bad.shape[-1]).any(dim=0).nonzero()[0])
-        contract.refuse(op, refusal, row, name)
+        contract.refuse(op, refusal, _first_row(bad), **named)
+
+
+def _first_row(bad: Tensor) -> int:
+    """bad: (..., B)."""
+    return int(bad.reshape(-1, bad.shape[-1]).any(dim=0).nonzero()[0])
 
 
 def is_true(condition: Tensor) -> bool:

@@ -45,12 +45,19 @@ class Kernel(ABC):
         return {name: _NUMBERS[name][each] if name in _NUMBERS else each for name, each in chosen.items()}
 
     def __call__(self, request: Request) -> list[Tensor | None]:
+        arguments, outputs, keep = self._prepared(request)
+        self.call(arguments, request)
+        del keep
+        return outputs
+
+    def _prepared(self, request: Request) -> tuple[Arguments, list[Tensor | None], list[Tensor]]:
+        """Arguments, outputs to be filled, and what has to live until then."""
         inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
         op, head, tensors = self.op, inputs[0], (*inputs, *constants)
         shape = op.value_shape(inputs, constants, config)
         out = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
         outputs: list[Tensor | None] = [out, None]
-        keep: list[Tensor] = []  # what is copied for the call lives until its end
+        keep: list[Tensor] = []
         arguments = self.base(config).copy()
         arguments["is_double"] = head.dtype == torch.float64
         if op.reads_half:
@@ -68,7 +75,8 @@ class Kernel(ABC):
             contiguous = x.is_contiguous()
             gradient = None
             if needed:
-                gradient = torch.empty_like(x) if contiguous else x.new_empty(x.shape)
+                in_place = config.overwrite and contiguous
+                gradient = x if in_place else torch.empty_like(x) if contiguous else x.new_empty(x.shape)
                 arguments[gradient_name] = gradient.data_ptr()
             outputs.append(gradient)
             if not (contiguous or (stride and x[:1].is_contiguous())):
@@ -90,12 +98,48 @@ class Kernel(ABC):
             arguments["cotangent"] = _address(cotangent, keep)
         if cotangent_tangent is not None:
             arguments["cotangent_tangent"] = _address(cotangent_tangent, keep)
-        self.call(arguments, request)
-        return outputs
+        return arguments, outputs, keep
+
+    def _batch(self, request: Request, problems: int) -> list[Tensor | None]:
+        """The outputs of so many problems, which the first axis of every tensor counts, in one call."""
+        op, names = self.op, [name for name, *_ in self.inputs]
+        steps: dict[str, Any] = {}
+
+        def ready(tensors: Any, names: Any) -> list[Any]:
+            """Such that a problem's lies in memory as a call takes it."""
+            found = [x if x is None or x[0].is_contiguous() else x.contiguous() for x in tensors]
+            steps.update(
+                {n: x.stride(0) * x.element_size() for n, x in zip(names, found, strict=True) if x is not None}
+            )
+            return found
+
+        inputs, constants, tangents, cotangent, cotangent_tangent, *rest = request
+        request = op.request(
+            ready(inputs, names), ready(constants, op.Constants._fields),
+            None if tangents is None else ready(tangents, [name for _, name, _, _ in self.inputs]),
+            *ready((cotangent, cotangent_tangent), ("cotangent", "cotangent_tangent")), *rest,
+        )  # fmt: skip
+        if self.draws and request.constants.seed is not None:
+            steps["seed"] = request.constants.seed.tolist()
+        arguments, outputs, keep = self._prepared(op.problem(request, 0))
+        found: list[Tensor | None] = []
+        for name, output in zip(("out", "stats", *[name for _, _, name, _ in self.inputs]), outputs, strict=True):
+            if output is not None:
+                steps[name] = output.numel() * output.element_size()
+                output = output.new_empty((problems, *output.shape))
+                arguments[name] = output.data_ptr()
+            found.append(output)
+        self.call(arguments, request, problems, steps)
+        del keep
+        return found
 
     @abstractmethod
-    def call(self, arguments: Arguments, request: Request) -> None:
-        """Runs the kernel on the device of the tensors; raises what it refuses. A seed is still a tensor."""
+    def call(self, arguments: Arguments, request: Request, *batch: Any) -> None:
+        """Runs the kernel on the device of the tensors; raises what it refuses. A seed is still a tensor.
+
+        Of a batch the request is whole, the arguments are those of its first problem, and `batch` is the number of
+        problems and the bytes, or the numbers, by which one's arguments differ from those of the one before.
+        """
 
 
 def _address(tensor: Tensor, keep: list[Tensor]) -> int:

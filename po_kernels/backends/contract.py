@@ -48,7 +48,10 @@ GOES_ON, TERMINATED, TRUNCATED = 0, 1, 2
 
 
 class OpConfig(NamedTuple):
-    """The options of an op that are not tensors; each op has use for some of them."""
+    """The options of an op that are not tensors; each op has use for some of them.
+
+    `overwrite` is between backends: the gradient of an op's only input may take its place.
+    """
 
     estimator: str = ""
     num_samples: int = 0
@@ -60,6 +63,7 @@ class OpConfig(NamedTuple):
     temperature: float = 1.0
     softcap: float | None = None
     chunk_rows: int = 0
+    overwrite: bool = False
 
 
 class Request(NamedTuple):
@@ -93,8 +97,8 @@ class Op:
         row_axis: for each input of a loss the axis along which a row's value depends on it alone, None if a
             cotangent with an axis has to be known before its gradient can be.
         options: the fields of `OpConfig` that it has a use for.
-        labels: the constant that holds classes of a categorical, if it has one. Those of an op with token statistics
-            may be IGNORED, which `leaves_out` says.
+        labels: the constant that holds classes of a categorical, None if it has none.
+        leaves_out: labels may be IGNORED.
         differentiable: False for labels that are drawn.
         reads_half: kernels are given tensors in half precision as they are; they compute in float32.
     """
@@ -107,6 +111,8 @@ class Op:
         value: str = "",
         estimators: tuple[str, ...] = (),
         options: tuple[str, ...] = (),
+        labels: str | None = None,
+        leaves_out: bool = False,
         differentiable: bool = True,
         reads_half: bool = False,
     ) -> None:
@@ -126,9 +132,8 @@ class Op:
             self.options += ("estimator", "advantage", "rbf_gamma", "entropy_coef", "reduction", "num_samples")
         if "seed" in constants:
             self.options += ("num_samples", "row_offset")
-        classes = any("C" in letters for letters in inputs.values())
-        self.labels = next((each for each in constants if classes and each != "seed"), None)
-        self.leaves_out = value.startswith("S")
+        self.labels = labels
+        self.leaves_out = leaves_out
         self.differentiable = differentiable
         self.reads_half = reads_half
         # Where each size is read: an axis of a tensor, or the configuration.
@@ -155,6 +160,15 @@ class Op:
             new(Inputs, inputs), new(self.Constants, constants), None if tangents is None else new(Inputs, tangents),
             cotangent, cotangent_tangent, new(Inputs, needs), want_stats, config,
         )  # fmt: skip
+
+    def problem(self, request: Request, index: int) -> Request:
+        """One of a batch of problems, which the first axis of every tensor counts."""
+
+        def of(tensors: Iterable[Tensor | None] | None) -> Any:
+            return None if tensors is None else [None if x is None else x[index] for x in tensors]
+
+        inputs, constants, tangents, cotangent, cotangent_tangent, *rest = request
+        return self.request(of(inputs), of(constants), of(tangents), *of((cotangent, cotangent_tangent)), *rest)
 
     def size(self, letter: str, inputs: Any, constants: Any, config: OpConfig) -> int:
         if letter == "G":
@@ -210,7 +224,9 @@ _LOGITS = {"logits": "BC"}
 
 def _token_op(name: str, inputs: dict[str, str]) -> Op:
     options = ("temperature", "softcap") if "logits" in inputs else ("temperature", "softcap", "chunk_rows")
-    return Op(name, inputs, {"token_ids": "B"}, "SB", options=options, reads_half=True)
+    return Op(
+        name, inputs, {"token_ids": "B"}, "SB", options=options, labels="token_ids", leaves_out=True, reads_half=True
+    )
 
 
 OPS = {
@@ -223,9 +239,16 @@ OPS = {
             {**_LOGITS, "reward_table": "CC"},
             {"target": "B", **_SEED},
             estimators=("exact", "dice", "reinforce"),
+            labels="target",
         ),
-        Op("categorical_surrogate_loss", {**_LOGITS, "rewards": "GB"}, {"samples": "GB"}, estimators=_SAMPLED[1:]),
-        Op("categorical_log_prob", _LOGITS, {"value": "NB"}, "NB"),
+        Op(
+            "categorical_surrogate_loss",
+            {**_LOGITS, "rewards": "GB"},
+            {"samples": "GB"},
+            estimators=_SAMPLED[1:],
+            labels="samples",
+        ),
+        Op("categorical_log_prob", _LOGITS, {"value": "NB"}, "NB", labels="value"),
         Op("categorical_sample", _LOGITS, _SEED, "GB", differentiable=False),
         _token_op("token_log_prob", _LOGITS),
         _token_op("linear_token_log_prob", {"hidden": "BH", "weight": "CH", "bias": "*"}),
@@ -247,16 +270,14 @@ REFUSALS = {
         1, "precision: expected positive values (as a matrix: positive definite), got others"
     ),
     "precision_not_symmetric": Refusal(2, "precision: expected a symmetric matrix, got one that is not"),
-    "label_out_of_range": Refusal(
-        3, "{name}: expected labels from 0 to the number of classes less one, got another in row {row}"
-    ),
-    "all_masked": Refusal(4, "logits: expected a logit above -inf in each row, got none in row {row}"),
+    "label_out_of_range": Refusal(3, "{labels}: expected labels from 0 to {last}, got {got} in row {row}"),
+    "all_masked": Refusal(4, "{logits}: expected a logit above -inf in each row, got none in row {row}"),
     "not_triangular": Refusal(
         5, "scale_tril: expected a lower triangular matrix, got an entry above the diagonal in row {row}"
     ),
     "singular": Refusal(6, "scale_tril: expected a positive diagonal, got another in row {row}"),
     "label_masked": Refusal(
-        7, "{name}: expected labels that the logits do not mask, got one of probability zero in row {row}"
+        7, "{labels}: expected labels that the logits do not mask, got one of probability zero in row {row}"
     ),
     "logits_not_finite": Refusal(
         8, "logits: expected numbers or -inf to draw samples from, got nan or inf in row {row}"
@@ -277,6 +298,7 @@ class RefusedError(ValueError):
         self.refusal, self.row = refusal, row
 
 
-def refuse(op: str, refusal: str, row: int, name: str = "target") -> NoReturn:
-    """Raises the error of a value refused, `name` being that of the labels."""
-    raise RefusedError(f"{op}: " + REFUSALS[refusal].message.format(row=row, name=name), refusal, row)
+def refuse(op: str, refusal: str, row: int, **named: Any) -> NoReturn:
+    """Raises the error of a value refused; `named` are what else its message names."""
+    known = {"labels": OPS[op].labels, "logits": "logits", "row": row, **named}
+    raise RefusedError(f"{op}: " + REFUSALS[refusal].message.format(**known), refusal, row)

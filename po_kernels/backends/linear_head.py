@@ -14,9 +14,11 @@ from . import autocast, checks, contract
 from .contract import IGNORED, NUM_TOKEN_STATS, OPS, Kernel, OpConfig, Request
 
 OP, ROW_OP = "linear_token_log_prob", "token_log_prob"
+LOGITS = "hidden, weight"  # what a message calls them, which the caller does not have
 # Rows of a chunk unless the call says how many: enough for the matrix products, few enough for memory.
-_CHUNK_ROWS = {"cpu": 64}
+_CHUNK_ROWS = {"cpu": 128}
 _CHUNK_ROWS_ON_A_DEVICE = 1024
+_WEIGHTS_AT_ONCE = 2**20
 
 
 def kernel(row_kernel: Kernel) -> Kernel:
@@ -29,23 +31,26 @@ def kernel(row_kernel: Kernel) -> Kernel:
     def in_chunks(request: Request) -> list[Tensor | None]:
         inputs, _, tangents, cotangent, cotangent_tangent, needs, _, config = request
         ids = request.constants.token_ids
-        checks.labels(OP, "token_ids", ids, inputs.weight.shape[0], leaves_out=True)
+        checks.labels(OPS[OP], request.constants, inputs.weight.shape[0])
         hidden = inputs.hidden
         size = config.chunk_rows or _CHUNK_ROWS.get(hidden.device.type, _CHUNK_ROWS_ON_A_DEVICE)
         dtype = contract.computed(hidden.dtype)
         value = torch.empty((NUM_TOKEN_STATS, len(hidden)), dtype=dtype, device=hidden.device)
         # Sums over chunks are not in half precision.
         found = [torch.zeros_like(x, dtype=dtype) if n else None for x, n in zip(inputs, needs, strict=True)]
+        logits = _matrix(size, inputs.weight.mT)
         for first in range(0, len(hidden), size):
             part = slice(first, first + size)
             left_out = (ids[part] == IGNORED).unsqueeze(1)
 
             def kept(rows: Tensor, left_out: Tensor = left_out) -> Tensor:
                 """What is left out may be nan, and a product with 0 would be too."""
-                return _padded(rows.masked_fill(left_out, 0.0), size)
+                copy = _matrix(size, rows).zero_()
+                copy[: len(rows)] = rows.masked_fill(left_out, 0.0)
+                return copy
 
             chunk = _Chunk(
-                row_kernel, inputs, tangents, config, first,
+                row_kernel, inputs, tangents, config, first, logits,
                 hidden=kept(hidden[part]),
                 moved=None if tangents is None or tangents.hidden is None else kept(tangents.hidden[part]),
                 ids=_padded(ids[part], size, IGNORED),
@@ -69,14 +74,23 @@ def _padded(x: Tensor, rows: int, fill: float = 0) -> Tensor:
     return padded
 
 
+def _matrix(rows: int, like: Tensor) -> Tensor:
+    """Room for so many rows of a matrix, each at a multiple of 64 bytes: a matrix product that reads or writes rows
+    that lie otherwise may round each of them otherwise, and a row's result would depend on its place."""
+    size = like.shape[-1]
+    return like.new_empty(rows, -(-size // 32) * 32)[:, :size]
+
+
 class _Chunk(NamedTuple):
-    """Rows of a request from `first` on, padded with rows that are left out; `moved` is the tangent of `hidden`."""
+    """Rows of a request from `first` on, padded with rows that are left out, with memory for their logits; `moved` is
+    the tangent of `hidden`."""
 
     row_kernel: Kernel
     inputs: Any
     tangents: Any
     config: OpConfig
     first: int
+    logits: Tensor
     hidden: Tensor
     moved: Tensor | None
     ids: Tensor
@@ -85,9 +99,9 @@ class _Chunk(NamedTuple):
     def run(self, found: list[Tensor | None], part: slice, needs: Any) -> Tensor:
         """The value; adds the chunk's gradients to `found`."""
         weight, moved = self.inputs.weight, self.tangents
-        z = self._head(self.hidden, weight, self.inputs.bias)
+        z = self._head(self.hidden, weight, self.inputs.bias, self.logits)
         if moved is None:
-            value, _, g = self._row(z, None, any(needs))
+            value, _, g = self._row(z, None, any(needs), overwrite=True)
             if g is not None:
                 self._add(found, part, g, self.hidden, weight)
             return value
@@ -106,22 +120,33 @@ class _Chunk(NamedTuple):
                 self._add(found, part, g, self.moved, moved.weight, bias=False)
         return value
 
-    def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if bias is None or not bias.numel():
-            return hidden @ weight.mT
-        return torch.addmm(bias, hidden, weight.mT)
+    def _head(self, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """hidden · weightᵀ + bias; on the CPU by blocks of the vocabulary, whose weights are in cache for all rows."""
+        if out is None:
+            out = _matrix(len(hidden), weight.mT)
+        bias = None if bias is None or not bias.numel() else bias
+        block = len(weight)
+        if weight.device.type == "cpu":
+            block = max(256, _WEIGHTS_AT_ONCE // max(weight.shape[1], 1) // 64 * 64)
+        for first in range(0, len(weight), block):
+            part = slice(first, first + block)
+            if bias is None:
+                torch.mm(hidden, weight[part].mT, out=out[:, part])
+            else:
+                torch.addmm(bias[part], hidden, weight[part].mT, out=out[:, part])
+        return out
 
-    def _row(self, z: Tensor, along: Tensor | None, needed: bool) -> list[Any]:
+    def _row(self, z: Tensor, along: Tensor | None, needed: bool, overwrite: bool = False) -> list[Any]:
         cotangent, cotangent_tangent = self.cotangents
         tangents = None if along is None else [along]
         request = OPS[ROW_OP].request(
             [z], [self.ids], tangents, cotangent, cotangent_tangent if along is not None else None, [needed], False,
-            self.config,
+            self.config._replace(overwrite=overwrite),
         )  # fmt: skip
         try:
             return list(self.row_kernel(request))
         except contract.RefusedError as error:
-            contract.refuse(OP, error.refusal, self.first + error.row, "token_ids")
+            contract.refuse(OP, error.refusal, self.first + error.row, logits=LOGITS)
 
     def _add(
         self, found: list[Tensor | None], part: slice, g: Tensor, hidden: Tensor | None, weight: Tensor | None,
@@ -130,7 +155,7 @@ class _Chunk(NamedTuple):
         to_hidden, to_weight, to_bias = found
         if to_hidden is not None and weight is not None:
             rows = to_hidden[part]
-            rows += (g @ weight)[: len(rows)]
+            rows += torch.mm(g, weight, out=_matrix(len(g), weight))[: len(rows)]
         if to_weight is not None and hidden is not None:
             if g.dtype == to_weight.dtype:
                 to_weight.addmm_(g.mT, hidden)

@@ -24,12 +24,16 @@ from . import _library, _modes
 
 
 class Call(NamedTuple):
-    """Everything about a call of a kernel but its tensors."""
+    """Everything about a call of a kernel but its tensors.
+
+    `problems` is 0, or says how many problems it is of, as many as the first axis of every tensor then has.
+    """
 
     op: str
     backend: str
     config: OpConfig
     want_stats: bool
+    problems: int = 0
 
 
 def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None], compiling: bool) -> Sequence[Any]:
@@ -62,6 +66,8 @@ def run(
 ) -> Sequence[Any]:
     """[value, statistics, *gradients] of the kernel, or their derivatives: `po_kernels.backends.contract`."""
     op, moved = call.op, tangents or ()
+    if call.problems and not _modes.may_call_directly(*inputs, *constants, *moved, cotangent, cotangent_tangent):
+        return _one_by_one(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats)
     if not torch.compiler.is_compiling():
         if any(map(_is_batched, (*moved, cotangent))):
             raise RuntimeError(
@@ -79,7 +85,27 @@ def _direct(
     call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Any, moved: Any, needs: Any, want_stats: bool
 ) -> Sequence[Any]:
     request = OPS[call.op].request(inputs, constants, tangents, cotangent, moved, needs, want_stats, call.config)
-    return dispatch.kernel(call.op, call.backend)(request)
+    kernel = dispatch.kernel(call.op, call.backend)
+    if not call.problems:
+        return kernel(request)
+    batch = getattr(kernel, "batch", None)
+    if batch is not None:
+        return batch(request, call.problems)
+    return _one_by_one(call, inputs, constants, tangents, cotangent, moved, needs, want_stats)
+
+
+def _one_by_one(
+    call: Call, inputs: Any, constants: Any, tangents: Any, cotangent: Any, moved: Any, needs: Any, want_stats: bool
+) -> list[Tensor | None]:
+    """A batch where a kernel takes one problem a call."""
+
+    row, one = OPS[call.op], call._replace(problems=0)
+    batch = row.request(inputs, constants, tangents, cotangent, moved, needs, want_stats, call.config)
+    found = []
+    for i in range(call.problems):
+        *tensors, needs, want_stats, _ = row.problem(batch, i)
+        found.append(run(one, *tensors, needs=needs, want_stats=want_stats))
+    return [None if column[0] is None else torch.stack(column) for column in zip(*found, strict=True)]
 
 
 def _is_batched(x: Tensor | None) -> bool:
@@ -94,31 +120,39 @@ def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple
 
 def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
     op = OPS[call.op]
+    lead = (call.problems,) if call.problems else ()
+    inputs, constants = ([x[0] if lead and x is not None else x for x in tensors] for tensors in (inputs, constants))
     shape = op.value_shape(op.Inputs(*inputs), op.Constants(*constants), call.config)
-    return inputs[0].new_ones(shape, dtype=op.value_dtype(inputs[0].dtype))
+    return inputs[0].new_ones((*lead, *shape), dtype=op.value_dtype(inputs[0].dtype))
 
 
-def _filled(found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+def _filled(call: Call, found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """An empty tensor for what was not asked for: an operator has a fixed number of outputs."""
-    return tuple([like.new_empty(0) if x is None else x for x in found])
+    shape = (call.problems, 0) if call.problems else (0,)
+    return tuple([like.new_empty(shape) if x is None else x for x in found])
 
 
-def _loop(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
-    """vmap as a loop: the kernels take one problem a call."""
-    if info.batch_size == 0:
-        raise ValueError(f"{getattr(args[0], 'op', args[0])}: torch.vmap: expected a batch of at least 1, got 0")
-    results = []
-    for index in range(info.batch_size):
-        chosen = [
-            arg.select(dim, index) if isinstance(arg, Tensor) and dim is not None else arg
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        results.append(function.apply(*chosen))
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    columns = tuple(zip(*results, strict=True))
-    stacked = tuple(None if column[0] is None else torch.stack(column) for column in columns)
-    return stacked, tuple(None if column is None else 0 for column in stacked)
+def _batch(function: Any, info: Any, in_dims: Any, *args: Any) -> Any:
+    """vmap of a function whose first argument is a call: the same function of a batch of problems, or of as many times
+    more of them."""
+    call, size = args[0], info.batch_size
+    if size == 0:
+        raise ValueError(f"{call.op}: torch.vmap: expected a batch of at least 1, got 0")
+
+    def folded(x: Any, dim: int | None) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1) if call.problems else x
+
+    problems = size * max(call.problems, 1)
+    found = function.apply(call._replace(problems=problems), *map(folded, args[1:], in_dims[1:]))
+    single = isinstance(found, Tensor)
+    each = [
+        x.unflatten(0, (size, call.problems)) if call.problems and x is not None else x
+        for x in ((found,) if single else found)
+    ]
+    return (each[0], 0) if single else (tuple(each), tuple(None if x is None else 0 for x in each))
 
 
 class _Value(torch.autograd.Function):
@@ -127,7 +161,7 @@ class _Value(torch.autograd.Function):
         inputs, constants = _split(call, tensors)
         early = _library.known_early(OPS[call.op], needs, call.config)
         found = run(call, inputs, constants, needs=early, want_stats=call.want_stats)
-        return _filled(found, found[0])
+        return _filled(call, found, found[0])
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -158,7 +192,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Value, info, in_dims, *args)
+        return _batch(_Value, info, in_dims, *args)
 
 
 def _directional(call: Call, tensors: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
@@ -225,7 +259,7 @@ def _gradient(call: Call, needs: Any, cotangent: Tensor, *tensors: Tensor) -> li
     def compute(missing: list[bool]) -> Sequence[Tensor | None]:
         return run(call, inputs, constants, None, cotangent, needs=missing)[2:]
 
-    return _library.gradient(op, needs, inputs, cotangent, known, compute)
+    return _library.gradient(op, needs, inputs, cotangent, known, compute, lead=bool(call.problems))
 
 
 class _Gradient(torch.autograd.Function):
@@ -233,7 +267,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(call, needs, cotangent, *tensors):
-        return _filled(_gradient(call, needs, cotangent, *tensors), cotangent)
+        return _filled(call, _gradient(call, needs, cotangent, *tensors), cotangent)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -272,7 +306,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Gradient, info, in_dims, *args)
+        return _batch(_Gradient, info, in_dims, *args)
 
 
 class _Derivative(torch.autograd.Function):
@@ -315,7 +349,7 @@ class _Derivative(torch.autograd.Function):
         filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, second, strict=True)]
         result = _Derivative.apply(call, *filled, *inputs, *constants)
         unit = _ones(call, inputs, constants)
-        if unit.ndim:
+        if unit.ndim > bool(call.problems):
             raise RuntimeError(
                 f"{call.op}: forward over forward mode is not available for a value that is no scalar; "
                 "use reverse mode for one of the two derivatives, or backend='reference'"
@@ -324,12 +358,12 @@ class _Derivative(torch.autograd.Function):
         _, *products = _Product.apply(call, needs, unit, None, *tangents, *inputs, *constants)
         for product, direction in zip(products, first[: len(inputs)], strict=True):
             if direction is not None:
-                result = result + (product * direction).sum()
+                result = result + (product * direction).flatten(result.ndim).sum(dim=-1)
         return result
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Derivative, info, in_dims, *args)
+        return _batch(_Derivative, info, in_dims, *args)
 
 
 def _product(
@@ -339,7 +373,7 @@ def _product(
     tangents, rest = _split(call, tensors)
     inputs, constants = _split(call, rest)
     derivative, _, *products = run(call, inputs, constants, tangents, cotangent, cotangent_tangent, needs=needs)
-    return derivative, *_filled(products, cotangent)
+    return derivative, *_filled(call, products, cotangent)
 
 
 class _Product(torch.autograd.Function):
@@ -367,7 +401,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Product, info, in_dims, *args)
+        return _batch(_Product, info, in_dims, *args)
 
 
 class _WithoutDerivative(torch.autograd.Function):
@@ -387,6 +421,14 @@ class _WithoutDerivative(torch.autograd.Function):
         return None
 
 
+def _each(function: Any, info: Any, in_dims: Any, op: str, *tensors: Any) -> Any:
+    """vmap of a check, problem by problem."""
+    for i in range(info.batch_size):
+        one = [x if x is None or dim is None else x.select(dim, i) for x, dim in zip(tensors, in_dims[1:], strict=True)]
+        found = function.apply(op, *one)
+    return found, None
+
+
 class _Refusals(_WithoutDerivative):
     """The refusals of values that a transform hides; nothing is returned."""
 
@@ -398,7 +440,7 @@ class _Refusals(_WithoutDerivative):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Refusals, info, in_dims, *args)
+        return _each(_Refusals, info, in_dims, *args)
 
 
 class _Drawn(_WithoutDerivative):
@@ -411,7 +453,7 @@ class _Drawn(_WithoutDerivative):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _loop(_Drawn, info, in_dims, *args)
+        return _batch(_Drawn, info, in_dims, *args)
 
 
 def drawn(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | None]) -> Tensor:

@@ -159,6 +159,21 @@ def positive(op: str, name: str, value: Any) -> float:
     return number
 
 
+def coefficient(op: str, value: float | Tensor, like: Tensor) -> float | Tensor:
+    """entropy_coef: a number that has been checked, or a tensor (), in the dtype and on the device of `like`."""
+    if not isinstance(value, Tensor):
+        return value
+    floating(op, ("entropy_coef",), value)
+    has_shape(op, "entropy_coef", value, ())
+    if value.device not in (like.device, torch.device("cpu")):
+        raise ValueError(
+            f"{op}: entropy_coef: expected a tensor on {like.device} or the CPU, got one on {value.device}"
+        )
+    if dispatch.is_true(~value.detach().isfinite()):
+        raise ValueError(f"{op}: entropy_coef: expected a finite number, got {value.item()}")
+    return value.to(like.device, like.dtype)
+
+
 def flag(op: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name}: expected True or False, got {type(value).__name__} {value!r}")

@@ -19,8 +19,8 @@ from . import _modes
 _SCHEMA = (
     "(Tensor[] inputs, Tensor?[] constants, Tensor?[] tangents, Tensor? cotangent, Tensor? cotangent_tangent, "
     "bool[] needs, bool want_stats, str backend, str estimator, int num_samples, str advantage, float? rbf_gamma, "
-    "str reduction, int row_offset, float temperature, float? softcap, int chunk_rows, float entropy_coef, "
-    "Tensor? coefficient) -> Tensor[]"
+    "str reduction, int row_offset, float? softcap, int chunk_rows, float temperature, float entropy_coef, "
+    "Tensor? annealed) -> Tensor[]"
 )
 
 _library = torch.library.Library("po_kernels", "DEF")
@@ -38,7 +38,8 @@ def _define(op: Op) -> None:
         resolved = _modes.resolved
         config = _config(*options[:-1])
         if options[-1] is not None:
-            config = config._replace(entropy_coef=float(options[-1]))
+            temperature, entropy_coef = options[-1].tolist()
+            config = config._replace(temperature=temperature, entropy_coef=entropy_coef)
         request = op.request(
             map(resolved, inputs), map(resolved, constants), map(resolved, tangents) if tangents else None,
             resolved(cotangent), resolved(cotangent_tangent), needs, want_stats, config,
@@ -103,26 +104,31 @@ def gradient(
     cotangent: Tensor,
     known: Sequence[Any],
     compute: Callable[[list[bool]], Sequence[Tensor | None]],
+    lead: bool = False,
 ) -> list[Tensor | None]:
     """g ∇f where needed.
 
     Args:
         known: ∇f where the forward pass had reason to compute it, an empty tensor or None elsewhere.
         compute: gives g ∇f for the inputs asked for.
+        lead: the first axis of every tensor counts problems.
     """
     missing = [needed and (k is None or k.shape != x.shape) for needed, k, x in zip(needs, known, inputs, strict=True)]
     result: list[Any] = list(compute(missing)) if any(missing) else [None] * len(missing)
     for i, axis in enumerate(op.row_axis):
         if needs[i] and not missing[i]:
-            result[i] = known[i] * _along(cotangent, axis, inputs[i].ndim)
+            result[i] = known[i] * _along(cotangent, axis, inputs[i].ndim, lead)
     return result
 
 
-def _along(cotangent: Tensor, axis: int | None, ndim: int) -> Tensor:
+def _along(cotangent: Tensor, axis: int | None, ndim: int, lead: bool) -> Tensor:
     """A cotangent () or (B,) to multiply a gradient with whose axis `axis` counts rows."""
-    if cotangent.ndim == 0 or axis is None:
+    if cotangent.ndim == lead:
+        return cotangent.reshape([-1] + [1] * (ndim - 1)) if lead else cotangent
+    if axis is None:
         return cotangent
-    return cotangent.reshape([-1 if i == axis else 1 for i in range(ndim)])
+    ahead = cotangent.shape[:1] if lead else ()
+    return cotangent.reshape([*ahead, *[-1 if i == axis else 1 for i in range(ndim - lead)]])
 
 
 def known_early(op: Op, needs: Sequence[bool], config: OpConfig) -> Sequence[bool]:
@@ -168,22 +174,23 @@ def call(
 ) -> list[Tensor]:
     """The operator of `op`.
 
-    On the CPU the coefficient goes in a tensor: of an annealed number torch.compile would make a graph for each value.
-    On a device it stays a number, for a tensor on the CPU would keep the call out of a CUDA graph.
+    On the CPU numbers that are annealed go in a tensor: torch.compile would make a graph for each of their values.
+    On a device they stay numbers, for a tensor on the CPU would keep the call out of a CUDA graph.
     """
-    number, coefficient = config.entropy_coef, None
+    numbers, annealed = (config.temperature, config.entropy_coef), None
     if inputs[0].device.type == "cpu":
-        number, coefficient = 0.0, torch.full((), number, dtype=torch.float64, device="cpu")
+        annealed = torch.stack([torch.full((), x, dtype=torch.float64, device="cpu") for x in numbers])
+        numbers = 1.0, 0.0
     return OPERATORS[op](
         list(inputs), list(constants), list(tangents), cotangent, cotangent_tangent, list(needs), want_stats, backend,
         config.estimator, config.num_samples, config.advantage, config.rbf_gamma, config.reduction, config.row_offset,
-        config.temperature, config.softcap, config.chunk_rows, number, coefficient,
+        config.softcap, config.chunk_rows, *numbers, annealed,
     )  # fmt: skip
 
 
 def _config(
     estimator: str, num_samples: int, advantage: str, rbf_gamma: float | None, reduction: str, row_offset: int,
-    temperature: float, softcap: float | None, chunk_rows: int, entropy_coef: float,
+    softcap: float | None, chunk_rows: int, temperature: float, entropy_coef: float,
 ) -> OpConfig:  # fmt: skip
     return OpConfig(
         estimator, num_samples, advantage, rbf_gamma, entropy_coef, reduction, row_offset, temperature, softcap,

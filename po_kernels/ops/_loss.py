@@ -49,11 +49,6 @@ def options(op: str, entropy_coef: float | Tensor, *given: Any) -> LossOptions:
     A tensor for entropy_coef stays apart from the kernels' options, which are numbers.
     """
     if isinstance(entropy_coef, Tensor):
-        _check.floating(op, ("entropy_coef",), entropy_coef)
-        _check.has_shape(op, "entropy_coef", entropy_coef, ())
-        # Of a device, and within a transform, the number is not at hand.
-        if not torch.compiler.is_compiling() and entropy_coef.is_cpu and _modes.may_call_directly(entropy_coef):
-            _check.real(op, "entropy_coef", float(entropy_coef.detach()))
         return options(op, 0.0, *given)._replace(entropy_coef=entropy_coef)
     if torch.compiler.is_compiling():
         return _options(op, entropy_coef, *given)
@@ -120,13 +115,10 @@ def loss(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Runs op on flattened rows, whose leading dimensions were `lead`."""
     config, return_stats, backend, coefficient = chosen
+    weight = None if coefficient is None else _check.coefficient(op, coefficient, inputs[0])
     value, stats = evaluate(op, backend, inputs, constants, config, return_stats)
-    if coefficient is not None:
-        if coefficient.device not in (value.device, torch.device("cpu")):
-            raise ValueError(
-                f"{op}: entropy_coef: expected a tensor on {value.device} or the CPU, got one on {coefficient.device}"
-            )
-        value = value - coefficient.to(value.dtype) * dispatch.entropy(OPS[op].Inputs(*inputs), config.reduction)
+    if weight is not None:
+        value = value - weight * dispatch.entropy(OPS[op].Inputs(*inputs), config.reduction)
     if config.reduction == "none":
         value = _check.rows(value, *lead)
         stats = tuple([_check.rows(column, *lead) for column in stats])

@@ -130,6 +130,11 @@ def _either(condition: Tensor, numbers: tuple[float, float], like: Tensor) -> Te
 Bounded = tuple[Any, tuple[Tensor, Tensor] | None]
 
 
+def _endless(ratio: Tensor, advantages: Tensor) -> Tensor:
+    """Where a ratio is inf: of no advantage it is no loss."""
+    return ratio.isinf() & (advantages.detach() == 0)
+
+
 def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> Bounded:
     """Of "clip", "is" and "sapo": ρ, or what a bound puts in its place.
 
@@ -140,8 +145,7 @@ def replaced_ratio(how: Surrogate, log_ratio: Tensor, advantages: Tensor) -> Bou
         # Beyond exp(80) the sigmoid is 1 to all digits and its derivative 0.
         return torch.sigmoid(tau * (log_ratio.clamp(max=80.0).exp() - 1.0)) * (4.0 / tau), None
     ratio = log_ratio.detach().exp()
-    # Of no advantage a ratio is no loss, whatever its size.
-    endless = ratio.isinf() & (advantages.detach() == 0)
+    endless = _endless(ratio, advantages)
     if how.name == "clip":
         bound = ratio.clamp(how.low, how.high)
         replaced = ((ratio - bound) * advantages.detach() > 0) | endless
@@ -178,12 +182,13 @@ def constant_ratio(
 def geometric_mean(
     how: Surrogate, advantages: Tensor, delta: Tensor, sequences: Sequences, log_ratio_max: float | None
 ) -> Bounded:
-    below, above = (advantages < 0) & (delta < -how.low), (advantages > 0) & (delta > how.high)
+    by_token = sequences.spread(advantages)
+    below, above = (by_token < 0) & (delta < -how.low), (by_token > 0) & (delta > how.high)
     clipped = torch.where(below, -how.low, torch.where(above, how.high, delta))
     mean = sequences.sums(clipped) / sequences.lengths(delta)
     if log_ratio_max is not None:
         mean = mean.clamp(-log_ratio_max, log_ratio_max)
-    return mean.exp(), (delta.detach(), clipped.detach())
+    return mean.masked_fill(_endless(mean.detach().exp(), advantages), 0.0).exp(), (delta.detach(), clipped.detach())
 
 
 def statistics(

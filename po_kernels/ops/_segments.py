@@ -16,5 +16,6 @@ def numbered(index: Tensor) -> Tensor:
     """(N,) any integers to the rank of each among those that occur, without reading how many there are."""
     order = torch.argsort(index, stable=True)
     ordered = index[order]
-    rank = torch.cat([ordered[:1] != ordered[:1], ordered[1:] != ordered[:-1]]).cumsum(0)
+    changed = (ordered != ordered.roll(1)).cumsum(0)
+    rank = changed - changed[:1]
     return torch.zeros_like(rank).scatter(0, order, rank)

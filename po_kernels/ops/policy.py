@@ -220,7 +220,7 @@ def policy_loss(
         )
         terms = -by_token * factor * log_prob
     elif surrogate == "geo_mean":
-        factor, bounded = _policy_terms.geometric_mean(how, by_token, delta, sequences, log_ratio_max)
+        factor, bounded = _policy_terms.geometric_mean(how, advantages, delta, sequences, log_ratio_max)
         terms = spread(-advantages * factor)
     else:
         at_ratio = advantages if whole else by_token
@@ -231,7 +231,7 @@ def policy_loss(
         weight = sequences.kept((spread(weight) if weight.shape == (number,) else weight).expand(shape))
         terms = terms * weight
     if bonus:
-        cost = -_coefficient(entropy_coef, log_prob) * found["entropy"]
+        cost = -_check.coefficient(op, entropy_coef, log_prob) * found["entropy"]
         extra = cost if extra is None else extra + cost
     terms = sequences.kept((terms if extra is None else terms + extra).expand(shape))
 
@@ -312,21 +312,6 @@ def _sequences(log_prob: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None)
     inside, valid = (None, None) if mask is None else _check.zero_or_one(op, "mask", mask, log_prob)
     inside = _modes.kept(inside)
     return Sequences(shape, log_prob.device, shape[0], inside, None, valid)
-
-
-def _coefficient(value: float | Tensor, like: Tensor) -> float | Tensor:
-    if not isinstance(value, Tensor):
-        return value
-    op = "policy_loss"
-    _check.floating(op, ("entropy_coef",), value)
-    _check.has_shape(op, "entropy_coef", value, ())
-    if value.device not in (like.device, torch.device("cpu")):
-        raise ValueError(
-            f"{op}: entropy_coef: expected a tensor on {like.device} or the CPU, got one on {value.device}"
-        )
-    if dispatch.is_true(~value.detach().isfinite()):
-        raise ValueError(f"{op}: entropy_coef: expected a finite number, got {value.item()}")
-    return value.to(like.device, like.dtype)
 
 
 def _aggregated(

@@ -3,9 +3,10 @@
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..backends.contract import IGNORED, OpConfig
+from ..backends.contract import IGNORED, OpConfig, computed
 from . import _check
 from ._evaluate import evaluate
 
@@ -49,7 +50,8 @@ def token_log_prob(
         logits: (*, V), float32, float64, bfloat16 or float16. Half precision is read as such and computed in float32;
             its gradient is in half precision.
         token_ids: (*), integers from 0 to V - 1.
-        temperature: logits are divided by it.
+        temperature: logits are divided by it. It, softcap and softcap / temperature have to be normal numbers of the
+            dtype that is computed in, as their reciprocals have to be.
         softcap: c, which first replaces a logit ℓ by c tanh(ℓ / c) (Gemma 2, arXiv 2408.00118, section 2), also -inf.
         ignore_index: the id of tokens that are left out: their results are 0, and so are their gradients.
         entropy: also returns H.
@@ -101,17 +103,16 @@ def linear_token_log_prob(
 
     Backward passes, of both orders, compute the logits of a chunk again; the reference alone, which also serves the
     second order of numba and `torch.func` under `torch.compile`, has all logits at once. Chunks are filled up to one
-    size, so that a row's results depend on no other row (of sizes that are no multiple of 16, the last bits may on its
-    place in the chunk). The weight of an embedding that is tied to the head gets the sum of both gradients; a weight
-    that needs no gradient costs none. Matrix products are torch's, in the inputs' dtype; sums over chunks are at least
-    in float32.
+    size, and their rows lie alike in memory, so that a row's results depend neither on another row nor on its place.
+    The weight of an embedding that is tied to the head gets the sum of both gradients; a weight that needs no gradient
+    costs none. Matrix products are torch's, in the inputs' dtype; sums over chunks are at least in float32.
 
     Args:
         hidden: (*, H).
         weight: (V, H), as that of `torch.nn.Linear(H, V)`.
         token_ids: (*), integers from 0 to V - 1.
         bias: (V,), or None.
-        chunk_rows: rows whose logits there are at a time; None for 64 on the CPU and 1024 elsewhere.
+        chunk_rows: rows whose logits there are at a time; None for 128 on the CPU and 1024 elsewhere.
         temperature, softcap, ignore_index, entropy, return_lse, backend: as in `token_log_prob`.
 
     Returns:
@@ -158,13 +159,27 @@ def _options(
     ids = _check.integral(op, "token_ids", token_ids, like)
     _check.has_shape(op, "token_ids", ids, lead)
     given = _check.rows(ids, math.prod(lead))
-    ids = given.clamp(min=-1)  # which is out of range, and no id that is given is IGNORED
+    ids = given.clamp(min=IGNORED + 1)  # no id that is given is IGNORED
     if ignore_index is not None:
         ids = ids.masked_fill(given == _check.integer(op, "ignore_index", ignore_index, -(2**63)), IGNORED)
-    return ids, OpConfig(
-        temperature=_check.positive(op, "temperature", temperature),
-        softcap=None if softcap is None else _check.positive(op, "softcap", softcap),
-    )
+    temperature = _scale(op, "temperature", temperature, like)
+    if softcap is not None:
+        softcap = _scale(op, "softcap", softcap, like)
+        _scale(op, "softcap / temperature", softcap / temperature, like)
+    return ids, OpConfig(temperature=temperature, softcap=softcap)
+
+
+def _scale(op: str, name: str, given: Any, like: Tensor) -> float:
+    """A positive number that is normal in the dtype of the computation, as its reciprocal is: logits are multiplied and
+    divided by it."""
+    scale, dtype = _check.positive(op, name, given), computed(like.dtype)
+    least = torch.finfo(dtype).tiny
+    if not least <= scale <= 1 / least:
+        raise ValueError(
+            f"{op}: {name}: expected a number from {least:.2g} to {1 / least:.2g}, whose reciprocal {dtype} holds too, "
+            f"got {given}"
+        )
+    return scale
 
 
 def _stats(op: str, value: Tensor, lead: Any, entropy: bool, return_lse: bool) -> TokenStats:

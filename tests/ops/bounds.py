@@ -11,7 +11,7 @@ from torch import Tensor
 
 from po_kernels.backends.reference import philox
 
-from .cases import Case, derivatives, distance, largest, repeats_second_order, uniform
+from .cases import Case, cotangent_like, derivatives, directions, distance, largest, repeats_second_order, uniform
 
 # A sound algorithm returns the rounded result of slightly other inputs. So the error of a tensor is, in units of eps,
 # about the sum of
@@ -25,12 +25,25 @@ from .cases import Case, derivatives, distance, largest, repeats_second_order, u
 # usual: hence the FACTOR. The largest error seen, of any op and backend in 200 cases each, was 3.2 units.
 # Of a tensor that is zero but for rounding, as the gradient in a single logit, all terms may cancel to the last bit in
 # every draw: its unit is the largest entry of any tensor of its order.
+# Of a token, the rounding of a p near 1 stays in α (1 - p), and that of t near 1 in a capped logit's slope 1 - t². Both
+# are 1 to the last bit in plain torch, which then sees nothing of them: a unit is at least what they multiply.
 FACTOR = 4
 STEP = 2.0**-18  # far above the eps of float64, and derivatives are straight within it
 MOVES = 2
 ZERO = 1e-14
 
 Derivatives = dict[str, list[Tensor]]
+
+
+def near(found: Tensor, right: Tensor, roundings: int, size: float | None = None) -> None:
+    """Two computations of a tensor, of so many roundings each, of numbers up to `size`: half an eps a rounding in each.
+
+    Args:
+        size: if None 1, of which normal numbers are, or the largest entry where that is more.
+    """
+    size = max(1.0, largest([right])) if size is None else size
+    error, bound = distance([found], [right]), roundings * torch.finfo(found.dtype).eps * size
+    assert error <= bound, f"off by {error:.3g}, more than {bound:.3g}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +131,11 @@ def _units(case: Case, seed: int, second: bool, exact: Derivatives) -> dict[str,
             size if largest([x]) > zero else max(size, largest(tensors))
             for x, size in zip(tensors, sizes, strict=False)
         ]
+    if case.op == "token_log_prob":
+        multiplied = largest([cotangent_like(exact["value"][0], seed)])
+        for order, factor in (("first", 1.0), ("second", largest(directions(case, seed)))):
+            if order in units:
+                units[order][0] = max(units[order][0], multiplied * factor)
     return units
 
 

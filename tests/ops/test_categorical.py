@@ -130,3 +130,48 @@ def test_the_surrogate_of_the_ops_own_samples_is_the_policy_loss(backend):
         results.append([loss, *first, *second])
     for found, expected in zip(*results, strict=True):
         assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("classes", [1024, 1029])
+@pytest.mark.parametrize("backend", serving("categorical_log_prob"))
+def test_many_classes(backend, classes):
+    """So many that the CPU's lanes hold those of one row: both orders, masks, and rows that depend on no other."""
+    eps = torch.finfo(torch.float32).eps
+    logits = torch.randn(19, classes)
+    logits[3, 5:] = logits[:, 0] = -torch.inf
+    labels, rewards = torch.randint(1, 5, (3, 19)), torch.randn(3, 19)
+    labels[0, 4], labels[1] = classes - 1, labels[2]
+
+    def log_prob(x):
+        return torch.log_softmax(x, -1).gather(1, labels.T).T
+
+    def surrogate(x):
+        log_p, entropy = log_prob(x), -(torch.softmax(x, -1) * torch.log_softmax(x, -1)).sum(-1)
+        return -(rewards * torch.exp(log_p - log_p.detach())).mean(0) - 0.3 * entropy
+
+    def found_surrogate(x):
+        return pk.categorical_surrogate_loss(
+            x, labels[:, : len(x)], rewards[:, : len(x)], entropy_coef=0.3, advantage="none", reduction="none",
+            backend=backend,
+        )  # fmt: skip
+
+    def orders(function, x):
+        x = x.clone().requires_grad_()
+        value = function(x)
+        (first,) = grad(value.square().sum(), x, create_graph=True)
+        return value, first, grad(first.square().sum(), x)[0]
+
+    for function, exact in (
+        (lambda x: pk.categorical_log_prob(x, labels[:, : len(x)], backend=backend), log_prob),
+        (found_surrogate, surrogate),
+    ):
+        found = orders(function, logits)
+        expected = orders(exact, logits.double().clamp(min=-1e5))  # as good as masked
+        for x, y, alone in zip(found, expected, orders(function, logits[:1]), strict=True):
+            assert (x - y).abs().max() <= 72 * eps * y.abs().max()  # of a run, as of sums in test_long_sums.py
+            assert torch.equal(x[..., :1, :] if x.shape == logits.shape else x[..., :1], alone)
+    seeds = {"seed": 5, "row_offset": 2**33}
+    drawn = pk.categorical_sample(logits, 7, **seeds, backend=backend)
+    assert torch.equal(drawn, pk.categorical_sample(logits, 7, **seeds, backend="reference"))
+    assert torch.equal(drawn[:, :3], pk.categorical_sample(logits[:3], 7, **seeds, backend=backend))
+    assert (logits.gather(1, drawn.T) > -torch.inf).all()

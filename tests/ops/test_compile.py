@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.func import grad, hessian, jvp, vmap
 
 import po_kernels as pk
@@ -139,6 +140,22 @@ def test_graphs_are_made_once(backend):
     for coefficient in (0.2, 0.3, 0.4):
         step(torch.randn(3, 2, requires_grad=True), torch.tensor(coefficient))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_annealed_temperature_makes_two_graphs(backend):
+    counter = torch._dynamo.testing.CompileCounter()
+    logits, hidden, ids = torch.randn(3, 5, requires_grad=True), torch.randn(3, 2), torch.tensor([0, 4, 2])
+
+    def of_tokens(temperature):
+        options = {"temperature": temperature, "backend": backend}
+        found = pk.token_log_prob(logits, ids, **options).log_prob
+        return found + pk.linear_token_log_prob(hidden, logits[:, :2].repeat(2, 1), ids, **options).log_prob
+
+    step = torch.compile(of_tokens, backend=counter, fullgraph=True)
+    for temperature in (0.7, 0.8, 1.3, 2.0):
+        torch.testing.assert_close(step(temperature), of_tokens(temperature), rtol=0, atol=2**-20)  # of numbers near 1
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize(("op", "backend"), chosen(("categorical_policy_loss",)))

@@ -120,7 +120,7 @@ def test_gradients_of_samples_and_of_log_prob(backend):
 
 @pytest.mark.parametrize("backend", serving("gaussian_policy_loss"))
 def test_dimensions(backend):
-    dim = 100_000 if backend != "numba" else 2_000  # which has a square matrix for the statistics
+    dim = 100_000
     mean, target = torch.full((1, dim), 0.4), torch.full((1, dim), 0.1)
     log_std = torch.full((dim,), 0.3)
     loss, stats = pk.gaussian_policy_loss(mean, log_std, target, 0.7, return_stats=True, backend=backend)
@@ -212,3 +212,17 @@ def test_products_with_a_full_precision(backend):
     row = x * (one + (dim - 1) * rest)
     assert gradient[0, -1].item() == pytest.approx(row, rel=144 * 2**-24)
     assert loss.item() == pytest.approx(dim * (x * row + one), rel=288 * 2**-24)
+
+
+@pytest.mark.parametrize("backend", fused("mvn_log_prob"))
+def test_products_with_a_triangle(backend):
+    """Equal numbers again, below the diagonal in the last row or in the first column, with 1 on it."""
+    dim = 2000 if backend == "native" else 500  # numba has a tile of rows in float64
+    x, rest = float(torch.tensor(0.3)), float(torch.tensor(0.1))
+    for place, at, term in ((np.s_[-1, :-1], -1, x), (np.s_[1:, 0], 0, x - rest * x)):
+        scale = torch.eye(dim)
+        scale[place] = 0.1
+        mean, value = torch.zeros(1, dim, requires_grad=True), torch.full((1, dim), 0.3)
+        (gradient,) = grad(pk.mvn_log_prob(mean, scale.unsqueeze(0), value, backend=backend), mean)
+        # L⁻ᵀ L⁻¹ x, with a few roundings of each term and of what it is subtracted from.
+        assert gradient[0, at].item() == pytest.approx(x - rest * (dim - 1) * term, rel=148 * U)

@@ -402,6 +402,11 @@ def test_no_advantage_and_an_endless_ratio():
         assert loss == -0.5
         assert (gradient[0] == 0).all()
         assert torch.allclose(gradient[1], torch.tensor(-0.5), rtol=1e-6)  # of a mean of 100 numbers
+    far = torch.stack([torch.full((100,), -90.0), torch.zeros(100)])
+    loss = pk.policy_loss(log_prob, A, old_log_prob=far, surrogate="geo_mean", aggregation="seq_mean_token_mean")
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    assert loss == -0.5
+    assert (gradient[0] == 0).all()
     # A divergence of zero is none, too.
     options = {"ref_log_prob": torch.zeros(1, 100), "kl_coef": 0.1, "ratio": "sequence_sum"}
     loss = pk.policy_loss(log_prob[:1], torch.ones(1), old_log_prob=old[:1], **options)

@@ -10,7 +10,12 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 import po_kernels as pk
 from po_kernels.ops.policy import DIVERGENCES, PLACEMENTS, RATIOS
 
-from .test_policy import CU_SEQLENS, MASK, batch, valid
+from .bounds import near
+from .test_policy import CU_SEQLENS, MASK, B, T, batch, valid
+
+# Roundings of a loss: a sum over all tokens, of terms with up to ten operations and the sum over a sequence in their
+# exponent. The numbers are normal, and ratios and weights up to some; a derivative repeats that much.
+TERMS = B * T + T + 10
 
 # What stops a gradient that the second derivative needs, and what the error names in its place.
 STOPPED = {
@@ -90,13 +95,13 @@ def test_where_a_gradient_is_stopped(kind):
     expected = stopped_gradient(kind, log_prob, A, old)
     found = grad(loss(log_prob, A), (log_prob, A), create_graph=True)
     right = grad(expected, log_prob, create_graph=True)[0]
-    torch.testing.assert_close(found[0], right, rtol=1e-13, atol=1e-14)
+    near(found[0], right, TERMS)
     along = torch.randn_like(log_prob)
     mixed = [grad((g * along).sum(), A, retain_graph=True)[0] for g in (found[0], right)]
-    torch.testing.assert_close(*mixed, rtol=1e-13, atol=1e-14)
+    near(*mixed, 2 * TERMS)
     x, a = log_prob.detach(), A.detach()
     by_forward = jvp(lambda a: grad_of(loss, x, a), (a,), (torch.ones_like(a),))[1]
-    torch.testing.assert_close((by_forward * along).sum(), mixed[0].sum(), rtol=1e-13, atol=1e-14)
+    near((by_forward * along).sum(), mixed[0].sum(), 2 * TERMS)
     for second in (
         lambda: grad(found[0].square().sum(), log_prob),
         lambda: torch.func.grad(lambda x: grad_of(loss, x, a).square().sum())(x),
@@ -131,7 +136,7 @@ def test_divergences_with_a_stopped_gradient(placement):
         else:
             plain = pk.policy_loss(log_prob, A, old_log_prob=old, mask=MASK, aggregation="token_sum")
             plain = plain + 0.15 * x.square().sum()
-        torch.testing.assert_close(found, grad(plain, log_prob)[0], rtol=1e-13, atol=1e-14)
+        near(found, grad(plain, log_prob)[0], TERMS)
         grad(found.sum(), A, retain_graph=True)
         with pytest.raises(RuntimeError, match="use kl_placement='loss_times_ratio'"):
             grad(found.square().sum(), log_prob)
@@ -146,11 +151,13 @@ def test_the_ratio_times_k3_has_the_gradient_of_the_divergence():
         )
         ratio = (log_prob - (log_prob if other is None else other)).exp()
         right = torch.where(MASK, -ratio * (ref - log_prob), 0.0)
-        torch.testing.assert_close(grad(loss, log_prob)[0], right.detach(), rtol=1e-13, atol=1e-14)
+        near(grad(loss, log_prob)[0], right.detach(), TERMS)
 
 
 # Strings of three letters over an alphabet of three, whose policy has a row of logits for each prefix.
 STRINGS = torch.tensor(list(itertools.product(range(3), repeat=3)))
+# Roundings: a sum over 27 strings, of products of a weight and three letters' derivatives, all below 1.
+STRING_TERMS = 27 + 3 * 4
 PREFIX = torch.stack([0 * STRINGS[:, 0], 1 + STRINGS[:, 0], 4 + 3 * STRINGS[:, 0] + STRINGS[:, 1]], 1)
 
 
@@ -189,7 +196,7 @@ def test_the_gradient_is_exact_for_all_ratios():
         ("token", "reinforce"),
     ]:
         found = torch.func.grad(expected_loss)(logits, rewards, ratio, surrogate)
-        torch.testing.assert_close(-found, right[0], rtol=1e-12, atol=1e-15)
+        near(-found, right[0], STRING_TERMS)
 
 
 def test_the_mixed_derivative_is_exact_for_all_ratios():
@@ -197,7 +204,7 @@ def test_the_mixed_derivative_is_exact_for_all_ratios():
     right = jacrev(torch.func.grad(expected_reward), 1)(logits, rewards)
     for ratio, surrogate in [(r, "is") for r in RATIOS] + [("token", "reinforce"), ("token", "clip")]:
         found = jacrev(torch.func.grad(expected_loss), 1)(logits, rewards, ratio, surrogate)
-        torch.testing.assert_close(-found, right, rtol=1e-12, atol=1e-15)
+        near(-found, right, 2 * STRING_TERMS)
 
 
 def test_the_hessian_is_exact_for_sequence_sum_alone():
@@ -209,8 +216,7 @@ def test_the_hessian_is_exact_for_sequence_sum_alone():
     def error(found):
         return (found - right).abs().max().item()
 
-    # Sums of 27 products of numbers up to 1.
-    assert error(-hessian(expected_loss)(logits, rewards, "sequence_sum")) < 1e-15
+    near(-hessian(expected_loss)(logits, rewards, "sequence_sum"), right, 3 * STRING_TERMS, largest)
     by_token, by_mean = (error(-hessian(expected_loss)(logits, rewards, r)) for r in ("token", "sequence_mean"))
     weight = log_probs(logits).sum(1).exp()
     log_p = error(hessian(lambda y: (weight * log_probs(y).sum(1) * rewards).sum())(logits))
@@ -248,7 +254,7 @@ def test_compiled(ratio, surrogate):
         value = torch.compile(loss, fullgraph=True, backend=compiler)(*tensors)
         found = grad(value, tensors, create_graph=compiler == "eager")
         for x, y in zip(found, expected, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+            near(x, y, TERMS)
     if ratio in STOPPED or surrogate in STOPPED:
         with pytest.raises(RuntimeError, match="no second derivative in log_prob"):
             grad(found[0].square().sum(), tensors[0])
@@ -274,4 +280,4 @@ def test_vmap_over_problems(surrogate):
     for each in (loss, packed):
         found = vmap(torch.func.grad(each))(x, a, masks)
         expected = torch.stack([torch.func.grad(each)(*y) for y in zip(x, a, masks, strict=True)])
-        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-15)
+        near(found, expected, TERMS)

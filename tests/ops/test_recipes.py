@@ -13,6 +13,9 @@ from torch.distributions.transforms import TanhTransform
 import po_kernels as pk
 from po_kernels.ops.presets import PRESETS
 
+from .bounds import near
+from .test_gae import loop, trajectories
+
 PAGE = Path(__file__).parents[2] / "docs" / "policy_loss.md"
 
 
@@ -83,25 +86,39 @@ def test_recipes_are_the_distributions_of_torch(recipes):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_entropy_beside_a_log_density(dtype):
-    """Of the policy, in the shape of its leading dimensions, with derivatives of any scale's shape."""
+    """Of the policy, in the shape of its leading dimensions, with two derivatives in a scale of any shape."""
     mean, value = torch.randn(2, 3, 4, dtype=dtype), torch.randn(5, 2, 3, 4, dtype=dtype)
     tril, label = torch.eye(4, dtype=dtype), torch.ones(5, 2, 3, dtype=torch.int64)
-    for op, policy, x in (
-        (pk.gaussian_log_prob, (mean, torch.zeros(4, dtype=dtype)), value),
-        (pk.gaussian_log_prob, (mean, torch.zeros_like(mean)), value),
-        (pk.mvn_log_prob, (mean, tril), value),
-        (pk.mvn_log_prob, (mean, tril.expand(2, 3, 4, 4)), value),
-        (pk.categorical_log_prob, (mean,), label),
+
+    def of_log_std(mean, log_std):
+        return Normal(mean, log_std.exp()).entropy().sum(-1)
+
+    def of_tril(mean, tril):
+        return MultivariateNormal(mean, scale_tril=tril.tril(), validate_args=False).entropy()
+
+    def of_logits(logits):
+        return Categorical(logits=logits).entropy()
+
+    for op, policy, x, right in (
+        (pk.gaussian_log_prob, (mean, torch.zeros(4, dtype=dtype)), value, of_log_std),
+        (pk.gaussian_log_prob, (mean, torch.zeros_like(mean)), value, of_log_std),
+        (pk.mvn_log_prob, (mean, tril), value, of_tril),
+        (pk.mvn_log_prob, (mean, tril.expand(2, 3, 4, 4)), value, of_tril),
+        (pk.categorical_log_prob, (mean,), label, of_logits),
     ):
         policy = [y.clone().requires_grad_() for y in policy]
         log_prob, entropy = op(*policy, x, entropy=True)
         assert torch.equal(log_prob, op(*policy, x))
         assert (log_prob.shape, entropy.shape) == ((5, 2, 3), (2, 3))
         assert entropy.dtype == log_prob.dtype == (dtype if dtype == torch.float64 else torch.float32)
-        if op is not pk.categorical_log_prob:
-            torch.testing.assert_close(entropy, torch.full_like(entropy, 2 * math.log(2 * math.pi * math.e)))
-        first = grad(entropy.sum(), policy[-1], create_graph=True)[0]
-        grad(first.square().sum() + 0 * policy[-1].sum(), policy[-1])
+        derivatives = []
+        for found in (entropy, right(*(y.double() for y in policy)).expand(2, 3)):
+            (first,) = grad(found.sum(), policy[-1], create_graph=True)
+            # A derivative that depends on nothing is one of zero.
+            derivatives.append((found, first, *grad(first.square().sum() + 0 * policy[-1].sum(), policy[-1])))
+        # Sums over 4 classes or dimensions, and 6 rows, and as many operations.
+        for x_found, x_right in zip(*derivatives, strict=True):
+            near(x_found, x_right, 2 * (4 + 6))
         with pytest.raises(TypeError, match="entropy: expected True or False"):
             op(*policy, x, entropy=1)
 
@@ -160,8 +177,9 @@ def test_the_gradient_of_a_ppo_update(recipes, family):
 
 
 def test_the_recipe_of_advantages(recipes):
-    rewards, values = normal(5, 2), normal(6, 2)
-    done = torch.rand(5, 2) < 0.3
-    A, returns = recipes["advantages_of"](rewards, values, done, done & (rewards > 0))
-    assert abs(A.mean()) < 1e-12
-    assert returns.shape == (5, 2)
+    """Standardised over steps and episodes; returns are not."""
+    rewards, values, terminated, truncated = trajectories(5, 2)
+    right = loop(rewards, values, terminated, 0.99, 0.95, truncated)
+    A, returns = recipes["advantages_of"](rewards, values, terminated, truncated)
+    near(returns, right + values[:-1], 4 * 5 + 1)  # four roundings a step
+    near(A, (right - right.mean()) / (right.std() + 1e-8), 4 * 5 + 2 * 10)  # and a mean and a deviation of 10

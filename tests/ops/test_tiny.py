@@ -129,3 +129,14 @@ def test_subnormal_scale_tril(backend):
     diagonal = root[0].diagonal().double().numpy()
     z = value.double().numpy()[0] / diagonal
     assert abs(found.item() - log_density(z, np.log(diagonal))) <= 300 * 1.2e-7
+
+
+@pytest.mark.parametrize("backend", serving("gaussian_surrogate_loss"))
+@pytest.mark.parametrize("log_std", [-800.0, 800.0])
+def test_a_deviation_beyond_all_numbers_that_nothing_depends_on(backend, log_std):
+    parameter, rewards = torch.tensor([log_std], requires_grad=True), torch.ones(1, requires_grad=True)
+    loss = pk.gaussian_surrogate_loss(
+        torch.zeros(1), parameter, torch.zeros(1, 1), rewards, entropy_coef=0.5, estimator="reparam", advantage="none",
+        backend=backend,
+    )  # fmt: skip
+    assert torch.autograd.grad(loss, parameter)[0].item() == -0.5

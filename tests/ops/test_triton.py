@@ -16,7 +16,7 @@ from po_kernels.backends.contract import OPS, OpConfig
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import ahead_of_time
+from benchmarks import ahead_of_time, instructions
 
 FOLDER = Path(__file__).parent
 
@@ -50,7 +50,7 @@ def test_the_interpreter_serves_cpu_tensors_by_name_only(monkeypatch):
 # Compilation: rows do not matter, and shapes are typical of their op. The numbers are dimensions and samples.
 SHAPES = {
     "gaussian": ((17, 64), (64, 16)), "mvn": ((8, 16), (32, 16)), "categorical": ((32, 16),), "group": ((1, 64),),
-    "token": ((49152, 1),), "linear": ((5000, 4),),
+    "token": ((49152, 1),), "linear": ((5000, 4),), "gae": ((1, 128),),
 }  # fmt: skip
 # Of second order, and of pathwise derivatives: what is unrolled takes a minute to compile at larger ones.
 FEW = {"gaussian": (8, 16), "mvn": (4, 8)}
@@ -112,6 +112,14 @@ def test_tokens_compile_in_half_precision(dtype, request):
             assert resources.spills == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("order", "read", "written"), [("forward", 1, 0), ("first", 2, 1), ("second", 4, 1)])
+def test_bytes_of_a_row_of_logits(dtype, order, read, written):
+    """As a thread's loads and stores say: logits, and tangents, once for the value and once for the gradient."""
+    for capability in (80, 90):
+        assert instructions.token_row(dtype, 151_936, order, capability)[:2] == (read, written)
+
+
 @pytest.mark.parametrize("op", backend.KERNELS)
 def test_float64_compiles(op, request):
     compiled(request.node, op, "dice" if OPS[op].is_loss else "", (4, 4), 90, dtype=torch.float64)
@@ -121,7 +129,7 @@ def test_float64_compiles(op, request):
 def test_a_row_more_takes_no_new_kernel(op, estimator):
     """What a launch is specialised on does not change with the number of rows."""
     keys = set()
-    for rows in (1, 2, 16, 1000, 4096):
+    for rows in (1, 2, 16, 1000, 4096, 2**16 + 1):
         for each in ahead_of_time.launches_of(op, request_of(op, estimator, (5, 4), rows)):
             keys.add((ahead_of_time.source_of(each, 90).hash(), each.warps))
     assert len(keys) == (2 if OPS[op].is_loss else 1)  # the loss, and the sum over programs

@@ -9,7 +9,7 @@ from po_kernels import dispatch
 from po_kernels.backends.contract import OPS
 from po_kernels.backends.triton import categorical, launch, token
 
-from . import bounds, test_long_sums, test_numbers, test_tiny
+from . import bounds, test_long_sums, test_numbers, test_tiny, test_token, test_token_pitfalls
 from .cases import (
     ADVANTAGES,
     ESTIMATORS,
@@ -92,6 +92,13 @@ def test_tokens_in_blocks(softcap, monkeypatch):
             for x, y in zip(found[order], right[order], strict=True):
                 assert x.dtype == y.dtype
                 assert torch.allclose(x.float(), y.float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of numpy, as the hardware does silently
+def test_tokens_far_apart():
+    test_token.test_large_logits(BACKEND)
+    test_token.test_logits_as_far_apart_as_numbers_can_be(BACKEND)
+    test_token_pitfalls.test_rows_beyond_what_32_bits_address(BACKEND)
 
 
 def in_chunks_of_two(group: int, dim: int, *_: object, **__: object) -> launch.Tile:

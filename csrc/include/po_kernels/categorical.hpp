@@ -7,6 +7,9 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
+// Up to so many classes it is faster to compare a label with each than to go to memory where it points.
+constexpr int64_t kFewClasses = 32;
+
 // Where the gradients of a row go, each null if not wanted.
 template <class V>
 struct CategoricalGradients {
@@ -15,26 +18,92 @@ struct CategoricalGradients {
   Primal<V>* column;
 };
 
-template <class V>
+// The numbers of a class stand in one lane value, for as many rows as it has lanes, or, `across` the lanes, those of as
+// many classes of one row, whose other numbers then are the same in all of them. Beyond the last class logits are -inf.
+template <class V, bool across = false>
 struct CategoricalRow {
+  static constexpr int width = across ? LaneTraits<V>::width : 1;
+
   int64_t classes;
   const V* logits;
   const V* column;  // R[., y]; unused by a surrogate
+
+  PK_FN int64_t packs() const { return (classes + width - 1) / width; }
+
+  template <class R, class Term>
+  PK_FN R sum(Term term) const {
+    const R total = long_sum<R>(packs(), term);
+    if constexpr (across) return over_lanes(total);
+    return total;
+  }
+
+  PK_FN Primal<V> largest_logit() const {
+    Primal<V> top = stop(logits[0]);
+    for (int64_t c = 1; c < packs(); ++c) top = select(stop(logits[c]) > top, stop(logits[c]), top);
+    if constexpr (across) return largest_lane(top);
+    return top;
+  }
+
+  // table[label], lane by lane.
+  PK_FN V pick(const V* table, Word<V> label) const {
+    if constexpr (across) {
+      return from_lane(table[label.v[0] / width], label.v[0] % width);
+    } else {
+      if (classes > kFewClasses) return gather(table, label);
+      V found = table[0];
+      for (int64_t c = 1; c < classes; ++c) {
+        found = select(element_mask<Primal<V>>(label == uint32_t(c)), table[c], found);
+      }
+      return found;
+    }
+  }
+
+  // sums[label] += x, keeping in `rest` what is rounded off (sums.hpp).
+  template <class R>
+  PK_FN void add_at(R* sums, R* rest, Word<V> label, R x) const {
+    if constexpr (across) {
+      const int64_t at = label.v[0] / width;
+      Total<R> total{sums[at], rest[at]};
+      total.add(in_lane(x, label.v[0] % width));
+      sums[at] = total.sum;
+      rest[at] = total.rest;
+    } else {
+      Total<R> total{gather(sums, label), gather(rest, label)};
+      total.add(x);
+      scatter(sums, label, total.sum);
+      scatter(rest, label, total.rest);
+    }
+  }
 };
 
-// p and log p (0 where masked, so that p log p and its derivatives vanish there); returns the entropy.
+// e = exp(x - top), whose sum makes p of them.
 template <class V>
-PK_FN V softmax(int64_t classes, const V* logits, V* p, V* log_p) {
+struct Exponentials {
+  Primal<V> top;
+  V sum, log_sum;
+
+  // -inf where masked.
+  PK_FN V log_prob(V logit) const {
+    return select(stop(logit) > -Element<V>(__builtin_huge_val()), logit - top - log_sum, constant<V>(stop(logit)));
+  }
+};
+template <class V, bool across>
+PK_FN Exponentials<V> exponentiate(CategoricalRow<V, across> row, V* e) {
+  const Primal<V> top = row.largest_logit();
+  const V sum = row.template sum<V>([&](int64_t c) PK_LAMBDA { return e[c] = exp(row.logits[c] - top); });
+  return {top, sum, log(sum)};
+}
+
+// p and log p (0 where masked, so that p log p and its derivatives vanish there); returns the entropy.
+template <class V, bool across>
+PK_FN V softmax(CategoricalRow<V, across> row, V* p, V* log_p) {
   using T = Element<V>;
   const T infinity = T(__builtin_huge_val());
-  Primal<V> top = stop(logits[0]);
-  for (int64_t c = 1; c < classes; ++c) top = select(stop(logits[c]) > top, stop(logits[c]), top);
-  const V sum = long_sum<V>(classes, [&](int64_t c) PK_LAMBDA { return p[c] = exp(logits[c] - top); });
-  const V inverse = constant<V>(T(1)) / sum;
-  const V log_sum = log(sum);
-  return -long_sum<V>(classes, [&](int64_t c) PK_LAMBDA {
+  const Exponentials<V> e = exponentiate(row, p);
+  const V inverse = constant<V>(T(1)) / e.sum;
+  return -row.template sum<V>([&](int64_t c) PK_LAMBDA {
     p[c] = p[c] * inverse;
-    log_p[c] = select(stop(logits[c]) > -infinity, logits[c] - top - log_sum, V{});
+    log_p[c] = select(stop(row.logits[c]) > -infinity, row.logits[c] - e.top - e.log_sum, V{});
     return p[c] * log_p[c];
   });
 }
@@ -51,7 +120,7 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
   const int64_t classes = row.classes;
   V* p = scratch;
   V* log_p = scratch + classes;
-  const V entropy = softmax(classes, row.logits, p, log_p);
+  const V entropy = softmax(row, p, log_p);
   const V mean = long_sum<V>(classes, [&](int64_t c) PK_LAMBDA { return p[c] * transformed_reward(s, row.column[c]); });
   for (int64_t c = 0; c < classes; ++c) {
     const V reward = transformed_reward(s, row.column[c]);
@@ -139,32 +208,10 @@ PK_FN D uniform53(Word<D> x0, Word<D> x1) {
   return from_word<D>(x0 >> 5) * 0x1p-27 + from_word<D>(x1 >> 6) * 0x1p-53;
 }
 
-// Up to so many classes it is faster to compare a label with each than to go to memory where it points.
-constexpr int64_t kFewClasses = 32;
-
-// table[label], lane by lane.
-template <class V>
-PK_FN V pick(int64_t classes, const V* table, Word<V> label) {
-  if (classes > kFewClasses) return gather(table, label);
-  V found = table[0];
-  for (int64_t c = 1; c < classes; ++c) {
-    found = select(element_mask<Primal<V>>(label == uint32_t(c)), table[c], found);
-  }
-  return found;
-}
-
-// sums[label] += x, keeping in `rest` what is rounded off (sums.hpp).
-template <class V>
-PK_FN void add_at(V* sums, V* rest, Word<V> label, V x) {
-  Total<V> total{gather(sums, label), gather(rest, label)};
-  total.add(x);
-  scatter(sums, label, total.sum);
-  scatter(rest, label, total.rest);
-}
-
 // sums[c] = Σ_g [labels[g] = c] x[g]. Scratch: classes.
-template <class V>
-PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, const V* x, V* sums, V* scratch) {
+template <class V, class Row>
+PK_FN void sum_by_label(const Row& row, int64_t count, const Word<V>* labels, const V* x, V* sums, V* scratch) {
+  const int64_t classes = row.classes;
   int64_t c = 0;
   const auto of_classes = [&](auto several) PK_LAMBDA {
     constexpr int N = several;
@@ -188,37 +235,37 @@ PK_FN void sum_by_label(int64_t classes, int64_t count, const Word<V>* labels, c
     while (c < classes) of_classes(Constant<1>{});
     return;
   }
-  for (; c < classes; ++c) sums[c] = scratch[c] = V{};
-  for (int64_t g = 0; g < count; ++g) add_at(sums, scratch, labels[g], x[g]);
-  for (c = 0; c < classes; ++c) sums[c] = Total<V>{sums[c], scratch[c]}.value();
+  for (; c < row.packs(); ++c) sums[c] = scratch[c] = V{};
+  for (int64_t g = 0; g < count; ++g) row.add_at(sums, scratch, labels[g], x[g]);
+  for (c = 0; c < row.packs(); ++c) sums[c] = Total<V>{sums[c], scratch[c]}.value();
 }
 
 // The score-function surrogate of a group of labels whose rewards are in group.reward (transformed).
 // Fills pull, and the gradient in the logits. Scratch: 4 classes + G.
-template <class V>
-PK_FN V categorical_group(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels, CategoricalGradients<V> out,
-                          V* scratch, Group<V> group) {
+template <class V, bool across>
+PK_FN V categorical_group(CategoricalRow<V, across> row, const Surrogate& s, const Word<V>* labels,
+                          CategoricalGradients<V> out, V* scratch, Group<V> group) {
   using T = Element<V>;
   using P = Primal<V>;
-  const int64_t classes = row.classes;
+  const int64_t packs = row.packs();
   V* p = scratch;
-  V* log_p = scratch + classes;
-  V* score = scratch + 2 * classes;
-  const V entropy = softmax(classes, row.logits, p, log_p);
+  V* log_p = scratch + packs;
+  V* score = scratch + 2 * packs;
+  const V entropy = softmax(row, p, log_p);
   if constexpr (is_dual<V>) {
-    const P mean = long_sum<P>(classes, [&](int64_t c) PK_LAMBDA { return p[c].v * row.logits[c].t; });
+    const P mean = row.template sum<P>([&](int64_t c) PK_LAMBDA { return p[c].v * row.logits[c].t; });
     for (int64_t g = 0; g < s.num_samples; ++g) {
-      group.excess[g] = V{P{}, pick(classes, row.logits, labels[g]).t - mean};
+      group.excess[g] = V{P{}, row.pick(row.logits, labels[g]).t - mean};
     }
   }
   const V objective = finish(s, group);
   if (out.logits) {
-    V* factor = scratch + 3 * classes;
+    V* factor = scratch + 3 * packs;
     const V total = long_sum<V>(s.num_samples, [&](int64_t g) PK_LAMBDA {
       return factor[g] = score_factor(group, g) * T(1.0 / double(s.num_samples));
     });
-    sum_by_label(classes, s.num_samples, labels, factor, score, factor + s.num_samples);
-    for (int64_t c = 0; c < classes; ++c) {
+    sum_by_label(row, s.num_samples, labels, factor, score, factor + s.num_samples);
+    for (int64_t c = 0; c < packs; ++c) {
       const V slope = score[c] - p[c] * total + entropy_slope(p[c], log_p[c], entropy) * T(s.entropy_coef);
       out.logits[c] = output(-(out.weight * slope));
     }
@@ -234,20 +281,20 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
   using P = Primal<V>;
   const int64_t count = s.num_samples;
   group = group_in(scratch, count);
-  for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, pick(row.classes, row.column, labels[g]));
+  for (int64_t g = 0; g < count; ++g) group.reward[g] = transformed_reward(s, row.pick(row.column, labels[g]));
   const V loss = categorical_group(row, s, labels, out, scratch + 4 * count, group);
   if (out.column) {
     P* terms = reinterpret_cast<P*>(scratch + 4 * count);
     const V unit = out.weight * T(-1.0 / double(count));
     for (int64_t g = 0; g < count; ++g) terms[g] = output(unit * group.pull[g]);
-    sum_by_label(row.classes, count, labels, terms, out.column, terms + count);
+    sum_by_label(row, count, labels, terms, out.column, terms + count);
   }
   return loss;
 }
 
 // The loss of given labels (G), which are constants, and their rewards (G). Scratch: 5 G + 4 classes.
-template <class V>
-PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
+template <class V, bool across>
+PK_FN V categorical_given(CategoricalRow<V, across> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
                           CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
   group = group_in(scratch, s.num_samples);
   for (int64_t g = 0; g < s.num_samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
@@ -258,10 +305,10 @@ PK_FN V categorical_given(CategoricalRow<V> row, const Surrogate& s, const V* re
 }
 
 // log p of a label from the row's p and log p, -inf where masked.
-template <class V>
-PK_FN V label_log_prob(CategoricalRow<V> row, const V* log_p, Word<V> label) {
-  const V logit = pick(row.classes, row.logits, label);
-  const V found = pick(row.classes, log_p, label);
+template <class V, bool across>
+PK_FN V label_log_prob(CategoricalRow<V, across> row, const V* log_p, Word<V> label) {
+  const V logit = row.pick(row.logits, label);
+  const V found = row.pick(log_p, label);
   return select(stop(logit) > -Element<V>(__builtin_huge_val()), found, constant<V>(stop(logit)));
 }
 
@@ -271,7 +318,7 @@ PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogat
                                            const Group<V>& group, V* scratch) {
   V* p = scratch;
   V* log_p = scratch + row.classes;
-  const V entropy = softmax(row.classes, row.logits, p, log_p);
+  const V entropy = softmax(row, p, log_p);
   RowStats<V> stats{};
   if (s.estimator != kClosedForm) {
     stats = group_stats(s, group);
@@ -297,12 +344,12 @@ PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogat
 }
 
 // Statistics of a surrogate, whose log-probability is the mean over the labels. Scratch: 2 classes.
-template <class V>
-PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
+template <class V, bool across>
+PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V, across> row, const Surrogate& s, const Word<V>* labels,
                                           const Group<V>& group, V* scratch) {
-  V* log_p = scratch + row.classes;
+  V* log_p = scratch + row.packs();
   RowStats<V> stats = group_stats(s, group);
-  stats.entropy = softmax(row.classes, row.logits, scratch, log_p);
+  stats.entropy = softmax(row, scratch, log_p);
   const V log_prob =
       long_sum<V>(s.num_samples, [&](int64_t g) PK_LAMBDA { return label_log_prob(row, log_p, labels[g]); });
   stats.log_prob = log_prob * Element<V>(1.0 / double(s.num_samples));

@@ -65,70 +65,86 @@ struct TriangularScale {
 
   template <int S, class R>
   PK_FN void stretch(const R* base, const P* eps, R* y) const {
-    for (Index i = 0; i < dim; ++i) {
-      R sum[S];
-      unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = base[i]; });
-      for (Index j = 0; j <= i; ++j) {
-        const R l = as<R>(row(i)[j]);
-        unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] + l * eps[s * dim + j]; });
+    rows_in_runs(dim, [&](auto runs) PK_LAMBDA {
+      for (Index i = 0; i < dim; ++i) {
+        R sum[1][S];
+        unrolled<S>([&](auto s) PK_LAMBDA { sum[0][s] = base[i]; });
+        row_sums<runs>(0, i + 1, sum, [&](Index first, Index end, R(&run)[1][S]) PK_LAMBDA {
+          for (Index j = first; j < end; ++j) {
+            const R l = as<R>(row(i)[j]);
+            unrolled<S>([&](auto s) PK_LAMBDA { run[0][s] = run[0][s] + l * eps[s * dim + j]; });
+          }
+        });
+        unrolled<S>([&](auto s) PK_LAMBDA { y[s * dim + i] = sum[0][s]; });
       }
-      unrolled<S>([&](auto s) PK_LAMBDA { y[s * dim + i] = sum[s]; });
-    }
+    });
   }
 
   // L z = residual.
   template <int S>
   PK_FN void whiten(const V* residual, V* z) const {
-    for (Index i = 0; i < dim; ++i) {
-      V sum[S];
-      unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = residual[s * dim + i]; });
-      for (Index j = 0; j < i; ++j) {
-        const V l = row(i)[j];
-        unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * z[s * dim + j]; });
+    rows_in_runs(dim, [&](auto runs) PK_LAMBDA {
+      for (Index i = 0; i < dim; ++i) {
+        V sum[1][S];
+        unrolled<S>([&](auto s) PK_LAMBDA { sum[0][s] = residual[s * dim + i]; });
+        row_sums<runs>(0, i, sum, [&](Index first, Index end, V(&run)[1][S]) PK_LAMBDA {
+          for (Index j = first; j < end; ++j) {
+            const V l = row(i)[j];
+            unrolled<S>([&](auto s) PK_LAMBDA { run[0][s] = run[0][s] - l * z[s * dim + j]; });
+          }
+        });
+        const Divisor divisor = this->divisor(i);
+        unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = divisor.of(sum[0][s]); });
       }
-      const Divisor divisor = this->divisor(i);
-      unrolled<S>([&](auto s) PK_LAMBDA { z[s * dim + i] = divisor.of(sum[s]); });
-    }
+    });
   }
 
   // Lᵀ a = z.
   template <int S>
   PK_FN void whiten_transposed(const V* z, V* a) const {
-    for (Index i = dim - 1; i >= 0; --i) {
-      V sum[S];
-      unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = z[s * dim + i]; });
-      for (Index k = i + 1; k < dim; ++k) {
-        const V l = row(k)[i];
-        unrolled<S>([&](auto s) PK_LAMBDA { sum[s] = sum[s] - l * a[s * dim + k]; });
+    rows_in_runs(dim, [&](auto runs) PK_LAMBDA {
+      for (Index i = dim - 1; i >= 0; --i) {
+        V sum[1][S];
+        unrolled<S>([&](auto s) PK_LAMBDA { sum[0][s] = z[s * dim + i]; });
+        row_sums<runs>(i + 1, dim, sum, [&](Index first, Index end, V(&run)[1][S]) PK_LAMBDA {
+          for (Index k = first; k < end; ++k) {
+            const V l = row(k)[i];
+            unrolled<S>([&](auto s) PK_LAMBDA { run[0][s] = run[0][s] - l * a[s * dim + k]; });
+          }
+        });
+        const Divisor divisor = this->divisor(i);
+        unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = divisor.of(sum[0][s]); });
       }
-      const Divisor divisor = this->divisor(i);
-      unrolled<S>([&](auto s) PK_LAMBDA { a[s * dim + i] = divisor.of(sum[s]); });
-    }
+    });
   }
 
   // The constant sample obeys L z = ŷ - μ, so that L ż = -(μ̇ + L̇ eps).
   template <int S>
   PK_FN void whiten_noise(const V* mean, const P* eps, V* z) const {
     if constexpr (is_dual<V>) {
-      for (Index i = 0; i < dim; ++i) {
-        P sum[S];
-        unrolled<S>([&](auto s) PK_LAMBDA {
-          constexpr int at = s;
-          sum[at] = -mean[i].t - row(i)[i].t * eps[at * dim + i];
-        });
-        for (Index j = 0; j < i; ++j) {
-          const V l = row(i)[j];
+      rows_in_runs(dim, [&](auto runs) PK_LAMBDA {
+        for (Index i = 0; i < dim; ++i) {
+          P sum[1][S];
           unrolled<S>([&](auto s) PK_LAMBDA {
             constexpr int at = s;
-            sum[at] = sum[at] - l.t * eps[at * dim + j] - l.v * z[at * dim + j].t;
+            sum[0][at] = -mean[i].t - row(i)[i].t * eps[at * dim + i];
+          });
+          row_sums<runs>(0, i, sum, [&](Index first, Index end, P(&run)[1][S]) PK_LAMBDA {
+            for (Index j = first; j < end; ++j) {
+              const V l = row(i)[j];
+              unrolled<S>([&](auto s) PK_LAMBDA {
+                constexpr int at = s;
+                run[0][at] = run[0][at] - l.t * eps[at * dim + j] - l.v * z[at * dim + j].t;
+              });
+            }
+          });
+          const Divisor divisor = this->divisor(i);
+          unrolled<S>([&](auto s) PK_LAMBDA {
+            constexpr int at = s;
+            z[at * dim + i] = V{eps[at * dim + i], divisor.of_value(sum[0][at])};
           });
         }
-        const Divisor divisor = this->divisor(i);
-        unrolled<S>([&](auto s) PK_LAMBDA {
-          constexpr int at = s;
-          z[at * dim + i] = V{eps[at * dim + i], divisor.of_value(sum[at])};
-        });
-      }
+      });
     }
   }
 

@@ -31,15 +31,11 @@ PK_FN Shared<V> precision_diagonal(Precision<V> p, Index dim, Index j) {
   return p.kind == kScalar ? p.u[0] : p.kind == kDiagonal ? p.u[j] : p.u[j * dim + j];
 }
 
-// Terms that are added up in a row of products before their sum goes to the others: n of them err by at most
-// (kRowRun + n / kRowRun) u Σ|x|.
-constexpr Index kRowRun = 128;
-
 // Rows i..i+R of y = U x for the S vectors of x (S, dim), which are zero before `first`: sums[r][s].
 template <int S, int R, class V>
 PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Index i, const V* x, V (&sums)[R][S]) {
   unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = V{}; }); });
-  const auto add = [&](Index begin, Index stop, V(&run)[R][S]) PK_LAMBDA {
+  row_sums(first, end, sums, [&](Index begin, Index stop, V(&run)[R][S]) PK_LAMBDA {
     for (Index j = begin; j < stop; ++j) {
       Shared<V> u[R];
       unrolled<R>([&](auto r) PK_LAMBDA { u[r] = p.u[(i + r) * dim + j]; });
@@ -51,18 +47,7 @@ PK_FN void multiply_rows(Precision<V> p, Index dim, Index first, Index end, Inde
         });
       });
     }
-  };
-#if defined(__CUDA_ARCH__)
-  add(first, end, sums);  // what shared memory holds are some hundreds, and registers are dear
-#else
-  add(first, end - first > kRowRun ? first + kRowRun : end, sums);
-  for (Index next = first + kRowRun; next < end; next += kRowRun) {
-    V run[R][S];
-    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { run[r][s] = V{}; }); });
-    add(next, end - next > kRowRun ? next + kRowRun : end, run);
-    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = sums[r][s] + run[r][s]; }); });
-  }
-#endif
+  });
 }
 
 // y = U x for S vectors, (S, dim), that are zero before `first`, where y is not wanted either.

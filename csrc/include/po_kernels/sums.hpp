@@ -76,6 +76,34 @@ PK_FN V long_sum(Index count, Term term) {
   return total[0];
 }
 
+// Terms that are added up in a row of products before their sum goes to the others: n of them err by at most
+// (kRowRun + n / kRowRun) u Σ|x|.
+constexpr Index kRowRun = 128;
+
+// Adds to the sums of R rows and S vectors what add(begin, end, run) adds to run[r][s] for products [begin, end). On a
+// device, where what shared memory holds are some hundreds and registers are dear, there are no runs.
+template <bool runs = true, int R, int S, class V, class Add>
+PK_FN void row_sums(Index first, Index end, V (&sums)[R][S], Add add) {
+#if !defined(__CUDA_ARCH__)
+  for (; runs && end - first > kRowRun; first += kRowRun) {
+    V run[R][S];
+    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { run[r][s] = V{}; }); });
+    add(first, first + kRowRun, run);
+    unrolled<R>([&](auto r) PK_LAMBDA { unrolled<S>([&](auto s) PK_LAMBDA { sums[r][s] = sums[r][s] + run[r][s]; }); });
+  }
+#endif
+  add(first, end, sums);
+}
+
+// body(whether rows of so many products have runs), for rows that are so short that asking each takes a tenth of them.
+template <class Body>
+PK_FN void rows_in_runs(Index count, Body body) {
+#if !defined(__CUDA_ARCH__)
+  if (count > kRowRun) return body(std::true_type{});
+#endif
+  body(std::false_type{});
+}
+
 // Numbers that are summed over samples, null if not wanted.
 template <class P>
 struct Summed {

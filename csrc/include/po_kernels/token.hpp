@@ -10,63 +10,6 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// exp of x from kLowest to about 0.
-template <class T>
-constexpr T kLowest = T(sizeof(T) == 4 ? -87 : -708);
-template <class V>
-PK_FN V exp_in_range(V x) {
-  if constexpr (is_dual<V>) {
-    const Primal<V> y = exp_in_range(x.v);
-    return {y, y * x.t};
-  } else {
-    using T = Element<V>;
-    if constexpr (sizeof(T) == 4) {
-      // The low bits of such a sum are the exponent of the result, as a float has it.
-      constexpr T integers = 12582912 + 127;
-      const V shifted = x * kLog2e<T> + integers;
-      const V n = shifted - integers;
-      return exp_near_zero(x - n * kLog2High<T> - n * kLog2Low<T>) * from_bits(to_bits(shifted) << 23);
-    } else {
-      typename LaneTraits<V>::Bits k;
-      const V y = exp_reduced(x, k);
-      return y * from_bits((k + int64_t(1023)) << 52);
-    }
-  }
-}
-
-// For x <= 0, and 0 where x is below kLowest and the result would be subnormal.
-template <class V>
-PK_FN V exp_of_negative(V x) {
-  return select(stop(x) < kLowest<Element<V>>, V{}, exp_in_range(x));
-}
-
-// tanh with a relative error of some ulp also near 0.
-template <class V>
-PK_FN V tanh(V x) {
-  if constexpr (is_dual<V>) {
-    const Primal<V> y = tanh(x.v);
-    return {y, x.t - x.t * (y * y)};
-  } else {
-    using T = Element<V>;
-    const V size = select(x < T(0), -x, x);
-    const V e = exp_of_negative(size * T(-2));
-    const V large = (broadcast<V>(T(1)) - e) / (e + T(1));
-    const V s = x * x;
-    V small;
-    if constexpr (sizeof(T) == 4) {  // coefficients: Cephes, tanhf and tanh
-      small = x + x * s *
-                      polynomial(s, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
-                                 -3.33332819422e-1f);
-    } else {
-      small =
-          x + x * s *
-                  (polynomial(s, -9.64399179425052238628e-1, -9.92877231001918586564e1, -1.61468768441708447952e3) /
-                   polynomial(s, 1.0, 1.12811678491632931402e2, 2.23548839060100448583e3, 4.84406305325125486048e3));
-    }
-    return select(size < T(0.625), small, select(x < T(0), -large, large));
-  }
-}
-
 // A logit as it is capped, and the derivative of z = capped / temperature in the logit, from what is capped. Without a
 // cap `softcap` is 0.
 template <class T>

@@ -1,6 +1,7 @@
 """The ops of the compiled extension on a GPU, or on the host by emulation."""
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def emulated() -> bool:
 
 
 class _Kernel(Kernel):
-    def call(self, arguments: Arguments, request: Request) -> None:
+    def call(self, arguments: Arguments, request: Request, *batch: Any) -> None:
         op, device = self.op.name, request.inputs[0].device
         if device.type == "cpu":  # where values are at hand
             checks.values(self.op, request.inputs, request.constants)

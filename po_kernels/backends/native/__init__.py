@@ -5,11 +5,12 @@ says so: automatic dispatch goes on without it.
 """
 
 import warnings
+from typing import Any
 
 import torch
 
 from ... import extension
-from .. import contract, linear_head
+from .. import checks, contract, linear_head
 from ..compiled import Arguments, Kernel
 from ..contract import OPS, Request
 
@@ -39,24 +40,29 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 
 
 class _Kernel(Kernel):
-    def call(self, arguments: Arguments, request: Request) -> None:
+    batch = Kernel._batch
+
+    def call(self, arguments: Arguments, request: Request, *batch: Any) -> None:
         op = self.op.name
         arguments["threads"] = torch.get_num_threads()
         if "seed" in arguments:
-            arguments["seed"] = int(arguments["seed"])
+            arguments["seed"] = 0 if batch else int(arguments["seed"])
         samples = arguments.get("num_samples", 0)
         per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
         try:
             if samples * per_sample > _MOST_SCRATCH:
                 raise MemoryError
-            code, row = getattr(extension.module, op)(**arguments)
+            code, row, problem = getattr(extension.module, op)(*batch, **arguments)
         except MemoryError:
             raise MemoryError(
                 f"{op}: num_samples: expected a group whose samples fit in memory, a few rows at a time, "
                 f"got {samples} samples of {per_sample} numbers"
             ) from None
         if code:
-            contract.refuse(op, _REFUSALS[code], row, self.op.labels or "")
+            request = self.op.problem(request, problem) if batch else request
+            if _REFUSALS[code] == "label_out_of_range":
+                checks.wrong_label(self.op, request.constants, self.op.classes(request.inputs), row)
+            contract.refuse(op, _REFUSALS[code], row)
 
 
 KERNELS: dict[str, contract.Kernel] = {name: _Kernel(op) for name, op in OPS.items() if hasattr(extension.module, name)}

@@ -9,7 +9,7 @@ import torch
 # Than the reference, by benchmarks/baselines/numba.json.
 _FASTER = (
     "gaussian_policy_loss", "gaussian_surrogate_loss", "gaussian_sample", "mvn_policy_loss", "mvn_surrogate_loss",
-    "mvn_log_prob", "mvn_sample", "categorical_policy_loss", "categorical_surrogate_loss", "categorical_sample",
+    "mvn_log_prob", "mvn_sample", "categorical_policy_loss", "categorical_surrogate_loss", "categorical_sample", "gae",
 )  # fmt: skip
 _SMALLER = ("linear_token_log_prob",)  # than the reference, which has all logits at once
 FIRST_ORDER_ONLY = "its kernels compute values and gradients"
@@ -36,7 +36,8 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
         files = [
-            importlib.import_module(f"{__name__}.{file}") for file in ("gaussian", "categorical", "token", "advantage")
+            importlib.import_module(f"{__name__}.{file}")
+            for file in ("gaussian", "categorical", "token", "advantage", "gae")
         ]
         globals()[name] = {op: kernel for file in files for op, kernel in file.KERNELS.items()}
         return globals()[name]

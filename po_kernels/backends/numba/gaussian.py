@@ -41,8 +41,11 @@ def _add_entropy(tri, lanes, begin, s, dim, scale, log_det, weight, losses, stat
         if stats.size > 0:
             stats[2, begin + b] = entropy
     if need_scale:
-        scales.add_log_det(tri, lanes, dim, scale, f, to_scale)
         scales.to_parameter(tri, lanes, scale, to_scale)
+        for i in range(dim):  # not f / σ · σ, which is nan of a σ that is zero
+            for b in range(lanes):
+                at = scales.entry(tri, dim, i, i)
+                to_scale[at, b] += f[b] / scale[at, b] if tri else f[b]
 
 
 @helper
@@ -288,9 +291,13 @@ def _policy(request: Request) -> tuple[bool, Tensor, Tensor]:
 def _reward_std(request: Request, u: Array) -> Array:
     """Of the closed form: the variance is 2 ‖SᵀUS‖² + 4 ‖SᵀU(μ - y)‖²."""
     mean, scale, target = (tiles.array(x.double()) for x in request.inputs[:3])
-    matrix = np.tril(scale) if scale.ndim == 3 else np.exp(scale)[:, :, None] * np.eye(scale.shape[1])
-    weighted = (u if u.ndim == 2 else np.diag(u)) @ matrix
-    products, along = matrix.mT @ weighted, weighted.mT @ (mean - target)[:, :, None]
+    times = np.matmul if u.ndim == 2 else np.multiply
+    pulled = times(mean - target, u)
+    if scale.ndim == 2:
+        spread = np.exp(2.0 * scale)
+        return np.sqrt((spread * (2.0 * times(spread, np.square(u)) + 4.0 * np.square(pulled))).sum(axis=1))
+    matrix = np.tril(scale)
+    products, along = times(matrix.mT, u) @ matrix, pulled[:, None, :] @ matrix
     return np.sqrt(2.0 * np.square(products).sum(axis=(1, 2)) + 4.0 * np.square(along).sum(axis=(1, 2)))
 
 

@@ -122,7 +122,7 @@ def to_parameter(tri, lanes, scale, x):
     if not tri:
         for i in range(len(scale)):
             for b in range(lanes):
-                x[i, b] *= scale[i, b]
+                x[i, b] *= scale[i, b] if x[i, b] != 0.0 else 1.0  # of an infinite σ too
 
 
 @helper

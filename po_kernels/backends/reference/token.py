@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, linear_head
 from ..contract import IGNORED, OpConfig, computed
 
 
@@ -28,7 +28,7 @@ def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
     logits = hidden @ inputs.weight.mT
     if inputs.bias.numel():
         logits = logits + inputs.bias
-    checks.logits("linear_token_log_prob", logits, left_out=constants.token_ids == IGNORED)
+    checks.logits(linear_head.OP, logits, left_out=constants.token_ids == IGNORED, name=linear_head.LOGITS)
     return statistics(logits, constants.token_ids, config)
 
 

@@ -37,7 +37,8 @@ def must_be_asked(op: str, device_type: str) -> str | None:
 def __getattr__(name: str) -> Any:
     if name == "KERNELS":
         files = [
-            importlib.import_module(f"{__name__}.{file}") for file in ("family", "categorical", "token", "advantage")
+            importlib.import_module(f"{__name__}.{file}")
+            for file in ("family", "categorical", "token", "advantage", "gae")
         ]
         globals()[name] = {op: kernel for file in files for op, kernel in file.KERNELS.items()}
         return globals()[name]

@@ -18,6 +18,8 @@ from .lanes import (
     log,
     masked,
     mul,
+    mul_add,
+    negative,
     number,
     output,
     plus,
@@ -32,6 +34,7 @@ from .launch import Call
 
 _LARGEST_BLOCK = 4096  # columns; their sums stay in registers
 _IGNORED = tl.constexpr(IGNORED)
+_LOWEST = tl.constexpr((-87.0, -708.0))  # whose exp is a normal number
 
 
 @triton.jit
@@ -67,6 +70,11 @@ def scaled(x, inverse_temperature, softcap, K: tl.constexpr):
         return times(x, inverse_temperature), constant(tl.full(value(x).shape, inverse_temperature, K.T), K)
 
 
+@triton.constexpr_function
+def lowest(K):
+    return _LOWEST.value[1 if tl.float64 == K.T else 0]
+
+
 @triton.jit
 def finite(top):
     """Zero for the largest of what is all masked."""
@@ -74,11 +82,24 @@ def finite(top):
 
 
 @triton.jit
-def centred(z, top, inside):
-    """z - top and exp(z - top); both zero, with no derivative, where masked."""
-    seen = inside & (value(z) != float("-inf"))
-    d = masked(seen, plus(z, -finite(top)))
+def centred(z, top, inside, K: tl.constexpr):
+    """z - top and exp(z - top); both zero, with no derivative, where that is nothing: of what is masked, for one, as
+    without a cap columns beyond the last are."""
+    d = plus(z, -finite(top))
+    seen = ~(value(d) < lowest(K))  # also nan
+    if K.CAPPED:
+        seen = seen & inside
+    d = masked(seen, d)
     return d, masked(seen, exp(d))
+
+
+@triton.jit
+def together(a, K: tl.constexpr):
+    """The sums of neighbours, which a thread has."""
+    if isinstance(a, tl.tensor):
+        return tl.sum(tl.reshape(a, (a.shape[0] // K.NEAR, K.NEAR)), axis=1)
+    else:
+        return together(a[0], K), together(a[1], K)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -96,25 +117,27 @@ def token_log_prob(
     inverse_temperature = number(1.0 / temperature, K)
     cap = number(softcap, K)
     top = tl.full((), float("-inf"), K.T)
-    mass, product = zeros((K.BLOCK_D,), K), zeros((K.BLOCK_D,), K)
+    mass, product = zeros((K.BLOCK_D // K.NEAR,), K), zeros((K.BLOCK_D // K.NEAR,), K)
     for first in range(0, classes, K.BLOCK_D):
         v = first + columns
         z, _ = scaled(load(logits, start + v, v < classes, float("-inf"), K), inverse_temperature, cap, K)
         inside = v < classes
-        higher = tl.maximum(top, tl.max(tl.where(inside, value(z), float("-inf")), axis=0))
+        seen = tl.where(inside, value(z), float("-inf")) if K.CAPPED else value(z)
+        higher = tl.maximum(top, tl.max(seen, axis=0))
         # What has been summed is relative to the largest z so far.
         shift = tl.where(top == float("-inf"), finite(higher), top) - finite(higher)
+        shift = tl.maximum(shift, 2 * lowest(K))
         factor = tl.exp(shift)
         top = higher
-        d, e = centred(z, top, inside)
-        product = add(times(add(product, times(mass, shift)), factor), mul(e, d))
-        mass = add(times(mass, factor), e)
+        d, e = centred(z, top, inside, K)
+        product = add(times(mul_add(mass, shift, product), factor), together(mul(e, d), K))
+        mass = add(times(mass, factor), together(e, K))
     mass, product = total(mass, 0), total(product, 0)
     log_mass = log(mass)
     taken, _ = scaled(load(logits, start + tl.where(known, token, 0), known, 0.0, K), inverse_temperature, cap, K)
     wrong = tl.where(known, 0.0, float("nan")).to(K.T)
     counted = token != _IGNORED
-    tl.store(out + row, output(masked(counted, plus(plus(sub(taken, log_mass), -top), wrong)), K), there)
+    tl.store(out + row, output(masked(counted, plus(sub(plus(taken, -top), log_mass), wrong)), K), there)
     entropy = sub(log_mass, mul(product, inverse(mass)))
     tl.store(out + rows + row, output(masked(counted, plus(entropy, wrong)), K), there)
     tl.store(out + 2 * rows + row, output(masked(counted, plus(plus(log_mass, top), wrong)), K), there)
@@ -123,14 +146,19 @@ def token_log_prob(
         beta = masked(counted, load(cotangent, rows + row, there, 0.0, K))
         gamma = masked(counted, load(cotangent, 2 * rows + row, there, 0.0, K))
         factor = mul(beta, inverse(mass))
-        offset = mul(add(sub(gamma, alpha), mul(factor, product)), inverse(mass))
-        for first in range(0, classes, K.BLOCK_D):
-            v = first + columns
+        offset = plus(mul(add(sub(gamma, alpha), mul(factor, product)), inverse(mass)), wrong)
+        if not K.CAPPED:  # the slope is that of all columns
+            alpha, factor = times(alpha, inverse_temperature), times(factor, inverse_temperature)
+            offset = times(offset, inverse_temperature)
+        here = token.to(tl.int32)
+        # From the last block back: what was read last may still be in a cache.
+        for done in range(0, classes, K.BLOCK_D):
+            v = (classes - 1) // K.BLOCK_D * K.BLOCK_D - done + columns
             inside = v < classes
             z, slope = scaled(load(logits, start + v, inside, float("-inf"), K), inverse_temperature, cap, K)
-            d, e = centred(z, top, inside)
-            g = add(mul(e, sub(offset, mul(factor, d))), masked(v == token, add(alpha, zeros((K.BLOCK_D,), K))))
-            g = masked(counted, plus(mul(g, slope), wrong))
+            d, e = centred(z, top, inside, K)
+            g = add(mul(e, mul_add(negative(factor), d, offset)), masked(v == here, add(alpha, zeros((K.BLOCK_D,), K))))
+            g = masked(counted, mul(g, slope) if K.CAPPED else g)
             tl.store(to.logits + row * classes + v, output(g, K).to(to.logits.dtype.element_ty), inside)
 
 
@@ -143,7 +171,7 @@ def _token_log_prob(call: Call) -> tuple[Tensor, Tensor]:
     block = min(_LARGEST_BLOCK // (2 if call.dual else 1), triton.next_power_of_2(classes))
     tile = launch.Tile(1, 1, 1, block, max(1, min(8, block // 256)))
     call.run_tiles(
-        token_log_prob, (rows,), tile, {"CAPPED": call.config.softcap is not None},
+        token_log_prob, (rows,), tile, {"CAPPED": call.config.softcap is not None, "NEAR": min(4, block)},
         **call.rows("logits"), token_ids=call.constants.token_ids.contiguous(), cotangent=call.cotangent, out=out,
         to=call.gradients, rows=rows, classes=classes, temperature=call.config.temperature,
         softcap=call.config.softcap or 1.0,

@@ -1,0 +1,96 @@
+"""What goes wrong elsewhere between the logits of a language model and its loss, by name, and the Hessian of both."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import grad
+from torch.func import hessian
+
+import po_kernels as pk
+
+from .bounds import near
+from .cases import serving
+from .test_policy_derivatives import PREFIX, STRING_TERMS, STRINGS, expected_reward, log_probs, policy_and_rewards
+
+EVERYWHERE = pytest.mark.parametrize("backend", serving("token_log_prob"))
+
+
+@EVERYWHERE
+def test_the_hessian_of_the_expected_reward_through_both_ops(backend):
+    """By enumeration of all strings, V = T = 3: of logits, as second derivatives of the two in reverse mode."""
+    logits, rewards = policy_and_rewards()
+    right = hessian(expected_reward)(logits, rewards).reshape(39, 39)
+    weight = log_probs(logits).sum(1).exp() * 27
+    logits.requires_grad_()
+    log_prob = pk.token_log_prob(logits[PREFIX], STRINGS, backend=backend).log_prob
+    loss = pk.policy_loss(
+        log_prob, rewards, weight=weight, ratio="sequence_sum", surrogate="is", aggregation="seq_mean_token_mean"
+    )
+    (first,) = grad(loss, logits, create_graph=True)
+    found = torch.stack([grad(g, logits, retain_graph=True)[0].flatten() for g in first.flatten()])
+    near(-found, right, 3 * STRING_TERMS, right.abs().max().item())
+
+
+def test_the_end_of_a_string_counts_where_it_is_also_the_padding():
+    """The expected reward of strings that end by themselves has the policy's gradient only if the end is a token."""
+    end = 2
+    strings = torch.tensor([[end, end], *itertools.product(range(2), range(3))])
+    ended = strings == end
+    logits, rewards = torch.randn(3, 3, dtype=torch.float64).requires_grad_(), torch.randn(7, dtype=torch.float64)
+    prefix = torch.stack([torch.full((7,), end), strings[:, 0]], 1)
+    log_prob = pk.token_log_prob(logits[prefix], strings).log_prob
+    errors = []
+    # All up to the first end, and what a comparison with the padding leaves.
+    for mask in (ended.cumsum(1) - ended.long() == 0, ~ended):
+        p = log_prob.masked_fill(ended.cumsum(1) - ended.long() > 0, 0.0).sum(1).exp()
+        (right,) = grad((p * rewards).sum(), logits, retain_graph=True)
+        loss = pk.policy_loss(
+            log_prob, rewards, weight=7 * p.detach(), mask=mask, surrogate="is", aggregation="seq_mean_token_sum"
+        )
+        (found,) = grad(loss, logits, retain_graph=True)
+        errors.append((found + right).abs().max() / right.abs().max())
+    assert errors[0] < 50 * torch.finfo(torch.float64).eps  # a sum over 7 strings of some operations
+    assert errors[1] > 0.1
+
+
+def test_a_temperature_in_one_of_two_policies_shows_in_the_ratio():
+    logits, ids = torch.randn(4, 5, 9), torch.randint(9, (4, 5))
+    new, other = (pk.token_log_prob(logits, ids, temperature=t).log_prob for t in (0.7, 1.0))
+    for old, same in ((new.clone(), True), (other, False)):
+        _, stats = pk.policy_loss(new, torch.randn(4), old_log_prob=old, return_stats=True)
+        assert (stats.ratio_mean == 1.0) == same
+        assert (stats.kl_k3 == 0.0) == same
+
+
+@EVERYWHERE
+def test_the_cap_comes_before_the_temperature(backend):
+    logits, ids = 5 * torch.randn(3, 8, dtype=torch.float64), torch.tensor([0, 3, 7])
+    found = pk.token_log_prob(logits, ids, temperature=0.5, softcap=2.0, backend=backend).log_prob
+    first, last = (torch.log_softmax(z, -1).gather(-1, ids[:, None])[:, 0] for z in (
+        2.0 * torch.tanh(logits / 2.0) / 0.5, 2.0 * torch.tanh(logits / 0.5 / 2.0)
+    ))  # fmt: skip
+    near(found, first, 8 + 24)
+    assert (found - last).abs().max() > 0.1
+
+
+@EVERYWHERE
+def test_rows_beyond_what_32_bits_address(backend):
+    """Half the numbers are never read, and take no memory."""
+    rows = torch.from_numpy(np.zeros(2**31 + 70, dtype=np.int16)).view(torch.bfloat16).as_strided((3, 70), (2**30, 1))
+    rows[2] = torch.randn(70).bfloat16()
+    logits = rows.requires_grad_()
+    ids = torch.tensor([0, 1, 69])
+    found = pk.token_log_prob(logits, ids, backend=backend).log_prob
+    alone = logits[2:].detach().clone().requires_grad_()
+    right = pk.token_log_prob(alone, ids[2:], backend=backend).log_prob
+    assert torch.equal(found[2:], right)
+    assert torch.equal(grad(found.sum(), logits)[0][2:], grad(right.sum(), alone)[0])
+
+
+@EVERYWHERE
+def test_more_rows_than_a_grid_has_along_its_second_axis(backend):
+    logits, ids = torch.randn(2**16 + 5, 2), torch.randint(2, (2**16 + 5,))
+    found = pk.token_log_prob(logits, ids, backend=backend).log_prob
+    assert torch.equal(found[-5:], pk.token_log_prob(logits[-5:], ids[-5:], backend=backend).log_prob)
