@@ -18,7 +18,6 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -39,7 +38,7 @@ from .errors import UsageError
 from .hypergradients import Tensors
 from .members import Learned, Members
 from .policies import Policy
-from .threads import one_thread
+from .threads import threads_for
 
 E = TypeVar("E", bound="BilevelEstimator")
 
@@ -106,7 +105,7 @@ class BilevelEstimator(BaseEstimator, ABC):
         inputs = self._scaler.transform(X)
         widths = [inputs.shape[1], *self.hidden_layer_sizes, outputs]
         work = self.folds * len(inputs) * sum(a * b for a, b in pairwise(widths))
-        with one_thread() if work < PARALLEL else nullcontext():
+        with threads_for(work, PARALLEL):
             self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
         with torch.no_grad():
             self._publish()

@@ -3,20 +3,32 @@
 import functools
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
-from threadpoolctl import ThreadpoolController
 
 _lock = threading.Lock()
 _inside = 0
 _outermost = ExitStack()
 
 
+def threads_for(multiplications: int, parallel: int = 10**7) -> AbstractContextManager[None]:
+    """One thread inside where a pass over the data has fewer than `parallel` multiplications.
+
+    Those of a network's layers at that size take some fifty microseconds each.
+    """
+    return one_thread() if multiplications < parallel else nullcontext()
+
+
 @functools.cache
-def _libraries() -> ThreadpoolController:
-    # Looking for them takes as long as a small fit.
-    return ThreadpoolController()
+def _libraries() -> Any:
+    """What limits the threads of BLAS, or None without scikit-learn, which brings it."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()  # looking for libraries takes as long as a small fit
 
 
 @contextmanager
@@ -29,7 +41,8 @@ def one_thread() -> Iterator[None]:
     global _inside
     with _lock:
         if _inside == 0:
-            _outermost.enter_context(_libraries().limit(limits=1, user_api="blas"))
+            if _libraries() is not None:
+                _outermost.enter_context(_libraries().limit(limits=1, user_api="blas"))
             _outermost.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         _inside += 1
