@@ -65,7 +65,7 @@ def report(benchmark: Any, run: Callable[[], Any], **info: Any) -> None:
 
 @pytest.mark.parametrize("case", PARAMETERS)
 def bench_token_gradient(benchmark, case):
-    """Log-probability, entropy and gradient; `copy` is how long a copy of the logits into new memory takes beside it."""
+    """Log-probability, entropy and gradient; `copy` is how long a copy into new memory takes beside it."""
     logits, ids = logits_of(case)
     ours = partial(gradients, fused, (logits, ids))
     right = gradients(partial(fused, backend="reference"), (logits.detach().double().requires_grad_(), ids))

@@ -35,6 +35,9 @@ NAMES = {
     "products": "its products alone",
     "copy": "in the time of a copy of the logits",
     "read": "in the time of reading the logits",
+    "logistic_cv": "LogisticRegressionCV",
+    "logistic_cv_scaled": "LogisticRegressionCV, standardised inputs",
+    "bayesian_ridge": "BayesianRidge",
     "linear_cross_entropy": "torch's linear_cross_entropy",
 }
 # What each case is to reach: against eager torch, against torch.compile.

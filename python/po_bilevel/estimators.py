@@ -1,5 +1,7 @@
 """scikit-learn estimators whose reward is learned from the data that they are fitted to; `fitting` says how."""
 
+import copy
+import math
 from collections.abc import Callable
 from numbers import Integral, Number
 from typing import Any, ClassVar, cast, get_args
@@ -14,14 +16,17 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from . import crossfit
-from .crossfit import RowLoss, Rows, likelihood, network_of, policy_gradient
+from .crossfit import Rows, likelihood, network_of
 from .errors import UsageError
 from .fitting import OUTER_ENOUGH, BilevelEstimator
 from .heuristics import residual_covariance
+from .linear import Ridge, Softmax
 from .losses import Batch
+from .members import Learned, Members, Networks
 from .policies import CategoricalPolicy, GaussianPolicy, Policy
 from .rewards import (
     MahalanobisReward,
+    MatrixReward,
     OneHotMahalanobisReward,
     PrecisionKind,
     TableReward,
@@ -31,8 +36,10 @@ from .rewards import (
 
 # The classifier's U before anything is learned: right and wrong answers differ by 6 nats.
 START = 3.0
-# Of the data, for each entry of a table of rewards, before a table is tried.
-ROWS_AN_ENTRY = 100
+# Of the data, for each class and for each entry of a table of rewards, before a table is tried.
+ROWS_A_CLASS, ROWS_AN_ENTRY = 100, 10
+# Standard errors by which the table has to be better.
+SURE = 2.0
 # U* = Σ⁻¹/2 where Σ is one.
 HALF = torch.tensor(0.5, dtype=torch.float64)
 # Added to the residuals' variances, of standardised y: a perfect fit has none.
@@ -42,22 +49,24 @@ RIDGE = 1e-6
 class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     """Softmax classifier trained by policy gradient under a reward for each pair of answer and label, learned too.
 
-    With its defaults a linear model with the prior of `LogisticRegression()`: it differs in the loss, which asks for
-    the confidence that cross-validated likelihood finds right. docs/estimators.md has the mathematics, and why the
-    probabilities are a mixture of the policy and of the P(y|x) that it is optimal for. Time goes with the folds and the
-    rewards tried, some sixty trainings of a linear model; with many classes of a dozen rows each a reward says less
-    than likelihood does, and `LogisticRegression` is better.
+    With its defaults a linear model that differs from `LogisticRegression()` in the loss, which asks for the confidence
+    that cross-validated likelihood finds right, and in the penalty, which is learned beside it. docs/estimators.md has
+    the mathematics, why the probabilities are a mixture of the policy and of the P(y|x) that it is optimal for, and how
+    likely held-out rows are under both: with many classes of a dozen rows each a reward says less than likelihood does,
+    and `LogisticRegression` is better.
 
     Args:
         reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
             -(e_ŷ-e_y)ᵀU(e_ŷ-e_y) of one-hot labels (1, C or C² numbers), "table" for any reward R[ŷ, y]; "auto" for a
-            diagonal U, and from 100 rows for each entry of a table on that too, where it is cross-validated better.
+            diagonal U, and from 100 rows for each class on a table too, where cross-validation is sure of its gain.
         hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
-            are free. Inputs are standardised first.
+            are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward.
         folds: of the reward's cross-validation; fewer if there are fewer rows.
+        reward_rows: the most distinct rows that the reward is learned from, chosen at random in every class; the policy
+            is trained on all of them. None for all.
         outer_steps: the most rewards to try, which warns if none is the best; 0 keeps the one that it starts from.
-        max_iter: the most L-BFGS iterations in one training of a policy.
+        max_iter: the most Newton steps in one training of a policy, L-BFGS iterations with hidden layers.
         tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
         warm_start: the next `fit` starts from the policy and the reward of the last.
         random_state: of the folds, and of a network's initial weights.
@@ -67,28 +76,39 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         classes_: (C,) labels.
         reward_: (C, C), reward_[i, j] of the answer classes_[i] where the label is classes_[j], in nats.
         precision_: U, () or (C,) or (C, C); not there for a table.
+        l2_: the penalty that was learned, or given.
         belief_share_: how much of the probabilities is P(y|x) as the policy's optimality tells it, from 0 to 1; the
             rest is the policy itself. See docs/estimators.md.
         outer_losses_: cross-validated NLL of the policies under each reward that was tried, nats a row; the least is
             the one that was taken, but for a prior.
         policy_: the trained policy, on standardised inputs.
-        n_iter_: L-BFGS iterations of its training.
+        n_iter_: steps or iterations of its training.
         n_features_in_, feature_names_in_: of the inputs, as everywhere in scikit-learn.
     """
 
+    _learns_l2 = True
     _rewards = ("auto", *get_args(PrecisionKind), "table")
     classes_: np.ndarray
     belief_share_: float
 
     def __init__(
-        self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
-        outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4, warm_start: bool = False,
-        random_state: Any = None, verbose: int = 0,
+        self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = "auto",
+        folds: int = 5, reward_rows: int | None = 20_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
+        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
+        self.reward_rows = reward_rows
         super().__init__(
             reward, hidden_layer_sizes=hidden_layer_sizes, l2=l2, folds=folds, outer_steps=outer_steps,
             max_iter=max_iter, tol=tol, warm_start=warm_start, random_state=random_state, verbose=verbose,
         )  # fmt: skip
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        value = self.reward_rows
+        if value is not None and (not isinstance(value, Integral) or value < 2):
+            raise UsageError(
+                f"BilevelClassifier: reward_rows: expected None or an integer of at least 2, got {value!r}"
+            )
 
     def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
@@ -108,37 +128,49 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         labels = target[:, 0].astype(np.int64)
         return labels, len(self.classes_), labels
 
-    def _refined(
-        self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
-    ) -> nn.Module:  # fmt: skip
-        loss, share = self._judged(reward, policy, rows, inside, outside)
-        self.belief_share_ = share
-        classes, total = len(self.classes_), float(rows.weight.sum())
-        simple = self.reward == "auto" and isinstance(reward, OneHotMahalanobisReward)
-        if not simple or self.outer_steps == 0 or total < ROWS_AN_ENTRY * classes**2:
-            return reward
-        tried, table = self.outer_losses_, TableReward(cast(TabularReward, reward).table().detach())
-        self._learn(table, policy, rows, inside, outside)
-        self.outer_losses_ = tried + self.outer_losses_
-        other, share = self._judged(table, policy, rows, inside, outside)
-        # Numbers more gain half a nat each by chance.
-        if other > loss - 0.5 * max(1, classes * (classes - 2)) / total:
-            return reward
-        self.belief_share_ = share
-        return table
+    def _for_reward(self, rows: Rows, strata: np.ndarray, random: np.random.RandomState) -> tuple[Rows, np.ndarray]:
+        if self.reward_rows is None or self.reward_rows >= len(strata):
+            return rows, strata
+        # Every so many of the rows of a class: none loses its share.
+        order = random.permutation(len(strata))
+        order = order[np.argsort(strata[order], kind="stable")]
+        chosen = np.sort(order[np.linspace(0, len(order) - 1, self.reward_rows).astype(np.int64)])
+        return Rows(*(column[torch.from_numpy(chosen)] for column in rows)), strata[chosen]
 
-    def _judged(
-        self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
-    ) -> tuple[float, float]:  # fmt: skip
-        """NLL of the held-out rows, nats a row, with the share of beliefs that makes it least, and that share."""
-        self._train(policy, rows, outside, policy_gradient(reward))
+    def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
+        found, self.belief_share_ = self._judged(phi, folds, rows, inside)
+        classes, total = len(self.classes_), float(rows.weight.sum())
+        simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
+        if not simple or self.outer_steps == 0 or total < max(ROWS_A_CLASS * classes, ROWS_AN_ENTRY * classes**2):
+            return phi
+        tried, policy = self.outer_losses_, copy.deepcopy(folds.policy.state_dict())
+        table = copy.deepcopy(phi)
+        table.reward = TableReward(cast(TabularReward, phi.reward).table().detach())
+        # Numbers more gain half a nat each by chance.
+        chance = 0.5 * max(1, classes * (classes - 2)) / total
+        self._learn(table, folds, total, enough=max(OUTER_ENOUGH, 0.1 * chance))
+        self.outer_losses_ = tried + self.outer_losses_
+        other, share = self._judged(table, folds, rows, inside)
+        gain = other - found
+        mean = float((inside * gain).sum()) / total
+        error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
+        if mean > max(SURE * error, chance):
+            self.belief_share_ = share
+            return table
+        folds.policy.load_state_dict(policy)
+        return phi
+
+    def _judged(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
+        """Log-probabilities of the held-out rows with the share of beliefs that makes it least, and that share."""
+        folds.train(phi)
         with torch.no_grad():
-            return crossfit.share_of_beliefs(policy, cast(TabularReward, reward).table(), rows, inside)
+            return crossfit.share_of_beliefs(folds.policy, cast(TabularReward, phi.reward).table(), rows, inside)
 
     def _publish(self) -> None:
-        self.reward_ = self._reward.table().numpy()
-        if isinstance(self._reward, OneHotMahalanobisReward):
-            self.precision_ = self._reward.precision().numpy()
+        self.l2_ = float(self._phi.l2())
+        self.reward_ = cast(TabularReward, self._phi.reward).table().numpy()
+        if isinstance(self._phi.reward, OneHotMahalanobisReward):
+            self.precision_ = self._phi.reward.precision().numpy()
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities of the classes, (N, C), in nats."""
@@ -160,15 +192,18 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> CategoricalPolicy:
         return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
 
-    def _first_loss(self) -> RowLoss:
-        return likelihood
+    def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
+        options: dict[str, Any] = {"tol": self.tol, "max_iter": self.max_iter}
+        if len(self.hidden_layer_sizes) > 0:
+            return Networks(policy, rows, inside, first=likelihood, held_out=likelihood, **options)
+        return Softmax(cast(CategoricalPolicy, policy), rows, inside, **options)
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
+    def _first_reward(self, folds: Members) -> nn.Module:
         classes = len(self.classes_)
         if self.reward == "table":
-            return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes)), rows
+            return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes))
         kind = "diagonal" if self.reward == "auto" else self.reward
-        return OneHotMahalanobisReward(classes, cast(PrecisionKind, kind), START).double(), rows
+        return OneHotMahalanobisReward(classes, cast(PrecisionKind, kind), START).double()
 
 
 class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
@@ -226,7 +261,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         unit = self._output_unit()
         if self.outer_steps > 0:
             self.outer_losses_ = [loss + float(np.log(unit.diagonal()).sum()) for loss in self.outer_losses_]
-        u, inverse = self._reward.precision().numpy(), np.linalg.inv(unit)
+        u, inverse = cast(MatrixReward, self._phi.reward).precision().numpy(), np.linalg.inv(unit)
         self.precision_ = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
@@ -288,60 +323,62 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         """A factor L of the covariance L Lᵀ (*, D, D) from what a policy gives, log σ (*, D) or L (M, N, D, D)."""
         return spread if spread.ndim == 4 else torch.diag_embed(spread.exp())
 
-    def _first_loss(self) -> RowLoss:
-        return policy_gradient(MahalanobisReward(1, "isotropic", HALF))
+    def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
+        return Ridge(cast(Any, policy), rows, inside, noise=RIDGE)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor, Tensor], nn.Module] | None:
+    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
         return self._learn_early if len(self.hidden_layer_sizes) > 0 else None
 
-    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> nn.Module:
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
         # Off a minimum there is no hypergradient; for the means that were reached U* has a closed form.
-        kind = cast(PrecisionKind, self.reward)
-        reward = MahalanobisReward(rows.target.shape[1], kind, HALF)
+        phi = Learned(self._half(rows.target.shape[1]), *self._l2())
         losses: list[float] = []
+        outputs, total = rows.target.shape[1], float(rows.weight.sum())
         self.n_iter_ = 0
         for _ in range(max(1, self.outer_steps)):
-            loss, steps = self._train_early(policy, rows, outside, policy_gradient(reward), inside)
+            here = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
+            folds = Networks(
+                policy, here, inside, first=likelihood, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
+            )  # fmt: skip
+            loss, steps = folds.train_early(phi, OUTER_ENOUGH)
             self.n_iter_ = max(self.n_iter_, steps)
             losses.append(loss + _log_volume(policy))
-            rows = self._measured([policy], rows, inside)
-            if len(losses) > 1 and losses[-1] > losses[-2] - OUTER_ENOUGH:
+            with torch.no_grad():
+                # Each around the mean of the member that did not train on it.
+                residual = (inside.sqrt()[:, :, None] * (here.target - policy(rows.inputs)[0])).flatten(0, 1)
+                unit = network_of(policy).unit
+                self._measure(policy, unit @ residual_covariance(residual) @ unit.mT * (len(residual) / total))
+                crossfit.set_covariance(policy, torch.eye(outputs, dtype=torch.float64))
+            # The loss is now what it is where the residuals have the covariance of the policy. It was half a nat more,
+            # in all, if the reward was as far from its best as one number learned from these rows is anyway.
+            if losses[-1] < 0.5 * outputs * (math.log(2.0 * math.pi) + 1.0) + _log_volume(policy) + 0.5 / total:
                 break
         if self.outer_steps > 0:
             self.outer_losses_ = [loss - _log_volume(policy) for loss in losses]
-        return reward
+        return phi
 
-    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
-        rows = self._measured([together, policy], rows, inside)
-        return MahalanobisReward(rows.target.shape[1], cast(PrecisionKind, self.reward), HALF), rows
+    def _first_reward(self, folds: Members) -> nn.Module:
+        covariance = cast(Ridge, folds).residual()
+        self._measure(folds.policy, covariance)
+        return self._half(len(covariance))
 
-    def _measured(self, policies: list[Policy], rows: Rows, inside: Tensor) -> Rows:
-        """Takes for units what makes the covariance of the held-out residuals one.
+    def _half(self, outputs: int) -> nn.Module:
+        return MahalanobisReward(outputs, cast(PrecisionKind, self.reward), HALF)
+
+    def _measure(self, policy: Policy, covariance: Tensor) -> None:
+        """Takes for the outputs' unit what makes the covariance (D, D) of the held-out residuals one.
 
         There the mean's weights and Σ have the same curvature, however good the fit and however near to singular the
         noise, and U* = Σ⁻¹/2 is half the identity.
-
-        Args:
-            policies: the first with a member for each fold.
-
-        Returns:
-            the rows in these units.
         """
-        with torch.no_grad():
-            # Each around the mean of the member that did not train on it.
-            residual = (inside.sqrt()[:, :, None] * (rows.target - policies[0](rows.inputs)[0])).flatten(0, 1)
-            before = network_of(policies[0]).unit
-            covariance = before @ residual_covariance(residual) @ before.mT * (len(residual) / rows.weight.sum())
-            variance = covariance.diagonal() + RIDGE
-            if self.reward == "isotropic":
-                variance = variance.mean().expand(len(variance))
-            unit = torch.diag(variance.sqrt())
-            if self.reward == "full":
-                unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
-            step = torch.linalg.solve_triangular(before, unit, upper=False)
-            for policy in policies:
-                network_of(policy).measure_in(step)
-        return rows._replace(target=crossfit.in_units(rows.target, step))
+        variance = covariance.diagonal() + RIDGE
+        if self.reward == "isotropic":
+            variance = variance.mean().expand(len(variance))
+        unit = torch.diag(variance.sqrt())
+        if self.reward == "full":
+            unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
+        network = network_of(policy)
+        network.measure_in(torch.linalg.solve_triangular(network.unit, unit, upper=False))
 
 
 def _log_volume(policy: Policy) -> float:

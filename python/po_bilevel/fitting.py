@@ -17,7 +17,8 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
 
@@ -32,49 +33,44 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import crossfit
-from .crossfit import RowLoss, Rows, likelihood, network_of, policy_gradient
+from .crossfit import Rows
 from .errors import UsageError
-from .hypergradients import ImplicitCG, Tensors
-from .losses import Batch
-from .optimizers import LBFGS_HISTORY, lbfgs
+from .hypergradients import Tensors
+from .members import Learned, Members
 from .policies import Policy
-from .trainer import BilevelTrainer
-from .training import BatchStream, train
+from .threads import threads_for
 
 E = TypeVar("E", bound="BilevelEstimator")
 
-# Added to the inner Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
-DAMPING = 1e-6
-# Of the hypergradient's linear solve.
-CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
 # Outer steps end where the hypergradient is shorter than this, in nats a row for a relative change of the reward.
 OUTER_SOLVED = 1e-4
 # Or where a step gains less, in nats a row: what cross-validated likelihood knows is far less exact.
 OUTER_ENOUGH = 3e-5
-# Of L-BFGS for networks, whose losses are worse conditioned: it halves the iterations.
-NETWORK_HISTORY = 100
-# Iterations without a gain on the held-out rows after which training stops early.
-PATIENCE = 20
 # Standard deviation of the prior of arsinh φ around its start.
-PRIOR = 2.0
+PRIOR = 1.0
+
+
+# Multiplications in a pass over all folds from which it may have threads.
+PARALLEL = 10**8
 
 
 class BilevelEstimator(BaseEstimator, ABC):
     """What both estimators have in common: the two stages of fitting."""
 
     _rewards: ClassVar[tuple[str, ...]]
+    _learns_l2: ClassVar[bool] = False
     # Of scikit-learn's validation of y.
     _target_options: ClassVar[dict[str, Any]] = {}
     policy_: Policy
     outer_losses_: list[float]
-    _reward: Any
+    _phi: Learned
     _model: dict[str, Any]
     _scaler: StandardScaler
 
     def __init__(
-        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float = 1.0, folds: int = 5,
-        outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
-        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+        self, reward: str = "diagonal", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = 1.0,
+        folds: int = 5, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4, warm_start: bool = False,
+        random_state: Any = None, verbose: int = 0,
     ) -> None:  # fmt: skip
         self.reward = reward
         self.hidden_layer_sizes = hidden_layer_sizes
@@ -107,7 +103,10 @@ class BilevelEstimator(BaseEstimator, ABC):
         target, outputs, strata = self._standardised(target, weight)
         self._scaler = StandardScaler().fit(X, sample_weight=weight)
         inputs = self._scaler.transform(X)
-        self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
+        widths = [inputs.shape[1], *self.hidden_layer_sizes, outputs]
+        work = self.folds * len(inputs) * sum(a * b for a, b in pairwise(widths))
+        with threads_for(work, PARALLEL):
+            self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
         with torch.no_grad():
             self._publish()
         return self
@@ -139,8 +138,12 @@ class BilevelEstimator(BaseEstimator, ABC):
                 raise UsageError(f"{name}: {option}: expected an integer of at least {least}, got {value!r}")
         for option in ("l2", "tol"):
             value = getattr(self, option)
+            learned = option == "l2" and self._learns_l2
+            if learned and isinstance(value, str) and value == "auto":
+                continue
             if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
-                raise UsageError(f"{name}: {option}: expected a finite number of at least 0, got {value!r}")
+                expected = "a finite number of at least 0" + learned * " or 'auto'"
+                raise UsageError(f"{name}: {option}: expected {expected}, got {value!r}")
         if not isinstance(self.hidden_layer_sizes, (tuple, list, np.ndarray)) or any(
             not isinstance(width, Integral) or width < 1 for width in self.hidden_layer_sizes
         ):
@@ -174,33 +177,28 @@ class BilevelEstimator(BaseEstimator, ABC):
         """M policies that start the same."""
 
     @abstractmethod
-    def _first_loss(self) -> "RowLoss":
-        """The loss that the policies are trained under before there is a reward."""
+    def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
+        """What trains a policy with a member for each row of `inside` (M, N)."""
 
     @abstractmethod
-    def _first_reward(self, policy: Policy, together: Policy, rows: Rows, inside: Tensor) -> tuple[nn.Module, Rows]:
-        """The reward to start from, and the rows in the units that it is for.
+    def _first_reward(self, folds: Members) -> nn.Module:
+        """The reward to start from."""
 
-        Args:
-            policy: trained on all rows under `_first_loss`.
-            together: with a member for each fold, trained on the other folds.
-            rows: standardised.
-            inside: (M, N), what of each row's weight is in each fold.
-        """
+    def _l2(self) -> tuple[float, bool]:
+        """The penalty, or where it starts, and whether it is learned."""
+        return (1.0, True) if isinstance(self.l2, str) else (float(self.l2), False)
 
-    def _held_out(self, policy: Policy, batch: Batch) -> Tensor:
-        """The loss of each row that a reward is judged by, (M, N), in nats."""
-        return likelihood(policy, batch)
-
-    def _early(self) -> Callable[[Policy, Rows, Tensor, Tensor], nn.Module] | None:
+    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
         """What learns the reward, if training ends where the held-out rows are likeliest, which is no minimum."""
         return None
 
-    def _refined(
-        self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor
-    ) -> nn.Module:  # fmt: skip
-        """A better reward than the one learned, or that one; the arguments are those of `_learn`."""
-        return reward
+    def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
+        """A better reward than the one learned, or that one, to which the folds' policies have been trained."""
+        return phi
+
+    def _for_reward(self, rows: Rows, strata: np.ndarray, random: np.random.RandomState) -> tuple[Rows, np.ndarray]:
+        """The rows that the reward is learned from, and their strata."""
+        return rows, strata
 
     def _fit(self, rows: Rows, outputs: int, strata: np.ndarray) -> None:
         """Learns the reward, then the policy.
@@ -210,37 +208,37 @@ class BilevelEstimator(BaseEstimator, ABC):
             outputs: of the network: classes, or dimensions of y.
             strata: (N,) int64, of which each fold gets its share.
         """
-        warm, model = self._begin(rows.inputs.shape[1], outputs)
+        features = rows.inputs.shape[1]
+        warm, model = self._begin(features, outputs)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        features = rows.inputs.shape[1]
-        inside = torch.from_numpy(crossfit.deal(strata, rows.weight.numpy(), self.folds, random))
+        some, strata = self._for_reward(rows, strata, random)
+        inside = torch.from_numpy(crossfit.deal(strata, some.weight.numpy(), self.folds, random))
         early = self._early()
         if early is not None:
             # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
             warm = False
             # One more member sees all rows, and so goes the way of the others for as long as they do.
             inside = torch.cat([inside, torch.zeros_like(inside[:1])])
-        outside = (rows.weight - inside).clamp(min=0.0)
         together = self._policy(len(inside), features, outputs, seed)
         policy = copy.deepcopy(self.policy_) if warm else self._policy(1, features, outputs, seed)
         if warm:
             crossfit.spread(policy, together)
-            rows = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
         if early is not None:
-            reward = early(together, rows, inside, outside)
+            phi = early(together, some, inside)
             crossfit.spread(together, policy)
         else:
+            folds = self._members(together, some, inside)
             if warm:
-                reward = copy.deepcopy(self._reward)
+                phi = copy.deepcopy(self._phi)
             else:
-                self._train(policy, rows, rows.weight[None], self._first_loss())
-                self._train(together, rows, outside, self._first_loss())
-                reward, rows = self._first_reward(policy, together, rows, inside)
+                folds.begin(self._l2()[0])
+                phi = Learned(self._first_reward(folds), *self._l2())
             if self.outer_steps > 0:
-                self._learn(reward, together, rows, inside, outside)
-            reward = self._refined(reward, together, rows, inside, outside)
-            self.n_iter_ = self._train(policy, rows, rows.weight[None], policy_gradient(reward))
+                self._learn(phi, folds, float(some.weight.sum()))
+            phi = self._refined(phi, folds, some, inside)
+            crossfit.spread(together, policy)
+            self.n_iter_ = self._members(policy, rows, torch.zeros_like(rows.weight[None])).train(phi)
         if self.n_iter_ >= self.max_iter:
             warnings.warn(
                 f"{type(self).__name__}: the policy's training stopped after max_iter={self.max_iter} steps, its "
@@ -248,34 +246,24 @@ class BilevelEstimator(BaseEstimator, ABC):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        self.policy_, self._reward, self._model = policy, reward, model
+        self.n_iter_ = max(1, self.n_iter_)
+        self.policy_, self._phi, self._model = policy, phi, model
 
-    def _learn(self, reward: nn.Module, policy: Policy, rows: Rows, inside: Tensor, outside: Tensor) -> None:
-        """Moves the reward to where the policies, each trained on its row of `outside` (M, N), are likeliest inside."""
-        batch, inner = crossfit.repeated(rows, len(inside)), self._objective(rows, outside)
-        # What L-BFGS remembers of the curvature belongs to the reward of before.
-        trainer = BilevelTrainer(
-            policy, reward, inner_data=batch, outer_data=batch,
-            inner_optimizer=self._optimizer,
-            outer_optimizer=torch.optim.SGD(reward.parameters()), inner_steps=self.max_iter,
-            inner_loss=lambda policy, reward, batch, _: inner(policy, batch, policy_gradient(reward)),
-            outer_loss=lambda policy, batch: (inside * self._held_out(policy, batch)).sum() / rows.weight.sum(),
-            hypergradient=ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS), inner_tolerance=self.tol,
-            keep_inner_state=False, progress=False,
-        )  # fmt: skip
+    def _learn(self, phi: Learned, folds: Members, total: float, enough: float = OUTER_ENOUGH) -> None:
+        """Moves the reward to where the folds' policies are likeliest inside them; `total` is the rows' weight."""
         self.outer_losses_ = []
         with tqdm(total=self.outer_steps, desc="outer steps", disable=not self.verbose, leave=False) as bar:
 
             def evaluate() -> tuple[float, Tensors]:
-                step, gradient = trainer.evaluate()
-                self.outer_losses_.append(step.outer_loss)
-                bar.set_postfix_str(f"held-out NLL {step.outer_loss:.4f}", refresh=False)
+                loss, gradient = folds.evaluate(phi)
+                self.outer_losses_.append(loss)
+                bar.set_postfix_str(f"held-out NLL {loss:.4f}", refresh=False)
                 bar.update()
-                return step.outer_loss, gradient
+                return loss, gradient
 
             left = crossfit.quasi_newton(
-                reward, evaluate, self.outer_steps, tolerance=OUTER_SOLVED, enough=OUTER_ENOUGH,
-                prior=1.0 / (PRIOR**2 * float(rows.weight.sum())),
+                phi, evaluate, folds.keep, self.outer_steps, tolerance=OUTER_SOLVED, enough=enough,
+                prior=1.0 / (PRIOR**2 * total),
             )  # fmt: skip
         if left > OUTER_SOLVED:
             warnings.warn(
@@ -285,54 +273,3 @@ class BilevelEstimator(BaseEstimator, ABC):
                 ConvergenceWarning,
                 stacklevel=4,
             )
-
-    def _optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return lbfgs(parameters, self.tol, NETWORK_HISTORY if self.hidden_layer_sizes else LBFGS_HISTORY)
-
-    def _train(
-        self, policy: Policy, rows: Rows, weight: Tensor, loss: RowLoss,
-        callback: Callable[[int, float], Any] | None = None,
-    ) -> int:  # fmt: skip
-        """Trains all members at once, each on its row of weight (M, N); returns how many steps it took."""
-        objective = self._objective(rows, weight)
-        _, steps = train(
-            policy, lambda policy, batch, _: objective(policy, batch, loss),
-            BatchStream(crossfit.repeated(rows, len(weight)), None, 0), self._optimizer(policy.parameters()),
-            self.max_iter, tolerance=self.tol, callback=callback,
-        )  # fmt: skip
-        return steps
-
-    def _train_early(
-        self, policy: Policy, rows: Rows, weight: Tensor, loss: RowLoss, inside: Tensor
-    ) -> tuple[float, int]:  # fmt: skip
-        """`_train` up to where the rows inside each fold are likeliest.
-
-        Returns:
-            their loss there, and how many steps it took to know.
-        """
-        batch, total = crossfit.repeated(rows, len(inside)), rows.weight.sum()
-        least, at, best = math.inf, 0, copy.deepcopy(policy.state_dict())
-
-        def watch(step: int, _: float = math.nan) -> bool:
-            nonlocal least, at, best
-            with torch.no_grad():
-                value = float((inside * self._held_out(policy, batch)).sum() / total)
-            if value < least - OUTER_ENOUGH:
-                least, at, best = value, step, copy.deepcopy(policy.state_dict())
-            return step - at >= PATIENCE
-
-        watch(-1)
-        steps = self._train(policy, rows, weight, loss, watch)
-        policy.load_state_dict(best)
-        return least, steps
-
-    def _objective(self, rows: Rows, weight: Tensor) -> Callable[[Policy, Batch, RowLoss], Tensor]:
-        """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
-        total = weight.sum(dim=1, keepdim=True)
-        share = weight / total
-
-        def objective(policy: Policy, batch: Batch, loss: RowLoss) -> Tensor:
-            penalty = 0.5 * self.l2 * (network_of(policy).squares() / total[:, 0]).sum()
-            return (share * loss(policy, batch)).sum() + penalty
-
-        return objective

@@ -22,6 +22,7 @@ from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tens
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .policies import Policy
 from .rewards import Reward, diagonal
+from .threads import threads_for
 from .training import BatchStream, InnerLoss, train, under
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -324,9 +325,12 @@ class BilevelTrainer:
 
     def _evaluated(self) -> tuple[OuterStep, Hypergradient]:
         number = len(self.history)
+        rows = len(self._inner_data.inputs) if self._sampling["batch_size"] is None else self._sampling["batch_size"]
+        work = rows * sum(p.numel() for p in self.policy.parameters())
         try:
-            inner_steps = self._train_policy()
-            result = self._take_hypergradient()
+            with threads_for(work):
+                inner_steps = self._train_policy()
+                result = self._take_hypergradient()
         except NonFiniteError as error:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
         phi = _named(self.reward, self._phi)

@@ -102,6 +102,25 @@ def test_an_evaluation_is_a_step_that_leaves_the_reward(classes):
     assert float(gradient.norm()) == pytest.approx(step.gradient_norm)
 
 
+def test_a_small_problem_has_one_thread(classes):
+    """Whose steps wait for no other, and the process has as many after them as before."""
+    seen = []
+
+    class Watched(PolicyGradient):
+        def __call__(self, *arguments):
+            seen.append(torch.get_num_threads())
+            return super().__call__(*arguments)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        bilevel(classes, inner_loss=Watched(estimator="exact")).fit(2)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_callback_stops_and_the_best_reward_is_kept(classes, tmp_path):
     """Outer steps that are far too long: the loss rises, and the reward of its least is known from the history."""
     path = tmp_path / "run.pt"

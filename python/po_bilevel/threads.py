@@ -1,0 +1,55 @@
+"""One thread for problems too small for more."""
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+_lock = threading.Lock()
+_inside = 0
+_outermost = ExitStack()
+
+
+def threads_for(multiplications: int, parallel: int = 10**7) -> AbstractContextManager[None]:
+    """One thread inside where a pass over the data has fewer than `parallel` multiplications.
+
+    Those of a network's layers at that size take some fifty microseconds each.
+    """
+    return one_thread() if multiplications < parallel else nullcontext()
+
+
+@functools.cache
+def _libraries() -> Any:
+    """What limits the threads of BLAS, or None without scikit-learn, which brings it."""
+    try:
+        from threadpoolctl import ThreadpoolController
+    except ImportError:
+        return None
+    return ThreadpoolController()  # looking for libraries takes as long as a small fit
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch and the BLAS of NumPy and SciPy have one thread inside, and again what they had once all have left.
+
+    A second thread saves little on matrix products of microseconds, and where others use the processor each of them
+    waits for it.
+    """
+    global _inside
+    with _lock:
+        if _inside == 0:
+            if _libraries() is not None:
+                _outermost.enter_context(_libraries().limit(limits=1, user_api="blas"))
+            _outermost.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _outermost.close()
