@@ -12,7 +12,9 @@ A `Kernel` is one function of one `Request`. It returns [value, stats, *gradient
 With f the value and g the `cotangent` of its shape (None: ones), the gradients are g ∇f. With `tangents`, each a
 tensor or None for zero, it returns the derivatives of value and gradients along them and along `cotangent_tangent`:
 ∂f·v and g ∇²f v + ġ ∇f. A gradient that `needs` does not ask for is None. `stats` is (5, *loss.shape), rows averaged,
-or None unless wanted; only losses have them, and only without tangents.
+or None unless wanted; only losses have them, and only without tangents. A kernel that has a method `batch` takes
+(request, problems) there, with one more axis ahead in every tensor, and returns the same with that axis; the others are
+called problem by problem.
 
 Dispatch knows op, device and dtype. A limit of shapes, such as the shared memory of a GPU, is refused by the call
 itself, with a ValueError; a backend with such limits has to be asked for by name.
