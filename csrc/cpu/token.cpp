@@ -177,7 +177,8 @@ struct TokenRow {
   // e = exp d and d = (y - top) / temperature. Where e would be subnormal it is 0, and d has no derivative.
   template <class W>
   PK_FN W exp_of(W y, T top, W& d) const {
-    const W whole = (y + (-top)) * scale.inverse_temperature;
+    // Of halves, whose difference is in range wherever y and top are.
+    const W whole = (y * T(0.5) + (T(-0.5) * top)) * (T(2) * scale.inverse_temperature);
     const auto masked = stop(whole) < kLowest<T>;
     d = select(masked, constant<W>(broadcast<Primal<W>>(kLowest<T>)), whole);
     return select(masked, W{}, exp_in_range(d));

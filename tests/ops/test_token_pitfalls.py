@@ -11,7 +11,7 @@ from torch.func import hessian
 import po_kernels as pk
 
 from .bounds import near
-from .cases import serving
+from .cases import fused, serving
 from .test_policy_derivatives import PREFIX, STRING_TERMS, STRINGS, expected_reward, log_probs, policy_and_rewards
 
 EVERYWHERE = pytest.mark.parametrize("backend", serving("token_log_prob"))
@@ -110,3 +110,18 @@ def test_more_rows_than_a_grid_has_along_its_second_axis(backend):
     logits, ids = torch.randn(2**16 + 5, 2), torch.randint(2, (2**16 + 5,))
     found = pk.token_log_prob(logits, ids, backend=backend).log_prob
     assert torch.equal(found[-5:], pk.token_log_prob(logits[-5:], ids[-5:], backend=backend).log_prob)
+
+
+@pytest.mark.parametrize("backend", fused("token_log_prob"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_whose_difference_is_out_of_range(backend, dtype):
+    """Divided by the temperature it is not."""
+    largest = torch.finfo(dtype).max
+    logits = torch.tensor([[0.6 * largest, -0.6 * largest]], dtype=dtype, requires_grad=True)
+    found = pk.token_log_prob(logits, torch.tensor([1]), temperature=0.2 * largest, entropy=True, backend=backend)
+    p = torch.tensor(6.0, dtype=torch.float64).exp().reciprocal()
+    p = p / (1 + p)
+    near(found.log_prob, p.log().to(dtype)[None], 4, 6.0)
+    near(found.entropy, -(p * p.log() + (1 - p) * (1 - p).log()).to(dtype)[None], 16, 1.0)
+    (slope,) = torch.autograd.grad(found.log_prob * (0.2 * largest), logits)
+    near(slope[0], torch.stack([p - 1, 1 - p]).to(dtype), 8, 1.0)

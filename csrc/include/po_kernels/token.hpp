@@ -38,7 +38,7 @@ struct TokenSums {
   PK_FN void rise(double to) {
     if (!(to > top)) return;
     if (top > -__builtin_huge_val()) {
-      const double by = (top - to) * inverse_temperature, factor = ::exp(by);
+      const double by = (0.5 * top - 0.5 * to) * (2 * inverse_temperature), factor = ::exp(by);
       product = factor == 0 ? S{} : (product + mass * by) * factor;
       mass = mass * factor;
     }
@@ -52,7 +52,7 @@ template <class S>
 PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
   const S log_mass = log(sums.mass);
   stats[2] = log_mass + sums.top * sums.inverse_temperature;
-  stats[0] = (taken - sums.top) * sums.inverse_temperature - log_mass;
+  stats[0] = (taken * 0.5 - 0.5 * sums.top) * (2 * sums.inverse_temperature) - log_mass;
   stats[1] = log_mass - sums.product / sums.mass;
 }
 
