@@ -130,11 +130,11 @@ def test_a_graph_that_is_used_up(monkeypatch):
 
 
 def test_problems_that_vmap_mixes_up(monkeypatch):
-    right = _autograd._loop
+    right = _autograd._batch
 
-    def loop(*arguments):
+    def batch(*arguments):
         found, dims = right(*arguments)
         return tuple(x if x is None else x.flip(0) for x in found) if isinstance(found, tuple) else found.flip(0), dims
 
-    monkeypatch.setattr(_autograd, "_loop", loop)
+    monkeypatch.setattr(_autograd, "_batch", batch)
     found_and_gone(monkeypatch, "mvn_log_prob", "vmap")
