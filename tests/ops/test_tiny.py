@@ -140,3 +140,14 @@ def test_a_deviation_beyond_all_numbers_that_nothing_depends_on(backend, log_std
         backend=backend,
     )  # fmt: skip
     assert torch.autograd.grad(loss, parameter)[0].item() == -0.5
+
+
+@pytest.mark.parametrize("backend", serving("gaussian_surrogate_loss"))
+def test_the_score_of_an_endless_deviation(backend):
+    """(z² - 1) r with z = 0, and the entropy's."""
+    parameter = torch.tensor([800.0], requires_grad=True)
+    loss = pk.gaussian_surrogate_loss(
+        torch.zeros(1), parameter, torch.ones(1, 1), torch.ones(1), entropy_coef=0.5, estimator="dice",
+        advantage="none", backend=backend,
+    )  # fmt: skip
+    assert torch.autograd.grad(loss, parameter)[0].item() == 0.5

@@ -41,7 +41,8 @@ def _add_entropy(tri, lanes, begin, s, dim, scale, log_det, weight, losses, stat
         if stats.size > 0:
             stats[2, begin + b] = entropy
     if need_scale:
-        scales.to_parameter(tri, lanes, scale, to_scale)
+        if s.estimator == CLOSED_FORM or s.estimator == REPARAM:  # a score's is there already
+            scales.to_parameter(tri, lanes, scale, to_scale)
         for i in range(dim):  # not f / σ · σ, which is nan of a σ that is zero
             for b in range(lanes):
                 at = scales.entry(tri, dim, i, i)
@@ -246,7 +247,6 @@ def _log_prob_kernel(chunks, tri, mean, scale, value, cotangent, out, to_mean, t
                         z[j, b] *= -f[b]
                 store(z, begin, lanes, to_value[n])
         scales.score(tri, lanes, spread, total, for_mean, need_scale, for_scale)
-        scales.to_parameter(tri, lanes, spread, for_scale)
         store(for_mean, begin, lanes, to_mean)
         store(for_scale, begin, lanes, to_scale)
     return refused

@@ -136,18 +136,23 @@ def add_log_det(tri, lanes, dim, scale, f, out):
 
 @helper
 def score(tri, lanes, scale, total, first_moment, need_scale, second):
-    """What Σ f ∂log p/∂(μ, S) is, in the place of Σ f z and Σ f z zᵀ; total = Σ f.
+    """What Σ f ∂log p/∂(μ, L) is, or Σ f ∂log p/∂(μ, log σ), in the place of Σ f z and Σ f z zᵀ; total = Σ f.
 
-    ∂log p/∂μ = a and ∂log p/∂S = a zᵀ - diag(1 / S_jj), with Sᵀ a = z.
+    ∂log p/∂μ = a and ∂log p/∂L = a zᵀ - diag(1 / L_jj), with Lᵀ a = z; ∂log p/∂log σ = z² - 1, of any σ.
     """
     dim = len(first_moment)
     whiten_transposed(tri, lanes, scale, first_moment)
     if not need_scale:
         return
+    if not tri:
+        for i in range(dim):
+            for b in range(lanes):
+                second[i, b] -= total[b]
+        return
     for i in range(dim - 1, -1, -1):
-        for j in range(first(tri, i), i + 1):
+        for j in range(i + 1):
             at = entry(tri, dim, i, j)
-            for k in range(i + 1, dim if tri else 0):
+            for k in range(i + 1, dim):
                 for b in range(lanes):
                     second[at, b] -= scale[k * dim + i, b] * second[k * dim + j, b]
             for b in range(lanes):
