@@ -59,16 +59,18 @@ class Fields {
     for (const Field& field : fields_) {
       if (!steps.contains(field.name)) continue;
       const py::object step = steps[field.name];
+      const bool listed = py::isinstance<py::list>(step);
+      const size_t bytes = listed ? 0 : step.cast<size_t>();
       for (size_t i = 0; i < count; ++i) {
         char* member = reinterpret_cast<char*>(&calls[i]) + field.offset;
-        if (py::isinstance<py::list>(step)) {
-          field.set(member, py::list(step)[i]);
-        } else {
-          char* address;
-          std::memcpy(&address, member, sizeof address);
-          address += i * step.cast<size_t>();
-          std::memcpy(member, &address, sizeof address);
+        if (listed) {
+          field.set(member, step[py::int_(i)]);
+          continue;
         }
+        char* address;
+        std::memcpy(&address, member, sizeof address);
+        address += i * bytes;
+        std::memcpy(member, &address, sizeof address);
       }
     }
     return calls;

@@ -370,7 +370,7 @@ Verdict categorical_log_prob(const CategoricalLogProb& call) {
     using Row = CategoricalRow<V, across>;
     const int64_t classes = call.classes, packs = Row{classes, nullptr, nullptr}.packs();
     const size_t bytes = sizeof(V) * size_t(3 * packs) + sizeof(P) * size_t(packs) + 1024;
-    return for_each_tile<V, across>(call, 8 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) {
+    return for_each_tile<V, across>(call, 32 * classes + 4 * call.count, bytes, [&](Tile tile, Arena<V> arena) {
       Verdict verdict = check_labels(tile, call.count, call.rows, classes, call.value);
       if (verdict.code == kAccepted) verdict = check_logits<T>(tile, classes, call.logits, false);
       if (verdict.code != kAccepted) return verdict;

@@ -193,15 +193,10 @@ struct TokenRow {
     }
   }
   static S total(const Wide& x) {
-    const auto sum = [](const Doubles& lanes) {
-      double sum = 0;
-      for (int l = 0; l < width; ++l) sum += lanes.v[l];
-      return sum;
-    };
     if constexpr (is_dual<V>) {
-      return {sum(x.v), sum(x.t)};
+      return {lane_sum(x.v, width), lane_sum(x.t, width)};
     } else {
-      return sum(x);
+      return lane_sum(x, width);
     }
   }
 
@@ -222,8 +217,7 @@ struct TokenRow {
       // Mostly no logit of a block is above all before it.
       Block block = started ? sums_of<true>(first, end, T(found.top)) : sums_of<false>(first, end, T(0));
       if (any(block.top > T(found.top))) {
-        T largest = -infinity;
-        for (int l = 0; l < width; ++l) largest = std::max(largest, T(block.top.v[l]));
+        const T largest = largest_lane(block.top).v[0];
         found.rise(double(largest));
         block = sums_of<true>(first, end, largest);
       } else if (!started) {

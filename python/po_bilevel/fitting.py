@@ -48,8 +48,6 @@ OUTER_SOLVED = 1e-4
 OUTER_ENOUGH = 3e-5
 # Standard deviation of the prior of arsinh φ around its start.
 PRIOR = 1.0
-
-
 # Multiplications in a pass over all folds from which it may have threads.
 PARALLEL = 10**8
 

@@ -70,6 +70,8 @@ class BilevelTrainer:
     The outer loss sees the policy in evaluation mode, the inner loss in the mode that it is in. Buffers, such as the
     statistics of BatchNorm, take in the rows of the inner loss, as often as the policy takes a step.
 
+    Where a pass has fewer than 10⁷ multiplications, rows times parameters, PyTorch has one thread within a step.
+
     Args:
         policy: p_θ, trained in place.
         reward: r_φ, trained in place: those of its parameters that require grad.

@@ -198,7 +198,9 @@ def test_a_reward_that_is_refused_leaves_the_policies_where_they_were():
     folds.keep()
     theta = folds._theta
     folds.evaluate(Learned(TableReward(torch.tensor([[9.0, 9.0], [0.0, 0.0]], dtype=torch.float64)), 1e4, False))
-    assert not np.allclose(folds._theta, theta, atol=0.1)
+    # A collapse takes away what tells the classes apart: weights that are of the order of one.
+    assert np.abs(theta[:, :, :-1]).max() > 0.5
+    assert np.abs(folds._theta[:, :, :-1]).max() < 0.05
     again, _ = folds.evaluate(good)
     assert again == pytest.approx(loss, abs=1e-6)
 

@@ -80,26 +80,26 @@ PK_FN float square_root_of_normal(float x) {
 }
 #endif
 
+// The same bits as another type.
+template <class To, class From>
+PK_FN To reinterpreted(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as many bits");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
 // The float or double with these bits, and back.
 PK_FN float from_bits(int32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
+  return reinterpreted<float>(bits);
 }
 PK_FN double from_bits(int64_t bits) {
-  double x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
+  return reinterpreted<double>(bits);
 }
 PK_FN int32_t to_bits(float x) {
-  int32_t bits;
-  memcpy(&bits, &x, sizeof x);
-  return bits;
+  return reinterpreted<int32_t>(x);
 }
 PK_FN int64_t to_bits(double x) {
-  int64_t bits;
-  memcpy(&bits, &x, sizeof x);
-  return bits;
+  return reinterpreted<int64_t>(x);
 }
 
 // Conversions of small integers (below 2^31), and of masks on words to masks on elements.

@@ -16,16 +16,9 @@ constexpr bool is_half = sizeof(Stored) == 2;
 
 inline namespace PK_LEVEL {
 
-// Words as the signed integers that lanes have for bits, and back.
+// What lanes have for bits: signed integers, not words.
 template <class V>
 using Bits = typename LaneTraits<V>::Bits;
-template <class To, class From>
-PK_FN To reinterpreted(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as many bits");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
 
 template <class V>
 PK_FN V widened(Word<V> word, BFloat16) {
