@@ -144,8 +144,9 @@ class _Problem:
         op = f"{network.head}_policy_loss"
         if estimator is None:
             estimator = "exact" if network.head == "categorical" else "analytic"
+        coefficient = _check.real(_OP, "entropy_coef", entropy_coef)
         self.config: OpConfig = _loss.options(
-            op, entropy_coef, estimator, num_samples, advantage, rbf_gamma, "mean", 0, False, None
+            op, coefficient, estimator, num_samples, advantage, rbf_gamma, "mean", 0, False, None
         ).config
         spread = "triangular" if network.head == "mvn" else "log_std" if network.bounds is None else "bounded"
         self.shape = native.Shape(
@@ -199,7 +200,7 @@ def network_policy_loss(
         >>> layer.weight.grad.shape
         torch.Size([2, 3])
     """
-    _serve(network, inputs, target, reward)
+    _serve(_OP, network, inputs, target, reward)
     problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
     key = int(_check.seed_tensor(_OP, seed, 0)) if problem.config.num_samples else 0
     return _Loss.apply(problem, key, reward, *network.parameters())
@@ -230,7 +231,7 @@ def network_policy_steps(
         RuntimeError: `network_refusal` has a reason.
         ValueError: an option, as the policy losses.
     """
-    _serve(network, inputs, target, reward)
+    _serve("network_policy_steps", network, inputs, target, reward)
     problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
     native = dispatch.module("native").network
     parameters = [None if p is None else p.detach() for p in network.parameters()]
@@ -244,10 +245,11 @@ def network_policy_steps(
     return None if found is None else (found.losses, found.norms, gradients)
 
 
-def _serve(network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> None:
+def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> None:
     reason = network_refusal(network, inputs, target, reward)
     if reason is not None:
-        raise RuntimeError(f"{_OP}: {reason}; use the policy loss of the network's outputs")
+        raise RuntimeError(f"{op}: {reason}; use the policy loss of the network's outputs")
+    dispatch.serve_natively(op, "cpu", inputs.dtype)
 
 
 class _Loss(torch.autograd.Function):

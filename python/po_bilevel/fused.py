@@ -22,6 +22,8 @@ def policy_loss(
     """The loss of a policy whose network is known, in one native call, or None where the definition has to be taken."""
     if known is None or not options.keys() <= _OPTIONS or options.get("estimator") == "reinforce":
         return None
+    if isinstance(options.get("entropy_coef"), Tensor):
+        return None
     if pk.network_refusal(known, inputs, target, reward) is not None:
         return None
     return pk.network_policy_loss(known, inputs, target, reward, **options)

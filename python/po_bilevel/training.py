@@ -72,6 +72,10 @@ def train(
 ) -> tuple[float, int]:  # fmt: skip
     """Takes optimiser steps on the policy until there is a reason to stop.
 
+    A `PolicyGradient` under a fixed reward, Adam, AdamW or SGD, and a policy of this package of linear layers and tanh,
+    relu or gelu, take up to a hundred steps in one native call, equal to these within rounding; their schedule's
+    included. What asks for each step's loss, such as `patience`, makes it a call a step.
+
     Args:
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
             the optimiser calls for it (as `torch.optim.LBFGS` does).
@@ -102,9 +106,7 @@ def train(
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
-    native = None
-    if isinstance(loss, PolicyGradientUnder):
-        native = loss.steps(policy, stream.data, optimizer, max_grad_norm)
+    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
     step = -1
     while step < steps - 1:
         if native is not None and native.ready():
@@ -231,6 +233,14 @@ def under(reward: nn.Module, loss: InnerLoss) -> Iterator[Callable[[Policy, Batc
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def native_steps(
+    policy: Policy, loss: Callable[[Policy, Batch, int], Tensor], data: Batch, optimizer: Optimizer,
+    max_grad_norm: float | None,
+) -> Steps | None:  # fmt: skip
+    """What takes `train`'s steps in native calls, or None where they are taken in Python."""
+    return loss.steps(policy, data, optimizer, max_grad_norm) if isinstance(loss, PolicyGradientUnder) else None
 
 
 def _together(
