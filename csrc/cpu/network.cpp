@@ -185,6 +185,7 @@ class Evaluation {
 
 }  // namespace
 
+// A verdict's row is the step whose batch was refused, after those before it have been taken.
 Verdict network_loss(const NetworkLoss& call) {
   return with_lanes(call, [](auto lane, const NetworkLoss& call) -> Verdict {
     using V = decltype(lane);
@@ -196,7 +197,7 @@ Verdict network_loss(const NetworkLoss& call) {
       const Rows rows{call.batch_rows[step], index, call.seeds[step]};
       if (index) index += rows.count;
       const Verdict verdict = evaluation.run(rows, call.losses + step);
-      if (verdict.code != kAccepted) return verdict;
+      if (verdict.code != kAccepted) return {verdict.code, step};
       if constexpr (!is_dual<V>) update<T>(call, plan.size, step);
     }
     return {};

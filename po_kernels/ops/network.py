@@ -211,7 +211,7 @@ def network_policy_steps(
     batch_rows: Sequence[int], places: Tensor | None, seeds: Sequence[int], norms: bool = False,
     entropy_coef: float = 0.0, estimator: str | None = None, num_samples: int | None = None, advantage: str = "loo",
     rbf_gamma: float | None = None, l2: float = 0.0,
-) -> tuple[Sequence[float], Sequence[float], list[Tensor | None]] | None:  # fmt: skip
+) -> tuple[Sequence[float], Sequence[float], list[Tensor | None]]:  # fmt: skip
     """Takes steps of an optimiser under `network_policy_loss` in one native call; parameters and state change in place.
 
     Args:
@@ -224,8 +224,9 @@ def network_policy_steps(
         norms: report the norms of the gradients before they are scaled; they are with `max_norm`.
 
     Returns:
-        the loss before each step, the gradient's norm at each if asked for, and the last gradients, scaled; None if the
-        native kernel refuses a value.
+        the loss before each step, the gradient's norm at each if asked for, and the last gradients, scaled. There are
+        fewer losses than steps if the native kernel refused a value in the batch after them, such as a label out of
+        range, which the policy loss of the network's outputs names.
 
     Raises:
         RuntimeError: `network_refusal` has a reason.
@@ -242,7 +243,7 @@ def network_policy_steps(
         reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters, gradients=gradients,
         norms=norms or steps.max_norm > 0, rule=rule,
     )  # fmt: skip
-    return None if found is None else (found.losses, found.norms, gradients)
+    return found.losses, found.norms, gradients
 
 
 def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> None:
@@ -263,7 +264,7 @@ class _Loss(torch.autograd.Function):
         found = problem.run(
             reward, _whole(problem, seed), values=parameters, gradients=gradients, reward_gradient=by_reward
         )
-        if found is None:
+        if not found.losses:
             return None
         ctx.problem, ctx.seed, ctx.gradients = problem, seed, [by_reward, *gradients]
         ctx.save_for_backward(reward, *parameters)

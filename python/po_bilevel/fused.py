@@ -97,8 +97,11 @@ class Steps:
             return None
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return None
-        known = {id(p) for p in network.parameters() if p is not None}
-        if not all(id(p) in known for p in group["params"]):
+        known = [p for p in network.parameters() if p is not None]
+        if not {id(p) for p in group["params"]} <= {id(p) for p in known}:
+            return None
+        # A std that is fixed is no parameter, and has no part in the penalty.
+        if options["l2"] and not all(isinstance(p, nn.Parameter) for p in known):
             return None
         if pk.network_refusal(network, data.inputs, data.target, reward) is not None:
             return None
@@ -115,16 +118,17 @@ class Steps:
     def take(
         self, rates: Sequence[float], rows: Sequence[int], places: Tensor | None, seeds: Sequence[int], norms: bool
     ) -> tuple[Sequence[float], float]:  # fmt: skip
-        """Takes a step at each learning rate; returns the losses before them, and the last gradient's norm."""
-        found = pk.network_policy_steps(
+        """Takes a step at each learning rate.
+
+        Returns:
+            the losses before them, fewer if a batch is refused, whose step is not taken; and the last gradient's norm.
+        """
+        losses, lengths, gradients = pk.network_policy_steps(
             self._network, self._data.inputs, self._data.target, self._reward, self._rule(rates), batch_rows=rows,
             places=places, seeds=seeds, norms=norms, **self._options,
         )  # fmt: skip
-        if found is None:
-            raise ValueError("policy_loss: expected a reward and targets that the policy's loss takes, got others")
-        losses, lengths, gradients = found
         for count in self._counts():
-            count += len(rates)
+            count += len(losses)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient  # type: ignore[union-attr]

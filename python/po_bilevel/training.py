@@ -111,9 +111,13 @@ def train(
     while step < steps - 1:
         if native is not None and native.ready():
             taken = 1 if at_once else min(steps - 1 - step, _READ_TOGETHER)
-            losses, norm = _together(native, stream, optimizer, taken, scheduler, norms=tolerance > 0)
+            batches, losses, norm = _together(native, stream, optimizer, taken, scheduler, norms=tolerance > 0)
             for number, each in enumerate(losses, step + 1):
                 check_finite(f"the loss at step {number}", each)
+            if len(losses) < taken:
+                rows, seed = batches[len(losses)]
+                loss(policy, stream.data if rows is None else stream.data.rows(rows), seed)  # says what is wrong
+                raise RuntimeError(f"the native kernel refused the batch of step {step + 1 + len(losses)}")
             value, step = losses[-1], step + taken
         else:
             batch, seed = stream.next()
@@ -245,8 +249,12 @@ def native_steps(
 
 def _together(
     native: Steps, stream: BatchStream, optimizer: Optimizer, count: int, scheduler: LRScheduler | None, *, norms: bool
-) -> tuple[Sequence[float], float]:  # fmt: skip
-    """Takes steps in one native call, the scheduler's between them; returns losses and the last gradient's norm."""
+) -> tuple[list[tuple[Tensor | None, int]], Sequence[float], float]:  # fmt: skip
+    """Takes steps in one native call, the scheduler's between them.
+
+    Returns:
+        what was drawn from the stream, the losses up to a batch that was refused, and the last gradient's norm.
+    """
     drawn = [stream.draw() for _ in range(count)]
     rates = []
     for step in range(count):
@@ -255,7 +263,7 @@ def _together(
         rates.append(float(optimizer.param_groups[0]["lr"]))
     rows = [row for row, _ in drawn if row is not None]
     sizes = [len(stream.data.inputs) if row is None else len(row) for row, _ in drawn]
-    return native.take(rates, sizes, torch.cat(rows) if rows else None, [seed for _, seed in drawn], norms)
+    return drawn, *native.take(rates, sizes, torch.cat(rows) if rows else None, [seed for _, seed in drawn], norms)
 
 
 def _read(unread: list[Tensor], step: int) -> float:

@@ -40,7 +40,7 @@ class Batches(NamedTuple):
 
 
 class Results(NamedTuple):
-    """Of each batch: the loss before its step, and the gradient's norm if it was asked for."""
+    """Of each batch before one that is refused: the loss before its step, and the gradient's norm if asked for."""
 
     losses: Sequence[float]
     norms: Sequence[float]
@@ -50,12 +50,8 @@ def run(
     shape: Shape, inputs: Tensor, target: Tensor, reward: Tensor, config: OpConfig, l2: float, batches: Batches, *,
     values: Optionals, gradients: Optionals, tangents: Optionals | None = None, reward_gradient: Tensor | None = None,
     reward_tangent: Tensor | None = None, norms: bool = False, rule: dict[str, Any] | None = None,
-) -> Results | None:  # fmt: skip
-    """Losses and, in `gradients` and `reward_gradient`, the gradients of the last batch; on tangents, theirs.
-
-    Returns:
-        the results, or None if the kernel refuses a value.
-    """
+) -> Results:  # fmt: skip
+    """Losses and, in `gradients` and `reward_gradient`, the gradients of the last batch; on tangents, theirs."""
     steps = len(batches.rows)
     keep = [
         array("q", part) for part in (shape.widths, shape.spread_widths, batches.rows, batches.seeds, _at(values),
@@ -72,7 +68,7 @@ def run(
         for name, kind in (("rates", "d"), ("first", "q"), ("second", "q")):
             keep.append(array(kind, given[name] if kind == "d" else _at(given[name])))
             given[name] = keep[-1].buffer_info()[0]
-    code, *_ = extension.module.network_loss(  # type: ignore[union-attr]
+    code, refused, _ = extension.module.network_loss(  # type: ignore[union-attr]
         is_double=inputs.dtype == torch.float64, dual=tangents is not None, rows=inputs.shape[0],
         threads=torch.get_num_threads(), head=HEADS[shape.head], activation=ACTIVATIONS[shape.activation],
         spread=SPREADS[shape.spread], lowest=shape.bounds[0], highest=shape.bounds[1], depth=len(shape.widths) - 1,
@@ -87,7 +83,7 @@ def run(
         advantage=ADVANTAGES[config.advantage].number, num_samples=config.num_samples,
         entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma, **given,
     )  # fmt: skip
-    return None if code else Results(losses, lengths)
+    return Results(losses[:refused], lengths[:refused]) if code else Results(losses, lengths)
 
 
 def _numbers(shape: Shape, inputs: Tensor) -> int:
