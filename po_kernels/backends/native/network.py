@@ -20,6 +20,12 @@ SPREADS = {"log_std": 0, "bounded": 1, "triangular": 2}
 RULES = {"none": 0, "adam": 1, "adamw": 2, "sgd": 3}
 
 
+_NO_RULE = {
+    "rule": 0, "nesterov": 0, "beta1": 0.0, "beta2": 0.0, "epsilon": 0.0, "weight_decay": 0.0, "momentum": 0.0,
+    "dampening": 0.0, "max_norm": 0.0, "steps_before": 0,
+}  # fmt: skip
+
+
 class Shape(NamedTuple):
     """What is no tensor of a network: names as above, widths of its layers, bounds of log σ."""
 
@@ -53,43 +59,39 @@ def run(
 ) -> Results:  # fmt: skip
     """Losses and, in `gradients` and `reward_gradient`, the gradients of the last batch; on tangents, theirs."""
     steps = len(batches.rows)
-    keep = [
-        array("q", part) for part in (shape.widths, shape.spread_widths, batches.rows, batches.seeds, _at(values),
-                                      _at(gradients), () if tangents is None else _at(tangents))
-    ]  # fmt: skip
-    widths, spread_widths, rows, seeds, at, gradients_at, tangents_at = (part.buffer_info()[0] for part in keep)
+    keep: list[Any] = []
     losses, lengths = array("d", bytes(8 * steps)), array("d", bytes(8 * steps if norms else 0))
-    given: dict[str, Any] = {
-        "rule": 0, "nesterov": 0, "beta1": 0.0, "beta2": 0.0, "epsilon": 0.0, "weight_decay": 0.0, "momentum": 0.0,
-        "dampening": 0.0, "max_norm": 0.0, "steps_before": 0,
+    given: dict[str, Any] = _NO_RULE if rule is None else _NO_RULE | rule | {
+        name: listed(kind, rule[name], keep) for name, kind in (("rates", "d"), ("first", "q"), ("second", "q"))
     }  # fmt: skip
-    if rule is not None:
-        given |= rule
-        for name, kind in (("rates", "d"), ("first", "q"), ("second", "q")):
-            keep.append(array(kind, given[name] if kind == "d" else _at(given[name])))
-            given[name] = keep[-1].buffer_info()[0]
     code, refused, _ = extension.module.network_loss(  # type: ignore[union-attr]
         is_double=inputs.dtype == torch.float64, dual=tangents is not None, rows=inputs.shape[0],
         threads=torch.get_num_threads(), head=HEADS[shape.head], activation=ACTIVATIONS[shape.activation],
         spread=SPREADS[shape.spread], lowest=shape.bounds[0], highest=shape.bounds[1], depth=len(shape.widths) - 1,
-        spread_depth=max(len(shape.spread_widths) - 1, 0), widths=widths, spread_widths=spread_widths,
-        dim=shape.widths[-1], observations=target.numel() // max(_numbers(shape, inputs), 1),
-        precision_ndim=reward.ndim, l2=l2, inputs=inputs.data_ptr(), target=target.data_ptr(),
-        reward=reward.data_ptr(), reward_tangent=0 if reward_tangent is None else reward_tangent.data_ptr(),
-        grad_reward=0 if reward_gradient is None else reward_gradient.data_ptr(), steps=steps, batch_rows=rows,
-        index=0 if batches.places is None else batches.places.data_ptr(), seeds=seeds, values=at,
-        gradients=gradients_at, tangents=0 if tangents is None else tangents_at, losses=losses.buffer_info()[0],
-        norms=lengths.buffer_info()[0] if norms else 0, estimator=ESTIMATORS[config.estimator],
-        advantage=ADVANTAGES[config.advantage].number, num_samples=config.num_samples,
-        entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma, **given,
+        spread_depth=max(len(shape.spread_widths) - 1, 0), widths=listed("q", shape.widths, keep),
+        spread_widths=listed("q", shape.spread_widths, keep), dim=shape.widths[-1],
+        observations=target.numel() // _numbers(shape, inputs), precision_ndim=reward.ndim, l2=l2,
+        inputs=inputs.data_ptr(), target=target.data_ptr(), reward=reward.data_ptr(),
+        reward_tangent=0 if reward_tangent is None else reward_tangent.data_ptr(),
+        grad_reward=0 if reward_gradient is None else reward_gradient.data_ptr(), steps=steps,
+        batch_rows=listed("q", batches.rows, keep), seeds=listed("q", batches.seeds, keep),
+        index=0 if batches.places is None else batches.places.data_ptr(), values=listed("q", values, keep),
+        gradients=listed("q", gradients, keep), tangents=0 if tangents is None else listed("q", tangents, keep),
+        losses=losses.buffer_info()[0], norms=lengths.buffer_info()[0] if norms else 0,
+        estimator=ESTIMATORS[config.estimator], advantage=ADVANTAGES[config.advantage].number,
+        num_samples=config.num_samples, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma, **given,
     )  # fmt: skip
     return Results(losses[:refused], lengths[:refused]) if code else Results(losses, lengths)
+
+
+def listed(kind: str, items: Sequence[Any], keep: list[Any]) -> int:
+    """The address of numbers, or of the addresses of tensors."""
+    if kind == "q":
+        items = [0 if x is None else x.data_ptr() if isinstance(x, Tensor) else x for x in items]
+    keep.append(array(kind, items))
+    return keep[-1].buffer_info()[0]
 
 
 def _numbers(shape: Shape, inputs: Tensor) -> int:
     """Of the targets of all rows, once."""
     return inputs.shape[0] * (1 if shape.head == "categorical" else shape.widths[-1])
-
-
-def _at(tensors: Optionals) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
