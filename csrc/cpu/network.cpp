@@ -136,7 +136,7 @@ class Evaluation {
       for (int64_t i = 0; i < plan_.packs; ++i) weights[i] = weights[i] + weights[chunk * plan_.packs + i];
       for (int64_t i = 0; i < plan_.numbers; ++i) numbers_[i] += numbers_[chunk * plan_.numbers + i];
     }
-    scale.backward(numbers_.data());
+    if (plan_.wanted) scale.backward(numbers_.data());
     store(weights);
     *loss = numbers_[plan_.loss_at] / (double(rows.count) * double(call.observations)) + penalty();
     if (T* to = static_cast<T*>(call.reward.gradient)) {

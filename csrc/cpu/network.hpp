@@ -162,6 +162,7 @@ struct Plan {
     reward_size = square ? call.dim * call.dim : call.precision_ndim == 1 ? call.dim : 1;
     loss_at = reward_at + reward_size;
     numbers = loss_at + 1;
+    for (size_t i = 0; i < size.size(); ++i) wanted = wanted || call.gradients[i] != 0;
   }
 
   const T* value(int64_t i) const { return reinterpret_cast<const T*>(call.values[i]); }
@@ -179,6 +180,7 @@ struct Plan {
   }
 
   const NetworkLoss& call;
+  bool wanted = false;  // a gradient of a parameter
   std::vector<Layers> nets;
   std::vector<int64_t> size, offset;
   int64_t spread_first = 0, scale_size = 0, packs = 0, numbers = 0, weights = 0;

@@ -57,7 +57,7 @@ class Block {
     begin_ = begin, count_ = count, packs_ = packs_of<P>(count);
     for (size_t n = 0; n < nets_.size(); ++n) forward(n);
     const Verdict verdict = lose(sums);
-    if (verdict.code != kAccepted) return verdict;
+    if (verdict.code != kAccepted || !plan_.wanted) return verdict;
     for (size_t n = 0; n < nets_.size(); ++n) backward(n, sums);
     return {};
   }

@@ -18,7 +18,7 @@ from . import _check, _loss, _modes
 __all__ = ["Network", "NetworkSteps", "network_policy_loss", "network_policy_steps", "network_refusal"]
 
 Layer = tuple[Tensor, Tensor | None]
-_OP = "network_policy_loss"
+_OP, _STEPS = "network_policy_loss", "network_policy_steps"
 
 
 class Network(NamedTuple):
@@ -86,16 +86,18 @@ def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Te
     """
     parameters = [p for p in network.parameters() if p is not None]
     every = [inputs, reward, *parameters]
-    if torch.compiler.is_compiling():
-        return "torch.compile traces it"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a compiler traces it"
     if not _modes.may_call_directly(target, *every) or _modes.in_forward_mode():
         return "a transform or a mode of torch looks at it"
     _, backend = dispatch.requested(_OP, None)
     if backend not in (None, "native"):
         return f"backend {backend!r} was asked for"
-    reason = dispatch.refusal(f"{network.head}_policy_loss", "native", inputs.device.type, inputs.dtype)
+    reason = dispatch.refusal("gaussian_policy_loss", "native", inputs.device.type, inputs.dtype)
     if reason is not None:
         return reason
+    if any(x.layout is not torch.strided or x.is_nested for x in (target, *every)):
+        return "its tensors are not all dense"
     if any(x.dtype != inputs.dtype or x.device != inputs.device or not x.is_contiguous() for x in every):
         return "its tensors are not all contiguous and of one type and device"
     if inputs.ndim != 2 or len(inputs) == 0 or not target.is_contiguous() or target.device != inputs.device:
@@ -109,6 +111,10 @@ def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Te
 
 def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> str | None:
     """What about the sizes does not fit, which the definition says better."""
+    if network.head not in ("gaussian", "mvn", "categorical"):
+        return f"{network.head!r} is no head"
+    if network.activation not in ("tanh", "relu", "gelu", "gelu_tanh"):
+        return f"{network.activation!r} is no activation"
     for layers in filter(len, (network.layers, network.spread_layers)):
         width = inputs.shape[1]
         for weight, bias in layers:
@@ -203,7 +209,7 @@ def network_policy_loss(
     _serve(_OP, network, inputs, target, reward)
     problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
     key = int(_check.seed_tensor(_OP, seed, 0)) if problem.config.num_samples else 0
-    return _Loss.apply(problem, key, reward, *network.parameters())
+    return _Loss.apply(problem, key, torch.is_grad_enabled(), reward, *network.parameters())
 
 
 def network_policy_steps(
@@ -230,12 +236,15 @@ def network_policy_steps(
 
     Raises:
         RuntimeError: `network_refusal` has a reason.
-        ValueError: an option, as the policy losses.
+        TypeError, ValueError: an option, as the policy losses; a state unlike its parameter; batches that do not fit
+            together, or places outside the rows.
     """
-    _serve("network_policy_steps", network, inputs, target, reward)
+    _serve(_STEPS, network, inputs, target, reward)
     problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
     native = dispatch.module("native").network
     parameters = [None if p is None else p.detach() for p in network.parameters()]
+    _check_steps(steps, parameters)
+    _check_batches(len(inputs), len(steps.rates), batch_rows, places, seeds)
     gradients = _room(parameters, steps.moved)
     rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
     del rule["moved"]
@@ -244,6 +253,57 @@ def network_policy_steps(
         norms=norms or steps.max_norm > 0, rule=rule,
     )  # fmt: skip
     return found.losses, found.norms, gradients
+
+
+def _check_steps(steps: NetworkSteps, parameters: Sequence[Tensor | None]) -> None:
+    """The kernel writes where the state is: it has to be as large as it should."""
+    _check.choice(_STEPS, "rule", steps.rule, ("adam", "adamw", "sgd"))
+    states = {"first": steps.first, "second": steps.second}
+    if steps.rule == "sgd":
+        del states["second"]
+        if steps.momentum == 0:
+            states.clear()
+    for name, given in ({"moved": steps.moved} | states).items():
+        if len(given) != len(parameters):
+            raise ValueError(
+                f"{_STEPS}: {name}: expected one for each of {len(parameters)} parameters, got {len(given)}"
+            )
+    for index, (parameter, moved) in enumerate(zip(parameters, steps.moved, strict=True)):
+        if not moved:
+            continue
+        if parameter is None:
+            raise ValueError(f"{_STEPS}: moved[{index}]: expected False where there is no parameter, got True")
+        for name, given in states.items():
+            x = given[index]
+            if x is None or (x.shape, x.dtype) != (parameter.shape, parameter.dtype) or not x.is_contiguous():
+                got = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
+                raise ValueError(
+                    f"{_STEPS}: {name}[{index}]: expected contiguous {parameter.dtype} of shape "
+                    f"{tuple(parameter.shape)}, got {got}"
+                )
+
+
+def _check_batches(
+    rows: int, count: int, batch_rows: Sequence[int], places: Tensor | None, seeds: Sequence[int]
+) -> None:  # fmt: skip
+    if count < 1 or len(batch_rows) != count or len(seeds) != count:
+        raise ValueError(
+            f"{_STEPS}: batch_rows, seeds: expected one for each of at least one learning rate, got {len(batch_rows)} "
+            f"and {len(seeds)} for {count}"
+        )
+    if places is None:
+        if set(batch_rows) != {rows}:
+            raise ValueError(f"{_STEPS}: batch_rows: expected all {rows} rows without places, got {list(batch_rows)}")
+        return
+    if places.dtype != torch.int64 or places.ndim != 1 or not places.is_contiguous():
+        raise TypeError(
+            f"{_STEPS}: places: expected contiguous int64 of one axis, got {places.dtype} {tuple(places.shape)}"
+        )
+    if min(batch_rows) < 1 or sum(batch_rows) != len(places) or not 0 <= int(places.min()) <= int(places.max()) < rows:
+        raise ValueError(
+            f"{_STEPS}: places: expected {sum(batch_rows)} rows from 0 to {rows - 1}, got {len(places)} from "
+            f"{int(places.min())} to {int(places.max())}"
+        )
 
 
 def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> None:
@@ -257,8 +317,10 @@ class _Loss(torch.autograd.Function):
     """The loss, and with it the gradients of all that needs one."""
 
     @staticmethod
-    def forward(ctx: Any, problem: _Problem, seed: int, reward: Tensor, *parameters: Tensor | None) -> Tensor | None:
-        _, _, reward_wanted, *wanted = ctx.needs_input_grad
+    def forward(
+        ctx: Any, problem: _Problem, seed: int, recorded: bool, reward: Tensor, *parameters: Tensor | None
+    ) -> Tensor | None:  # fmt: skip
+        reward_wanted, *wanted = (recorded and needed for needed in ctx.needs_input_grad[3:])
         gradients = _room(parameters, wanted)
         by_reward = torch.empty_like(reward) if reward_wanted else None
         found = problem.run(
@@ -273,8 +335,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
         if not _modes.is_differentiated():
-            return None, None, *_scaled(ctx.gradients, cotangent)
-        return None, None, *_Gradient.apply(ctx.problem, ctx.seed, ctx.gradients, cotangent, *ctx.saved_tensors)
+            return None, None, None, *_scaled(ctx.gradients, cotangent)
+        return None, None, None, *_Gradient.apply(ctx.problem, ctx.seed, ctx.gradients, cotangent, *ctx.saved_tensors)
 
 
 class _Gradient(torch.autograd.Function):

@@ -98,7 +98,8 @@ class Steps:
         if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
             return None
         known = [p for p in network.parameters() if p is not None]
-        if not {id(p) for p in group["params"]} <= {id(p) for p in known}:
+        each = {id(p) for p in known}
+        if not {id(p) for p in group["params"]} <= each or len(each) < len(known):
             return None
         # A std that is fixed is no parameter, and has no part in the penalty.
         if options["l2"] and not all(isinstance(p, nn.Parameter) for p in known):
@@ -110,10 +111,8 @@ class Steps:
     def ready(self) -> bool:
         """The optimiser has a state, which its own first step makes."""
         if isinstance(self._optimizer, SGD):
-            return not self._group["momentum"] or all(
-                "momentum_buffer" in self._optimizer.state[p] for p in self._moved()
-            )
-        return all(self._optimizer.state.get(p) for p in self._moved()) and len(set(map(float, self._counts()))) == 1
+            return not self._group["momentum"] or self._has("momentum_buffer")
+        return self._has("exp_avg") and self._has("exp_avg_sq") and len(set(map(float, self._counts()))) == 1
 
     def take(
         self, rates: Sequence[float], rows: Sequence[int], places: Tensor | None, seeds: Sequence[int], norms: bool
@@ -136,6 +135,11 @@ class Steps:
 
     def _moved(self) -> list[Tensor]:
         return [p for p in self._group["params"] if p.requires_grad]
+
+    def _has(self, name: str) -> bool:
+        """Each parameter has a state of that name, and of its type and layout."""
+        pairs = [(p, self._optimizer.state[p].get(name)) for p in self._moved()]
+        return all(x is not None and x.dtype == p.dtype and x.shape == p.shape and x.is_contiguous() for p, x in pairs)
 
     def _state(self, name: str) -> list[Tensor | None]:
         """Of each parameter of the network that moves."""

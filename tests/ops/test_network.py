@@ -123,7 +123,7 @@ def test_categorical(estimator, activation):
     agrees(Policy("categorical", activation, observations=3), entropy_coef=0.3, seed=7, **ESTIMATORS[estimator])
 
 
-@pytest.mark.parametrize("widths", [(1, 1), (2, 17, 3), (7, 33, 1, 20, 2), (5, 3), (130, 4)])
+@pytest.mark.parametrize("widths", [(1, 1), (2, 17, 3), (7, 33, 1, 20, 2), (5, 3), (130, 4), (0, 3, 2), (3, 0, 2)])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 127, 128, 129, 300])
 def test_shapes(widths, rows):
     """Of packs, blocks and tiles that are not full."""
@@ -173,6 +173,19 @@ def test_without_biases_and_with_frozen_parameters():
     for x, y in zip(grad(loss, inputs), grad(case.defined(), inputs), strict=True):
         near(x, y, 100)
     assert frozen.grad is None
+
+
+def test_without_derivatives():
+    """The loss alone, to the bit; and a parameter that two layers share gets both its gradients."""
+    case = Policy("gaussian", widths=(4, 4, 4))
+    with torch.no_grad():
+        alone = case.fused(entropy_coef=0.5)
+    assert not alone.requires_grad
+    assert torch.equal(alone, case.fused(entropy_coef=0.5).detach())
+    case.net[2].weight = case.net[0].weight
+    tied = case.network._replace(layers=[case.network.layers[0], (case.net[0].weight, case.network.layers[1][1])])
+    found = grad(pk.network_policy_loss(tied, *case.tensors()[1:]), case.net[0].weight)
+    near(found[0], grad(case.defined(), case.net[0].weight)[0], 100)
 
 
 def test_threads_change_no_bit():
@@ -266,6 +279,33 @@ def test_steps_are_those_of_torch(rule, max_norm, batches):
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if state.get(name) is not None:
                 near(state[name], other[name], 500)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": {"rule": "rmsprop"}}, "rule: .*'rmsprop'"),
+        ({"steps": {"moved": [True]}}, r"moved: expected one for each of 7 parameters, got 1"),
+        ({"steps": {"first": [None] * 7}}, r"first\[0\]: expected .*float64 .*\(9, 3\), got None"),
+        ({"steps": {"second": [torch.zeros(2)] * 7}}, r"second\[0\]: expected .*got torch.float32 of shape \(2,\)"),
+        ({"steps": {"rates": []}}, "batch_rows, seeds: .*1 and 1 for 0"),
+        ({"batch_rows": [20]}, "all 21 rows without places"),
+        ({"places": torch.arange(21) + 1}, "21 rows from 0 to 20, got 21 from 1 to 21"),
+        ({"places": torch.arange(20)}, "21 rows from 0 to 20, got 20"),
+        ({"places": torch.arange(21.0)}, "int64"),
+    ],
+)
+def test_steps_that_would_write_elsewhere_are_refused(wrong, message):
+    case = Policy("gaussian")
+    optimizer = OPTIMIZERS["adam"](case.leaves)
+    case.defined().backward(inputs=case.leaves)
+    optimizer.step()
+    steps = steps_of(optimizer, case.leaves, [0.1], 0.0)._replace(**wrong.pop("steps", {}))
+    batches = {"batch_rows": [21], "places": None, "seeds": [0]} | wrong
+    before = [p.detach().clone() for p in case.leaves]
+    with pytest.raises((TypeError, ValueError), match=f"network_policy_steps: .*{message}"):
+        pk.network_policy_steps(*case.tensors(), steps, **batches)
+    assert all(torch.equal(x, y) for x, y in zip(before, case.leaves, strict=True))
 
 
 def refused(reason, call):

@@ -212,6 +212,9 @@ def test_what_native_calls_do_not_do_is_done_step_by_step():
     watched = gaussian(linear())
     watched.mean_network.register_forward_hook(lambda *a: None)
     assert not taken(policy=watched)
+    tied = gaussian(nn.Sequential(linear(), nn.Tanh(), nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, dim)))
+    tied.mean_network[4].weight = tied.mean_network[2].weight
+    assert not taken(policy=tied)
     spectral = gaussian(nn.utils.parametrizations.weight_norm(linear()))
     assert not taken(policy=spectral)
 
@@ -243,6 +246,19 @@ def test_frozen_parameters_stay():
     step_by_step(lambda: theirs.run(5))
     close([p.detach() for p in ours.policy.parameters()], [p.detach() for p in theirs.policy.parameters()])
     assert torch.equal(next(ours.policy.parameters()), before)
+
+
+def test_a_state_of_another_type_is_left_to_the_optimiser():
+    ours, theirs = Loop(0), Loop(0)
+    for loop in (ours, theirs):
+        loop.optimizer = torch.optim.SGD(loop.policy.parameters(), lr=0.01, momentum=0.5)
+        loop.options |= {"scheduler": None}
+        step_by_step(lambda loop=loop: loop.run(2))
+        for state in loop.optimizer.state.values():
+            state["momentum_buffer"] = state["momentum_buffer"].float()
+    ours.run(3)
+    step_by_step(lambda: theirs.run(3))
+    close(ours.left(), theirs.left())
 
 
 def test_a_loss_that_is_not_finite_names_its_step():
