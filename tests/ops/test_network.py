@@ -125,6 +125,7 @@ def test_categorical(estimator, activation):
 
 @pytest.mark.parametrize("widths", [(1, 1), (2, 17, 3), (7, 33, 1, 20, 2), (5, 3), (130, 4), (0, 3, 2), (3, 0, 2)])
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 127, 128, 129, 300])
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_shapes(widths, rows):
     """Of packs, blocks and tiles that are not full."""
     agrees(Policy("gaussian", widths=widths, rows=rows, precision=rows % 3), entropy_coef=0.1, l2=0.02)
