@@ -234,8 +234,8 @@ struct Optimizer {
             first, second)
 };
 
-// The policy loss of a network and its gradient, for `steps` batches one after the other with a step of the optimiser
-// after each.
+// The policy loss of a network, or without a reward its negative log-likelihood, and its gradient, for `steps` batches
+// one after the other with a step of the optimiser after each.
 struct NetworkLoss : Call, Surrogate, Network, Optimizer {
   int64_t dim = 0, observations = 1;
   int precision_ndim = 0;

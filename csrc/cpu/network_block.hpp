@@ -236,34 +236,62 @@ class Block {
     for (int64_t i = 0; i < packs_of<P>(count); ++i) to.set(i, to.get(i) + from.get(i));
   }
 
+  void fill(Call& c, bool dual) const { c.is_double = sizeof(T) == 8, c.dual = dual, c.rows = count_, c.threads = 1; }
+
   template <class C>
-  void fill(C& c, int64_t r, bool dual, void* loss) {
-    c.is_double = sizeof(T) == 8, c.dual = dual, c.rows = count_, c.threads = 1;
+  void fill(C& c, int64_t r, bool dual, const T* weight, void* loss) const {
+    fill(c, dual);
     static_cast<Surrogate&>(c) = call_;
     c.reduction = kSumOverRows;
-    weight_ = T(1.0 / (double(rows_.count) * double(call_.observations)));
-    c.cotangent.value = &weight_, c.out = loss;
+    c.cotangent.value = weight, c.out = loss;
     c.seed = rows_.seed, c.row_offset = uint64_t(r * rows_.count + begin_);
   }
 
-  Verdict lose_one(int64_t r, const void* target, bool dual, P* mean, P* scale, bool reward_wanted, T* loss) {
+  Verdict lose_one(int64_t r, const void* target, bool dual, P* mean, P* scale, bool reward_wanted, T* loss) const {
     const auto input = [dual](Field<V> field) { return Input{field.v, dual ? field.t : nullptr}; };
-    void* const reward = reward_wanted ? reward_ : nullptr;
-    Differentiable given{{call_.reward.value, dual ? call_.reward.tangent : nullptr}, reward};
+    const RowInput first{{input(mean_rows_), mean}, call_.dim};
+    const RowInput second{{input(scale_rows_), scale}, plan_.spread_by_row() ? call_.dim : 0};
+    const T weight = T(1.0 / (double(rows_.count) * double(call_.observations)));
+    if (call_.reward.value == nullptr) return lose_likelihood(target, dual, first, second, weight, loss);
+    Differentiable reward{{call_.reward.value, dual ? call_.reward.tangent : nullptr},
+                          reward_wanted ? reward_ : nullptr};
     if (call_.head == kCategoricalHead) {
       CategoricalPolicyLoss c;
-      fill(c, r, dual, loss);
-      c.classes = call_.dim, c.target = static_cast<const int64_t*>(target), c.reward_table = given;
-      c.logits = {{input(mean_rows_), mean}, call_.dim};
+      fill(c, r, dual, &weight, loss);
+      c.classes = call_.dim, c.logits = first, c.target = static_cast<const int64_t*>(target), c.reward_table = reward;
       return categorical_policy_loss(c);
     }
     GaussianPolicyLoss c;
-    fill(c, r, dual, loss);
-    c.dim = call_.dim, c.precision_ndim = call_.precision_ndim, c.precision = given;
-    c.mean = {{input(mean_rows_), mean}, call_.dim};
-    c.scale = {{input(scale_rows_), scale}, plan_.spread_by_row() ? call_.dim : 0};
-    c.target = {{{target, nullptr}, nullptr}, call_.dim};
+    fill(c, r, dual, &weight, loss);
+    c.dim = call_.dim, c.mean = first, c.scale = second, c.target = {{{target, nullptr}, nullptr}, call_.dim};
+    c.precision_ndim = call_.precision_ndim, c.precision = reward;
     return call_.head == kMvnHead ? mvn_policy_loss(c) : gaussian_policy_loss(c);
+  }
+
+  // The negative log-likelihood of the targets.
+  Verdict lose_likelihood(const void* target, bool dual, RowInput mean, RowInput scale, T weight, T* loss) const {
+    T log_prob[kBlockRows], weights[kBlockRows];
+    for (T& each : weights) each = -weight;
+    const auto run = [&](auto call, auto kernel) {
+      fill(call, dual);
+      call.count = 1, call.cotangent.value = weights, call.out = log_prob;
+      return kernel(call);
+    };
+    Verdict verdict;
+    if (call_.head == kCategoricalHead) {
+      CategoricalLogProb c;
+      c.classes = call_.dim, c.logits = mean, c.value = static_cast<const int64_t*>(target);
+      verdict = run(c, [](const auto& c) { return categorical_log_prob(c); });
+    } else {
+      GaussianLogProb c;
+      c.dim = call_.dim, c.mean = mean, c.scale = scale, c.value = {{target, nullptr}, nullptr};
+      verdict = run(
+          c, [mvn = call_.head == kMvnHead](const auto& c) { return mvn ? mvn_log_prob(c) : gaussian_log_prob(c); });
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < count_; ++i) sum -= double(log_prob[i]);
+    *loss = T(sum);
+    return verdict;
   }
 
   void backward(size_t n, Sums<V> sums) {
@@ -321,7 +349,6 @@ class Block {
   Field<V> gradient_[2], mean_rows_, mean_gradient_, one_gradient_, scale_rows_, scale_gradient_, scale_sum_;
   P *target_ = nullptr, *reward_ = nullptr;
   int64_t* labels_ = nullptr;
-  T weight_ = 0;
   int64_t begin_ = 0, count_ = 0, packs_ = 0;
 };
 

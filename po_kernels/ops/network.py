@@ -78,14 +78,14 @@ class NetworkSteps(NamedTuple):
     max_norm: float = 0.0
 
 
-def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> str | None:
+def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> str | None:
     """Why the ops on networks do not serve these tensors here and now, or None.
 
     They serve contiguous CPU tensors of one type, float32 or float64, that no transform, mode or subclass of torch is
     looking at, on the native backend.
     """
     parameters = [p for p in network.parameters() if p is not None]
-    every = [inputs, reward, *parameters]
+    every = [inputs, *parameters, *([] if reward is None else [reward])]
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "a compiler traces it"
     if not _modes.may_call_directly(target, *every) or _modes.in_forward_mode():
@@ -109,7 +109,7 @@ def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Te
     return _wrong(network, inputs, target, reward)
 
 
-def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> str | None:
+def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> str | None:
     """What about the sizes does not fit, which the definition says better."""
     if network.head not in ("gaussian", "mvn", "categorical"):
         return f"{network.head!r} is no head"
@@ -136,7 +136,7 @@ def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> 
     if target.shape != (rows, *event) and (target.shape[1:] != (rows, *event) or len(target) == 0):
         return f"the targets have shape {tuple(target.shape)}"
     shapes: tuple[tuple[int, ...], ...] = ((dim, dim),) if categorical else ((), (dim,), (dim, dim))
-    return None if tuple(reward.shape) in shapes else f"the reward has shape {tuple(reward.shape)}"
+    return None if reward is None or tuple(reward.shape) in shapes else f"the reward has shape {tuple(reward.shape)}"
 
 
 class _Problem:
@@ -161,7 +161,7 @@ class _Problem:
         )  # fmt: skip
         self.inputs, self.target, self.l2 = inputs, target, l2
 
-    def run(self, reward: Tensor, batches: Any, **tensors: Any) -> Any:
+    def run(self, reward: Tensor | None, batches: Any, **tensors: Any) -> Any:
         return dispatch.module("native").network.run(
             self.shape, self.inputs, self.target, reward, self.config, self.l2, batches, **tensors
         )
@@ -172,7 +172,7 @@ def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
 
 
 def network_policy_loss(
-    network: Network, inputs: Tensor, target: Tensor, reward: Tensor, *, entropy_coef: float = 0.0,
+    network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None, *, entropy_coef: float = 0.0,
     estimator: str | None = None, num_samples: int | None = None, advantage: str = "loo",
     rbf_gamma: float | None = None, l2: float = 0.0, seed: int | Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
@@ -185,7 +185,8 @@ def network_policy_loss(
         network: the policy.
         inputs: x, (N, in).
         target: y, (N, D), or (R, N, D) for R observations of each row; labels (N) or (R, N) of a categorical.
-        reward: precision (), (D,) or (D, D), or a table (C, C).
+        reward: precision (), (D,) or (D, D), or a table (C, C); None for the negative log-likelihood of the targets
+            instead of a policy loss, and no option but l2.
         entropy_coef, estimator, num_samples, advantage, rbf_gamma, seed: as the policy losses take them; None for the
             estimator is the closed form.
         l2: strength of the penalty on all parameters.
@@ -213,7 +214,7 @@ def network_policy_loss(
 
 
 def network_policy_steps(
-    network: Network, inputs: Tensor, target: Tensor, reward: Tensor, steps: NetworkSteps, *,
+    network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None, steps: NetworkSteps, *,
     batch_rows: Sequence[int], places: Tensor | None, seeds: Sequence[int], norms: bool = False,
     entropy_coef: float = 0.0, estimator: str | None = None, num_samples: int | None = None, advantage: str = "loo",
     rbf_gamma: float | None = None, l2: float = 0.0,
@@ -249,8 +250,8 @@ def network_policy_steps(
     rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
     del rule["moved"]
     found = problem.run(
-        reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters, gradients=gradients,
-        norms=norms or steps.max_norm > 0, rule=rule,
+        None if reward is None else reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters,
+        gradients=gradients, norms=norms or steps.max_norm > 0, rule=rule,
     )  # fmt: skip
     return found.losses, found.norms, gradients
 
@@ -306,7 +307,7 @@ def _check_batches(
         )
 
 
-def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor) -> None:
+def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> None:
     reason = network_refusal(network, inputs, target, reward)
     if reason is not None:
         raise RuntimeError(f"{op}: {reason}; use the policy loss of the network's outputs")
@@ -318,11 +319,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: _Problem, seed: int, recorded: bool, reward: Tensor, *parameters: Tensor | None
+        ctx: Any, problem: _Problem, seed: int, recorded: bool, reward: Tensor | None, *parameters: Tensor | None
     ) -> Tensor | None:  # fmt: skip
         reward_wanted, *wanted = (recorded and needed for needed in ctx.needs_input_grad[3:])
         gradients = _room(parameters, wanted)
-        by_reward = torch.empty_like(reward) if reward_wanted else None
+        by_reward = torch.empty_like(reward) if reward is not None and reward_wanted else None
         found = problem.run(
             reward, _whole(problem, seed), values=parameters, gradients=gradients, reward_gradient=by_reward
         )
@@ -330,7 +331,7 @@ class _Loss(torch.autograd.Function):
             return None
         ctx.problem, ctx.seed, ctx.gradients = problem, seed, [by_reward, *gradients]
         ctx.save_for_backward(reward, *parameters)
-        return reward.new_tensor(found.losses[0])
+        return problem.inputs.new_tensor(found.losses[0])
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:

@@ -17,7 +17,7 @@ _OPTIONS = {"entropy_coef", "estimator", "num_samples", "advantage", "rbf_gamma"
 
 
 def policy_loss(
-    known: pk.Network | None, inputs: Tensor, target: Tensor, reward: Tensor, options: dict[str, Any]
+    known: pk.Network | None, inputs: Tensor, target: Tensor, reward: Tensor | None, options: dict[str, Any]
 ) -> Tensor | None:  # fmt: skip
     """The loss of a policy whose network is known, in one native call, or None where the definition has to be taken."""
     if known is None or not options.keys() <= _OPTIONS or options.get("estimator") == "reinforce":
@@ -67,14 +67,14 @@ class Steps:
     Args:
         network: of the policy.
         data: the rows that batches are drawn from.
-        reward: the precision or the table.
+        reward: the precision or the table; None for the likelihood of the targets.
         options: of the loss, with `l2`.
         optimizer: one that `of` has found to serve.
         max_grad_norm: as `train` takes it.
     """
 
     def __init__(
-        self, network: pk.Network, data: Any, reward: Tensor, options: dict[str, Any], optimizer: Optimizer,
+        self, network: pk.Network, data: Any, reward: Tensor | None, options: dict[str, Any], optimizer: Optimizer,
         max_grad_norm: float | None,
     ) -> None:  # fmt: skip
         self._network, self._data, self._reward, self._options = network, data, reward, options
@@ -86,8 +86,8 @@ class Steps:
 
     @classmethod
     def of(
-        cls, network: pk.Network | None, data: Any, reward: Tensor, options: dict[str, Any], optimizer: Optimizer,
-        max_grad_norm: float | None,
+        cls, network: pk.Network | None, data: Any, reward: Tensor | None, options: dict[str, Any],
+        optimizer: Optimizer, max_grad_norm: float | None,
     ) -> "Steps | None":  # fmt: skip
         """None where a native call would not do what the optimiser does."""
         if network is None or type(optimizer) not in (Adam, AdamW, SGD) or len(optimizer.param_groups) != 1:

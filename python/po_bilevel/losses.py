@@ -90,7 +90,28 @@ class NegativeLogLikelihood:
         _check_l2(self, self.l2)
 
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
-        return penalized(-policy.log_prob(batch.inputs, batch.target).mean(), policy, self.l2)
+        loss = fused.policy_loss(policy.fused_network(), batch.inputs, batch.target, None, {})
+        if loss is None:
+            loss = -policy.log_prob(batch.inputs, batch.target).mean()
+        return penalized(loss, policy, self.l2)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A `NegativeLogLikelihood` as `train` takes it, (policy, batch, seed) -> ()."""
+
+    loss: NegativeLogLikelihood
+
+    def __call__(self, policy: Policy, batch: Batch, seed: int) -> Tensor:
+        return self.loss(policy, batch)
+
+    def steps(
+        self, policy: Policy, data: Batch, optimizer: Optimizer, max_grad_norm: float | None
+    ) -> fused.Steps | None:  # fmt: skip
+        """See `PolicyGradientUnder.steps`."""
+        if type(self.loss) is not NegativeLogLikelihood:
+            return None
+        return fused.Steps.of(policy.fused_network(), data, None, {"l2": self.loss.l2}, optimizer, max_grad_norm)
 
 
 @dataclass(frozen=True)

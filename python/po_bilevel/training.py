@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .errors import NonFiniteError
 from .fused import Steps
-from .losses import Batch, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
+from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
 from .policies import Policy
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
@@ -72,9 +72,9 @@ def train(
 ) -> tuple[float, int]:  # fmt: skip
     """Takes optimiser steps on the policy until there is a reason to stop.
 
-    A `PolicyGradient` under a fixed reward, Adam, AdamW or SGD, and a policy of this package of linear layers and tanh,
-    relu or gelu, take up to a hundred steps in one native call, equal to these within rounding; their schedule's
-    included. What asks for each step's loss, such as `patience`, makes it a call a step.
+    With Adam, AdamW or SGD on a policy of this package that is made of linear layers and tanh, relu or gelu, under its
+    likelihood or a `PolicyGradient`, up to a hundred steps, their schedule's included, run in one native call. They
+    are equal to steps in Python within rounding. What asks for each loss, such as `patience`, makes it a call a step.
 
     Args:
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
@@ -168,10 +168,7 @@ def train_nll(
 ) -> tuple[float, int]:  # fmt: skip
     """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
     objective = NegativeLogLikelihood() if loss is None else loss
-    return train(
-        policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
-        steps, **options,
-    )  # fmt: skip
+    return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
 
 def train_policy_gradient(
@@ -244,7 +241,11 @@ def native_steps(
     max_grad_norm: float | None,
 ) -> Steps | None:  # fmt: skip
     """What takes `train`'s steps in native calls, or None where they are taken in Python."""
-    return loss.steps(policy, data, optimizer, max_grad_norm) if isinstance(loss, PolicyGradientUnder) else None
+    return (
+        loss.steps(policy, data, optimizer, max_grad_norm)
+        if isinstance(loss, (Likelihood, PolicyGradientUnder))
+        else None
+    )
 
 
 def _together(

@@ -64,29 +64,37 @@ class Policy:
         return pk.network_policy_loss(*self.tensors(), **options)
 
     def defined(self, *, l2=0.0, **options):
+        penalty = 0.5 * l2 * sum((p * p).sum() for p in self.leaves)
+        return self.loss_of_outputs(**options) + penalty
+
+    def loss_of_outputs(self, **options):
         outputs = self.net(self.inputs)
         event = 0 if self.head == "categorical" else 1
         lead = self.target.shape[: self.target.ndim - event]
         outputs = outputs.expand(*lead, outputs.shape[-1])
         with pk.use_backend("reference"):
             if self.head == "categorical":
-                loss = pk.categorical_policy_loss(outputs, self.target, self.reward, **options)
-            elif self.head == "mvn":
+                if self.reward is None:
+                    return -pk.categorical_log_prob(outputs, self.target).mean()
+                return pk.categorical_policy_loss(outputs, self.target, self.reward, **options)
+            if self.head == "mvn":
                 log_diagonal, below = self.spread
                 scale = torch.tril(below, -1) + torch.diag(log_diagonal.exp())
-                loss = pk.mvn_policy_loss(outputs, scale, self.target, self.reward, **options)
-            else:
-                log_std = self.spread_net(self.inputs) if self.spread_net is not None else self.spread[0]
-                if self.bounds is not None:
-                    log_std = self.bounds[0] + (self.bounds[1] - self.bounds[0]) * torch.sigmoid(log_std)
-                if log_std.ndim > 1:
-                    log_std = log_std.expand(*lead, -1)
-                loss = pk.gaussian_policy_loss(outputs, log_std, self.target, self.reward, **options)
-        return loss + 0.5 * l2 * sum((p * p).sum() for p in self.leaves)
+                if self.reward is None:
+                    return -pk.mvn_log_prob(outputs, scale, self.target).mean()
+                return pk.mvn_policy_loss(outputs, scale, self.target, self.reward, **options)
+            log_std = self.spread_net(self.inputs) if self.spread_net is not None else self.spread[0]
+            if self.bounds is not None:
+                log_std = self.bounds[0] + (self.bounds[1] - self.bounds[0]) * torch.sigmoid(log_std)
+            if log_std.ndim > 1:
+                log_std = log_std.expand(*lead, -1)
+            if self.reward is None:
+                return -pk.gaussian_log_prob(outputs, log_std, self.target).mean()
+            return pk.gaussian_policy_loss(outputs, log_std, self.target, self.reward, **options)
 
     def derivatives(self, loss, **options):
         """The loss, its gradients, and the product of its Hessian in all inputs with a direction."""
-        inputs = [*self.leaves, self.reward]
+        inputs = self.leaves if self.reward is None else [*self.leaves, self.reward]
         value = loss(**options)
         gradients = grad(value, inputs, create_graph=True)
         generator = torch.Generator().manual_seed(1)
@@ -121,6 +129,17 @@ def test_full_covariance(estimator, precision):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_categorical(estimator, activation):
     agrees(Policy("categorical", activation, observations=3), entropy_coef=0.3, seed=7, **ESTIMATORS[estimator])
+
+
+@pytest.mark.parametrize("rows", [1, 40, 150])
+@pytest.mark.parametrize(
+    "arguments", [{"head": "categorical"}, {"head": "mvn"}, *({"head": "gaussian", "spread": s} for s in SPREADS)]
+)
+def test_likelihood(arguments, rows):
+    for observations in (None, 2):
+        case = Policy(rows=rows, observations=observations, **arguments)
+        case.reward = None
+        agrees(case, l2=0.01)
 
 
 @pytest.mark.parametrize("widths", [(1, 1), (2, 17, 3), (7, 33, 1, 20, 2), (5, 3), (130, 4), (0, 3, 2), (3, 0, 2)])

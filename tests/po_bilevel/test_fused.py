@@ -16,12 +16,15 @@ from po_bilevel import (
     MLPCategorical,
     MLPFullGaussian,
     MLPGaussian,
+    NegativeLogLikelihood,
     NonFiniteError,
     OneHotMahalanobisReward,
     PolicyGradient,
     TableReward,
+    train_nll,
     train_policy_gradient,
 )
+from po_bilevel.losses import Likelihood
 from po_bilevel.training import native_steps, under
 from problems import bilevel
 from torch import nn
@@ -116,6 +119,20 @@ def test_loops_are_equal_step_by_step(number):
         close(ours.run(steps), step_by_step(lambda steps=steps: theirs.run(steps)))
         for found, right in zip(ours.left(), theirs.left(), strict=True):
             close(found, right)
+
+
+@pytest.mark.parametrize("number", range(50, 62))
+def test_likelihood_is_trained_step_by_step(number):
+    ours, theirs = Loop(number), Loop(number)
+    for loop in (ours, theirs):
+        loop.loss = NegativeLogLikelihood(loop.loss.l2)
+
+    def run(loop):
+        return train_nll(loop.policy, loop.data, loop.optimizer, 12, loss=loop.loss, **loop.options)
+
+    assert native_steps(ours.policy, Likelihood(ours.loss), ours.data, ours.optimizer, None) is not None
+    close(run(ours), step_by_step(lambda: run(theirs)))
+    close(ours.left(), theirs.left())
 
 
 @pytest.mark.parametrize("stop", [{"patience": 2, "min_delta": 1e-3}, {"tolerance": 0.5}, "callback"])

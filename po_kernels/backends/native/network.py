@@ -53,9 +53,10 @@ class Results(NamedTuple):
 
 
 def run(
-    shape: Shape, inputs: Tensor, target: Tensor, reward: Tensor, config: OpConfig, l2: float, batches: Batches, *,
-    values: Optionals, gradients: Optionals, tangents: Optionals | None = None, reward_gradient: Tensor | None = None,
-    reward_tangent: Tensor | None = None, norms: bool = False, rule: dict[str, Any] | None = None,
+    shape: Shape, inputs: Tensor, target: Tensor, reward: Tensor | None, config: OpConfig, l2: float,
+    batches: Batches, *, values: Optionals, gradients: Optionals, tangents: Optionals | None = None,
+    reward_gradient: Tensor | None = None, reward_tangent: Tensor | None = None, norms: bool = False,
+    rule: dict[str, Any] | None = None,
 ) -> Results:  # fmt: skip
     """Losses and, in `gradients` and `reward_gradient`, the gradients of the last batch; on tangents, theirs."""
     steps = len(batches.rows)
@@ -70,8 +71,9 @@ def run(
         spread=SPREADS[shape.spread], lowest=shape.bounds[0], highest=shape.bounds[1], depth=len(shape.widths) - 1,
         spread_depth=max(len(shape.spread_widths) - 1, 0), widths=listed("q", shape.widths, keep),
         spread_widths=listed("q", shape.spread_widths, keep), dim=shape.widths[-1],
-        observations=target.numel() // _numbers(shape, inputs), precision_ndim=reward.ndim, l2=l2,
-        inputs=inputs.data_ptr(), target=target.data_ptr(), reward=reward.data_ptr(),
+        observations=target.numel() // _numbers(shape, inputs), l2=l2,
+        precision_ndim=0 if reward is None else reward.ndim, inputs=inputs.data_ptr(), target=target.data_ptr(),
+        reward=0 if reward is None else reward.data_ptr(),
         reward_tangent=0 if reward_tangent is None else reward_tangent.data_ptr(),
         grad_reward=0 if reward_gradient is None else reward_gradient.data_ptr(), steps=steps,
         batch_rows=listed("q", batches.rows, keep), seeds=listed("q", batches.seeds, keep),
