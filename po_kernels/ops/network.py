@@ -15,7 +15,10 @@ from .. import dispatch
 from ..backends.contract import OpConfig
 from . import _check, _loss, _modes
 
-__all__ = ["Network", "NetworkSteps", "network_policy_loss", "network_policy_steps", "network_refusal"]
+__all__ = [
+    "Network", "NetworkStepped", "NetworkSteps", "NetworkTask", "network_policy_loss", "network_policy_steps",
+    "network_refusal",
+]  # fmt: skip
 
 Layer = tuple[Tensor, Tensor | None]
 _OP, _STEPS = "network_policy_loss", "network_policy_steps"
@@ -161,10 +164,16 @@ class _Problem:
         )  # fmt: skip
         self.inputs, self.target, self.l2 = inputs, target, l2
 
-    def run(self, reward: Tensor | None, batches: Any, **tensors: Any) -> Any:
-        return dispatch.module("native").network.run(
+    def prepared(self, reward: Tensor | None, batches: Any, **tensors: Any) -> Any:
+        return dispatch.module("native").network.prepared(
             self.shape, self.inputs, self.target, reward, self.config, self.l2, batches, **tensors
         )
+
+    def run(self, reward: Tensor | None, seed: int, **tensors: Any) -> Sequence[float]:
+        """The loss of all rows, if nothing is refused."""
+        native = dispatch.module("native").network
+        batches = native.Batches((len(self.inputs),), None, (seed,))
+        return native.run([self.prepared(reward, batches, **tensors)])[0].losses
 
 
 def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
@@ -213,47 +222,79 @@ def network_policy_loss(
     return _Loss.apply(problem, key, torch.is_grad_enabled(), reward, *network.parameters())
 
 
-def network_policy_steps(
-    network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None, steps: NetworkSteps, *,
-    batch_rows: Sequence[int], places: Tensor | None, seeds: Sequence[int], norms: bool = False,
-    entropy_coef: float = 0.0, estimator: str | None = None, num_samples: int | None = None, advantage: str = "loo",
-    rbf_gamma: float | None = None, l2: float = 0.0,
-) -> tuple[Sequence[float], Sequence[float], list[Tensor | None]]:  # fmt: skip
-    """Takes steps of an optimiser under `network_policy_loss` in one native call; parameters and state change in place.
+class NetworkTask(NamedTuple):
+    """Steps of one network's training.
 
-    Args:
-        network, inputs, target, reward, entropy_coef, estimator, num_samples, advantage, rbf_gamma, l2: as in
-            `network_policy_loss`.
+    Attributes:
+        network, inputs, target, reward: as in `network_policy_loss`.
         steps: the optimiser's rule, state and learning rates.
         batch_rows: rows of each step's batch.
         places: int64, where the rows of all batches stand, one batch after the other; None for all rows each time.
         seeds: of each step.
-        norms: report the norms of the gradients before they are scaled; they are with `max_norm`.
+    """
 
-    Returns:
-        the loss before each step, the gradient's norm at each if asked for, and the last gradients, scaled. There are
-        fewer losses than steps if the native kernel refused a value in the batch after them, such as a label out of
-        range, which the policy loss of the network's outputs names.
+    network: Network
+    inputs: Tensor
+    target: Tensor
+    reward: Tensor | None
+    steps: NetworkSteps
+    batch_rows: Sequence[int]
+    places: Tensor | None
+    seeds: Sequence[int]
+
+
+class NetworkStepped(NamedTuple):
+    """What steps of one network's training gave.
+
+    Attributes:
+        losses: before each step. There are fewer than steps if the native kernel refused a value in the batch after
+            them, such as a label out of range, which the policy loss of the network's outputs names.
+        norms: of the gradient at each, before it was scaled, if asked for.
+        gradients: the last, scaled; None for a parameter that does not move.
+    """
+
+    losses: Sequence[float]
+    norms: Sequence[float]
+    gradients: list[Tensor | None]
+
+
+def network_policy_steps(
+    tasks: Sequence[NetworkTask], *, norms: bool = False, entropy_coef: float = 0.0, estimator: str | None = None,
+    num_samples: int | None = None, advantage: str = "loo", rbf_gamma: float | None = None, l2: float = 0.0,
+) -> list[NetworkStepped]:  # fmt: skip
+    """Takes steps of optimisers under `network_policy_loss`, of one network or an ensemble, in one native call.
+
+    Parameters and states change in place. Networks share out the threads between them.
+
+    Args:
+        tasks: of each network; none has tensors in common with another but rows and reward.
+        norms: report the norms of the gradients; they are with `max_norm`.
+        entropy_coef, estimator, num_samples, advantage, rbf_gamma, l2: as in `network_policy_loss`.
 
     Raises:
         RuntimeError: `network_refusal` has a reason.
-        TypeError, ValueError: an option, as the policy losses; a state unlike its parameter; batches that do not fit
-            together, or places outside the rows.
+        TypeError, ValueError: no task; an option, as the policy losses; a state unlike its parameter; batches that do
+            not fit together, or places outside the rows.
     """
-    _serve(_STEPS, network, inputs, target, reward)
-    problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
+    if not tasks:
+        raise ValueError(f"{_STEPS}: tasks: expected at least one, got none")
     native = dispatch.module("native").network
-    parameters = [None if p is None else p.detach() for p in network.parameters()]
-    _check_steps(steps, parameters)
-    _check_batches(len(inputs), len(steps.rates), batch_rows, places, seeds)
-    gradients = _room(parameters, steps.moved)
-    rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
-    del rule["moved"]
-    found = problem.run(
-        None if reward is None else reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters,
-        gradients=gradients, norms=norms or steps.max_norm > 0, rule=rule,
-    )  # fmt: skip
-    return found.losses, found.norms, gradients
+    problems, every = [], []
+    for network, inputs, target, reward, steps, batch_rows, places, seeds in tasks:
+        _serve(_STEPS, network, inputs, target, reward)
+        problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
+        parameters = [None if p is None else p.detach() for p in network.parameters()]
+        _check_steps(steps, parameters)
+        _check_batches(len(inputs), len(steps.rates), batch_rows, places, seeds)
+        every.append(_room(parameters, steps.moved))
+        rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
+        del rule["moved"]
+        problems.append(problem.prepared(
+            None if reward is None else reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters,
+            gradients=every[-1], norms=norms or steps.max_norm > 0, rule=rule,
+        ))  # fmt: skip
+    found = native.run(problems)
+    return [NetworkStepped(each.losses, each.norms, gradients) for each, gradients in zip(found, every, strict=True)]
 
 
 def _check_steps(steps: NetworkSteps, parameters: Sequence[Tensor | None]) -> None:
@@ -324,14 +365,12 @@ class _Loss(torch.autograd.Function):
         reward_wanted, *wanted = (recorded and needed for needed in ctx.needs_input_grad[3:])
         gradients = _room(parameters, wanted)
         by_reward = torch.empty_like(reward) if reward is not None and reward_wanted else None
-        found = problem.run(
-            reward, _whole(problem, seed), values=parameters, gradients=gradients, reward_gradient=by_reward
-        )
-        if not found.losses:
+        losses = problem.run(reward, seed, values=parameters, gradients=gradients, reward_gradient=by_reward)
+        if not losses:
             return None
         ctx.problem, ctx.seed, ctx.gradients = problem, seed, [by_reward, *gradients]
         ctx.save_for_backward(reward, *parameters)
-        return problem.inputs.new_tensor(found.losses[0])
+        return problem.inputs.new_tensor(losses[0])
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
@@ -367,7 +406,7 @@ class _Gradient(torch.autograd.Function):
         wanted = ctx.needs_input_grad[4:]
         products = _room((reward, *parameters), wanted)
         ctx.problem.run(
-            reward, _whole(ctx.problem, ctx.seed), values=parameters, gradients=products[1:], tangents=vectors[1:],
+            reward, ctx.seed, values=parameters, gradients=products[1:], tangents=vectors[1:],
             reward_gradient=products[0], reward_tangent=vectors[0],
         )  # fmt: skip
         along = None
@@ -380,10 +419,6 @@ class _Gradient(torch.autograd.Function):
 def _room(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """A tensor like each that is wanted."""
     return [torch.empty_like(x) if x is not None and w else None for x, w in zip(tensors, wanted, strict=True)]
-
-
-def _whole(problem: _Problem, seed: int) -> Any:
-    return dispatch.module("native").network.Batches((len(problem.inputs),), None, (seed,))
 
 
 def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:

@@ -114,24 +114,27 @@ class Steps:
             return not self._group["momentum"] or self._has("momentum_buffer")
         return self._has("exp_avg") and self._has("exp_avg_sq") and len(set(map(float, self._counts()))) == 1
 
+    @staticmethod
     def take(
-        self, rates: Sequence[float], rows: Sequence[int], places: Tensor | None, seeds: Sequence[int], norms: bool
-    ) -> tuple[Sequence[float], float]:  # fmt: skip
-        """Takes a step at each learning rate.
+        each: Sequence["tuple[Steps, Sequence[float], Sequence[int], Tensor | None, Sequence[int]]"], *, norms: bool
+    ) -> list[pk.NetworkStepped]:  # fmt: skip
+        """Takes the steps of several under one loss in one native call.
 
-        Returns:
-            the losses before them, fewer if a batch is refused, whose step is not taken; and the last gradient's norm.
+        Args:
+            each: with its learning rates, rows, places and seeds, see `NetworkTask`.
         """
-        losses, lengths, gradients = pk.network_policy_steps(
-            self._network, self._data.inputs, self._data.target, self._reward, self._rule(rates), batch_rows=rows,
-            places=places, seeds=seeds, norms=norms, **self._options,
-        )  # fmt: skip
-        for count in self._counts():
-            count += len(losses)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient  # type: ignore[union-attr]
-        return losses, lengths[-1] if lengths else 0.0
+        tasks = [
+            pk.NetworkTask(s._network, s._data.inputs, s._data.target, s._reward, s._rule(rates), rows, places, seeds)
+            for s, rates, rows, places, seeds in each
+        ]
+        found = pk.network_policy_steps(tasks, norms=norms, **each[0][0]._options)
+        for (steps, *_), done in zip(each, found, strict=True):
+            for count in steps._counts():
+                count += len(done.losses)
+            for parameter, gradient in zip(steps._parameters, done.gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient  # type: ignore[union-attr]
+        return found
 
     def _moved(self) -> list[Tensor]:
         return [p for p in self._group["params"] if p.requires_grad]

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,14 +111,9 @@ def train(
     while step < steps - 1:
         if native is not None and native.ready():
             taken = 1 if at_once else min(steps - 1 - step, _READ_TOGETHER)
-            batches, losses, norm = _together(native, stream, optimizer, taken, scheduler, norms=tolerance > 0)
-            for number, each in enumerate(losses, step + 1):
-                check_finite(f"the loss at step {number}", each)
-            if len(losses) < taken:
-                rows, seed = batches[len(losses)]
-                loss(policy, stream.data if rows is None else stream.data.rows(rows), seed)  # says what is wrong
-                raise RuntimeError(f"the native kernel refused the batch of step {step + 1 + len(losses)}")
-            value, step = losses[-1], step + taken
+            member = _Member(policy, stream, optimizer, scheduler, native)
+            [(value, norm)] = _take([member], loss, step + 1, taken, norms=tolerance > 0)
+            step += taken
         else:
             batch, seed = stream.next()
             step += 1
@@ -179,6 +174,76 @@ def train_policy_gradient(
     objective = PolicyGradient() if loss is None else loss
     with under(reward, objective) as fixed:
         return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
+
+
+def train_ensemble(
+    policies: Sequence[Policy], reward: nn.Module | None, data: Batch | Sequence[Batch],
+    optimizers: Sequence[Optimizer], steps: int, *, loss: PolicyGradient | NegativeLogLikelihood | None = None,
+    batch_size: int | None = None, seed: int = 0, schedulers: Sequence[LRScheduler] | None = None,
+    max_grad_norm: float | None = None,
+) -> list[float]:  # fmt: skip
+    """Trains policies apart from one another, each as `train_policy_gradient` or `train_nll` does with its own seed.
+
+    Where native calls serve, see `train`, a hundred steps of all policies are one call, whose threads share them out.
+
+    Args:
+        policies: M, without a parameter in common.
+        reward: r_φ, which stays as it is; None to train by likelihood.
+        data: rows, those of all, or M of them.
+        optimizers: M, of a policy's parameters each.
+        steps: of each.
+        loss: `PolicyGradient()` with a reward, `NegativeLogLikelihood()` without, as it stands.
+        batch_size, max_grad_norm: as in `train`.
+        seed: of the first policy's batches and samples; the next has the next.
+        schedulers: M, but not `ReduceLROnPlateau`; None for none.
+
+    Returns:
+        each policy's loss at the start of the last step.
+
+    Raises:
+        ValueError: numbers of policies, data, optimisers or schedulers that differ; as `train`.
+        NonFiniteError: as `train`.
+    """
+    several = [data] * len(policies) if isinstance(data, Batch) else list(data)
+    plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)
+    check_count("steps", steps, 0)
+    for name, given in (("data", several), ("optimizers", optimizers), ("schedulers", plans)):
+        if len(given) != len(policies):
+            raise ValueError(f"{name}: expected one for each of {len(policies)} policies, got {len(given)}")
+    streams = [BatchStream(each, batch_size, seed + number) for number, each in enumerate(several)]
+    with contextlib.ExitStack() as stack:
+        objective: Callable[[Policy, Batch, int], Tensor]
+        if isinstance(loss, PolicyGradient if reward is None else NegativeLogLikelihood):
+            raise TypeError(f"loss: expected one for reward={type(reward).__name__}, got {type(loss).__name__}")
+        if reward is None:
+            objective = Likelihood(cast(NegativeLogLikelihood, loss or NegativeLogLikelihood()))
+        else:
+            objective = stack.enter_context(under(reward, cast(PolicyGradient, loss or PolicyGradient())))
+        each = list(zip(policies, streams, optimizers, plans, strict=True))
+
+        def alone(count: int) -> list[float]:
+            return [
+                train(policy, objective, stream, optimizer, count, scheduler=plan, max_grad_norm=max_grad_norm)[0]
+                for policy, stream, optimizer, plan in each
+            ]
+
+        found = [native_steps(p, objective, s.data, o, max_grad_norm) for p, s, o, _ in each]
+        natives = [native for native in found if native is not None]
+        if len(natives) < len(each) or any(isinstance(plan, ReduceLROnPlateau) for plan in plans):
+            return alone(steps)
+        done = min(steps, 1)
+        values = alone(done)
+        if not all(native.ready() for native in natives):
+            return alone(steps - done) if done < steps else values
+        members = [_Member(*one, native) for one, native in zip(each, natives, strict=True)]
+        while done < steps:
+            taken = min(steps - done, _READ_TOGETHER)
+            values = [value for value, _ in _take(members, objective, done, taken, norms=False)]
+            for plan in plans:
+                if plan is not None:
+                    advance(plan, math.nan)
+            done += taken
+        return values
 
 
 def check_loop(
@@ -248,23 +313,50 @@ def native_steps(
     )
 
 
-def _together(
-    native: Steps, stream: BatchStream, optimizer: Optimizer, count: int, scheduler: LRScheduler | None, *, norms: bool
-) -> tuple[list[tuple[Tensor | None, int]], Sequence[float], float]:  # fmt: skip
-    """Takes steps in one native call, the scheduler's between them.
+class _Member(NamedTuple):
+    policy: Policy
+    stream: BatchStream
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    native: Steps
+
+    def ahead(self, count: int) -> tuple[list[tuple[Tensor | None, int]], list[float]]:
+        """The next batches and seeds, and learning rates; the scheduler's last step is left to do."""
+        drawn, rates = [], []
+        for step in range(count):
+            if step > 0 and self.scheduler is not None:
+                advance(self.scheduler, math.nan)
+            drawn.append(self.stream.draw())
+            rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        return drawn, rates
+
+
+def _take(
+    members: Sequence[_Member], loss: Callable[[Policy, Batch, int], Tensor], first: int, count: int, *, norms: bool
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Takes steps, the first of which has the number `first`, in one native call.
 
     Returns:
-        what was drawn from the stream, the losses up to a batch that was refused, and the last gradient's norm.
+        of each member the loss before the last step, and its gradient's norm.
     """
-    drawn = [stream.draw() for _ in range(count)]
-    rates = []
-    for step in range(count):
-        if step > 0 and scheduler is not None:
-            advance(scheduler, math.nan)
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-    rows = [row for row, _ in drawn if row is not None]
-    sizes = [len(stream.data.inputs) if row is None else len(row) for row, _ in drawn]
-    return drawn, *native.take(rates, sizes, torch.cat(rows) if rows else None, [seed for _, seed in drawn], norms)
+    tasks, batches = [], []
+    for member in members:
+        drawn, rates = member.ahead(count)
+        places = [rows for rows, _ in drawn if rows is not None]
+        sizes = [len(member.stream.data.inputs) if rows is None else len(rows) for rows, _ in drawn]
+        seeds = [seed for _, seed in drawn]
+        tasks.append((member.native, rates, sizes, torch.cat(places) if places else None, seeds))
+        batches.append(drawn)
+    found = Steps.take(tasks, norms=norms)
+    for member, drawn, done in zip(members, batches, found, strict=True):
+        for number, value in enumerate(done.losses, first):
+            check_finite(f"the loss at step {number}", value)
+        if len(done.losses) < count:
+            rows, seed = drawn[len(done.losses)]
+            data = member.stream.data
+            loss(member.policy, data if rows is None else data.rows(rows), seed)  # says what is wrong
+            raise RuntimeError(f"the native kernel refused the batch of step {first + len(done.losses)}")
+    return [(done.losses[-1], done.norms[-1] if done.norms else 0.0) for done in found]
 
 
 def _read(unread: list[Tensor], step: int) -> float:

@@ -286,10 +286,11 @@ def test_steps_are_those_of_torch(rule, max_norm, batches):
     for case, optimizer in zip((ours, theirs), optimizers, strict=True):
         step(case, optimizer, torch.arange(21), 1, rates[0])
     expected = [step(theirs, optimizers[1], *each) for each in zip(rows, seeds, rates, strict=True)]
-    losses, norms, gradients = pk.network_policy_steps(
-        *ours.tensors(), steps_of(optimizers[0], ours.leaves, rates, max_norm), batch_rows=[len(r) for r in rows],
-        places=None if batches is None else order, seeds=seeds, norms=True, **options,
+    task = pk.NetworkTask(
+        *ours.tensors(), steps_of(optimizers[0], ours.leaves, rates, max_norm), [len(r) for r in rows],
+        None if batches is None else order, seeds,
     )  # fmt: skip
+    [(losses, norms, gradients)] = pk.network_policy_steps([task], norms=True, **options)
     for found, right in ((losses, [e[0] for e in expected]), (norms, [e[1] for e in expected])):
         near(torch.tensor(list(found), dtype=torch.float64), torch.tensor(right, dtype=torch.float64), 500)
     for x, y, g in zip(ours.leaves, theirs.leaves, gradients, strict=True):
@@ -299,6 +300,32 @@ def test_steps_are_those_of_torch(rule, max_norm, batches):
         for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
             if state.get(name) is not None:
                 near(state[name], other[name], 500)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_ensemble_is_its_members(threads):
+    """Of different sizes, in one call, to the bit; the first that is refused has fewer losses."""
+    torch.set_num_threads(threads)
+
+    def tasks():
+        made = []
+        for seed, widths in enumerate([(3, 9, 4), (3, 30, 4), (3, 4), (5, 70, 70, 2)]):
+            case = Policy("categorical", widths=widths, rows=200, seed=seed)
+            steps = pk.NetworkSteps("sgd", [0.1, 0.05], [True] * len(case.leaves))
+            made.append(pk.NetworkTask(*case.tensors(), steps, [200, 200], None, [seed, seed + 1]))
+        return made
+
+    together, alone = tasks(), tasks()
+    found = pk.network_policy_steps(together, norms=True)
+    for one, task, other in zip(found, alone, together, strict=True):
+        [right] = pk.network_policy_steps([task], norms=True)
+        assert (list(one.losses), list(one.norms)) == (list(right.losses), list(right.norms))
+        for x, y in zip(task.network.parameters(), other.network.parameters(), strict=True):
+            assert torch.equal(x, y)
+    together[2].target[0] = 9
+    assert [len(each.losses) for each in pk.network_policy_steps(together)] == [2, 2, 0, 2]
+    with pytest.raises(ValueError, match="tasks: expected at least one"):
+        pk.network_policy_steps([])
 
 
 @pytest.mark.parametrize(
@@ -324,7 +351,7 @@ def test_steps_that_would_write_elsewhere_are_refused(wrong, message):
     batches = {"batch_rows": [21], "places": None, "seeds": [0]} | wrong
     before = [p.detach().clone() for p in case.leaves]
     with pytest.raises((TypeError, ValueError), match=f"network_policy_steps: .*{message}"):
-        pk.network_policy_steps(*case.tensors(), steps, **batches)
+        pk.network_policy_steps([pk.NetworkTask(*case.tensors(), steps, **batches)])
     assert all(torch.equal(x, y) for x, y in zip(before, case.leaves, strict=True))
 
 

@@ -21,6 +21,7 @@ from po_bilevel import (
     OneHotMahalanobisReward,
     PolicyGradient,
     TableReward,
+    train_ensemble,
     train_nll,
     train_policy_gradient,
 )
@@ -251,6 +252,48 @@ def test_what_native_calls_do_not_do_is_done_step_by_step():
     assert taken(policy=fixed)
     # The penalty is on parameters, of which a fixed std is none.
     assert not taken(policy=fixed, loss=PolicyGradient(l2=0.1))
+
+
+@pytest.mark.parametrize("how", ["native", "step by step", "plateau"])
+@pytest.mark.parametrize("reward", [None, MahalanobisReward(2, "full").double()])
+def test_an_ensemble_is_its_members(how, reward):
+    def members():
+        torch.manual_seed(0)
+        policies = [MLPGaussian(3, 2, hidden=hidden).double() for hidden in ((4,), (), (20, 20))]
+        data = [Batch(torch.randn(50, 3).double(), torch.randn(50, 2).double()) for _ in policies]
+        optimizers = [torch.optim.Adam(policy.parameters(), lr=0.01, eps=1e-3) for policy in policies]
+        kind = lr_scheduler.ReduceLROnPlateau if how == "plateau" else lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, 9)
+        return policies, data, optimizers, [kind(optimizer) for optimizer in optimizers]
+
+    policies, data, optimizers, schedulers = members()
+    together = lambda: train_ensemble(  # noqa: E731
+        policies, reward, data, optimizers, 130, batch_size=20, seed=5, schedulers=schedulers, max_grad_norm=1.0
+    )
+    found = step_by_step(together) if how == "step by step" else together()
+    for number, (policy, rows, optimizer, scheduler) in enumerate(zip(*members(), strict=True)):
+        options = {"batch_size": 20, "seed": 5 + number, "scheduler": scheduler, "max_grad_norm": 1.0}
+        if reward is None:
+            right, _ = train_nll(policy, rows, optimizer, 130, **options)
+        else:
+            right, _ = train_policy_gradient(policy, reward, rows, optimizer, 130, **options)
+        close(found[number], right)
+        close([p.detach() for p in policies[number].parameters()], [p.detach() for p in policy.parameters()])
+        assert schedulers[number].state_dict() == scheduler.state_dict()
+
+
+def test_ensembles_refuse_what_does_not_fit():
+    policies = [LinearGaussian(1, 1), LinearGaussian(1, 1)]
+    data = Batch(torch.randn(5, 1), torch.randn(5, 1))
+    optimizers = [torch.optim.SGD(policy.parameters(), lr=0.1) for policy in policies]
+    with pytest.raises(ValueError, match="optimizers: expected one for each of 2 policies, got 1"):
+        train_ensemble(policies, None, data, optimizers[:1], 3)
+    with pytest.raises(ValueError, match="data: expected one for each of 2 policies, got 3"):
+        train_ensemble(policies, None, [data] * 3, optimizers, 3)
+    with pytest.raises(ValueError, match="steps: expected an integer"):
+        train_ensemble(policies, None, data, optimizers, -1)
+    with pytest.raises(TypeError, match="loss: expected one for reward=NoneType, got PolicyGradient"):
+        train_ensemble(policies, None, data, optimizers, 3, loss=PolicyGradient())
+    assert len(train_ensemble(policies, None, data, optimizers, 0)) == 2
 
 
 def test_frozen_parameters_stay():

@@ -52,20 +52,28 @@ class Results(NamedTuple):
     norms: Sequence[float]
 
 
-def run(
+class Prepared(NamedTuple):
+    """Arguments of the kernel, what they point to, and where it writes the results."""
+
+    arguments: dict[str, Any]
+    results: Results
+    keep: list[Any]
+
+
+def prepared(
     shape: Shape, inputs: Tensor, target: Tensor, reward: Tensor | None, config: OpConfig, l2: float,
     batches: Batches, *, values: Optionals, gradients: Optionals, tangents: Optionals | None = None,
     reward_gradient: Tensor | None = None, reward_tangent: Tensor | None = None, norms: bool = False,
     rule: dict[str, Any] | None = None,
-) -> Results:  # fmt: skip
-    """Losses and, in `gradients` and `reward_gradient`, the gradients of the last batch; on tangents, theirs."""
+) -> Prepared:  # fmt: skip
+    """A problem, whose gradients of the last batch, or on tangents their derivatives, are to be put in `gradients`."""
     steps = len(batches.rows)
     keep: list[Any] = []
     losses, lengths = array("d", bytes(8 * steps)), array("d", bytes(8 * steps if norms else 0))
     given: dict[str, Any] = _NO_RULE if rule is None else _NO_RULE | rule | {
         name: listed(kind, rule[name], keep) for name, kind in (("rates", "d"), ("first", "q"), ("second", "q"))
     }  # fmt: skip
-    code, refused, _ = extension.module.network_loss(  # type: ignore[union-attr]
+    arguments = dict(
         is_double=inputs.dtype == torch.float64, dual=tangents is not None, rows=inputs.shape[0],
         threads=torch.get_num_threads(), head=HEADS[shape.head], activation=ACTIVATIONS[shape.activation],
         spread=SPREADS[shape.spread], lowest=shape.bounds[0], highest=shape.bounds[1], depth=len(shape.widths) - 1,
@@ -83,7 +91,22 @@ def run(
         estimator=ESTIMATORS[config.estimator], advantage=ADVANTAGES[config.advantage].number,
         num_samples=config.num_samples, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma, **given,
     )  # fmt: skip
-    return Results(losses[:refused], lengths[:refused]) if code else Results(losses, lengths)
+    keep += [inputs, target, reward, batches.places, *values, *gradients, *(tangents or ()), reward_tangent]
+    return Prepared(arguments, Results(losses, lengths), keep)
+
+
+def run(problems: Sequence[Prepared]) -> list[Results]:
+    """Of each problem; all in one call, whose threads share them out. It ends with one that is refused."""
+    first, *others = (problem.arguments for problem in problems)
+    batch: tuple[Any, ...] = ()
+    if others:
+        differ = [name for name, value in first.items() if any(other[name] != value for other in others)]
+        batch = (len(problems), {name: [problem.arguments[name] for problem in problems] for name in differ})
+    code, step, number = extension.module.network_loss(*batch, **first)  # type: ignore[union-attr]
+    found = [problem.results for problem in problems]
+    if code:
+        found[number] = Results(*(numbers[:step] for numbers in found[number]))
+    return found
 
 
 def listed(kind: str, items: Sequence[Any], keep: list[Any]) -> int:
