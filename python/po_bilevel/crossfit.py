@@ -133,35 +133,40 @@ def beliefs(logits: Tensor, table: Tensor) -> Tensor:
     return q / q.sum(dim=-1, keepdim=True)
 
 
-def mixed(logits: Tensor, table: Tensor, share: float) -> Tensor:
-    """(1 - share) of the policy's own probabilities and a share of its beliefs, (*, C), as logarithms."""
-    own = torch.log_softmax(logits, dim=-1)
-    if share == 0.0:
-        return own
-    return torch.logaddexp(own + math.log1p(-share), beliefs(logits, table).log() + math.log(share))
-
-
-def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
-    """The share that makes the rows inside each fold likeliest, with one row more that knows the policy only.
-
-    That row keeps it below one, so that nothing is impossible that the policy holds possible.
-
-    Returns:
-        the log-probabilities of the rows' labels, (M, N), and the share.
-    """
-    logits = policy(rows.inputs)
-    own, theirs = (
-        table.gather(-1, rows.target.expand(len(inside), -1)[..., None])[..., 0].numpy()
-        for table in (torch.softmax(logits, dim=-1), beliefs(logits, table))
+def answers(logits: Tensor, table: Tensor, likely: Tensor) -> Tensor:
+    """Log-probabilities (3, *, C): the policy's own, its beliefs, and those of the logits that likelihood trained."""
+    return torch.stack(
+        [torch.log_softmax(logits, dim=-1), beliefs(logits, table).log(), torch.log_softmax(likely, dim=-1)]
     )
-    weight = inside.numpy()
 
-    def loss(share: float) -> float:
-        return -float((weight * np.log((1.0 - share) * own + share * theirs)).sum() + np.log1p(-share))
 
-    found = optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6})
-    share = float(found.x) if found.fun < loss(0.0) else 0.0
-    return torch.from_numpy(np.log((1.0 - share) * own + share * theirs)), share
+def mixed(logs: Tensor, shares: np.ndarray) -> Tensor:
+    """log Σ_k shares_k exp(logs_k), for (K, *)."""
+    return torch.logsumexp(logs + torch.from_numpy(shares).log().reshape(-1, *[1] * (logs.ndim - 1)), dim=0)
+
+
+def shares_of(logs: Tensor, inside: Tensor) -> np.ndarray:
+    """Shares (3,) of what `answers` has for the rows' labels (3, M, N) that make the rows inside each fold likeliest.
+
+    One row more, half of it known to the policy only and half to likelihood, keeps both above zero: nothing is
+    impossible that they hold possible, and few rows decide between them with caution.
+    """
+    used = inside > 0
+    some = logs[:, used]
+    chances, weight = (some - some.max(dim=0).values).exp().numpy(), inside[used].numpy()
+    total, known = weight.sum() + 1.0, np.array([0.5, 0.0, 0.5])
+
+    def loss(shares: np.ndarray) -> tuple[float, np.ndarray]:
+        # With the sum of the shares added no condition on it is needed: it is one where this is least.
+        mixture = shares @ chances
+        value = shares.sum() - (weight @ np.log(mixture) + known @ np.log(shares + (known == 0))) / total
+        return float(value), 1.0 - (chances @ (weight / mixture) + known / np.maximum(shares, 1e-300)) / total
+
+    found = optimize.minimize(
+        loss, np.full(3, 1.0 / 3.0), jac=True, method="L-BFGS-B", bounds=[(1e-12, None), (0.0, None), (1e-12, None)],
+        options={"ftol": 0.0, "gtol": 1e-6},
+    )  # fmt: skip
+    return found.x / found.x.sum()
 
 
 def set_covariance(policy: Policy, covariance: Tensor) -> None:

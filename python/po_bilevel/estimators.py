@@ -90,6 +90,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     _rewards = ("auto", *get_args(PrecisionKind), "table")
     classes_: np.ndarray
     belief_share_: float
+    likelihood_share_: float
+    _likely: Policy
 
     def __init__(
         self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = "auto",
@@ -138,7 +140,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return Rows(*(column[torch.from_numpy(chosen)] for column in rows)), strata[chosen]
 
     def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
-        found, self.belief_share_ = self._judged(phi, folds, rows, inside)
+        found, shares = self._judged(phi, folds, rows, inside)
+        self.belief_share_, self.likelihood_share_ = shares
         classes, total = len(self.classes_), float(rows.weight.sum())
         simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
         if not simple or self.outer_steps == 0 or total < max(ROWS_A_CLASS * classes, ROWS_AN_ENTRY * classes**2):
@@ -150,21 +153,32 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         chance = 0.5 * max(1, classes * (classes - 2)) / total
         self._learn(table, folds, total, enough=max(OUTER_ENOUGH, 0.1 * chance))
         self.outer_losses_ = tried + self.outer_losses_
-        other, share = self._judged(table, folds, rows, inside)
+        other, shares = self._judged(table, folds, rows, inside)
         gain = other - found
         mean = float((inside * gain).sum()) / total
         error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
         if mean > max(SURE * error, chance):
-            self.belief_share_ = share
+            self.belief_share_, self.likelihood_share_ = shares
             return table
         folds.policy.load_state_dict(policy)
         return phi
 
-    def _judged(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
-        """Log-probabilities of the held-out rows with the share of beliefs that makes it least, and that share."""
+    def _judged(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Log-probabilities of the held-out rows by what the reward tells, and the shares of beliefs and likelihood."""
         folds.train(phi)
         with torch.no_grad():
-            return crossfit.share_of_beliefs(folds.policy, cast(TabularReward, phi.reward).table(), rows, inside)
+            table = cast(TabularReward, phi.reward).table()
+            logs = crossfit.answers(folds.policy(rows.inputs), table, self._likely(rows.inputs))
+            logs = logs.gather(-1, rows.target.expand(*logs.shape[:2], -1)[..., None])[..., 0]
+        shares = crossfit.shares_of(logs, inside)
+        told = shares[:2] / shares[:2].sum()
+        return crossfit.mixed(logs[:2], told), (float(shares[1]), float(shares[2]))
+
+    def _complete(self, rows: Rows) -> None:
+        together, features = self._likely, rows.inputs.shape[1]
+        self._likely = self._policy(1, features, len(self.classes_), 0)
+        crossfit.spread(together, self._likely)
+        self._on_all(self._likely, rows).begin(self._l2()[0])
 
     def _publish(self) -> None:
         self.l2_ = float(self._phi.l2())
@@ -177,8 +191,12 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         with torch.no_grad():
-            logits = self.policy_(torch.from_numpy(self._scaler.transform(X)))[0]
-            return crossfit.mixed(logits, torch.from_numpy(self.reward_), self.belief_share_).numpy()
+            inputs = torch.from_numpy(self._scaler.transform(X))
+            logs = crossfit.answers(
+                self.policy_(inputs)[0], torch.from_numpy(self.reward_), self._likely(inputs)[0]
+            )  # fmt: skip
+        own = max(0.0, 1.0 - self.belief_share_ - self.likelihood_share_)
+        return crossfit.mixed(logs, np.array([own, self.belief_share_, self.likelihood_share_])).numpy()
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, (N, C), in the order of `classes_`."""
@@ -199,6 +217,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return Softmax(cast(CategoricalPolicy, policy), rows, inside, **options)
 
     def _first_reward(self, folds: Members) -> nn.Module:
+        self._likely = copy.deepcopy(folds.policy)
         classes = len(self.classes_)
         if self.reward == "table":
             return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes))

@@ -178,6 +178,13 @@ class BilevelEstimator(BaseEstimator, ABC):
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
         """What trains a policy with a member for each row of `inside` (M, N)."""
 
+    def _on_all(self, policy: Policy, rows: Rows) -> Members:
+        """What trains a policy of one member on all rows."""
+        return self._members(policy, rows, torch.zeros_like(rows.weight[None]))
+
+    def _complete(self, rows: Rows) -> None:
+        """Trains what else predictions are made of, on all rows."""
+
     @abstractmethod
     def _first_reward(self, folds: Members) -> nn.Module:
         """The reward to start from."""
@@ -220,23 +227,23 @@ class BilevelEstimator(BaseEstimator, ABC):
             inside = torch.cat([inside, torch.zeros_like(inside[:1])])
         together = self._policy(len(inside), features, outputs, seed)
         policy = copy.deepcopy(self.policy_) if warm else self._policy(1, features, outputs, seed)
-        if warm:
-            crossfit.spread(policy, together)
         if early is not None:
             phi = early(together, some, inside)
             crossfit.spread(together, policy)
         else:
             folds = self._members(together, some, inside)
+            folds.begin(self._l2()[0])
+            phi = Learned(self._first_reward(folds), *self._l2())
             if warm:
                 phi = copy.deepcopy(self._phi)
-            else:
-                folds.begin(self._l2()[0])
-                phi = Learned(self._first_reward(folds), *self._l2())
+                crossfit.spread(policy, together)
+                folds = self._members(together, some, inside)
             if self.outer_steps > 0:
                 self._learn(phi, folds, float(some.weight.sum()))
             phi = self._refined(phi, folds, some, inside)
             crossfit.spread(together, policy)
-            self.n_iter_ = self._members(policy, rows, torch.zeros_like(rows.weight[None])).train(phi)
+            self.n_iter_ = self._on_all(policy, rows).train(phi)
+            self._complete(rows)
         if self.n_iter_ >= self.max_iter:
             warnings.warn(
                 f"{type(self).__name__}: the policy's training stopped after max_iter={self.max_iter} steps, its "

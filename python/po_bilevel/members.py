@@ -65,7 +65,7 @@ class Members(ABC):
 
     @abstractmethod
     def begin(self, l2: float) -> None:
-        """Trains under the loss from which a reward is learned."""
+        """Trains to the optimum of the loss that a reward is learned from, likelihood for a classifier."""
 
     @abstractmethod
     def train(self, phi: Learned) -> int:

@@ -99,8 +99,8 @@ def test_probabilities_of_a_flexible_policy_are_consistent():
         inputs, target, chance = cells(count)
         model = BilevelClassifier(random_state=0).fit(inputs, target)
         true = np.stack([1.0 - chance, chance], axis=1)
-        for share in (model.belief_share_, 0.0):
-            model.belief_share_ = share
+        for shares in ((model.belief_share_, model.likelihood_share_), (0.0, 0.0)):
+            model.belief_share_, model.likelihood_share_ = shares
             found.append(float((true * (np.log(true) - model.predict_log_proba(np.eye(8)))).sum(axis=1).mean()))
     # Likelihood's is eight parameters' 8/2N: a half to a tenth of these bounds.
     assert found[0] < 8e-3
@@ -115,8 +115,35 @@ def test_beliefs_invert_the_optimal_policy():
     chances = torch.softmax(torch.randn(5, 4, dtype=torch.float64, generator=random), dim=-1)
     logits = torch.log_softmax(chances @ table.mT, dim=-1)
     torch.testing.assert_close(crossfit.beliefs(logits, table), chances)
-    torch.testing.assert_close(crossfit.mixed(logits, table, 0.25).exp(), 0.75 * logits.exp() + 0.25 * chances)
-    torch.testing.assert_close(crossfit.mixed(logits, table, 0.0), logits)
+    likely = torch.randn(5, 4, dtype=torch.float64, generator=random)
+    mixed = crossfit.mixed(crossfit.answers(logits, table, likely), np.array([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(
+        mixed.exp(), 0.5 * logits.exp() + 0.25 * chances + 0.25 * torch.softmax(likely, dim=-1)
+    )  # fmt: skip
+    torch.testing.assert_close(
+        crossfit.mixed(crossfit.answers(logits, table, likely), np.array([1.0, 0.0, 0.0])), logits
+    )
+
+
+def test_shares_are_where_the_held_out_rows_are_likeliest():
+    """Against a search over all shares; one row more is known to the policy and to likelihood, half each."""
+    random = np.random.default_rng(0)
+    chances = random.uniform(0.01, 1.0, size=(3, 2, 30))
+    inside = np.stack([np.arange(30) % 2, 1 - np.arange(30) % 2]) * random.integers(1, 3, 30)
+    logs = torch.from_numpy(np.log(chances))
+    grid = np.stack(np.meshgrid(np.linspace(0.0, 1.0, 101), np.linspace(0.0, 1.0, 101)), axis=-1).reshape(-1, 2)
+    grid = np.column_stack([grid, 1.0 - grid.sum(axis=1)])
+    grid = grid[grid[:, [0, 2]].min(axis=1) > 1e-9]
+    value = (inside * np.log(np.einsum("gk,kmn->gmn", grid, chances))).sum(axis=(1, 2))
+    best = grid[(value + 0.5 * np.log(grid[:, 0] * grid[:, 2])).argmax()]
+    # A step of the grid.
+    np.testing.assert_allclose(crossfit.shares_of(logs, torch.from_numpy(inside)), best, atol=0.01)
+    # Logs of any size, and an answer that is never given.
+    logs = torch.stack([logs[0] - 2000.0, torch.full_like(logs[0], -torch.inf), logs[0] - 2001.0])
+    shares = crossfit.shares_of(logs, torch.from_numpy(inside))
+    assert shares[1] == pytest.approx(0.0, abs=1e-6)
+    assert shares[0] > 0.9
+    assert shares.sum() == pytest.approx(1.0, rel=1e-12)
 
 
 def test_a_table_is_learned_where_data_allow():
