@@ -88,10 +88,11 @@ def test_the_preconditioner_is_the_inverse_of_the_mean_hessian(monkeypatch, clas
     folds._factor()
     basis = np.eye(size, dtype=np.float32).reshape(size, 1, classes, 4).repeat(3, axis=1)
     hessian = np.stack([folds._product(each).mean(axis=0).reshape(-1) for each in basis])
-    # But for the equal shift of all intercepts, where the Hessian is the damping, and less than its own rounding.
+    # But for the equal shift of all intercepts, where the Hessian is the damping, and less than its own rounding. The
+    # inverse has entries of 1e5 to 5e5 for it, whose single precision leaves up to 0.03 times a curvature of 0.1 or 0.2.
     shift = np.eye(4)[3].repeat(classes).reshape(4, classes).T.reshape(-1) / np.sqrt(classes)
     rest = np.eye(size) - np.outer(shift, shift)
-    np.testing.assert_allclose(rest @ folds._inverse[0] @ hessian @ rest, rest, atol=2e-3)
+    np.testing.assert_allclose(rest @ folds._inverse[0] @ hessian @ rest, rest, atol=6e-3)
     monkeypatch.setattr(linear, "LARGEST", size - 1)
     folds._factor()
     for block, inverse in enumerate(folds._inverse):
