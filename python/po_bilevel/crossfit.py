@@ -1,7 +1,9 @@
 """What the estimators cross-fit with: policies that train together, one for each fold, and the folds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -50,6 +52,7 @@ class Stack(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("unit", torch.eye(sizes[-1], dtype=torch.float64))
+        self._given: Tensor | None = None
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for width, out in pairwise(sizes):
@@ -60,11 +63,22 @@ class Stack(nn.Module):
             self.biases.append(nn.Parameter(torch.zeros(members, 1, out, dtype=torch.float64)))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self._given is not None:
+            return self._given
         # For the first layer einsum makes one matrix of all members' weights, matmul copies the inputs for each.
         hidden = torch.einsum("nf,mfo->mno", inputs, self.weights[0]) + self.biases[0]
         for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
             hidden = torch.matmul(hidden.tanh(), weight) + bias
         return hidden
+
+    @contextmanager
+    def once(self, inputs: Tensor) -> Iterator[None]:
+        """Inside it the outputs are those for the inputs, evaluated once for whatever is made of them."""
+        self._given = self(inputs)
+        try:
+            yield
+        finally:
+            self._given = None
 
     def squares(self) -> Tensor:
         """‖weights‖² of each member for the outputs that they stand for, without intercepts, (M,)."""
@@ -258,10 +272,9 @@ def quasi_newton(
     loss, slope = value(point)
     keep()
     left, small = most - 1, 0
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    scale = 1.0 / (CURVATURE * abs(loss))
+    curvature, known = Curvature(1.0 / (CURVATURE * abs(loss))), False
     while left > 0 and np.abs(slope).max() > tolerance and small < 2:
-        step = -_inverse_product(pairs, scale, slope)
+        step = -curvature.inverse_product(slope)
         step *= min(1.0, LONGEST / np.abs(step).max())
         step = np.clip(point + step, -FARTHEST, FARTHEST) - point
         gain = -float(step @ slope)
@@ -272,12 +285,11 @@ def quasi_newton(
         tried, tried_slope = value(point + step)
         change = tried_slope - slope
         if step @ change > 0:
-            if not pairs:
-                scale = float(step @ change) / float(change @ change)
             # A step that led nowhere says why, and the next one is shorter.
-            pairs.append((step, change))
+            curvature.add(step, change, rescale=not known)
+            known = True
         elif tried >= loss:
-            scale *= 0.25
+            curvature.scale *= 0.25
         if tried < loss:
             small = small + 1 if loss - tried < enough else 0
             point, loss, slope = point + step, tried, tried_slope
@@ -286,16 +298,39 @@ def quasi_newton(
     return 0.0 if small >= 2 else float(np.abs(slope).max())
 
 
-def _inverse_product(pairs: list[tuple[np.ndarray, np.ndarray]], scale: float, slope: np.ndarray) -> np.ndarray:
-    """BFGS's inverse Hessian, from steps and changes of the slope and a multiple of the identity, times the slope."""
-    product, shares = slope.copy(), []
-    for step, change in reversed(pairs):
-        shares.append(float(step @ product) / float(step @ change))
-        product -= shares[-1] * change
-    product *= scale
-    for (step, change), share in zip(pairs, reversed(shares), strict=True):
-        product += (share - float(change @ product) / float(step @ change)) * step
-    return product
+class Curvature:
+    """BFGS's inverse Hessian of the loss in (*, P), from steps and changes of the slope, for each * on its own.
+
+    Args:
+        scale: the multiple of the identity that it starts from.
+        most: pairs that it keeps.
+    """
+
+    def __init__(self, scale: float, most: int | None = None) -> None:
+        self.scale: float | np.ndarray = scale
+        self._pairs: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=most)
+
+    def add(self, step: np.ndarray, change: np.ndarray, rescale: bool) -> None:
+        """A step along which the slope did not grow tells nothing."""
+        curvature, length = _dot(step, change), _dot(change, change)
+        known = curvature > 0
+        if rescale:
+            self.scale = np.where(known, curvature / np.where(known, length, 1.0), self.scale)
+        self._pairs.append((step, change, np.where(known, 1.0 / np.where(known, curvature, 1.0), 0.0)))
+
+    def inverse_product(self, slope: np.ndarray) -> np.ndarray:
+        product, shares = slope.copy(), []
+        for step, change, inverse in reversed(self._pairs):
+            shares.append(inverse * _dot(step, product))
+            product -= shares[-1] * change
+        product *= self.scale
+        for (step, change, inverse), share in zip(self._pairs, reversed(shares), strict=True):
+            product += (share - inverse * _dot(change, product)) * step
+        return product
+
+
+def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.einsum("...p,...p->...", left, right)[..., None]
 
 
 def flat(tensors: Sequence[Tensor]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from numbers import Integral, Number
 from typing import Any, ClassVar, cast, get_args
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from . import crossfit
 from .crossfit import Rows, likelihood, network_of
 from .errors import UsageError
-from .fitting import OUTER_ENOUGH, BilevelEstimator
+from .fitting import OUTER_ENOUGH, OUTER_SOLVED, PRIOR, BilevelEstimator
 from .heuristics import residual_covariance
+from .hypergradients import Tensors
 from .linear import Ridge, Softmax
 from .losses import Batch
 from .members import Learned, Members, Networks
@@ -36,6 +36,8 @@ from .rewards import (
 
 # The classifier's U before anything is learned: right and wrong answers differ by 6 nats.
 START = 3.0
+# That networks are tried with if it is learned: their early ends leave no gradient in it.
+PENALTIES = (1.0, 3.0, 10.0)
 # Of the data, for each class and for each entry of a table of rewards, before a table is tried.
 ROWS_A_CLASS, ROWS_AN_ENTRY = 100, 10
 # Standard errors by which the table has to be better.
@@ -140,7 +142,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return Rows(*(column[torch.from_numpy(chosen)] for column in rows)), strata[chosen]
 
     def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
-        found, shares = self._judged(phi, folds, rows, inside)
+        folds.train(phi)
+        found, shares = self._judged(phi, folds.policy, rows, inside)
         self.belief_share_, self.likelihood_share_ = shares
         classes, total = len(self.classes_), float(rows.weight.sum())
         simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
@@ -153,7 +156,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         chance = 0.5 * max(1, classes * (classes - 2)) / total
         self._learn(table, folds, total, enough=max(OUTER_ENOUGH, 0.1 * chance))
         self.outer_losses_ = tried + self.outer_losses_
-        other, shares = self._judged(table, folds, rows, inside)
+        folds.train(table)
+        other, shares = self._judged(table, folds.policy, rows, inside)
         gain = other - found
         mean = float((inside * gain).sum()) / total
         error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
@@ -163,12 +167,11 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         folds.policy.load_state_dict(policy)
         return phi
 
-    def _judged(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    def _judged(self, phi: Learned, policy: Policy, rows: Rows, inside: Tensor) -> tuple[Tensor, tuple[float, float]]:
         """Log-probabilities of the held-out rows by what the reward tells, and the shares of beliefs and likelihood."""
-        folds.train(phi)
         with torch.no_grad():
             table = cast(TabularReward, phi.reward).table()
-            logs = crossfit.answers(folds.policy(rows.inputs), table, self._likely(rows.inputs))
+            logs = crossfit.answers(policy(rows.inputs), table, self._likely(rows.inputs))
             logs = logs.gather(-1, rows.target.expand(*logs.shape[:2], -1)[..., None])[..., 0]
         shares = crossfit.shares_of(logs, inside)
         told = shares[:2] / shares[:2].sum()
@@ -211,13 +214,48 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
 
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
-        options: dict[str, Any] = {"tol": self.tol, "max_iter": self.max_iter}
-        if len(self.hidden_layer_sizes) > 0:
-            return Networks(policy, rows, inside, first=likelihood, held_out=likelihood, **options)
-        return Softmax(cast(CategoricalPolicy, policy), rows, inside, **options)
+        return Softmax(cast(CategoricalPolicy, policy), rows, inside, tol=self.tol, max_iter=self.max_iter)
+
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
+        # Off a minimum there is no hypergradient; for the beliefs that were reached the best U is a small problem.
+        networks = Networks(policy, rows, inside, held_out=likelihood, tol=self.tol, max_iter=self.max_iter)
+        total, start = float(rows.weight.sum()), copy.deepcopy(policy.state_dict())
+        l2, learned = self._l2()
+        least, self.n_iter_ = math.inf, 0
+        for tried in PENALTIES if learned else (l2,):
+            policy.load_state_dict(start)
+            loss, steps = networks.train(None, tried, OUTER_ENOUGH)
+            self.n_iter_ = max(self.n_iter_, steps)
+            if loss < least:
+                least, l2, self._likely = loss, tried, copy.deepcopy(policy)
+        phi = Learned(self._start(), l2, False)
+        with torch.no_grad():
+            believed = torch.softmax(self._likely(rows.inputs), dim=-1)
+        policy.load_state_dict(start)
+        losses: list[float] = []
+        for _ in range(max(1, self.outer_steps)):
+            if self.outer_steps > 0:
+                _fit_to(phi, believed, rows, inside)
+            loss, steps = networks.train(phi.reward, l2, OUTER_ENOUGH)
+            self.n_iter_ = max(self.n_iter_, steps)
+            losses.append(loss)
+            with torch.no_grad():
+                believed = crossfit.beliefs(policy(rows.inputs), cast(TabularReward, phi.reward).table())
+            # Half a nat, in all, is what one number learned from the rows gains by chance.
+            if len(losses) > 1 and losses[-2] - losses[-1] < 0.5 / total:
+                break
+        if self.outer_steps > 0:
+            self.outer_losses_ = losses
+        _, (self.belief_share_, self.likelihood_share_) = self._judged(phi, policy, rows, inside)
+        together, self._likely = self._likely, self._policy(1, rows.inputs.shape[1], len(self.classes_), 0)
+        crossfit.spread(together, self._likely)
+        return phi
 
     def _first_reward(self, folds: Members) -> nn.Module:
         self._likely = copy.deepcopy(folds.policy)
+        return self._start()
+
+    def _start(self) -> nn.Module:
         classes = len(self.classes_)
         if self.reward == "table":
             return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes))
@@ -345,9 +383,6 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
         return Ridge(cast(Any, policy), rows, inside, noise=RIDGE)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
-        return self._learn_early if len(self.hidden_layer_sizes) > 0 else None
-
     def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
         # Off a minimum there is no hypergradient; for the means that were reached U* has a closed form.
         phi = Learned(self._half(rows.target.shape[1]), *self._l2())
@@ -356,10 +391,10 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         self.n_iter_ = 0
         for _ in range(max(1, self.outer_steps)):
             here = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
-            folds = Networks(
-                policy, here, inside, first=likelihood, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
+            networks = Networks(
+                policy, here, inside, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
             )  # fmt: skip
-            loss, steps = folds.train_early(phi, OUTER_ENOUGH)
+            loss, steps = networks.train(phi.reward, self._l2()[0], OUTER_ENOUGH)
             self.n_iter_ = max(self.n_iter_, steps)
             losses.append(loss + _log_volume(policy))
             with torch.no_grad():
@@ -398,6 +433,21 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
         network = network_of(policy)
         network.measure_in(torch.linalg.solve_triangular(network.unit, unit, upper=False))
+
+
+def _fit_to(phi: Learned, believed: Tensor, rows: Rows, inside: Tensor) -> None:
+    """Moves the reward to where policies that are optimal for the beliefs (M, N, C) are likeliest inside the folds."""
+    total, labels = float(rows.weight.sum()), rows.target.expand(len(inside), -1)[..., None]
+
+    def evaluate() -> tuple[float, Tensors]:
+        own = torch.log_softmax(believed @ cast(TabularReward, phi.reward).table().mT, dim=-1)
+        loss = -(inside * own.gather(-1, labels)[..., 0]).sum() / total
+        return float(loss.detach()), torch.autograd.grad(loss, list(phi.parameters()))
+
+    crossfit.quasi_newton(
+        phi, evaluate, lambda: None, 30, tolerance=OUTER_SOLVED, enough=0.1 * OUTER_ENOUGH,
+        prior=1.0 / (PRIOR**2 * total),
+    )  # fmt: skip
 
 
 def _log_volume(policy: Policy) -> float:

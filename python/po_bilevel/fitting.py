@@ -17,7 +17,6 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -193,9 +192,12 @@ class BilevelEstimator(BaseEstimator, ABC):
         """The penalty, or where it starts, and whether it is learned."""
         return (1.0, True) if isinstance(self.l2, str) else (float(self.l2), False)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
-        """What learns the reward, if training ends where the held-out rows are likeliest, which is no minimum."""
-        return None
+    @abstractmethod
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
+        """The reward of networks, whose training ends where the held-out rows are likeliest, which is no minimum.
+
+        The policy, with a member for each row of `inside` (M, N), is trained too; its last member sees all rows.
+        """
 
     def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
         """A better reward than the one learned, or that one, to which the folds' policies have been trained."""
@@ -217,18 +219,18 @@ class BilevelEstimator(BaseEstimator, ABC):
         warm, model = self._begin(features, outputs)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        some, strata = self._for_reward(rows, strata, random)
+        early = len(self.hidden_layer_sizes) > 0
+        some, strata = (rows, strata) if early else self._for_reward(rows, strata, random)
         inside = torch.from_numpy(crossfit.deal(strata, some.weight.numpy(), self.folds, random))
-        early = self._early()
-        if early is not None:
+        if early:
             # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
             warm = False
             # One more member sees all rows, and so goes the way of the others for as long as they do.
             inside = torch.cat([inside, torch.zeros_like(inside[:1])])
         together = self._policy(len(inside), features, outputs, seed)
         policy = copy.deepcopy(self.policy_) if warm else self._policy(1, features, outputs, seed)
-        if early is not None:
-            phi = early(together, some, inside)
+        if early:
+            phi = self._learn_early(together, some, inside)
             crossfit.spread(together, policy)
         else:
             folds = self._members(together, some, inside)
