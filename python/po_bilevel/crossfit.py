@@ -9,7 +9,6 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor, nn
 
 from .hypergradients import Tensors
@@ -159,28 +158,35 @@ def mixed(logs: Tensor, shares: np.ndarray) -> Tensor:
     return torch.logsumexp(logs + torch.from_numpy(shares).log().reshape(-1, *[1] * (logs.ndim - 1)), dim=0)
 
 
-def shares_of(logs: Tensor, inside: Tensor) -> np.ndarray:
-    """Shares (3,) of what `answers` has for the rows' labels (3, M, N) that make the rows inside each fold likeliest.
+def shares_of(logs: Tensor, inside: Tensor, known: Sequence[float]) -> np.ndarray:
+    """Shares (K,) of log-probabilities of the rows' labels (K, M, N) that make the rows inside each fold likeliest.
 
-    One row more, half of it known to the policy only and half to likelihood, keeps both above zero: nothing is
-    impossible that they hold possible, and few rows decide between them with caution.
+    So many rows more, `known` (K,), all positive, which one of them only knows, keep its share above zero: nothing is
+    impossible that it holds possible, and few rows decide with caution.
     """
     used = inside > 0
-    some = logs[:, used]
-    chances, weight = (some - some.max(dim=0).values).exp().numpy(), inside[used].numpy()
-    total, known = weight.sum() + 1.0, np.array([0.5, 0.0, 0.5])
+    some, weight, more = logs[:, used], inside[used].numpy(), np.asarray(known)
+    chances = (some - some.max(dim=0).values).exp().numpy()
+    total, count = float(weight.sum() + more.sum()), len(more)
 
-    def loss(shares: np.ndarray) -> tuple[float, np.ndarray]:
+    def loss(shares: np.ndarray) -> float:
         # With the sum of the shares added no condition on it is needed: it is one where this is least.
-        mixture = shares @ chances
-        value = shares.sum() - (weight @ np.log(mixture) + known @ np.log(shares + (known == 0))) / total
-        return float(value), 1.0 - (chances @ (weight / mixture) + known / np.maximum(shares, 1e-300)) / total
+        return float(shares.sum() - (weight @ np.log(shares @ chances) + more @ np.log(shares)) / total)
 
-    found = optimize.minimize(
-        loss, np.full(3, 1.0 / 3.0), jac=True, method="L-BFGS-B", bounds=[(1e-12, None), (0.0, None), (1e-12, None)],
-        options={"ftol": 0.0, "gtol": 1e-6},
-    )  # fmt: skip
-    return found.x / found.x.sum()
+    # Newton's method, convex, in the interior.
+    shares = np.full(count, 1.0 / count)
+    for _ in range(100):
+        relative = chances / (shares @ chances)
+        slope = 1.0 - (relative @ weight + more / shares) / total
+        if np.abs(slope * shares).max() < 1e-8:
+            break
+        step = -np.linalg.solve(((relative * weight) @ relative.T + np.diag(more / shares**2)) / total, slope)
+        step *= min(1.0, 0.9 / float((-step / shares).max().clip(min=1e-12)))
+        least = loss(shares)
+        while loss(shares + step) > least and np.abs(step / shares).max() > 1e-9:
+            step *= 0.5
+        shares = shares + step
+    return shares / shares.sum()
 
 
 def set_covariance(policy: Policy, covariance: Tensor) -> None:

@@ -42,6 +42,9 @@ PENALTIES = (1.0, 3.0, 10.0)
 ROWS_A_CLASS, ROWS_AN_ENTRY = 100, 10
 # Standard errors by which the table has to be better.
 SURE = 2.0
+# Rows of which only the policy, its beliefs or likelihood knows the answer, beside the held-out rows. Beliefs can hold
+# everything impossible, and are given none to speak of.
+KNOWN = (0.5, 1e-3, 0.5)
 # U* = Σ⁻¹/2 where Σ is one.
 HALF = torch.tensor(0.5, dtype=torch.float64)
 # Added to the residuals' variances, of standardised y: a perfect fit has none.
@@ -173,9 +176,9 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             table = cast(TabularReward, phi.reward).table()
             logs = crossfit.answers(policy(rows.inputs), table, self._likely(rows.inputs))
             logs = logs.gather(-1, rows.target.expand(*logs.shape[:2], -1)[..., None])[..., 0]
-        shares = crossfit.shares_of(logs, inside)
-        told = shares[:2] / shares[:2].sum()
-        return crossfit.mixed(logs[:2], told), (float(shares[1]), float(shares[2]))
+        told = crossfit.shares_of(logs[:2], inside, KNOWN[:2])
+        _, belief, likely = crossfit.shares_of(logs, inside, KNOWN)
+        return crossfit.mixed(logs[:2], told), (float(belief), float(likely))
 
     def _complete(self, rows: Rows) -> None:
         together, features = self._likely, rows.inputs.shape[1]
