@@ -8,7 +8,7 @@ import torch
 from po_bilevel import BilevelClassifier, BilevelRegressor, crossfit, linear
 from po_bilevel.crossfit import FullStack, LogStd, Rows, Stack, likelihood, policy_gradient
 from po_bilevel.linear import Ridge, Softmax
-from po_bilevel.members import Learned
+from po_bilevel.members import Learned, Networks
 from po_bilevel.policies import CategoricalPolicy, GaussianPolicy
 from po_bilevel.rewards import MahalanobisReward, OneHotMahalanobisReward, TableReward
 from reference import Reference
@@ -102,6 +102,29 @@ def test_the_preconditioner_is_the_inverse_of_the_mean_hessian(monkeypatch, clas
     folds._blocks = False
     folds._factor()
     np.testing.assert_allclose(folds._inverse.reshape(-1), 1.0 / np.diag(hessian), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "reward", [None, OneHotMahalanobisReward(3, "diagonal", 1.5).double()], ids=["likelihood", "reward"]
+)
+def test_networks_go_where_newton_does(reward):
+    """L-BFGS of each member in single precision, on networks without hidden layers, any gain being good enough."""
+    rows = standardised(*make_blobs(90, 3, centers=3, cluster_std=4.0, random_state=0))
+    exact = softmax(rows, folds_of(rows), 3)
+    policy = CategoricalPolicy(Stack(3, [3, 3], 0))
+    networks = Networks(policy, rows, folds_of(rows), held_out=likelihood, tol=1e-4, max_iter=200)
+    loss, steps = networks.train(reward, 3.0, -np.inf)
+    assert steps < 60
+    if reward is None:
+        exact.begin(3.0)
+    else:
+        exact.train(Learned(reward, 3.0, False))
+    with torch.no_grad():
+        found, expected = (torch.log_softmax(each(rows.inputs), dim=-1) for each in (policy, exact.policy))
+        held_out = (folds_of(rows) * likelihood(policy, crossfit.repeated(rows, 3))).sum() / rows.weight.sum()
+    # A gradient of 1e-4, over curvatures of 0.03 that the penalty leaves.
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=5e-3)
+    assert loss == pytest.approx(float(held_out), rel=1e-5)
 
 
 class AsReference(BilevelClassifier):
