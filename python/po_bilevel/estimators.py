@@ -55,21 +55,24 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     """Softmax classifier trained by policy gradient under a reward for each pair of answer and label, learned too.
 
     With its defaults a linear model that differs from `LogisticRegression()` in the loss, which asks for the confidence
-    that cross-validated likelihood finds right, and in the penalty, which is learned beside it. docs/estimators.md has
-    the mathematics, why the probabilities are a mixture of the policy and of the P(y|x) that it is optimal for, and how
-    likely held-out rows are under both: with many classes of a dozen rows each a reward says less than likelihood does,
-    and `LogisticRegression` is better.
+    that cross-validated likelihood finds right, and in the penalty, which is learned beside it. Its probabilities are a
+    mixture of the policy's, of the P(y|x) that it is optimal for, and of the same model's trained by likelihood, whose
+    shares held-out rows decide: where a reward says less than likelihood does, the answers are mostly the latter's.
+    docs/estimators.md has the mathematics, and how likely held-out rows are beside `LogisticRegression()`.
 
     Args:
         reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
             -(e_ŷ-e_y)ᵀU(e_ŷ-e_y) of one-hot labels (1, C or C² numbers), "table" for any reward R[ŷ, y]; "auto" for a
-            diagonal U, and from 100 rows for each class on a table too, where cross-validation is sure of its gain.
-        hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
+            diagonal U, and from 100 rows for each class on a table too, where cross-validation is sure of its gain and
+            there are no hidden layers.
+        hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model. Training stops where the
+            held-out rows are likeliest, and `warm_start` starts from nothing: no fold may have seen its held-out rows.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
-            are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward.
+            are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward; with hidden
+            layers it is 1, 3 or 10.
         folds: of the reward's cross-validation; fewer if there are fewer rows.
         reward_rows: the most distinct rows that the reward is learned from, chosen at random in every class; the policy
-            is trained on all of them. None for all.
+            is trained on all of them. None for all, and so with hidden layers.
         outer_steps: the most rewards to try, which warns if none is the best; 0 keeps the one that it starts from.
         max_iter: the most Newton steps in one training of a policy, L-BFGS iterations with hidden layers.
         tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
@@ -82,8 +85,9 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         reward_: (C, C), reward_[i, j] of the answer classes_[i] where the label is classes_[j], in nats.
         precision_: U, () or (C,) or (C, C); not there for a table.
         l2_: the penalty that was learned, or given.
-        belief_share_: how much of the probabilities is P(y|x) as the policy's optimality tells it, from 0 to 1; the
-            rest is the policy itself. See docs/estimators.md.
+        belief_share_: how much of the probabilities is P(y|x) as the policy's optimality tells it, from 0 to 1.
+        likelihood_share_: how much of them is that of the same model trained by likelihood, under the penalty l2 or 1
+            for "auto"; the rest is the policy itself. See docs/estimators.md.
         outer_losses_: cross-validated NLL of the policies under each reward that was tried, nats a row; the least is
             the one that was taken, but for a prior.
         policy_: the trained policy, on standardised inputs.

@@ -3,7 +3,8 @@
 Fitting has two stages. The reward: K policies, one for each fold, are trained by entropy-regularised policy gradient on
 the rows outside their fold, and the reward is moved along the hypergradient of the likelihood of the rows inside. No
 likelihood is read on rows that its policy was trained on, so memorising them does not pass for knowing the answer.
-The policy: one more, trained on all rows under that reward.
+The policy: one more, trained on all rows under that reward. Networks, which stop before they get to a minimum, learn
+the reward from what they reached instead, and their policy trains beside the folds'.
 
 Rows that occur more than once are put together and their weights added, and the rest of the fit sees the rows in an
 order of their own. So an integer weight is that many copies to the last bit, and the order of the rows does not matter.
