@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .errors import NonFiniteError
-from .losses import Batch, NegativeLogLikelihood, PolicyGradient
+from .fused import Steps
+from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
 from .policies import Policy
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
@@ -34,19 +35,24 @@ class BatchStream:
         data.check("data")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self._data = data
+        self.data = data
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._order: list[Tensor] = []
 
     def next(self) -> tuple[Batch, int]:
+        rows, seed = self.draw()
+        return (self.data if rows is None else self.data.rows(rows)), seed
+
+    def draw(self) -> tuple[Tensor | None, int]:
+        """The rows of the next batch, None for all, and its seed."""
         seed = int(torch.randint(2**62, (), generator=self._generator))
         if self._batch_size is None:
-            return self._data, seed
+            return None, seed
         if not self._order:
-            rows = torch.randperm(self._data.inputs.shape[0], generator=self._generator)
-            self._order = list(rows.to(self._data.inputs.device).split(self._batch_size))
-        return self._data.rows(self._order.pop(0)), seed
+            rows = torch.randperm(self.data.inputs.shape[0], generator=self._generator)
+            self._order = list(rows.to(self.data.inputs.device).split(self._batch_size))
+        return self._order.pop(0), seed
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for `restore`."""
@@ -65,6 +71,10 @@ def train(
     callback: Callable[[int, float], Any] | None = None,
 ) -> tuple[float, int]:  # fmt: skip
     """Takes optimiser steps on the policy until there is a reason to stop.
+
+    With Adam, AdamW or SGD on a policy of this package that is made of linear layers and tanh, relu or gelu, under its
+    likelihood or a `PolicyGradient`, up to a hundred steps, their schedule's included, run in one native call. They
+    are equal to steps in Python within rounding. What asks for each loss, such as `patience`, makes it a call a step.
 
     Args:
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
@@ -96,31 +106,45 @@ def train(
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
-    for step in range(steps):
-        batch, seed = stream.next()
+    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
+    step = -1
+    while step < steps - 1:
+        if native is not None and native.ready():
+            taken = 1 if at_once else min(steps - 1 - step, _READ_TOGETHER)
+            batches, losses, norm = _together(native, stream, optimizer, taken, scheduler, norms=tolerance > 0)
+            for number, each in enumerate(losses, step + 1):
+                check_finite(f"the loss at step {number}", each)
+            if len(losses) < taken:
+                rows, seed = batches[len(losses)]
+                loss(policy, stream.data if rows is None else stream.data.rows(rows), seed)  # says what is wrong
+                raise RuntimeError(f"the native kernel refused the batch of step {step + 1 + len(losses)}")
+            value, step = losses[-1], step + taken
+        else:
+            batch, seed = stream.next()
+            step += 1
 
-        def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
-            nonlocal norm
-            # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
-            for parameter in parameters:
-                parameter.grad = None
-            result = loss(policy, batch, seed)
-            if result.ndim != 0:
-                raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
-            result.backward(inputs=parameters)
-            # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
-            # that is not finite makes the next loss so, or the parameters below.
-            if max_grad_norm is not None:
-                norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            elif tolerance > 0:
-                norm = norm_of([p.grad for p in parameters if p.grad is not None])
-            return result.detach()
+            def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
+                nonlocal norm
+                # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
+                for parameter in parameters:
+                    parameter.grad = None
+                result = loss(policy, batch, seed)
+                if result.ndim != 0:
+                    raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
+                result.backward(inputs=parameters)
+                # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a
+                # gradient that is not finite makes the next loss so, or the parameters below.
+                if max_grad_norm is not None:
+                    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                elif tolerance > 0:
+                    norm = norm_of([p.grad for p in parameters if p.grad is not None])
+                return result.detach()
 
-        unread.append(optimizer.step(closure))  # type: ignore[arg-type]
-        if at_once or step == steps - 1 or len(unread) == _READ_TOGETHER:
-            value = _read(unread, step)
-        if step == 0 and all(p.grad is None for p in parameters):
-            raise ValueError("optimizer: expected parameters that the loss depends on, got others")
+            unread.append(optimizer.step(closure))  # type: ignore[arg-type]
+            if at_once or native is not None or step == steps - 1 or len(unread) == _READ_TOGETHER:
+                value = _read(unread, step)
+            if step == 0 and all(p.grad is None for p in parameters):
+                raise ValueError("optimizer: expected parameters that the loss depends on, got others")
         if scheduler is not None:
             advance(scheduler, value)
         if callback is not None and callback(step, value) is True:
@@ -144,10 +168,7 @@ def train_nll(
 ) -> tuple[float, int]:  # fmt: skip
     """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
     objective = NegativeLogLikelihood() if loss is None else loss
-    return train(
-        policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
-        steps, **options,
-    )  # fmt: skip
+    return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
 
 def train_policy_gradient(
@@ -213,6 +234,37 @@ def under(reward: nn.Module, loss: InnerLoss) -> Iterator[Callable[[Policy, Batc
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def native_steps(
+    policy: Policy, loss: Callable[[Policy, Batch, int], Tensor], data: Batch, optimizer: Optimizer,
+    max_grad_norm: float | None,
+) -> Steps | None:  # fmt: skip
+    """What takes `train`'s steps in native calls, or None where they are taken in Python."""
+    return (
+        loss.steps(policy, data, optimizer, max_grad_norm)
+        if isinstance(loss, (Likelihood, PolicyGradientUnder))
+        else None
+    )
+
+
+def _together(
+    native: Steps, stream: BatchStream, optimizer: Optimizer, count: int, scheduler: LRScheduler | None, *, norms: bool
+) -> tuple[list[tuple[Tensor | None, int]], Sequence[float], float]:  # fmt: skip
+    """Takes steps in one native call, the scheduler's between them.
+
+    Returns:
+        what was drawn from the stream, the losses up to a batch that was refused, and the last gradient's norm.
+    """
+    drawn = [stream.draw() for _ in range(count)]
+    rates = []
+    for step in range(count):
+        if step > 0 and scheduler is not None:
+            advance(scheduler, math.nan)
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    rows = [row for row, _ in drawn if row is not None]
+    sizes = [len(stream.data.inputs) if row is None else len(row) for row, _ in drawn]
+    return drawn, *native.take(rates, sizes, torch.cat(rows) if rows else None, [seed for _, seed in drawn], norms)
 
 
 def _read(unread: list[Tensor], step: int) -> float:
