@@ -249,10 +249,11 @@ struct NetworkLoss : Call, Surrogate, Network, Optimizer {
   const int64_t* seeds = nullptr;       // (steps)
   const int64_t *values = nullptr, *tangents = nullptr, *gradients = nullptr;  // an address for each parameter
   double *losses = nullptr, *norms = nullptr;                                  // (steps)
+  int64_t* done = nullptr;                                                     // the steps before a refusal
 
   PK_FIELDS((Call, Network, Optimizer), dim, observations, precision_ndim, l2, inputs, target, reward, steps,
-            batch_rows, index, seeds, values, tangents, gradients, losses, norms, estimator, advantage, num_samples,
-            entropy_coef, rbf_gamma)
+            batch_rows, index, seeds, values, tangents, gradients, losses, norms, done, estimator, advantage,
+            num_samples, entropy_coef, rbf_gamma)
 };
 
 // Every kernel and what it is called with: `both` for one that CUDA has too, `cpu` for one that only the CPU has.

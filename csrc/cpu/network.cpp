@@ -199,6 +199,7 @@ Verdict network_loss(const NetworkLoss& call) {
       const Verdict verdict = evaluation.run(rows, call.losses + step);
       if (verdict.code != kAccepted) return {verdict.code, step};
       if constexpr (!is_dual<V>) update<T>(call, plan.size, step);
+      *call.done = step + 1;
     }
     return {};
   });

@@ -217,6 +217,7 @@ def network_policy_loss(
         torch.Size([2, 3])
     """
     _serve(_OP, network, inputs, target, reward)
+    inputs, target, reward = map(_modes.kept, (inputs, target, reward))
     problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
     key = int(_check.seed_tensor(_OP, seed, 0)) if problem.config.num_samples else 0
     return _Loss.apply(problem, key, torch.is_grad_enabled(), reward, *network.parameters())
@@ -279,7 +280,7 @@ def network_policy_steps(
     if not tasks:
         raise ValueError(f"{_STEPS}: tasks: expected at least one, got none")
     native = dispatch.module("native").network
-    problems, every = [], []
+    problems, every, changed = [], [], []
     for network, inputs, target, reward, steps, batch_rows, places, seeds in tasks:
         _serve(_STEPS, network, inputs, target, reward)
         problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
@@ -293,7 +294,11 @@ def network_policy_steps(
             None if reward is None else reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters,
             gradients=every[-1], norms=norms or steps.max_norm > 0, rule=rule,
         ))  # fmt: skip
+        # A graph of before must not be differentiated with the values of after, as with torch's own steps.
+        states = (parameters, steps.first, steps.second)
+        changed += [x for xs in states for x, moved in zip(xs, steps.moved, strict=False) if moved and x is not None]
     found = native.run(problems)
+    torch.autograd.graph.increment_version(changed)
     return [NetworkStepped(each.losses, each.norms, gradients) for each, gradients in zip(found, every, strict=True)]
 
 
@@ -310,15 +315,20 @@ def _check_steps(steps: NetworkSteps, parameters: Sequence[Tensor | None]) -> No
             raise ValueError(
                 f"{_STEPS}: {name}: expected one for each of {len(parameters)} parameters, got {len(given)}"
             )
+    seen: set[int] = set()
     for index, (parameter, moved) in enumerate(zip(parameters, steps.moved, strict=True)):
         if not moved:
             continue
         if parameter is None:
             raise ValueError(f"{_STEPS}: moved[{index}]: expected False where there is no parameter, got True")
+        if parameter.numel() and parameter.data_ptr() in seen:
+            raise ValueError(f"{_STEPS}: moved[{index}]: expected False for a parameter that moves already, got True")
+        seen.add(parameter.data_ptr())
         for name, given in states.items():
             x = given[index]
-            if x is None or (x.shape, x.dtype) != (parameter.shape, parameter.dtype) or not x.is_contiguous():
-                got = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
+            like = (parameter.shape, parameter.dtype, parameter.device)
+            if x is None or (x.shape, x.dtype, x.device) != like or not x.is_contiguous():
+                got = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
                 raise ValueError(
                     f"{_STEPS}: {name}[{index}]: expected contiguous {parameter.dtype} of shape "
                     f"{tuple(parameter.shape)}, got {got}"
@@ -369,14 +379,17 @@ class _Loss(torch.autograd.Function):
         if not losses:
             return None
         ctx.problem, ctx.seed, ctx.gradients = problem, seed, [by_reward, *gradients]
-        ctx.save_for_backward(reward, *parameters)
+        # Inputs and targets, for autograd to refuse to go on once they have changed.
+        ctx.save_for_backward(problem.inputs, problem.target, reward, *parameters)
         return problem.inputs.new_tensor(losses[0])
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> Any:
-        if not _modes.is_differentiated():
+        # Linear in the cotangent, of which there may be a batch.
+        if not torch.is_grad_enabled() and not _modes.in_forward_mode():
             return None, None, None, *_scaled(ctx.gradients, cotangent)
-        return None, None, None, *_Gradient.apply(ctx.problem, ctx.seed, ctx.gradients, cotangent, *ctx.saved_tensors)
+        _, _, *tensors = ctx.saved_tensors
+        return None, None, None, *_Gradient.apply(ctx.problem, ctx.seed, ctx.gradients, cotangent, *tensors)
 
 
 class _Gradient(torch.autograd.Function):
@@ -387,22 +400,23 @@ class _Gradient(torch.autograd.Function):
         ctx: Any, problem: _Problem, seed: int, gradients: list[Tensor | None], cotangent: Tensor, *tensors: Tensor
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         ctx.problem, ctx.seed, ctx.gradients = problem, seed, gradients
-        ctx.save_for_backward(cotangent, *tensors)
+        ctx.save_for_backward(problem.inputs, problem.target, cotangent, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(_scaled(gradients, cotangent))
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor | None) -> Any:
-        if _modes.is_differentiated():
+        if _modes.is_differentiated() or any(v is not None and _modes.is_legacy_batch(v) for v in vectors):
             raise RuntimeError(
-                f"{_OP}: a third derivative was asked for; take it within po_kernels.use_backend('reference')"
+                f"{_OP}: a third derivative, or a batch of second ones, was asked for; take the loss within "
+                "po_kernels.use_backend('reference')"
             )
         if ctx.problem.config.estimator == "reinforce":
             raise RuntimeError(
                 f"{_OP}: estimator='reinforce' has no second derivative: that of its surrogate is wrong; use 'dice'"
             )
-        cotangent, reward, *parameters = ctx.saved_tensors
-        vectors = tuple(None if v is None else v.contiguous() for v in vectors)
+        _, _, cotangent, reward, *parameters = ctx.saved_tensors
+        vectors = tuple(None if (x := _modes.resolved(v)) is None else x.contiguous() for v in vectors)
         wanted = ctx.needs_input_grad[4:]
         products = _room((reward, *parameters), wanted)
         ctx.problem.run(
@@ -422,7 +436,5 @@ def _room(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tens
 
 
 def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
-    """The gradients as they are where the factor is one, as it mostly is."""
-    if float(by) == 1.0:
-        return list(gradients)
+    """New tensors, which whoever gets them may change, and to which autograd may give a history."""
     return [None if g is None else g * by for g in gradients]

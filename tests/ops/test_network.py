@@ -1,6 +1,7 @@
 """Networks in native calls against the ops of their outputs on the reference, and against torch's optimisers."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -304,7 +305,7 @@ def test_steps_are_those_of_torch(rule, max_norm, batches):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_ensemble_is_its_members(threads):
-    """Of different sizes, in one call, to the bit; the first that is refused has fewer losses."""
+    """Of different sizes, in one call, to the bit; those that are refused have fewer losses."""
     torch.set_num_threads(threads)
 
     def tasks():
@@ -323,7 +324,8 @@ def test_an_ensemble_is_its_members(threads):
         for x, y in zip(task.network.parameters(), other.network.parameters(), strict=True):
             assert torch.equal(x, y)
     together[2].target[0] = 9
-    assert [len(each.losses) for each in pk.network_policy_steps(together)] == [2, 2, 0, 2]
+    together[0].target[1] = 9
+    assert [len(each.losses) for each in pk.network_policy_steps(together)] == [0, 2, 0, 2]
     with pytest.raises(ValueError, match="tasks: expected at least one"):
         pk.network_policy_steps([])
 
@@ -334,6 +336,7 @@ def test_an_ensemble_is_its_members(threads):
         ({"steps": {"rule": "rmsprop"}}, "rule: .*'rmsprop'"),
         ({"steps": {"moved": [True]}}, r"moved: expected one for each of 7 parameters, got 1"),
         ({"steps": {"first": [None] * 7}}, r"first\[0\]: expected .*float64 .*\(9, 3\), got None"),
+        ({"steps": {"first": [torch.zeros(9, 3, device="meta").double()] * 7}}, r"first\[0\]: expected .*on meta"),
         ({"steps": {"second": [torch.zeros(2)] * 7}}, r"second\[0\]: expected .*got torch.float32 of shape \(2,\)"),
         ({"steps": {"rates": []}}, "batch_rows, seeds: .*1 and 1 for 0"),
         ({"batch_rows": [20]}, "all 21 rows without places"),
@@ -353,6 +356,71 @@ def test_steps_that_would_write_elsewhere_are_refused(wrong, message):
     with pytest.raises((TypeError, ValueError), match=f"network_policy_steps: .*{message}"):
         pk.network_policy_steps([pk.NetworkTask(*case.tensors(), steps, **batches)])
     assert all(torch.equal(x, y) for x, y in zip(before, case.leaves, strict=True))
+
+
+def test_a_parameter_does_not_move_twice():
+    case = Policy("gaussian", widths=(4, 4))
+    weight, bias = case.network.layers[0]
+    tied = case.network._replace(layers=[(weight, bias), (weight, None)])
+    steps = pk.NetworkSteps("sgd", [0.1], [True, True, True, False, False])
+    with pytest.raises(ValueError, match=r"moved\[2\]: expected False for a parameter that moves already"):
+        pk.network_policy_steps([pk.NetworkTask(tied, *case.tensors()[1:], steps, [21], None, [0])])
+
+
+def test_gradients_belong_to_whoever_asked_for_them():
+    """They may be changed, and have a graph of their own that ends with them."""
+    case = Policy("gaussian")
+    loss = case.fused()
+    right = [g.clone() for g in grad(loss, case.leaves, retain_graph=True)]
+    for gradient in grad(loss, case.leaves, retain_graph=True):
+        gradient.zero_()
+    for x, y in zip(grad(loss, case.leaves, retain_graph=True), right, strict=True):
+        assert torch.equal(x, y)
+    one, other = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    first, second = (grad(by * loss, case.leaves[0], create_graph=True)[0] for by in (one, other))
+    assert grad(first.sum(), one, retain_graph=True)[0] == grad(second.sum(), other)[0] == right[0].sum()
+    left = weakref.ref(first)
+    del loss, first, second
+    assert left() is None
+
+
+@pytest.mark.parametrize("changed", ["inputs", "target", "reward", "weight", "steps"])
+def test_a_graph_of_what_has_changed_is_not_differentiated(changed):
+    case = Policy("gaussian")
+    first = grad(case.fused(), case.leaves, create_graph=True)
+    with torch.no_grad():
+        if changed == "steps":
+            steps = pk.NetworkSteps("sgd", [0.1], [True] * len(case.leaves))
+            pk.network_policy_steps([pk.NetworkTask(*case.tensors(), steps, [21], None, [0])])
+        else:
+            (case.leaves[0] if changed == "weight" else getattr(case, changed)).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grad(sum(g.sum() for g in first), case.leaves)
+
+
+def test_vectors_and_rows_of_any_kind():
+    case = Policy("gaussian")
+    first = grad(case.fused(), case.leaves, create_graph=True)
+    negative = [torch._neg_view(torch.ones_like(g)) for g in first]
+    for x, y in zip(grad(first, case.leaves, negative, retain_graph=True),
+                    grad(first, case.leaves, [-torch.ones_like(g) for g in first]), strict=True):  # fmt: skip
+        assert torch.equal(x, y)
+    with torch.inference_mode():
+        rows = case.inputs.clone(), case.target.clone(), torch.ones((), dtype=torch.float64)
+    first = grad(pk.network_policy_loss(case.network, *rows), case.leaves, create_graph=True)
+    assert grad(first[0].sum(), case.leaves[0])[0].isfinite().all()
+
+
+def test_cotangents_in_batches():
+    case = Policy("gaussian")
+    loss, weights = case.fused(), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    (right,) = grad(loss, case.leaves[:1], retain_graph=True)
+    one = lambda by: grad(loss, case.leaves[0], by, retain_graph=True)[0]  # noqa: E731
+    for found in (torch.func.vmap(one)(weights), grad(loss, case.leaves[0], weights, is_grads_batched=True)[0]):
+        torch.testing.assert_close(found, torch.stack([right, -2 * right]))
+    (first,) = grad(case.fused(), case.leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"batch of second ones.*use_backend"):
+        grad(first, case.leaves[0], torch.ones(2, *first.shape, dtype=torch.float64), is_grads_batched=True)
 
 
 def refused(reason, call):

@@ -53,10 +53,11 @@ class Results(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Arguments of the kernel, what they point to, and where it writes the results."""
+    """Arguments of the kernel, what they point to, and where it writes the results, and how many there are."""
 
     arguments: dict[str, Any]
     results: Results
+    done: "array[int]"
     keep: list[Any]
 
 
@@ -70,6 +71,7 @@ def prepared(
     steps = len(batches.rows)
     keep: list[Any] = []
     losses, lengths = array("d", bytes(8 * steps)), array("d", bytes(8 * steps if norms else 0))
+    done = array("q", [0])
     given: dict[str, Any] = _NO_RULE if rule is None else _NO_RULE | rule | {
         name: listed(kind, rule[name], keep) for name, kind in (("rates", "d"), ("first", "q"), ("second", "q"))
     }  # fmt: skip
@@ -88,25 +90,23 @@ def prepared(
         index=0 if batches.places is None else batches.places.data_ptr(), values=listed("q", values, keep),
         gradients=listed("q", gradients, keep), tangents=0 if tangents is None else listed("q", tangents, keep),
         losses=losses.buffer_info()[0], norms=lengths.buffer_info()[0] if norms else 0,
+        done=done.buffer_info()[0],
         estimator=ESTIMATORS[config.estimator], advantage=ADVANTAGES[config.advantage].number,
         num_samples=config.num_samples, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma, **given,
     )  # fmt: skip
     keep += [inputs, target, reward, batches.places, *values, *gradients, *(tangents or ()), reward_tangent]
-    return Prepared(arguments, Results(losses, lengths), keep)
+    return Prepared(arguments, Results(losses, lengths), done, keep)
 
 
 def run(problems: Sequence[Prepared]) -> list[Results]:
-    """Of each problem; all in one call, whose threads share them out. It ends with one that is refused."""
+    """Of each problem; all in one call, whose threads share them out."""
     first, *others = (problem.arguments for problem in problems)
     batch: tuple[Any, ...] = ()
     if others:
         differ = [name for name, value in first.items() if any(other[name] != value for other in others)]
         batch = (len(problems), {name: [problem.arguments[name] for problem in problems] for name in differ})
-    code, step, number = extension.module.network_loss(*batch, **first)  # type: ignore[union-attr]
-    found = [problem.results for problem in problems]
-    if code:
-        found[number] = Results(*(numbers[:step] for numbers in found[number]))
-    return found
+    extension.module.network_loss(*batch, **first)  # type: ignore[union-attr]
+    return [Results(*(numbers[: problem.done[0]] for numbers in problem.results)) for problem in problems]
 
 
 def listed(kind: str, items: Sequence[Any], keep: list[Any]) -> int:
