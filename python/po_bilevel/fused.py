@@ -8,8 +8,10 @@ or gelu, under a `PolicyGradient` whose reward is a matrix or a table, with Adam
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import po_kernels as pk
 
@@ -20,7 +22,7 @@ def policy_loss(
     known: pk.Network | None, inputs: Tensor, target: Tensor, reward: Tensor | None, options: dict[str, Any]
 ) -> Tensor | None:  # fmt: skip
     """The loss of a policy whose network is known, in one native call, or None where the definition has to be taken."""
-    if known is None or not options.keys() <= _OPTIONS or options.get("estimator") == "reinforce":
+    if known is None or not options.keys() <= _OPTIONS or options.get("estimator", "") in (None, "reinforce"):
         return None
     if isinstance(options.get("entropy_coef"), Tensor):
         return None
@@ -58,7 +60,11 @@ def _activation(module: nn.Module) -> str | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Something else than its class's forward runs when it is called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+    )  # fmt: skip
 
 
 class Steps:
@@ -86,23 +92,37 @@ class Steps:
 
     @classmethod
     def of(
-        cls, network: pk.Network | None, data: Any, reward: Tensor | None, options: dict[str, Any],
-        optimizer: Optimizer, max_grad_norm: float | None,
+        cls, policy: Any, data: Any, reward: Tensor | None, options: dict[str, Any], optimizer: Optimizer,
+        max_grad_norm: float | None,
     ) -> "Steps | None":  # fmt: skip
         """None where a native call would not do what the optimiser does."""
+        network = policy.fused_network()
         if network is None or type(optimizer) not in (Adam, AdamW, SGD) or len(optimizer.param_groups) != 1:
             return None
         group = optimizer.param_groups[0]
         if any(group.get(name) for name in ("amsgrad", "maximize", "differentiable")):
             return None
-        if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        if any((
+            optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks,
+            _global_optimizer_pre_hooks, _global_optimizer_post_hooks,
+        )):  # fmt: skip
+            return None
+        # A scheduler's own wrapper counts the steps, and does no more.
+        if "step" in vars(optimizer) and not hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+            return None
+        if torch.is_inference_mode_enabled() or isinstance(options.get("entropy_coef"), Tensor):
             return None
         known = [p for p in network.parameters() if p is not None]
         each = {id(p) for p in known}
         if not {id(p) for p in group["params"]} <= each or len(each) < len(known):
             return None
-        # A std that is fixed is no parameter, and has no part in the penalty.
-        if options["l2"] and not all(isinstance(p, nn.Parameter) for p in known):
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in known):
+            return None
+        # An optimiser moves a parameter that has a gradient, whether it requires one or not.
+        if any(p.grad is not None and not p.requires_grad for p in group["params"]):
+            return None
+        # The penalty is on all parameters of the policy, and a std that is fixed is none.
+        if options["l2"] and {id(p) for p in policy.parameters()} != each:
             return None
         if pk.network_refusal(network, data.inputs, data.target, reward) is not None:
             return None

@@ -111,7 +111,7 @@ class Likelihood:
         """See `PolicyGradientUnder.steps`."""
         if type(self.loss) is not NegativeLogLikelihood:
             return None
-        return fused.Steps.of(policy.fused_network(), data, None, {"l2": self.loss.l2}, optimizer, max_grad_norm)
+        return fused.Steps.of(policy, data, None, {"l2": self.loss.l2}, optimizer, max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class PolicyGradientUnder:
         if type(self.loss) is not PolicyGradient or not isinstance(self.reward, (_Precision, _Table)):
             return None
         options = self.loss._options() | {"l2": self.loss.l2}
-        return fused.Steps.of(policy.fused_network(), data, self.reward.value, options, optimizer, max_grad_norm)
+        return fused.Steps.of(policy, data, self.reward.value, options, optimizer, max_grad_norm)
 
 
 class _Precision(MatrixReward):

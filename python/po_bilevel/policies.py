@@ -160,7 +160,7 @@ class GaussianPolicy(_Gaussian):
 
     def fused_network(self) -> pk.Network | None:
         """See `Policy.fused_network`."""
-        if type(self).forward is not GaussianPolicy.forward:
+        if _differs(self, GaussianPolicy, "forward", "log_prob", "policy_loss", "_ops"):
             return None
         spread = () if self.log_std_network is not None else (self.log_std,)
         return fused.network(
@@ -235,7 +235,7 @@ class FullGaussianPolicy(_Gaussian):
 
     def fused_network(self) -> pk.Network | None:
         """See `Policy.fused_network`."""
-        if (type(self).forward, type(self).scale_tril) != (FullGaussianPolicy.forward, FullGaussianPolicy.scale_tril):
+        if _differs(self, FullGaussianPolicy, "forward", "scale_tril", "log_prob", "policy_loss", "_ops"):
             return None
         return fused.network(self, "mvn", self.mean_network, (self.log_diagonal, self.below_diagonal))
 
@@ -309,11 +309,9 @@ class CategoricalPolicy(Policy):
 
     def fused_network(self) -> pk.Network | None:
         """See `Policy.fused_network`."""
-        return (
-            fused.network(self, "categorical", self.network)
-            if type(self).forward is CategoricalPolicy.forward
-            else None
-        )
+        if _differs(self, CategoricalPolicy, "forward", "log_prob", "policy_loss"):
+            return None
+        return fused.network(self, "categorical", self.network)
 
 
 class LinearCategorical(CategoricalPolicy):
@@ -328,6 +326,11 @@ class MLPCategorical(CategoricalPolicy):
 
     def __init__(self, in_features: int, num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__(mlp(in_features, hidden, num_classes))
+
+
+def _differs(policy: Policy, family: type[Policy], *names: str) -> bool:
+    """Whether its class, or the object itself, has something else of these names than the family."""
+    return any(getattr(type(policy), name) is not getattr(family, name) or name in vars(policy) for name in names)
 
 
 def _repeated(policy: Policy, target: Tensor, shape: torch.Size) -> bool:

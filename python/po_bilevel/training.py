@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -74,7 +75,8 @@ def train(
 
     With Adam, AdamW or SGD on a policy of this package that is made of linear layers and tanh, relu or gelu, under its
     likelihood or a `PolicyGradient`, up to a hundred steps, their schedule's included, run in one native call. They
-    are equal to steps in Python within rounding. What asks for each loss, such as `patience`, makes it a call a step.
+    are equal to steps in Python within rounding. What asks for each loss, such as `patience`, makes it a call a step,
+    and so does a scheduler that is not torch's or moves momentum too, as `OneCycleLR` does.
 
     Args:
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
@@ -106,11 +108,13 @@ def train(
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
-    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
+    # A stream of another class may have other batches than it draws.
+    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm) if type(stream) is BatchStream else None
+    ahead = 1 if at_once or not _known_ahead(scheduler) else _READ_TOGETHER
     step = -1
     while step < steps - 1:
         if native is not None and native.ready():
-            taken = 1 if at_once else min(steps - 1 - step, _READ_TOGETHER)
+            taken = min(steps - 1 - step, ahead)
             member = _Member(policy, stream, optimizer, scheduler, native)
             [(value, norm)] = _take([member], loss, step + 1, taken, norms=tolerance > 0)
             step += taken
@@ -201,7 +205,8 @@ def train_ensemble(
         each policy's loss at the start of the last step.
 
     Raises:
-        ValueError: numbers of policies, data, optimisers or schedulers that differ; as `train`.
+        ValueError: numbers of policies, data, optimisers or schedulers that differ; a parameter that is trained and
+            that two policies have in common; as `train`.
         NonFiniteError: as `train`.
     """
     several = [data] * len(policies) if isinstance(data, Batch) else list(data)
@@ -210,6 +215,10 @@ def train_ensemble(
     for name, given in (("data", several), ("optimizers", optimizers), ("schedulers", plans)):
         if len(given) != len(policies):
             raise ValueError(f"{name}: expected one for each of {len(policies)} policies, got {len(given)}")
+    moved = {id(p) for optimizer in optimizers for p in trained(optimizer)}
+    counts = Counter(id(p) for policy in policies for p in policy.parameters() if id(p) in moved)
+    if any(count > 1 for count in counts.values()):
+        raise ValueError("policies: expected parameters of their own, got one that two of them have in common")
     streams = [BatchStream(each, batch_size, seed + number) for number, each in enumerate(several)]
     with contextlib.ExitStack() as stack:
         objective: Callable[[Policy, Batch, int], Tensor]
@@ -236,8 +245,9 @@ def train_ensemble(
         if not all(native.ready() for native in natives):
             return alone(steps - done) if done < steps else values
         members = [_Member(*one, native) for one, native in zip(each, natives, strict=True)]
+        ahead = _READ_TOGETHER if all(map(_known_ahead, plans)) else 1
         while done < steps:
-            taken = min(steps - done, _READ_TOGETHER)
+            taken = min(steps - done, ahead)
             values = [value for value, _ in _take(members, objective, done, taken, norms=False)]
             for plan in plans:
                 if plan is not None:
@@ -274,6 +284,15 @@ def trained(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
+def _known_ahead(scheduler: LRScheduler | None) -> bool:
+    """Steps have learning rates that depend on nothing but their number, and no other option that changes."""
+    if scheduler is None:
+        return True
+    if type(scheduler).__module__ != "torch.optim.lr_scheduler" or getattr(scheduler, "cycle_momentum", False):
+        return False
+    return all(map(_known_ahead, getattr(scheduler, "_schedulers", ())))
+
+
 def advance(scheduler: LRScheduler, loss: float) -> None:
     if isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step(loss)
@@ -306,11 +325,9 @@ def native_steps(
     max_grad_norm: float | None,
 ) -> Steps | None:  # fmt: skip
     """What takes `train`'s steps in native calls, or None where they are taken in Python."""
-    return (
-        loss.steps(policy, data, optimizer, max_grad_norm)
-        if isinstance(loss, (Likelihood, PolicyGradientUnder))
-        else None
-    )
+    if type(loss) is Likelihood or type(loss) is PolicyGradientUnder:
+        return loss.steps(policy, data, optimizer, max_grad_norm)
+    return None
 
 
 class _Member(NamedTuple):

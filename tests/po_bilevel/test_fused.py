@@ -21,6 +21,7 @@ from po_bilevel import (
     OneHotMahalanobisReward,
     PolicyGradient,
     TableReward,
+    train,
     train_ensemble,
     train_nll,
     train_policy_gradient,
@@ -30,6 +31,7 @@ from po_bilevel.training import native_steps, under
 from problems import bilevel
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import po_kernels as pk
 from po_kernels import extension
@@ -254,7 +256,111 @@ def test_what_native_calls_do_not_do_is_done_step_by_step():
     assert not taken(policy=fixed, loss=PolicyGradient(l2=0.1))
 
 
-@pytest.mark.parametrize("how", ["native", "step by step", "plateau"])
+def once(register, *arguments):
+    return lambda loop: register(*arguments).remove
+
+
+CHANGES = {
+    "hook of a parameter": lambda loop: next(loop.policy.parameters()).register_hook(lambda g: 0 * g),
+    "hook after it": lambda loop: next(loop.policy.parameters()).register_post_accumulate_grad_hook(lambda p: None),
+    "hook before backward": lambda loop: loop.network.register_full_backward_pre_hook(lambda *a: None),
+    "hook of all modules": once(nn.modules.module.register_module_forward_hook, lambda *a: None),
+    "hook of all optimisers": once(register_optimizer_step_post_hook, lambda *a: None),
+    "forward of a layer": lambda loop: setattr(loop.network, "forward", lambda x: 2 * x),
+    "log_prob": lambda loop: setattr(loop.policy, "log_prob", lambda *a: None),
+    "step": lambda loop: setattr(loop.optimizer, "step", lambda closure: closure()),
+    "a penalty on more": lambda loop: loop.policy.register_parameter("more", nn.Parameter(torch.ones(2).double())),
+    "frozen, with a gradient": lambda loop: loop.freeze(),
+    "a tensor for entropy_coef": lambda loop: setattr(loop, "loss", PolicyGradient(torch.tensor(0.5).double())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_would_be_ignored_is_done_step_by_step(change):
+    class Changed(Loop):
+        network = property(lambda self: self.policy.network[0])
+
+        def freeze(self):
+            last = list(self.policy.parameters())[-1]
+            last.grad = last.detach().clone()
+            last.requires_grad_(False)
+
+    loop = Changed(11)
+    loop.loss = PolicyGradient(l2=0.1)
+    assert loop.native()
+    undo = CHANGES[change](loop)
+    try:
+        assert not loop.native()
+    finally:
+        if change.endswith(("all modules", "all optimisers")):
+            undo()
+
+
+def test_classes_that_change_something_are_done_step_by_step():
+    class Sharper(LinearGaussian):
+        def log_prob(self, inputs, target):
+            return 2 * super().log_prob(inputs, target)
+
+    class Twice(Likelihood):
+        def __call__(self, *arguments):
+            return 2 * super().__call__(*arguments)
+
+    class Shifted(BatchStream):
+        def next(self):
+            batch, seed = super().next()
+            return batch._replace(inputs=batch.inputs + 1), seed
+
+    data, loss = Batch(torch.randn(9, 2), torch.randn(9, 1)), NegativeLogLikelihood()
+    policy, sharper = LinearGaussian(2, 1), Sharper(2, 1)
+    sharper.load_state_dict(policy.state_dict())
+    torch.testing.assert_close(loss(sharper, data), 2 * loss(policy, data))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    assert native_steps(policy, Likelihood(loss), data, optimizer, None) is not None
+    assert native_steps(policy, Twice(loss), data, optimizer, None) is None
+    with torch.inference_mode():
+        assert native_steps(policy, Likelihood(loss), data, optimizer, None) is None
+    right = loss(policy, Batch(data.inputs + 1, data.target)).detach()
+    close(train(policy, Likelihood(loss), Shifted(data, None, 0), optimizer, 1)[0], float(right))
+
+
+class Halving(lr_scheduler.ExponentialLR):
+    """And the weight decay, too."""
+
+    def step(self, *arguments):
+        super().step(*arguments)
+        self.optimizer.param_groups[0]["weight_decay"] *= 0.5
+
+
+SCHEDULES = {
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.05, total_steps=40),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.05, step_size_up=5),
+    "warmed up": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o, 0.1, 5), lr_scheduler.OneCycleLR(o, 0.05, total_steps=40)], [5]
+    ),
+    "its own": lambda o: Halving(o, 0.9),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 7),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("adam", [True, False])
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+def test_schedules_of_more_than_the_rate(schedule, adam):
+    ours, theirs = Loop(0), Loop(0)
+    for loop in (ours, theirs):
+        options = {"weight_decay": 0.1, "lr": 0.01}
+        parameters = loop.policy.parameters()
+        loop.optimizer = (
+            torch.optim.Adam(parameters, eps=1e-3, **options) if adam
+            else torch.optim.SGD(parameters, momentum=0.5, **options)
+        )  # fmt: skip
+        loop.options["scheduler"] = SCHEDULES[schedule](loop.optimizer)
+    assert ours.native()
+    close(ours.run(30), step_by_step(lambda: theirs.run(30)))
+    close(ours.left(), theirs.left())
+
+
+@pytest.mark.parametrize("how", ["native", "step by step", "plateau", "cyclic"])
 @pytest.mark.parametrize("reward", [None, MahalanobisReward(2, "full").double()])
 def test_an_ensemble_is_its_members(how, reward):
     def members():
@@ -262,7 +368,8 @@ def test_an_ensemble_is_its_members(how, reward):
         policies = [MLPGaussian(3, 2, hidden=hidden).double() for hidden in ((4,), (), (20, 20))]
         data = [Batch(torch.randn(50, 3).double(), torch.randn(50, 2).double()) for _ in policies]
         optimizers = [torch.optim.Adam(policy.parameters(), lr=0.01, eps=1e-3) for policy in policies]
-        kind = lr_scheduler.ReduceLROnPlateau if how == "plateau" else lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, 9)
+        kinds = {"plateau": lr_scheduler.ReduceLROnPlateau, "cyclic": SCHEDULES["cyclic"]}
+        kind = kinds.get(how, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, 9))
         return policies, data, optimizers, [kind(optimizer) for optimizer in optimizers]
 
     policies, data, optimizers, schedulers = members()
@@ -293,6 +400,8 @@ def test_ensembles_refuse_what_does_not_fit():
         train_ensemble(policies, None, data, optimizers, -1)
     with pytest.raises(TypeError, match="loss: expected one for reward=NoneType, got PolicyGradient"):
         train_ensemble(policies, None, data, optimizers, 3, loss=PolicyGradient())
+    with pytest.raises(ValueError, match="policies: expected parameters of their own"):
+        train_ensemble(policies[:1] * 2, None, data, optimizers[:1] * 2, 3)
     assert len(train_ensemble(policies, None, data, optimizers, 0)) == 2
 
 
