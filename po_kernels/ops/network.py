@@ -153,7 +153,7 @@ class _Problem:
         op = f"{network.head}_policy_loss"
         if estimator is None:
             estimator = "exact" if network.head == "categorical" else "analytic"
-        coefficient = _check.real(_OP, "entropy_coef", entropy_coef)
+        coefficient = _check.real(op, "entropy_coef", entropy_coef)
         self.config: OpConfig = _loss.options(
             op, coefficient, estimator, num_samples, advantage, rbf_gamma, "mean", 0, False, None
         ).config
@@ -285,7 +285,7 @@ def network_policy_steps(
         _serve(_STEPS, network, inputs, target, reward)
         problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
         parameters = [None if p is None else p.detach() for p in network.parameters()]
-        _check_steps(steps, parameters)
+        _check_steps(steps, network.parameters())
         _check_batches(len(inputs), len(steps.rates), batch_rows, places, seeds)
         every.append(_room(parameters, steps.moved))
         rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
@@ -321,9 +321,9 @@ def _check_steps(steps: NetworkSteps, parameters: Sequence[Tensor | None]) -> No
             continue
         if parameter is None:
             raise ValueError(f"{_STEPS}: moved[{index}]: expected False where there is no parameter, got True")
-        if parameter.numel() and parameter.data_ptr() in seen:
+        if id(parameter) in seen:
             raise ValueError(f"{_STEPS}: moved[{index}]: expected False for a parameter that moves already, got True")
-        seen.add(parameter.data_ptr())
+        seen.add(id(parameter))
         for name, given in states.items():
             x = given[index]
             like = (parameter.shape, parameter.dtype, parameter.device)

@@ -36,7 +36,7 @@ def network(
     spread_module: nn.Module | None = None, bounds: tuple[float, float] | None = None,
 ) -> pk.Network | None:  # fmt: skip
     """The network of a policy whose forward is that of its modules; None of other modules than it can have."""
-    if _hooked(policy):
+    if _hooked(policy) or nn.modules.module._has_any_global_hook():
         return None
     parts = [_modules(part) for part in (module, spread_module) if part is not None]
     for part in parts:
@@ -63,7 +63,7 @@ def _hooked(module: nn.Module) -> bool:
     """Something else than its class's forward runs when it is called."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or "forward" in vars(module) or nn.modules.module._has_any_global_hook()
+        or "forward" in vars(module)
     )  # fmt: skip
 
 

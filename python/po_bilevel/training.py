@@ -157,7 +157,7 @@ def train(
             least = min(least, value)
             if since >= patience:
                 return value, step + 1
-    check_finite("the norm of the policy's parameters", norm_of([p.detach() for p in parameters]))
+    _check_parameters(parameters)
     return value, steps
 
 
@@ -238,7 +238,7 @@ def train_ensemble(
 
         found = [native_steps(p, objective, s.data, o, max_grad_norm) for p, s, o, _ in each]
         natives = [native for native in found if native is not None]
-        if len(natives) < len(each) or any(isinstance(plan, ReduceLROnPlateau) for plan in plans):
+        if not each or len(natives) < len(each) or any(isinstance(plan, ReduceLROnPlateau) for plan in plans):
             return alone(steps)
         done = min(steps, 1)
         values = alone(done)
@@ -253,6 +253,8 @@ def train_ensemble(
                 if plan is not None:
                     advance(plan, math.nan)
             done += taken
+        for optimizer in optimizers:
+            _check_parameters(trained(optimizer))
         return values
 
 
@@ -383,6 +385,10 @@ def _read(unread: list[Tensor], step: int) -> float:
     for number, value in enumerate(values, step + 1 - len(values)):
         check_finite(f"the loss at step {number}", value)
     return values[-1]
+
+
+def _check_parameters(parameters: Sequence[Tensor]) -> None:
+    check_finite("the norm of the policy's parameters", norm_of([p.detach() for p in parameters]))
 
 
 def check_finite(what: str, value: float, more: str = "") -> None:

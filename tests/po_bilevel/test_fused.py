@@ -403,6 +403,10 @@ def test_ensembles_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="policies: expected parameters of their own"):
         train_ensemble(policies[:1] * 2, None, data, optimizers[:1] * 2, 3)
     assert len(train_ensemble(policies, None, data, optimizers, 0)) == 2
+    assert train_ensemble([], None, data, [], 3) == []
+    far = [torch.optim.SGD(policy.mean_network.parameters(), lr=1e18) for policy in policies]
+    with pytest.raises(NonFiniteError, match="parameters is not finite"):
+        train_ensemble(policies, None, data, far, 2)
 
 
 def test_frozen_parameters_stay():
