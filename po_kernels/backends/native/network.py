@@ -71,7 +71,8 @@ def prepared(
     steps = len(batches.rows)
     keep: list[Any] = []
     losses, lengths = array("d", bytes(8 * steps)), array("d", bytes(8 * steps if norms else 0))
-    done = array("q", [0])
+    done_at = listed("q", (0,), keep)
+    done = keep[-1]
     given: dict[str, Any] = _NO_RULE if rule is None else _NO_RULE | rule | {
         name: listed(kind, rule[name], keep) for name, kind in (("rates", "d"), ("first", "q"), ("second", "q"))
     }  # fmt: skip
@@ -89,8 +90,7 @@ def prepared(
         batch_rows=listed("q", batches.rows, keep), seeds=listed("q", batches.seeds, keep),
         index=0 if batches.places is None else batches.places.data_ptr(), values=listed("q", values, keep),
         gradients=listed("q", gradients, keep), tangents=0 if tangents is None else listed("q", tangents, keep),
-        losses=losses.buffer_info()[0], norms=lengths.buffer_info()[0] if norms else 0,
-        done=done.buffer_info()[0],
+        losses=losses.buffer_info()[0], norms=lengths.buffer_info()[0] if norms else 0, done=done_at,
         estimator=ESTIMATORS[config.estimator], advantage=ADVANTAGES[config.advantage].number,
         num_samples=config.num_samples, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma, **given,
     )  # fmt: skip
