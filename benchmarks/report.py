@@ -28,6 +28,7 @@ NAMES = {
     "vectorised": "torch, vectorised",
     "native": "native's speed",
     "authors": "the authors' loss",
+    "jax": "JAX, compiled",
     "one_thread": "one thread",
     "smallest_function": "an empty autograd.Function",
     "over_network": "the network alone",
