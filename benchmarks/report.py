@@ -29,6 +29,8 @@ NAMES = {
     "native": "native's speed",
     "authors": "the authors' loss",
     "jax": "JAX, compiled",
+    "batch_dims_loop": "batch_dims over loop",
+    "batch_dims_eager": "batch_dims over eager torch",
     "one_thread": "one thread",
     "smallest_function": "an empty autograd.Function",
     "over_network": "the network alone",

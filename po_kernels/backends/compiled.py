@@ -104,14 +104,19 @@ class Kernel(ABC):
     def _batch(self, request: Request, problems: int) -> list[Tensor | None]:
         """The outputs of so many problems, which the first axis of every tensor counts, in one call."""
         op, names = self.op, [name for name, *_ in self.inputs]
+        strided = {name for name, *_, stride in self.inputs if stride}
         steps: dict[str, Any] = {}
 
         def ready(tensors: Any, names: Any) -> list[Any]:
             """Such that a problem's lies in memory as a call takes it."""
-            found = [x if x is None or x[0].is_contiguous() else x.contiguous() for x in tensors]
-            steps.update(
-                {n: x.stride(0) * x.element_size() for n, x in zip(names, found, strict=True) if x is not None}
-            )
+            found = []
+            for name, x in zip(names, tensors, strict=True):
+                if x is not None:
+                    first = x[0]
+                    if not (first.is_contiguous() or (name in strided and first[:1].is_contiguous())):
+                        x = x.contiguous()
+                    steps[name] = x.stride(0) * x.element_size()
+                found.append(x)
             return found
 
         inputs, constants, tangents, cotangent, cotangent_tangent, *rest = request
