@@ -19,6 +19,10 @@ _NUMBERS: dict[str, dict[str, int]] = {
 }
 
 
+# Made as the gradients are: what two ways of it bring into the caches is much of a small call's time.
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
 class Kernel(ABC):
     """One op: a function of the extension, which a backend's `call` runs.
 
@@ -55,7 +59,10 @@ class Kernel(ABC):
         inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
         op, head, tensors = self.op, inputs[0], (*inputs, *constants)
         shape = op.value_shape(inputs, constants, config)
-        out = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
+        if shape or not head.is_cpu:
+            out = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
+        else:
+            out = torch.empty_like(_SCALARS[head.dtype])
         outputs: list[Tensor | None] = [out, None]
         keep: list[Tensor] = []
         arguments = self.base(config).copy()
