@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import po_kernels as pk
 from benchmarks import peers
 from benchmarks.bench_losses import ENTROPY
-from benchmarks.harness import compare, gaussian_inputs, gradients, versions
+from benchmarks.harness import check, compare, gaussian_inputs, gradients, versions
 
 
 def loss(group: int) -> Callable[..., Any]:
@@ -103,6 +103,38 @@ class Update:
         loss(self.group)(mean, log_std, self.data.target, self.reward.precision()).backward()
         self.policy.zero_grad()
         self.reward.zero_grad()
+
+
+class StepByStep(MLPGaussian):
+    """The same policy, whose loop runs in Python: its network through torch, its loss in a kernel."""
+
+    def fused_network(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "hidden", "estimator"),
+    [(100, 2, (64, 64), "analytic"), (1000, 17, (64, 64), "analytic"), (1000, 17, (64, 64), "dice"),
+     (1000, 17, (256, 256), "analytic")],
+)  # fmt: skip
+def bench_inner_loop(benchmark, rows, dim, hidden, estimator):
+    """Steps of Adam in native calls, against the same steps in Python."""
+    objective = PolicyGradient(
+        entropy_coef=ENTROPY, estimator=estimator, num_samples=None if estimator == "analytic" else 5
+    )
+    torch.manual_seed(0)
+    data, reward = Batch(torch.randn(rows, dim), torch.randn(rows, dim)), MahalanobisReward(dim, "full")
+
+    def loop(kind: type[MLPGaussian]) -> Callable[[], Any]:
+        torch.manual_seed(0)
+        policy = kind(dim, dim, hidden=hidden)
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
+        return lambda: train_policy_gradient(policy, reward, data, optimizer, 100, loss=objective)[0]
+
+    ours, theirs = loop(MLPGaussian), loop(StepByStep)
+    check([torch.tensor(ours())], [torch.tensor(theirs())], "the loss after a hundred steps", tolerance=1e-3)
+    shape = f"{rows} x {dim}, {'-'.join(map(str, hidden))}, {estimator}"
+    report(benchmark, ours, shape=shape, step_by_step=compare(ours, theirs)._asdict())
 
 
 def bench_update(benchmark):

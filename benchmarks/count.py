@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -27,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from po_bilevel import Batch, MahalanobisReward, MLPCategorical, MLPGaussian, TableReward, train_policy_gradient
 from torch import Tensor
 
 import po_kernels as pk
@@ -35,9 +37,14 @@ from benchmarks.bench_losses import ENTROPY
 from benchmarks.harness import categorical_inputs, gaussian_inputs, gradients, mvn_inputs, products
 from benchmarks.report import missing
 from po_kernels import extension
+from po_kernels.backends.native import network
 
 BASELINE = Path(__file__).parent / "baselines" / "instructions.json"
 ALLOWED = 0.03
+
+# Of the kernel of networks what holds addresses of tensors, and what is no tensor and is written.
+NETWORK = "network_loss"
+ADDRESSES, RESULTS = ("values", "gradients", "tangents", "first", "second"), ("losses", "norms")
 
 Call = tuple[str, dict[str, Any]]
 ROWS, GROUP = 1000, 16
@@ -93,6 +100,28 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from orders("token_log_prob capped", partial(tokens, softcap=30.0), [logits])
     yield from orders("token_log_prob bfloat16", tokens, [logits.detach().bfloat16().requires_grad_()])
 
+    yield from networks()
+
+
+def networks() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """A policy's loss with its gradients and products, and ten steps of Adam."""
+    for name, policy, reward, target in (
+        ("gaussian", MLPGaussian(17, 17), MahalanobisReward(17, "full"), torch.randn(ROWS, 17)),
+        ("categorical", MLPCategorical(17, 10), TableReward(torch.eye(10)), torch.randint(10, (ROWS,))),
+    ):
+        known, inputs = policy.fused_network(), torch.randn(ROWS, 17)
+        value = reward.precision() if name == "gaussian" else reward.table()
+        leaves = [*policy.parameters(), value.detach().requires_grad_()]
+
+        def loss(*leaves: Tensor, known: Any = known, inputs: Tensor = inputs, target: Tensor = target) -> Tensor:
+            return pk.network_policy_loss(known, inputs, target, leaves[-1], entropy_coef=ENTROPY)
+
+        yield from orders(f"network_policy_loss {name}", loss, leaves)
+    data, optimizer = Batch(inputs, target), torch.optim.Adam(policy.parameters())
+    train = partial(train_policy_gradient, policy, reward, data, optimizer, 10)
+    train()
+    yield "network_policy_steps categorical", train
+
 
 def orders(name: str, op: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The gradients of a value, or of the sum of its squares, and their products."""
@@ -109,21 +138,31 @@ def recorded(run: Callable[[], Any]) -> list[Call]:
     """The extension's functions that it calls and their arguments, with the memory behind an address for that."""
     calls: list[Call] = []
     sizes: dict[int, int] = {}
-    data_ptr = Tensor.data_ptr
+    data_ptr, plain_list = Tensor.data_ptr, network.listed
 
     def noted(tensor: Tensor) -> int:
         address = data_ptr(tensor)
         sizes[address] = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
         return address
 
+    def memory(address: int) -> bytes:
+        return ctypes.string_at(address, sizes[address])
+
+    def listed(*arguments: Any) -> int:
+        address = plain_list(*arguments)
+        sizes[address] = 8 * len(arguments[-1][-1])
+        return address
+
     def recording(name: str) -> Callable[..., Any]:
         function = getattr(extension.module, name)
 
         def call(**arguments: Any) -> Any:
-            content = {
-                key: ctypes.string_at(x, sizes[x]) if isinstance(x, int) and sizes.get(x) else x
-                for key, x in arguments.items()
-            }
+            content = {key: memory(x) if isinstance(x, int) and sizes.get(x) else x for key, x in arguments.items()}
+            if name == NETWORK:
+                for key in filter(content.get, ADDRESSES):
+                    content[key] = [memory(at) if at else 0 for at in array("q", content[key])]
+                for key in filter(content.get, RESULTS):
+                    content[key] = bytes(8 * arguments["steps"])
             calls.append((name, content))
             return function(**arguments)
 
@@ -131,6 +170,7 @@ def recorded(run: Callable[[], Any]) -> list[Call]:
 
     with ExitStack() as patches:
         patches.enter_context(mock.patch.object(Tensor, "data_ptr", noted))
+        patches.enter_context(mock.patch.object(network, "listed", listed))
         for name in dir(extension.module):
             if not name.startswith("_"):
                 patches.enter_context(mock.patch.object(extension.module, name, recording(name)))

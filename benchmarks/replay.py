@@ -14,8 +14,10 @@ from typing import Any
 MARKER = "getppid"
 
 
-def address(content: bytes, keep: list[Any]) -> int:
-    """Of a copy that begins with a cache line, as tensors do."""
+def address(content: bytes | list[Any], keep: list[Any]) -> int:
+    """Of a copy that begins with a cache line, as tensors do; of a list, where the addresses of its parts are."""
+    if isinstance(content, list):
+        content = b"".join((address(x, keep) if x else 0).to_bytes(8, "little") for x in content)
     memory = ctypes.create_string_buffer(len(content) + 64)
     keep.append(memory)
     found = ctypes.addressof(memory)
@@ -37,7 +39,7 @@ def main(extension: str, calls: str) -> None:
         prepared = [
             (
                 getattr(module, name),
-                {key: address(x, keep) if isinstance(x, bytes) else x for key, x in arguments.items()},
+                {key: address(x, keep) if isinstance(x, (bytes, list)) else x for key, x in arguments.items()},
             )
             for name, arguments in case
         ]

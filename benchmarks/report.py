@@ -38,6 +38,7 @@ NAMES = {
     "products": "its products alone",
     "copy": "in the time of a copy of the logits",
     "read": "in the time of reading the logits",
+    "step_by_step": "the loop in Python",
     "logistic_cv": "LogisticRegressionCV",
     "logistic_cv_scaled": "LogisticRegressionCV, standardised inputs",
     "bayesian_ridge": "BayesianRidge",

@@ -192,6 +192,69 @@ struct Gae : Call {
   PK_FIELDS((Call), steps, states, rewards, values, dones, gamma, lam, cotangent, out)
 };
 
+enum Head : int { kGaussianHead = 0, kMvnHead = 1, kCategoricalHead = 2 };
+constexpr std::pair<const char*, int> kHeads[] = {
+    {"gaussian", kGaussianHead}, {"mvn", kMvnHead}, {"categorical", kCategoricalHead}};
+
+enum Activation : int { kTanh = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+constexpr std::pair<const char*, int> kActivations[] = {
+    {"tanh", kTanh}, {"relu", kRelu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}};
+
+// What the spread of a Gaussian is made of: log σ, the logit of where it stands between two bounds, or the logarithms
+// of a triangular factor's diagonal and what is below it.
+enum Spread : int { kLogStd = 0, kBounded = 1, kTriangular = 2 };
+constexpr std::pair<const char*, int> kSpreads[] = {
+    {"log_std", kLogStd}, {"bounded", kBounded}, {"triangular", kTriangular}};
+
+enum Rule : int { kNoStep = 0, kAdam = 1, kAdamW = 2, kSgd = 3 };
+constexpr std::pair<const char*, int> kRules[] = {{"none", kNoStep}, {"adam", kAdam}, {"adamw", kAdamW}, {"sgd", kSgd}};
+
+// Linear layers with an activation between them, and what makes a distribution of their outputs. Parameters are
+// numbered: weight (out, in) and bias (out) of each layer, whose address may be null, of the network of the mean or the
+// logits, then those of the spread's network, or what it is made of where it is the same for all rows.
+struct Network {
+  int head = kGaussianHead, activation = kTanh, spread = kLogStd;
+  double lowest = 0, highest = 0;  // of a bounded log σ
+  int64_t depth = 0, spread_depth = 0;
+  const int64_t *widths = nullptr, *spread_widths = nullptr;  // (depth + 1)
+
+  PK_FIELDS((), head, activation, spread, lowest, highest, depth, spread_depth, widths, spread_widths)
+};
+
+// A step of an optimiser, as torch.optim has them; the state of parameter i is at first[i] and second[i].
+struct Optimizer {
+  int rule = kNoStep, nesterov = 0;
+  double beta1 = 0, beta2 = 0, epsilon = 0, weight_decay = 0, momentum = 0, dampening = 0;
+  double max_norm = 0;            // of a gradient, 0 for any
+  int64_t steps_before = 0;       // of Adam
+  const double* rates = nullptr;  // (steps)
+  const int64_t *first = nullptr, *second = nullptr;
+
+  PK_FIELDS((), rule, nesterov, beta1, beta2, epsilon, weight_decay, momentum, dampening, max_norm, steps_before, rates,
+            first, second)
+};
+
+// The policy loss of a network, or without a reward its negative log-likelihood, and its gradient, for `steps` batches
+// one after the other with a step of the optimiser after each.
+struct NetworkLoss : Call, Surrogate, Network, Optimizer {
+  int64_t dim = 0, observations = 1;
+  int precision_ndim = 0;
+  double l2 = 0;                 // (l2/2) ‖parameters‖² is added
+  const void* inputs = nullptr;  // (rows, in)
+  const void* target = nullptr;  // (observations, rows, dim), or labels (observations, rows)
+  Differentiable reward;         // the precision, or a table (dim, dim)
+  int64_t steps = 1;
+  const int64_t* batch_rows = nullptr;  // (steps)
+  const int64_t* index = nullptr;       // rows of the batches, all together; null for all rows each time
+  const int64_t* seeds = nullptr;       // (steps)
+  const int64_t *values = nullptr, *tangents = nullptr, *gradients = nullptr;  // an address for each parameter
+  double *losses = nullptr, *norms = nullptr;                                  // (steps)
+
+  PK_FIELDS((Call, Network, Optimizer), dim, observations, precision_ndim, l2, inputs, target, reward, steps,
+            batch_rows, index, seeds, values, tangents, gradients, losses, norms, estimator, advantage, num_samples,
+            entropy_coef, rbf_gamma)
+};
+
 // Every kernel and what it is called with: `both` for one that CUDA has too, `cpu` for one that only the CPU has.
 #define PK_GAUSSIAN_KERNELS(both, cpu, family)                                                        \
   both(family##_policy_loss, GaussianPolicyLoss) both(family##_surrogate_loss, GaussianSurrogateLoss) \
@@ -201,7 +264,8 @@ struct Gae : Call {
   PK_GAUSSIAN_KERNELS(both, cpu, mvn)                                                                           \
   cpu(categorical_policy_loss, CategoricalPolicyLoss) cpu(categorical_surrogate_loss, CategoricalSurrogateLoss) \
       cpu(categorical_log_prob, CategoricalLogProb) cpu(categorical_sample, CategoricalSample)                  \
-          cpu(token_log_prob, TokenLogProb) cpu(group_advantage, GroupAdvantage) cpu(gae, Gae)
+          cpu(token_log_prob, TokenLogProb) cpu(group_advantage, GroupAdvantage) cpu(gae, Gae)                  \
+              cpu(network_loss, NetworkLoss)
 #define PK_NO_KERNEL(name, type)
 #define PK_FOR_EACH_KERNEL(do) PK_KERNELS(do, do)
 #define PK_FOR_EACH_CUDA_KERNEL(do) PK_KERNELS(do, PK_NO_KERNEL)

@@ -12,6 +12,7 @@ from .ops import categorical as _categorical
 from .ops import gae as _gae
 from .ops import gaussian as _gaussian
 from .ops import mvn as _mvn
+from .ops import network as _network
 from .ops import off_policy as _off_policy
 from .ops import policy as _policy
 from .ops import presets as _presets
@@ -22,6 +23,7 @@ from .ops.categorical import *
 from .ops.gae import *
 from .ops.gaussian import *
 from .ops.mvn import *
+from .ops.network import *
 from .ops.off_policy import *
 from .ops.policy import *
 from .ops.presets import *
@@ -36,6 +38,7 @@ __all__ += _categorical.__all__
 __all__ += _gae.__all__
 __all__ += _gaussian.__all__
 __all__ += _mvn.__all__
+__all__ += _network.__all__
 __all__ += _off_policy.__all__
 __all__ += _policy.__all__
 __all__ += _presets.__all__

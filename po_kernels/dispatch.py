@@ -126,6 +126,11 @@ is_true = checks.is_true
 stream_key = philox.stream_key
 
 
+def serve_natively(op: str, device_type: str, dtype: torch.dtype) -> None:
+    """Remembers that the native backend, which alone has the op, serves it."""
+    _decisions.setdefault((op, device_type, dtype), Decision("native", {}))
+
+
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:
     """What automatic dispatch has decided so far in this process."""
     return dict(_decisions)

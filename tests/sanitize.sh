@@ -44,4 +44,5 @@ run address libasan.so "$root/tests/ops/cuda_emulated.py"
 unset PO_KERNELS_CUDA_EMULATE
 build thread thread
 # Torch's own threads are ignored with all that is not instrumented; of a process with threads no fork is watched.
-run thread libtsan.so "$root/tests/ops" -k "native and (threads or kept_graph or samples_do_not_depend) and not fork"
+run thread libtsan.so "$root/tests/ops" \
+  -k "(native or network) and (threads or kept_graph or samples_do_not_depend) and not fork"

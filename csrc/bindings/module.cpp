@@ -105,6 +105,10 @@ py::dict enums() {
   result["Advantage"] = as_dict(kAdvantages);
   result["Reduction"] = as_dict(kReductions);
   result["Refusal"] = as_dict(kRefusals);
+  result["Head"] = as_dict(kHeads);
+  result["Activation"] = as_dict(kActivations);
+  result["Spread"] = as_dict(kSpreads);
+  result["Rule"] = as_dict(kRules);
   return result;
 }
 

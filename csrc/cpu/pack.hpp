@@ -382,7 +382,8 @@ PK_FN void transpose_fours(Vector (&x)[4]) {
   x[3] = join_fours<N, true>(b, d);
 }
 
-// Column c of N rows into lanes to[c * step], and back. The last four columns may overlap those before.
+// Column c of N rows into lanes to[c * step], in elements, and back from[c * step]. The last four columns may overlap
+// those before.
 template <class T, int N>
 PK_FN void rows_to_lanes(const T* const (&row)[N], int64_t columns, T* to, int64_t step) {
   using Vector = typename Pack<T, N>::Vector;
@@ -400,11 +401,12 @@ PK_FN void rows_to_lanes(const T* const (&row)[N], int64_t columns, T* to, int64
   }
 }
 template <class T, int N>
-PK_FN void lanes_to_rows(const Pack<T, N>* from, int64_t columns, T* const (&row)[N]) {
+PK_FN void lanes_to_rows(const Pack<T, N>* from, int64_t columns, T* const (&row)[N], int64_t step = 1) {
   using Vector = typename Pack<T, N>::Vector;
   for (int64_t c = 0; columns >= 4 && c < columns; c += 4) {
     const int64_t first = c + 4 <= columns ? c : columns - 4;
-    Vector x[4] = {from[first].v, from[first + 1].v, from[first + 2].v, from[first + 3].v};
+    Vector x[4] = {from[first * step].v, from[(first + 1) * step].v, from[(first + 2) * step].v,
+                   from[(first + 3) * step].v};
     transpose_fours<N>(x);
     unrolled<4>([&](auto k) PK_LAMBDA {
       unrolled<N / 4>([&](auto quarter) PK_LAMBDA {
@@ -415,7 +417,7 @@ PK_FN void lanes_to_rows(const Pack<T, N>* from, int64_t columns, T* const (&row
     });
   }
   for (int64_t c = 0; columns < 4 && c < columns; ++c) {
-    for (int l = 0; l < N; ++l) row[l][c] = from[c].v[l];
+    for (int l = 0; l < N; ++l) row[l][c] = from[c * step].v[l];
   }
 }
 

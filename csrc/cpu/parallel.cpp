@@ -23,18 +23,8 @@ namespace po_kernels {
 
 namespace {
 
-struct Memory {
-  void* data = nullptr;
-  size_t size = 0;
-  void release() {
-    std::free(data);
-    *this = Memory();
-  }
-  ~Memory() { std::free(data); }
-};
-
 // Of a thread. What a call of usual size needs stays for the next; more would stay for nothing, and for ever.
-thread_local Memory memory;
+thread_local Workspace memory;
 constexpr size_t kKept = size_t(16) << 20;
 
 struct Loop {
@@ -55,7 +45,7 @@ struct Loop {
       std::lock_guard<std::mutex> lock(error_mutex);
       if (!error) error = std::current_exception();
     }
-    if (memory.size > kKept) memory.release();
+    if (memory.size() > kKept) memory.release();
   }
 };
 
@@ -100,16 +90,26 @@ void parallel_for(int64_t count, int threads, void (*body)(void*, int64_t), void
   if (loop.error) std::rethrow_exception(loop.error);
 }
 
-void* scratch(size_t bytes) {
-  if (memory.size < bytes) {
-    memory.release();
+void* Workspace::at_least(size_t bytes) {
+  if (size_ < bytes) {
+    release();
     const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    memory.data = std::aligned_alloc(64, rounded);
-    if (memory.data == nullptr) throw std::bad_alloc();
-    memory.size = rounded;
+    data_ = std::aligned_alloc(64, rounded);
+    if (data_ == nullptr) throw std::bad_alloc();
+    size_ = rounded;
   }
-  if (poisoned()) std::memset(memory.data, 0xff, bytes);  // all bits set: nan
-  return memory.data;
+  if (poisoned()) std::memset(data_, 0xff, bytes);  // all bits set: nan
+  return data_;
+}
+
+void Workspace::release() {
+  std::free(data_);
+  data_ = nullptr;
+  size_ = 0;
+}
+
+void* scratch(size_t bytes) {
+  return memory.at_least(bytes);
 }
 
 }  // namespace po_kernels

@@ -16,6 +16,24 @@ void parallel_for(int64_t count, int threads, Body&& body) {
   parallel_for(count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
+// Memory aligned to 64, whose contents nothing says.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { release(); }
+
+  // At least so many bytes, until the next call. Throws std::bad_alloc.
+  void* at_least(size_t bytes);
+  void release();
+  size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
 // At least `bytes` of memory aligned to 64, the calling thread's until its next call or the end of its loop. Throws
 // std::bad_alloc.
 void* scratch(size_t bytes);

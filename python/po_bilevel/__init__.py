@@ -53,7 +53,7 @@ from .rewards import (
     one_hot_table,
 )
 from .trainer import BilevelTrainer, OuterStep
-from .training import BatchStream, train, train_nll, train_policy_gradient
+from .training import BatchStream, train, train_ensemble, train_nll, train_policy_gradient
 
 if TYPE_CHECKING:
     from .estimators import BilevelClassifier as BilevelClassifier
@@ -69,8 +69,8 @@ __all__ = [
     "NonFiniteError", "NormalCG", "OneHotMahalanobisReward", "OuterStep", "Penalty", "Policy", "PolicyGradient",
     "PositivePrecision", "Recompute", "Reward", "SampledReward", "SingleLoop", "TableReward", "TabularReward",
     "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases", "iterated_precision",
-    "marginal_covariance", "one_hot_table", "optimal_precision", "residual_covariance", "train", "train_nll",
-    "train_policy_gradient",
+    "marginal_covariance", "one_hot_table", "optimal_precision", "residual_covariance", "train", "train_ensemble",
+    "train_nll", "train_policy_gradient",
 ]  # fmt: skip
 
 

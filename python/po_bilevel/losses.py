@@ -1,13 +1,14 @@
 """The inner and the outer loss of reward learning (arXiv 2510.07624, eq. 2), for any policy of this package."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from . import fused
 from .policies import Policy
 from .rewards import MatrixReward, TabularReward
 
@@ -89,7 +90,28 @@ class NegativeLogLikelihood:
         _check_l2(self, self.l2)
 
     def __call__(self, policy: Policy, batch: Batch) -> Tensor:
-        return penalized(-policy.log_prob(batch.inputs, batch.target).mean(), policy, self.l2)
+        loss = fused.policy_loss(policy.fused_network(), batch.inputs, batch.target, None, {})
+        if loss is None:
+            loss = -policy.log_prob(batch.inputs, batch.target).mean()
+        return penalized(loss, policy, self.l2)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A `NegativeLogLikelihood` as `train` takes it, (policy, batch, seed) -> ()."""
+
+    loss: NegativeLogLikelihood
+
+    def __call__(self, policy: Policy, batch: Batch, seed: int) -> Tensor:
+        return self.loss(policy, batch)
+
+    def steps(
+        self, policy: Policy, data: Batch, optimizer: Optimizer, max_grad_norm: float | None
+    ) -> fused.Steps | None:  # fmt: skip
+        """See `PolicyGradientUnder.steps`."""
+        if type(self.loss) is not NegativeLogLikelihood:
+            return None
+        return fused.Steps.of(policy.fused_network(), data, None, {"l2": self.loss.l2}, optimizer, max_grad_norm)
 
 
 @dataclass(frozen=True)
@@ -115,39 +137,63 @@ class PolicyGradient:
         _check_l2(self, self.l2)
 
     def __call__(self, policy: Policy, reward: nn.Module, batch: Batch, seed: int) -> Tensor:
-        options: dict[str, Any] = {"entropy_coef": self.entropy_coef, "advantage": self.advantage, "seed": seed}
-        if self.estimator is not None:
-            options["estimator"] = self.estimator
-        if self.num_samples is not None:
-            options["num_samples"] = self.num_samples
-        return penalized(policy.policy_loss(batch.inputs, batch.target, reward, **options), policy, self.l2)
+        loss = policy.policy_loss(batch.inputs, batch.target, reward, seed=seed, **self._options())
+        return penalized(loss, policy, self.l2)
 
-    def under(self, reward: nn.Module) -> Callable[[Policy, Batch, int], Tensor]:
+    def under(self, reward: nn.Module) -> "PolicyGradientUnder":
         """The loss of (policy, batch, seed) under the reward as it is now: its precision or table is computed once."""
         with torch.no_grad():
             if isinstance(reward, MatrixReward):
                 reward = _Precision(reward.precision())
             elif isinstance(reward, TabularReward):
                 reward = _Table(reward.table())
-        return lambda policy, batch, seed: self(policy, reward, batch, seed)
+        return PolicyGradientUnder(self, reward)
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"entropy_coef": self.entropy_coef, "advantage": self.advantage}
+        if self.estimator is not None:
+            options["estimator"] = self.estimator
+        if self.num_samples is not None:
+            options["num_samples"] = self.num_samples
+        return options
+
+
+@dataclass(frozen=True)
+class PolicyGradientUnder:
+    """A `PolicyGradient` under a reward that stays as it is: (policy, batch, seed) -> ()."""
+
+    loss: PolicyGradient
+    reward: nn.Module
+
+    def __call__(self, policy: Policy, batch: Batch, seed: int) -> Tensor:
+        return self.loss(policy, self.reward, batch, seed)
+
+    def steps(
+        self, policy: Policy, data: Batch, optimizer: Optimizer, max_grad_norm: float | None
+    ) -> fused.Steps | None:  # fmt: skip
+        """The optimiser's steps under this loss in native calls, or None where they have to be taken one by one."""
+        if type(self.loss) is not PolicyGradient or not isinstance(self.reward, (_Precision, _Table)):
+            return None
+        options = self.loss._options() | {"l2": self.loss.l2}
+        return fused.Steps.of(policy.fused_network(), data, self.reward.value, options, optimizer, max_grad_norm)
 
 
 class _Precision(MatrixReward):
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self._value = value
+        self.value = value
 
     def precision(self) -> Tensor:
-        return self._value
+        return self.value
 
 
 class _Table(TabularReward):
     def __init__(self, value: Tensor) -> None:
         super().__init__()
-        self._value = value
+        self.value = value
 
     def table(self) -> Tensor:
-        return self._value
+        return self.value
 
 
 def _check_l2(loss: object, l2: float) -> None:

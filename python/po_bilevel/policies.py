@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import po_kernels as pk
 
+from . import fused
 from .networks import mlp
 from .rewards import MatrixReward, SampledReward, TabularReward
 
@@ -52,6 +53,10 @@ class Policy(nn.Module, ABC):
             ValueError: a closed form asked for with a reward that has to be sampled.
         """
 
+    def fused_network(self) -> pk.Network | None:
+        """The policy as `po_kernels` trains it in native calls; None of one whose forward is not known to be such."""
+        return None
+
 
 class _Ops(NamedTuple):
     sample: Any
@@ -74,6 +79,10 @@ class _Gaussian(Policy):
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
         """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
         _accepted(self, reward, MatrixReward, "a MahalanobisReward")
+        if isinstance(reward, MatrixReward):
+            loss = fused.policy_loss(self.fused_network(), inputs, target, reward.precision(), options)
+            if loss is not None:
+                return loss
         mean, spread = self(inputs)
         if _repeated(self, target, mean.shape):
             mean = mean.expand(target.shape)
@@ -149,6 +158,15 @@ class GaussianPolicy(_Gaussian):
             log_std = low + (high - low) * torch.sigmoid(log_std)
         return self.mean_network(inputs), log_std
 
+    def fused_network(self) -> pk.Network | None:
+        """See `Policy.fused_network`."""
+        if type(self).forward is not GaussianPolicy.forward:
+            return None
+        spread = () if self.log_std_network is not None else (self.log_std,)
+        return fused.network(
+            self, "gaussian", self.mean_network, spread, spread_module=self.log_std_network, bounds=self.log_std_bounds
+        )
+
 
 class LinearGaussian(GaussianPolicy):
     """mean(x) = W x + b.
@@ -215,6 +233,12 @@ class FullGaussianPolicy(_Gaussian):
         """x (*, in_features) -> mean (*, D), scale_tril (D, D)."""
         return self.mean_network(inputs), self.scale_tril()
 
+    def fused_network(self) -> pk.Network | None:
+        """See `Policy.fused_network`."""
+        if (type(self).forward, type(self).scale_tril) != (FullGaussianPolicy.forward, FullGaussianPolicy.scale_tril):
+            return None
+        return fused.network(self, "mvn", self.mean_network, (self.log_diagonal, self.below_diagonal))
+
 
 class LinearFullGaussian(FullGaussianPolicy):
     """mean(x) = W x + b, x of size in_features, y of size dim."""
@@ -256,6 +280,10 @@ class CategoricalPolicy(Policy):
         """See `Policy.policy_loss`; target is (*) or (R, *) integer labels, the reward a `TabularReward` or a
         `SampledReward`. One of the latter that does not use x is tabulated where the estimator is exact."""
         _accepted(self, reward, TabularReward, "a OneHotMahalanobisReward")
+        if isinstance(reward, TabularReward):
+            loss = fused.policy_loss(self.fused_network(), inputs, target, reward.table(), options)
+            if loss is not None:
+                return loss
         logits = self(inputs)
         classes = logits.shape[-1]
         if _repeated(self, target, logits.shape[:-1]):
@@ -278,6 +306,14 @@ class CategoricalPolicy(Policy):
         labels = functional.one_hot(target.long(), classes).to(logits.dtype)
         samples, rewards, options = _scored(self, pk.categorical_sample, (logits,), inputs, labels, reward, options)
         return cast(Tensor, pk.categorical_surrogate_loss(logits, samples, rewards, **options))
+
+    def fused_network(self) -> pk.Network | None:
+        """See `Policy.fused_network`."""
+        return (
+            fused.network(self, "categorical", self.network)
+            if type(self).forward is CategoricalPolicy.forward
+            else None
+        )
 
 
 class LinearCategorical(CategoricalPolicy):

@@ -43,6 +43,7 @@ class OuterStep:
         gradient_norm: ‖dF/dφ‖.
         residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
             `Hypergradient`.
+        native: the inner loop ran in native calls, see `train`.
     """
 
     step: int
@@ -59,6 +60,7 @@ class OuterStep:
     problems: tuple[str, ...]
     inner_gradient_norm: float | None = None
     stationarity: float | None = None
+    native: bool = False
 
 
 class BilevelTrainer:
@@ -331,7 +333,7 @@ class BilevelTrainer:
         work = rows * sum(p.numel() for p in self.policy.parameters())
         try:
             with threads_for(work):
-                inner_steps = self._train_policy()
+                inner_steps, native = self._train_policy()
                 result = self._take_hypergradient()
         except NonFiniteError as error:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
@@ -342,7 +344,7 @@ class BilevelTrainer:
             reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
             residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
             negative_curvature=result.negative_curvature, problems=result.problems,
-            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, native=native,
         )  # fmt: skip
         return step, result
 
@@ -389,10 +391,10 @@ class BilevelTrainer:
     def _new_optimizer(self) -> Optimizer:
         return self._inner_optimizer(list(_named(self.policy, self._theta)))
 
-    def _train_policy(self) -> int:
-        """Takes inner steps; returns how many."""
+    def _train_policy(self) -> tuple[int, bool]:
+        """Takes inner steps; returns how many, and whether native calls took them."""
         if self._inner_steps == 0:
-            return 0
+            return 0, False
         if self._optimizer is None or not self._keep_inner_state:
             self._optimizer = self._new_optimizer()
         scheduler = None
@@ -403,11 +405,13 @@ class BilevelTrainer:
                 group["initial_lr"] = group["lr"]
             scheduler = self._inner_scheduler(self._optimizer)
         with under(self.reward, self._inner_loss) as loss:
+            norm = self._loop["max_grad_norm"]
+            native = training.native_steps(self.policy, loss, self._inner_data, self._optimizer, norm) is not None
             _, steps = train(
                 self.policy, loss, self._stream, self._optimizer, self._inner_steps, scheduler=scheduler,
                 **self._loop,  # type: ignore[arg-type]
             )  # fmt: skip
-        return steps
+        return steps, native
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
         """The loss with θ and φ in place of the modules' own parameters, and copies in place of their buffers."""

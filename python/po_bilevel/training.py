@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .errors import NonFiniteError
-from .losses import Batch, NegativeLogLikelihood, PolicyGradient
+from .fused import Steps
+from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
 from .policies import Policy
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
@@ -34,19 +35,24 @@ class BatchStream:
         data.check("data")
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self._data = data
+        self.data = data
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._order: list[Tensor] = []
 
     def next(self) -> tuple[Batch, int]:
+        rows, seed = self.draw()
+        return (self.data if rows is None else self.data.rows(rows)), seed
+
+    def draw(self) -> tuple[Tensor | None, int]:
+        """The rows of the next batch, None for all, and its seed."""
         seed = int(torch.randint(2**62, (), generator=self._generator))
         if self._batch_size is None:
-            return self._data, seed
+            return None, seed
         if not self._order:
-            rows = torch.randperm(self._data.inputs.shape[0], generator=self._generator)
-            self._order = list(rows.to(self._data.inputs.device).split(self._batch_size))
-        return self._data.rows(self._order.pop(0)), seed
+            rows = torch.randperm(self.data.inputs.shape[0], generator=self._generator)
+            self._order = list(rows.to(self.data.inputs.device).split(self._batch_size))
+        return self._order.pop(0), seed
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for `restore`."""
@@ -65,6 +71,10 @@ def train(
     callback: Callable[[int, float], Any] | None = None,
 ) -> tuple[float, int]:  # fmt: skip
     """Takes optimiser steps on the policy until there is a reason to stop.
+
+    With Adam, AdamW or SGD on a policy of this package that is made of linear layers and tanh, relu or gelu, under its
+    likelihood or a `PolicyGradient`, up to a hundred steps, their schedule's included, run in one native call. They
+    are equal to steps in Python within rounding. What asks for each loss, such as `patience`, makes it a call a step.
 
     Args:
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
@@ -96,31 +106,40 @@ def train(
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
-    for step in range(steps):
-        batch, seed = stream.next()
+    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
+    step = -1
+    while step < steps - 1:
+        if native is not None and native.ready():
+            taken = 1 if at_once else min(steps - 1 - step, _READ_TOGETHER)
+            member = _Member(policy, stream, optimizer, scheduler, native)
+            [(value, norm)] = _take([member], loss, step + 1, taken, norms=tolerance > 0)
+            step += taken
+        else:
+            batch, seed = stream.next()
+            step += 1
 
-        def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
-            nonlocal norm
-            # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
-            for parameter in parameters:
-                parameter.grad = None
-            result = loss(policy, batch, seed)
-            if result.ndim != 0:
-                raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
-            result.backward(inputs=parameters)
-            # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a gradient
-            # that is not finite makes the next loss so, or the parameters below.
-            if max_grad_norm is not None:
-                norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-            elif tolerance > 0:
-                norm = norm_of([p.grad for p in parameters if p.grad is not None])
-            return result.detach()
+            def closure(batch: Batch = batch, seed: int = seed) -> Tensor:
+                nonlocal norm
+                # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
+                for parameter in parameters:
+                    parameter.grad = None
+                result = loss(policy, batch, seed)
+                if result.ndim != 0:
+                    raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
+                result.backward(inputs=parameters)
+                # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a
+                # gradient that is not finite makes the next loss so, or the parameters below.
+                if max_grad_norm is not None:
+                    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+                elif tolerance > 0:
+                    norm = norm_of([p.grad for p in parameters if p.grad is not None])
+                return result.detach()
 
-        unread.append(optimizer.step(closure))  # type: ignore[arg-type]
-        if at_once or step == steps - 1 or len(unread) == _READ_TOGETHER:
-            value = _read(unread, step)
-        if step == 0 and all(p.grad is None for p in parameters):
-            raise ValueError("optimizer: expected parameters that the loss depends on, got others")
+            unread.append(optimizer.step(closure))  # type: ignore[arg-type]
+            if at_once or native is not None or step == steps - 1 or len(unread) == _READ_TOGETHER:
+                value = _read(unread, step)
+            if step == 0 and all(p.grad is None for p in parameters):
+                raise ValueError("optimizer: expected parameters that the loss depends on, got others")
         if scheduler is not None:
             advance(scheduler, value)
         if callback is not None and callback(step, value) is True:
@@ -144,10 +163,7 @@ def train_nll(
 ) -> tuple[float, int]:  # fmt: skip
     """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
     objective = NegativeLogLikelihood() if loss is None else loss
-    return train(
-        policy, lambda policy, batch, _: objective(policy, batch), BatchStream(data, batch_size, seed), optimizer,
-        steps, **options,
-    )  # fmt: skip
+    return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
 
 def train_policy_gradient(
@@ -158,6 +174,76 @@ def train_policy_gradient(
     objective = PolicyGradient() if loss is None else loss
     with under(reward, objective) as fixed:
         return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
+
+
+def train_ensemble(
+    policies: Sequence[Policy], reward: nn.Module | None, data: Batch | Sequence[Batch],
+    optimizers: Sequence[Optimizer], steps: int, *, loss: PolicyGradient | NegativeLogLikelihood | None = None,
+    batch_size: int | None = None, seed: int = 0, schedulers: Sequence[LRScheduler] | None = None,
+    max_grad_norm: float | None = None,
+) -> list[float]:  # fmt: skip
+    """Trains policies apart from one another, each as `train_policy_gradient` or `train_nll` does with its own seed.
+
+    Where native calls serve, see `train`, a hundred steps of all policies are one call, whose threads share them out.
+
+    Args:
+        policies: M, without a parameter in common.
+        reward: r_φ, which stays as it is; None to train by likelihood.
+        data: rows, those of all, or M of them.
+        optimizers: M, of a policy's parameters each.
+        steps: of each.
+        loss: `PolicyGradient()` with a reward, `NegativeLogLikelihood()` without, as it stands.
+        batch_size, max_grad_norm: as in `train`.
+        seed: of the first policy's batches and samples; the next has the next.
+        schedulers: M, but not `ReduceLROnPlateau`; None for none.
+
+    Returns:
+        each policy's loss at the start of the last step.
+
+    Raises:
+        ValueError: numbers of policies, data, optimisers or schedulers that differ; as `train`.
+        NonFiniteError: as `train`.
+    """
+    several = [data] * len(policies) if isinstance(data, Batch) else list(data)
+    plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)
+    check_count("steps", steps, 0)
+    for name, given in (("data", several), ("optimizers", optimizers), ("schedulers", plans)):
+        if len(given) != len(policies):
+            raise ValueError(f"{name}: expected one for each of {len(policies)} policies, got {len(given)}")
+    streams = [BatchStream(each, batch_size, seed + number) for number, each in enumerate(several)]
+    with contextlib.ExitStack() as stack:
+        objective: Callable[[Policy, Batch, int], Tensor]
+        if isinstance(loss, PolicyGradient if reward is None else NegativeLogLikelihood):
+            raise TypeError(f"loss: expected one for reward={type(reward).__name__}, got {type(loss).__name__}")
+        if reward is None:
+            objective = Likelihood(cast(NegativeLogLikelihood, loss or NegativeLogLikelihood()))
+        else:
+            objective = stack.enter_context(under(reward, cast(PolicyGradient, loss or PolicyGradient())))
+        each = list(zip(policies, streams, optimizers, plans, strict=True))
+
+        def alone(count: int) -> list[float]:
+            return [
+                train(policy, objective, stream, optimizer, count, scheduler=plan, max_grad_norm=max_grad_norm)[0]
+                for policy, stream, optimizer, plan in each
+            ]
+
+        found = [native_steps(p, objective, s.data, o, max_grad_norm) for p, s, o, _ in each]
+        natives = [native for native in found if native is not None]
+        if len(natives) < len(each) or any(isinstance(plan, ReduceLROnPlateau) for plan in plans):
+            return alone(steps)
+        done = min(steps, 1)
+        values = alone(done)
+        if not all(native.ready() for native in natives):
+            return alone(steps - done) if done < steps else values
+        members = [_Member(*one, native) for one, native in zip(each, natives, strict=True)]
+        while done < steps:
+            taken = min(steps - done, _READ_TOGETHER)
+            values = [value for value, _ in _take(members, objective, done, taken, norms=False)]
+            for plan in plans:
+                if plan is not None:
+                    advance(plan, math.nan)
+            done += taken
+        return values
 
 
 def check_loop(
@@ -213,6 +299,64 @@ def under(reward: nn.Module, loss: InnerLoss) -> Iterator[Callable[[Policy, Batc
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     return float(torch.stack([t.norm() for t in tensors]).norm()) if tensors else 0.0
+
+
+def native_steps(
+    policy: Policy, loss: Callable[[Policy, Batch, int], Tensor], data: Batch, optimizer: Optimizer,
+    max_grad_norm: float | None,
+) -> Steps | None:  # fmt: skip
+    """What takes `train`'s steps in native calls, or None where they are taken in Python."""
+    return (
+        loss.steps(policy, data, optimizer, max_grad_norm)
+        if isinstance(loss, (Likelihood, PolicyGradientUnder))
+        else None
+    )
+
+
+class _Member(NamedTuple):
+    policy: Policy
+    stream: BatchStream
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    native: Steps
+
+    def ahead(self, count: int) -> tuple[list[tuple[Tensor | None, int]], list[float]]:
+        """The next batches and seeds, and learning rates; the scheduler's last step is left to do."""
+        drawn, rates = [], []
+        for step in range(count):
+            if step > 0 and self.scheduler is not None:
+                advance(self.scheduler, math.nan)
+            drawn.append(self.stream.draw())
+            rates.append(float(self.optimizer.param_groups[0]["lr"]))
+        return drawn, rates
+
+
+def _take(
+    members: Sequence[_Member], loss: Callable[[Policy, Batch, int], Tensor], first: int, count: int, *, norms: bool
+) -> list[tuple[float, float]]:  # fmt: skip
+    """Takes steps, the first of which has the number `first`, in one native call.
+
+    Returns:
+        of each member the loss before the last step, and its gradient's norm.
+    """
+    tasks, batches = [], []
+    for member in members:
+        drawn, rates = member.ahead(count)
+        places = [rows for rows, _ in drawn if rows is not None]
+        sizes = [len(member.stream.data.inputs) if rows is None else len(rows) for rows, _ in drawn]
+        seeds = [seed for _, seed in drawn]
+        tasks.append((member.native, rates, sizes, torch.cat(places) if places else None, seeds))
+        batches.append(drawn)
+    found = Steps.take(tasks, norms=norms)
+    for member, drawn, done in zip(members, batches, found, strict=True):
+        for number, value in enumerate(done.losses, first):
+            check_finite(f"the loss at step {number}", value)
+        if len(done.losses) < count:
+            rows, seed = drawn[len(done.losses)]
+            data = member.stream.data
+            loss(member.policy, data if rows is None else data.rows(rows), seed)  # says what is wrong
+            raise RuntimeError(f"the native kernel refused the batch of step {first + len(done.losses)}")
+    return [(done.losses[-1], done.norms[-1] if done.norms else 0.0) for done in found]
 
 
 def _read(unread: list[Tensor], step: int) -> float:

@@ -13,6 +13,7 @@ import po_kernels as pk
 from po_kernels import dispatch, extension
 from po_kernels.backends.advantages import ADVANTAGES
 from po_kernels.backends.contract import ESTIMATORS, OPS, REDUCTIONS, REFUSALS, OpConfig, Request
+from po_kernels.backends.native import network
 from po_kernels.ops import _modes
 
 from .cases import draw, serving
@@ -26,7 +27,10 @@ def test_numbers_are_those_of_the_extension():
     if extension.module is None:
         assert extension.missing
         return
-    expected = {"Estimator": ESTIMATORS, "Advantage": ADVANTAGES, "Reduction": REDUCTIONS, "Refusal": REFUSALS}
+    expected = {
+        "Estimator": ESTIMATORS, "Advantage": ADVANTAGES, "Reduction": REDUCTIONS, "Refusal": REFUSALS,
+        "Head": network.HEADS, "Activation": network.ACTIVATIONS, "Spread": network.SPREADS, "Rule": network.RULES,
+    }  # fmt: skip
     assert extension.module.enums() == {name: numbers(table) for name, table in expected.items()}
 
 

@@ -13,6 +13,7 @@ from ... import extension
 from .. import checks, contract, linear_head
 from ..compiled import Arguments, Kernel
 from ..contract import OPS, Request
+from . import network as network
 
 # Samples times dimensions of a row: beyond it no machine has the memory, and sizes in bytes would overflow.
 _MOST_SCRATCH = 2**48

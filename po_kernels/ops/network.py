@@ -1,0 +1,428 @@
+"""Policies that are networks: linear layers with an activation between them, and a loss of the policy that they make.
+
+One native call passes blocks of rows forward through the layers and the loss and back, while they are in the cache. The
+ops on a network's outputs are the definition; these are for those who train small networks, whose time goes into
+calls, not into arithmetic. They serve float32 and float64 on the CPU, and `network_refusal` says what they do not.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..backends.contract import OpConfig
+from . import _check, _loss, _modes
+
+__all__ = [
+    "Network", "NetworkStepped", "NetworkSteps", "NetworkTask", "network_policy_loss", "network_policy_steps",
+    "network_refusal",
+]  # fmt: skip
+
+Layer = tuple[Tensor, Tensor | None]
+_OP, _STEPS = "network_policy_loss", "network_policy_steps"
+
+
+class Network(NamedTuple):
+    """A policy p(y|x) with the parameters of a network of x.
+
+    Attributes:
+        head: the policy's family: "gaussian" with the mean and a spread, "mvn" likewise with a full covariance,
+            "categorical" with logits.
+        activation: between layers: "tanh", "relu", "gelu", or "gelu_tanh", its approximation by tanh.
+        layers: (weight (out, in), bias (out) or None) of each layer of the mean, or of the logits.
+        spread: what the spread is made of where it is the same for all rows: of "gaussian" (log_std (D,),), of "mvn"
+            the logarithms of the Cholesky factor's diagonal and what is below it, ((D,), (D, D)).
+        spread_layers: of a network of log_std with the same activation, which is there instead of `spread`.
+        bounds: (low, high); log σ is then low + (high - low) sigmoid(s) of what `spread` or `spread_layers` have.
+    """
+
+    head: Literal["gaussian", "mvn", "categorical"]
+    activation: Literal["tanh", "relu", "gelu", "gelu_tanh"]
+    layers: Sequence[Layer]
+    spread: Sequence[Tensor] = ()
+    spread_layers: Sequence[Layer] = ()
+    bounds: tuple[float, float] | None = None
+
+    def parameters(self) -> list[Tensor | None]:
+        """Weight and bias of each layer, then those of the spread; None where there is no bias."""
+        layers = [tensor for layer in (*self.layers, *self.spread_layers) for tensor in layer]
+        return [*layers, *self.spread]
+
+
+class NetworkSteps(NamedTuple):
+    """Steps of an optimiser, as `torch.optim` takes them.
+
+    Attributes:
+        rule: "adam", "adamw" or "sgd".
+        rates: the learning rate of each step.
+        moved: which of `Network.parameters` the optimiser moves.
+        first, second: state of each parameter, in the order of `Network.parameters`: exp_avg and exp_avg_sq, or the
+            momentum buffer; None for a parameter that stays as it is.
+        steps_before: steps that the state has seen.
+        beta1, beta2, epsilon, momentum, dampening, nesterov, weight_decay: as the optimiser has them.
+        max_norm: gradients longer than it are scaled to this Euclidean norm; 0 leaves them.
+    """
+
+    rule: Literal["adam", "adamw", "sgd"]
+    rates: Sequence[float]
+    moved: Sequence[bool]
+    first: Sequence[Tensor | None] = ()
+    second: Sequence[Tensor | None] = ()
+    steps_before: int = 0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    epsilon: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    max_norm: float = 0.0
+
+
+def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> str | None:
+    """Why the ops on networks do not serve these tensors here and now, or None.
+
+    They serve contiguous CPU tensors of one type, float32 or float64, that no transform, mode or subclass of torch is
+    looking at, on the native backend.
+    """
+    parameters = [p for p in network.parameters() if p is not None]
+    every = [inputs, *parameters, *([] if reward is None else [reward])]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "a compiler traces it"
+    if not _modes.may_call_directly(target, *every) or _modes.in_forward_mode():
+        return "a transform or a mode of torch looks at it"
+    _, backend = dispatch.requested(_OP, None)
+    if backend not in (None, "native"):
+        return f"backend {backend!r} was asked for"
+    reason = dispatch.refusal("gaussian_policy_loss", "native", inputs.device.type, inputs.dtype)
+    if reason is not None:
+        return reason
+    if any(x.layout is not torch.strided or x.is_nested for x in (target, *every)):
+        return "its tensors are not all dense"
+    if any(x.dtype != inputs.dtype or x.device != inputs.device or not x.is_contiguous() for x in every):
+        return "its tensors are not all contiguous and of one type and device"
+    if inputs.ndim != 2 or len(inputs) == 0 or not target.is_contiguous() or target.device != inputs.device:
+        return f"inputs of shape {tuple(inputs.shape)} are no rows, or the targets are not contiguous"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    if inputs.requires_grad or target.requires_grad:
+        return "inputs or targets require grad"
+    return _wrong(network, inputs, target, reward)
+
+
+def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> str | None:
+    """What about the sizes does not fit, which the definition says better."""
+    if network.head not in ("gaussian", "mvn", "categorical"):
+        return f"{network.head!r} is no head"
+    if network.activation not in ("tanh", "relu", "gelu", "gelu_tanh"):
+        return f"{network.activation!r} is no activation"
+    for layers in filter(len, (network.layers, network.spread_layers)):
+        width = inputs.shape[1]
+        for weight, bias in layers:
+            if weight.ndim != 2 or weight.shape[1] != width or (bias is not None and bias.shape != weight.shape[:1]):
+                return "the widths of its layers do not fit"
+            width = len(weight)
+    rows, dim = len(inputs), len(network.layers[-1][0]) if network.layers else 0
+    if dim == 0 or (network.spread_layers and len(network.spread_layers[-1][0]) != dim):
+        return "it has no outputs, or a spread of another size"
+    categorical = network.head == "categorical"
+    spreads = {"gaussian": [(dim,)], "mvn": [(dim,), (dim, dim)], "categorical": []}[network.head]
+    if [tuple(s.shape) for s in network.spread] != ([] if network.spread_layers else spreads):
+        return "its spread has other shapes"
+    if network.head != "gaussian" and (network.spread_layers or network.bounds is not None):
+        return f"a spread of {network.head} is neither bounded nor a network"
+    if target.dtype != (torch.int64 if categorical else inputs.dtype):
+        return f"the targets are {target.dtype}"
+    event = () if categorical else (dim,)
+    if target.shape != (rows, *event) and (target.shape[1:] != (rows, *event) or len(target) == 0):
+        return f"the targets have shape {tuple(target.shape)}"
+    shapes: tuple[tuple[int, ...], ...] = ((dim, dim),) if categorical else ((), (dim,), (dim, dim))
+    return None if reward is None or tuple(reward.shape) in shapes else f"the reward has shape {tuple(reward.shape)}"
+
+
+class _Problem:
+    """What all calls on a network have in common."""
+
+    def __init__(
+        self, network: Network, inputs: Tensor, target: Tensor, l2: float, estimator: str | None,
+        num_samples: int | None, advantage: str, rbf_gamma: float | None, entropy_coef: float,
+    ) -> None:  # fmt: skip
+        native = dispatch.module("native").network
+        op = f"{network.head}_policy_loss"
+        if estimator is None:
+            estimator = "exact" if network.head == "categorical" else "analytic"
+        coefficient = _check.real(_OP, "entropy_coef", entropy_coef)
+        self.config: OpConfig = _loss.options(
+            op, coefficient, estimator, num_samples, advantage, rbf_gamma, "mean", 0, False, None
+        ).config
+        spread = "triangular" if network.head == "mvn" else "log_std" if network.bounds is None else "bounded"
+        self.shape = native.Shape(
+            network.head, network.activation, spread, _widths(network.layers), _widths(network.spread_layers),
+            network.bounds or (0.0, 0.0),
+        )  # fmt: skip
+        self.inputs, self.target, self.l2 = inputs, target, l2
+
+    def prepared(self, reward: Tensor | None, batches: Any, **tensors: Any) -> Any:
+        return dispatch.module("native").network.prepared(
+            self.shape, self.inputs, self.target, reward, self.config, self.l2, batches, **tensors
+        )
+
+    def run(self, reward: Tensor | None, seed: int, **tensors: Any) -> Sequence[float]:
+        """The loss of all rows, if nothing is refused."""
+        native = dispatch.module("native").network
+        batches = native.Batches((len(self.inputs),), None, (seed,))
+        return native.run([self.prepared(reward, batches, **tensors)])[0].losses
+
+
+def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
+    return (layers[0][0].shape[1], *(len(weight) for weight, _ in layers)) if layers else ()
+
+
+def network_policy_loss(
+    network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None, *, entropy_coef: float = 0.0,
+    estimator: str | None = None, num_samples: int | None = None, advantage: str = "loo",
+    rbf_gamma: float | None = None, l2: float = 0.0, seed: int | Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """The policy loss of a network's outputs, (), a mean over rows and observations, plus (l2/2) ‖parameters‖².
+
+    Equal, within rounding, to `gaussian_policy_loss`, `mvn_policy_loss` or `categorical_policy_loss` of what the layers
+    put out. Differentiable twice in the network's parameters and in the reward; a third derivative raises.
+
+    Args:
+        network: the policy.
+        inputs: x, (N, in).
+        target: y, (N, D), or (R, N, D) for R observations of each row; labels (N) or (R, N) of a categorical.
+        reward: precision (), (D,) or (D, D), or a table (C, C); None for the negative log-likelihood of the targets
+            instead of a policy loss, and no option but l2.
+        entropy_coef, estimator, num_samples, advantage, rbf_gamma, seed: as the policy losses take them; None for the
+            estimator is the closed form.
+        l2: strength of the penalty on all parameters.
+
+    Returns:
+        the loss; or None if the native kernel refuses a value, such as a label out of range, which the ops of the
+        outputs name.
+
+    Raises:
+        RuntimeError: `network_refusal` has a reason, or a third derivative was asked for.
+        ValueError: an option, as the policy losses.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> network = pk.Network("gaussian", "tanh", [(layer.weight, layer.bias)], [torch.zeros(2)])
+        >>> pk.network_policy_loss(network, torch.randn(5, 3), torch.randn(5, 2), torch.ones(())).backward()
+        >>> layer.weight.grad.shape
+        torch.Size([2, 3])
+    """
+    _serve(_OP, network, inputs, target, reward)
+    problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
+    key = int(_check.seed_tensor(_OP, seed, 0)) if problem.config.num_samples else 0
+    return _Loss.apply(problem, key, torch.is_grad_enabled(), reward, *network.parameters())
+
+
+class NetworkTask(NamedTuple):
+    """Steps of one network's training.
+
+    Attributes:
+        network, inputs, target, reward: as in `network_policy_loss`.
+        steps: the optimiser's rule, state and learning rates.
+        batch_rows: rows of each step's batch.
+        places: int64, where the rows of all batches stand, one batch after the other; None for all rows each time.
+        seeds: of each step.
+    """
+
+    network: Network
+    inputs: Tensor
+    target: Tensor
+    reward: Tensor | None
+    steps: NetworkSteps
+    batch_rows: Sequence[int]
+    places: Tensor | None
+    seeds: Sequence[int]
+
+
+class NetworkStepped(NamedTuple):
+    """What steps of one network's training gave.
+
+    Attributes:
+        losses: before each step. There are fewer than steps if the native kernel refused a value in the batch after
+            them, such as a label out of range, which the policy loss of the network's outputs names.
+        norms: of the gradient at each, before it was scaled, if asked for.
+        gradients: the last, scaled; None for a parameter that does not move.
+    """
+
+    losses: Sequence[float]
+    norms: Sequence[float]
+    gradients: list[Tensor | None]
+
+
+def network_policy_steps(
+    tasks: Sequence[NetworkTask], *, norms: bool = False, entropy_coef: float = 0.0, estimator: str | None = None,
+    num_samples: int | None = None, advantage: str = "loo", rbf_gamma: float | None = None, l2: float = 0.0,
+) -> list[NetworkStepped]:  # fmt: skip
+    """Takes steps of optimisers under `network_policy_loss`, of one network or an ensemble, in one native call.
+
+    Parameters and states change in place. Networks share out the threads between them.
+
+    Args:
+        tasks: of each network; none has tensors in common with another but rows and reward.
+        norms: report the norms of the gradients; they are with `max_norm`.
+        entropy_coef, estimator, num_samples, advantage, rbf_gamma, l2: as in `network_policy_loss`.
+
+    Raises:
+        RuntimeError: `network_refusal` has a reason.
+        TypeError, ValueError: no task; an option, as the policy losses; a state unlike its parameter; batches that do
+            not fit together, or places outside the rows.
+    """
+    if not tasks:
+        raise ValueError(f"{_STEPS}: tasks: expected at least one, got none")
+    native = dispatch.module("native").network
+    problems, every = [], []
+    for network, inputs, target, reward, steps, batch_rows, places, seeds in tasks:
+        _serve(_STEPS, network, inputs, target, reward)
+        problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
+        parameters = [None if p is None else p.detach() for p in network.parameters()]
+        _check_steps(steps, parameters)
+        _check_batches(len(inputs), len(steps.rates), batch_rows, places, seeds)
+        every.append(_room(parameters, steps.moved))
+        rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
+        del rule["moved"]
+        problems.append(problem.prepared(
+            None if reward is None else reward.detach(), native.Batches(batch_rows, places, seeds), values=parameters,
+            gradients=every[-1], norms=norms or steps.max_norm > 0, rule=rule,
+        ))  # fmt: skip
+    found = native.run(problems)
+    return [NetworkStepped(each.losses, each.norms, gradients) for each, gradients in zip(found, every, strict=True)]
+
+
+def _check_steps(steps: NetworkSteps, parameters: Sequence[Tensor | None]) -> None:
+    """The kernel writes where the state is: it has to be as large as it should."""
+    _check.choice(_STEPS, "rule", steps.rule, ("adam", "adamw", "sgd"))
+    states = {"first": steps.first, "second": steps.second}
+    if steps.rule == "sgd":
+        del states["second"]
+        if steps.momentum == 0:
+            states.clear()
+    for name, given in ({"moved": steps.moved} | states).items():
+        if len(given) != len(parameters):
+            raise ValueError(
+                f"{_STEPS}: {name}: expected one for each of {len(parameters)} parameters, got {len(given)}"
+            )
+    for index, (parameter, moved) in enumerate(zip(parameters, steps.moved, strict=True)):
+        if not moved:
+            continue
+        if parameter is None:
+            raise ValueError(f"{_STEPS}: moved[{index}]: expected False where there is no parameter, got True")
+        for name, given in states.items():
+            x = given[index]
+            if x is None or (x.shape, x.dtype) != (parameter.shape, parameter.dtype) or not x.is_contiguous():
+                got = "None" if x is None else f"{x.dtype} of shape {tuple(x.shape)}"
+                raise ValueError(
+                    f"{_STEPS}: {name}[{index}]: expected contiguous {parameter.dtype} of shape "
+                    f"{tuple(parameter.shape)}, got {got}"
+                )
+
+
+def _check_batches(
+    rows: int, count: int, batch_rows: Sequence[int], places: Tensor | None, seeds: Sequence[int]
+) -> None:  # fmt: skip
+    if count < 1 or len(batch_rows) != count or len(seeds) != count:
+        raise ValueError(
+            f"{_STEPS}: batch_rows, seeds: expected one for each of at least one learning rate, got {len(batch_rows)} "
+            f"and {len(seeds)} for {count}"
+        )
+    if places is None:
+        if set(batch_rows) != {rows}:
+            raise ValueError(f"{_STEPS}: batch_rows: expected all {rows} rows without places, got {list(batch_rows)}")
+        return
+    if places.dtype != torch.int64 or places.ndim != 1 or not places.is_contiguous():
+        raise TypeError(
+            f"{_STEPS}: places: expected contiguous int64 of one axis, got {places.dtype} {tuple(places.shape)}"
+        )
+    if min(batch_rows) < 1 or sum(batch_rows) != len(places) or not 0 <= int(places.min()) <= int(places.max()) < rows:
+        raise ValueError(
+            f"{_STEPS}: places: expected {sum(batch_rows)} rows from 0 to {rows - 1}, got {len(places)} from "
+            f"{int(places.min())} to {int(places.max())}"
+        )
+
+
+def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> None:
+    reason = network_refusal(network, inputs, target, reward)
+    if reason is not None:
+        raise RuntimeError(f"{op}: {reason}; use the policy loss of the network's outputs")
+    dispatch.serve_natively(op, "cpu", inputs.dtype)
+
+
+class _Loss(torch.autograd.Function):
+    """The loss, and with it the gradients of all that needs one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: _Problem, seed: int, recorded: bool, reward: Tensor | None, *parameters: Tensor | None
+    ) -> Tensor | None:  # fmt: skip
+        reward_wanted, *wanted = (recorded and needed for needed in ctx.needs_input_grad[3:])
+        gradients = _room(parameters, wanted)
+        by_reward = torch.empty_like(reward) if reward is not None and reward_wanted else None
+        losses = problem.run(reward, seed, values=parameters, gradients=gradients, reward_gradient=by_reward)
+        if not losses:
+            return None
+        ctx.problem, ctx.seed, ctx.gradients = problem, seed, [by_reward, *gradients]
+        ctx.save_for_backward(reward, *parameters)
+        return problem.inputs.new_tensor(losses[0])
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        if not _modes.is_differentiated():
+            return None, None, None, *_scaled(ctx.gradients, cotangent)
+        return None, None, None, *_Gradient.apply(ctx.problem, ctx.seed, ctx.gradients, cotangent, *ctx.saved_tensors)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradients of a loss, whose derivative is a product with its Hessian."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, problem: _Problem, seed: int, gradients: list[Tensor | None], cotangent: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        ctx.problem, ctx.seed, ctx.gradients = problem, seed, gradients
+        ctx.save_for_backward(cotangent, *tensors)
+        ctx.set_materialize_grads(False)
+        return tuple(_scaled(gradients, cotangent))
+
+    @staticmethod
+    def backward(ctx: Any, *vectors: Tensor | None) -> Any:
+        if _modes.is_differentiated():
+            raise RuntimeError(
+                f"{_OP}: a third derivative was asked for; take it within po_kernels.use_backend('reference')"
+            )
+        if ctx.problem.config.estimator == "reinforce":
+            raise RuntimeError(
+                f"{_OP}: estimator='reinforce' has no second derivative: that of its surrogate is wrong; use 'dice'"
+            )
+        cotangent, reward, *parameters = ctx.saved_tensors
+        vectors = tuple(None if v is None else v.contiguous() for v in vectors)
+        wanted = ctx.needs_input_grad[4:]
+        products = _room((reward, *parameters), wanted)
+        ctx.problem.run(
+            reward, ctx.seed, values=parameters, gradients=products[1:], tangents=vectors[1:],
+            reward_gradient=products[0], reward_tangent=vectors[0],
+        )  # fmt: skip
+        along = None
+        if ctx.needs_input_grad[3]:
+            pairs = [(g, v) for g, v in zip(ctx.gradients, vectors, strict=True) if g is not None and v is not None]
+            along = sum(((g * v).sum() for g, v in pairs), start=torch.zeros_like(cotangent))
+        return None, None, None, along, *_scaled(products, cotangent)
+
+
+def _room(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """A tensor like each that is wanted."""
+    return [torch.empty_like(x) if x is not None and w else None for x, w in zip(tensors, wanted, strict=True)]
+
+
+def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
+    """The gradients as they are where the factor is one, as it mostly is."""
+    if float(by) == 1.0:
+        return list(gradients)
+    return [None if g is None else g * by for g in gradients]
