@@ -1,13 +1,14 @@
 """What the estimators cross-fit with: policies that train together, one for each fold, and the folds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor, nn
 
 from .hypergradients import Tensors
@@ -50,6 +51,7 @@ class Stack(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("unit", torch.eye(sizes[-1], dtype=torch.float64))
+        self._given: Tensor | None = None
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
         for width, out in pairwise(sizes):
@@ -60,11 +62,22 @@ class Stack(nn.Module):
             self.biases.append(nn.Parameter(torch.zeros(members, 1, out, dtype=torch.float64)))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if self._given is not None:
+            return self._given
         # For the first layer einsum makes one matrix of all members' weights, matmul copies the inputs for each.
         hidden = torch.einsum("nf,mfo->mno", inputs, self.weights[0]) + self.biases[0]
         for weight, bias in zip(self.weights[1:], self.biases[1:], strict=True):
             hidden = torch.matmul(hidden.tanh(), weight) + bias
         return hidden
+
+    @contextmanager
+    def once(self, inputs: Tensor) -> Iterator[None]:
+        """Inside it the outputs are those for the inputs, evaluated once for whatever is made of them."""
+        self._given = self(inputs)
+        try:
+            yield
+        finally:
+            self._given = None
 
     def squares(self) -> Tensor:
         """‖weights‖² of each member for the outputs that they stand for, without intercepts, (M,)."""
@@ -133,35 +146,47 @@ def beliefs(logits: Tensor, table: Tensor) -> Tensor:
     return q / q.sum(dim=-1, keepdim=True)
 
 
-def mixed(logits: Tensor, table: Tensor, share: float) -> Tensor:
-    """(1 - share) of the policy's own probabilities and a share of its beliefs, (*, C), as logarithms."""
-    own = torch.log_softmax(logits, dim=-1)
-    if share == 0.0:
-        return own
-    return torch.logaddexp(own + math.log1p(-share), beliefs(logits, table).log() + math.log(share))
-
-
-def share_of_beliefs(policy: Policy, table: Tensor, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
-    """The share that makes the rows inside each fold likeliest, with one row more that knows the policy only.
-
-    That row keeps it below one, so that nothing is impossible that the policy holds possible.
-
-    Returns:
-        the log-probabilities of the rows' labels, (M, N), and the share.
-    """
-    logits = policy(rows.inputs)
-    own, theirs = (
-        table.gather(-1, rows.target.expand(len(inside), -1)[..., None])[..., 0].numpy()
-        for table in (torch.softmax(logits, dim=-1), beliefs(logits, table))
+def answers(logits: Tensor, table: Tensor, likely: Tensor) -> Tensor:
+    """Log-probabilities (3, *, C): the policy's own, its beliefs, and those of the logits that likelihood trained."""
+    return torch.stack(
+        [torch.log_softmax(logits, dim=-1), beliefs(logits, table).log(), torch.log_softmax(likely, dim=-1)]
     )
-    weight = inside.numpy()
 
-    def loss(share: float) -> float:
-        return -float((weight * np.log((1.0 - share) * own + share * theirs)).sum() + np.log1p(-share))
 
-    found = optimize.minimize_scalar(loss, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-6})
-    share = float(found.x) if found.fun < loss(0.0) else 0.0
-    return torch.from_numpy(np.log((1.0 - share) * own + share * theirs)), share
+def mixed(logs: Tensor, shares: np.ndarray) -> Tensor:
+    """log Σ_k shares_k exp(logs_k), for (K, *)."""
+    return torch.logsumexp(logs + torch.from_numpy(shares).log().reshape(-1, *[1] * (logs.ndim - 1)), dim=0)
+
+
+def shares_of(logs: Tensor, inside: Tensor, known: Sequence[float]) -> np.ndarray:
+    """Shares (K,) of log-probabilities of the rows' labels (K, M, N) that make the rows inside each fold likeliest.
+
+    So many rows more, `known` (K,), all positive, which one of them only knows, keep its share above zero: nothing is
+    impossible that it holds possible, and few rows decide with caution.
+    """
+    used = inside > 0
+    some, weight, more = logs[:, used], inside[used].numpy(), np.asarray(known)
+    chances = (some - some.max(dim=0).values).exp().numpy()
+    total, count = float(weight.sum() + more.sum()), len(more)
+
+    def loss(shares: np.ndarray) -> float:
+        # With the sum of the shares added no condition on it is needed: it is one where this is least.
+        return float(shares.sum() - (weight @ np.log(shares @ chances) + more @ np.log(shares)) / total)
+
+    # Newton's method, convex, in the interior.
+    shares = np.full(count, 1.0 / count)
+    for _ in range(100):
+        relative = chances / (shares @ chances)
+        slope = 1.0 - (relative @ weight + more / shares) / total
+        if np.abs(slope * shares).max() < 1e-8:
+            break
+        step = -np.linalg.solve(((relative * weight) @ relative.T + np.diag(more / shares**2)) / total, slope)
+        step *= min(1.0, 0.9 / float((-step / shares).max().clip(min=1e-12)))
+        least = loss(shares)
+        while loss(shares + step) > least and np.abs(step / shares).max() > 1e-9:
+            step *= 0.5
+        shares = shares + step
+    return shares / shares.sum()
 
 
 def set_covariance(policy: Policy, covariance: Tensor) -> None:
@@ -253,10 +278,9 @@ def quasi_newton(
     loss, slope = value(point)
     keep()
     left, small = most - 1, 0
-    pairs: list[tuple[np.ndarray, np.ndarray]] = []
-    scale = 1.0 / (CURVATURE * abs(loss))
+    curvature, known = Curvature(1.0 / (CURVATURE * abs(loss))), False
     while left > 0 and np.abs(slope).max() > tolerance and small < 2:
-        step = -_inverse_product(pairs, scale, slope)
+        step = -curvature.inverse_product(slope)
         step *= min(1.0, LONGEST / np.abs(step).max())
         step = np.clip(point + step, -FARTHEST, FARTHEST) - point
         gain = -float(step @ slope)
@@ -267,12 +291,11 @@ def quasi_newton(
         tried, tried_slope = value(point + step)
         change = tried_slope - slope
         if step @ change > 0:
-            if not pairs:
-                scale = float(step @ change) / float(change @ change)
             # A step that led nowhere says why, and the next one is shorter.
-            pairs.append((step, change))
+            curvature.add(step, change, rescale=not known)
+            known = True
         elif tried >= loss:
-            scale *= 0.25
+            curvature.scale *= 0.25
         if tried < loss:
             small = small + 1 if loss - tried < enough else 0
             point, loss, slope = point + step, tried, tried_slope
@@ -281,16 +304,39 @@ def quasi_newton(
     return 0.0 if small >= 2 else float(np.abs(slope).max())
 
 
-def _inverse_product(pairs: list[tuple[np.ndarray, np.ndarray]], scale: float, slope: np.ndarray) -> np.ndarray:
-    """BFGS's inverse Hessian, from steps and changes of the slope and a multiple of the identity, times the slope."""
-    product, shares = slope.copy(), []
-    for step, change in reversed(pairs):
-        shares.append(float(step @ product) / float(step @ change))
-        product -= shares[-1] * change
-    product *= scale
-    for (step, change), share in zip(pairs, reversed(shares), strict=True):
-        product += (share - float(change @ product) / float(step @ change)) * step
-    return product
+class Curvature:
+    """BFGS's inverse Hessian of the loss in (*, P), from steps and changes of the slope, for each * on its own.
+
+    Args:
+        scale: the multiple of the identity that it starts from.
+        most: pairs that it keeps.
+    """
+
+    def __init__(self, scale: float, most: int | None = None) -> None:
+        self.scale: float | np.ndarray = scale
+        self._pairs: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=most)
+
+    def add(self, step: np.ndarray, change: np.ndarray, rescale: bool) -> None:
+        """A step along which the slope did not grow tells nothing."""
+        curvature, length = _dot(step, change), _dot(change, change)
+        known = curvature > 0
+        if rescale:
+            self.scale = np.where(known, curvature / np.where(known, length, 1.0), self.scale)
+        self._pairs.append((step, change, np.where(known, 1.0 / np.where(known, curvature, 1.0), 0.0)))
+
+    def inverse_product(self, slope: np.ndarray) -> np.ndarray:
+        product, shares = slope.copy(), []
+        for step, change, inverse in reversed(self._pairs):
+            shares.append(inverse * _dot(step, product))
+            product -= shares[-1] * change
+        product *= self.scale
+        for (step, change, inverse), share in zip(self._pairs, reversed(shares), strict=True):
+            product += (share - inverse * _dot(change, product)) * step
+        return product
+
+
+def _dot(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.einsum("...p,...p->...", left, right)[..., None]
 
 
 def flat(tensors: Sequence[Tensor]) -> np.ndarray:

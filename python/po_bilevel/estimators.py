@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from numbers import Integral, Number
 from typing import Any, ClassVar, cast, get_args
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from . import crossfit
 from .crossfit import Rows, likelihood, network_of
 from .errors import UsageError
-from .fitting import OUTER_ENOUGH, BilevelEstimator
+from .fitting import OUTER_ENOUGH, OUTER_SOLVED, PRIOR, BilevelEstimator
 from .heuristics import residual_covariance
+from .hypergradients import Tensors
 from .linear import Ridge, Softmax
 from .losses import Batch
 from .members import Learned, Members, Networks
@@ -36,10 +36,15 @@ from .rewards import (
 
 # The classifier's U before anything is learned: right and wrong answers differ by 6 nats.
 START = 3.0
+# That networks are tried with if it is learned: their early ends leave no gradient in it.
+PENALTIES = (1.0, 3.0, 10.0)
 # Of the data, for each class and for each entry of a table of rewards, before a table is tried.
 ROWS_A_CLASS, ROWS_AN_ENTRY = 100, 10
 # Standard errors by which the table has to be better.
 SURE = 2.0
+# Rows of which only the policy, its beliefs or likelihood knows the answer, beside the held-out rows. Beliefs can hold
+# everything impossible, and are given none to speak of.
+KNOWN = (0.5, 1e-3, 0.5)
 # U* = Σ⁻¹/2 where Σ is one.
 HALF = torch.tensor(0.5, dtype=torch.float64)
 # Added to the residuals' variances, of standardised y: a perfect fit has none.
@@ -50,21 +55,24 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     """Softmax classifier trained by policy gradient under a reward for each pair of answer and label, learned too.
 
     With its defaults a linear model that differs from `LogisticRegression()` in the loss, which asks for the confidence
-    that cross-validated likelihood finds right, and in the penalty, which is learned beside it. docs/estimators.md has
-    the mathematics, why the probabilities are a mixture of the policy and of the P(y|x) that it is optimal for, and how
-    likely held-out rows are under both: with many classes of a dozen rows each a reward says less than likelihood does,
-    and `LogisticRegression` is better.
+    that cross-validated likelihood finds right, and in the penalty, which is learned beside it. Its probabilities are a
+    mixture of the policy's, of the P(y|x) that it is optimal for, and of the same model's trained by likelihood, whose
+    shares held-out rows decide: where a reward says less than likelihood does, the answers are mostly the latter's.
+    docs/estimators.md has the mathematics, and how likely held-out rows are beside `LogisticRegression()`.
 
     Args:
         reward: what is learned: "isotropic", "diagonal" or "full" for the matrix U of the reward
             -(e_ŷ-e_y)ᵀU(e_ŷ-e_y) of one-hot labels (1, C or C² numbers), "table" for any reward R[ŷ, y]; "auto" for a
-            diagonal U, and from 100 rows for each class on a table too, where cross-validation is sure of its gain.
-        hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model.
+            diagonal U, and from 100 rows for each class on a table too, where cross-validation is sure of its gain and
+            there are no hidden layers.
+        hidden_layer_sizes: widths of a tanh network's hidden layers; none for a linear model. Training stops where the
+            held-out rows are likeliest, and `warm_start` starts from nothing: no fold may have seen its held-out rows.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, 1/C of `LogisticRegression`; intercepts
-            are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward.
+            are free. Inputs are standardised first. "auto" starts at 1 and is learned with the reward; with hidden
+            layers it is 1, 3 or 10.
         folds: of the reward's cross-validation; fewer if there are fewer rows.
         reward_rows: the most distinct rows that the reward is learned from, chosen at random in every class; the policy
-            is trained on all of them. None for all.
+            is trained on all of them. None for all, and so with hidden layers.
         outer_steps: the most rewards to try, which warns if none is the best; 0 keeps the one that it starts from.
         max_iter: the most Newton steps in one training of a policy, L-BFGS iterations with hidden layers.
         tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
@@ -77,8 +85,9 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         reward_: (C, C), reward_[i, j] of the answer classes_[i] where the label is classes_[j], in nats.
         precision_: U, () or (C,) or (C, C); not there for a table.
         l2_: the penalty that was learned, or given.
-        belief_share_: how much of the probabilities is P(y|x) as the policy's optimality tells it, from 0 to 1; the
-            rest is the policy itself. See docs/estimators.md.
+        belief_share_: how much of the probabilities is P(y|x) as the policy's optimality tells it, from 0 to 1.
+        likelihood_share_: how much of them is that of the same model trained by likelihood, under the penalty l2 or 1
+            for "auto"; the rest is the policy itself. See docs/estimators.md.
         outer_losses_: cross-validated NLL of the policies under each reward that was tried, nats a row; the least is
             the one that was taken, but for a prior.
         policy_: the trained policy, on standardised inputs.
@@ -90,6 +99,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     _rewards = ("auto", *get_args(PrecisionKind), "table")
     classes_: np.ndarray
     belief_share_: float
+    likelihood_share_: float
+    _likely: Policy
 
     def __init__(
         self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = "auto",
@@ -138,7 +149,9 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return Rows(*(column[torch.from_numpy(chosen)] for column in rows)), strata[chosen]
 
     def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
-        found, self.belief_share_ = self._judged(phi, folds, rows, inside)
+        folds.train(phi)
+        found, shares = self._judged(phi, folds.policy, rows, inside)
+        self.belief_share_, self.likelihood_share_ = shares
         classes, total = len(self.classes_), float(rows.weight.sum())
         simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
         if not simple or self.outer_steps == 0 or total < max(ROWS_A_CLASS * classes, ROWS_AN_ENTRY * classes**2):
@@ -150,21 +163,32 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         chance = 0.5 * max(1, classes * (classes - 2)) / total
         self._learn(table, folds, total, enough=max(OUTER_ENOUGH, 0.1 * chance))
         self.outer_losses_ = tried + self.outer_losses_
-        other, share = self._judged(table, folds, rows, inside)
+        folds.train(table)
+        other, shares = self._judged(table, folds.policy, rows, inside)
         gain = other - found
         mean = float((inside * gain).sum()) / total
         error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
         if mean > max(SURE * error, chance):
-            self.belief_share_ = share
+            self.belief_share_, self.likelihood_share_ = shares
             return table
         folds.policy.load_state_dict(policy)
         return phi
 
-    def _judged(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> tuple[Tensor, float]:
-        """Log-probabilities of the held-out rows with the share of beliefs that makes it least, and that share."""
-        folds.train(phi)
+    def _judged(self, phi: Learned, policy: Policy, rows: Rows, inside: Tensor) -> tuple[Tensor, tuple[float, float]]:
+        """Log-probabilities of the held-out rows by what the reward tells, and the shares of beliefs and likelihood."""
         with torch.no_grad():
-            return crossfit.share_of_beliefs(folds.policy, cast(TabularReward, phi.reward).table(), rows, inside)
+            table = cast(TabularReward, phi.reward).table()
+            logs = crossfit.answers(policy(rows.inputs), table, self._likely(rows.inputs))
+            logs = logs.gather(-1, rows.target.expand(*logs.shape[:2], -1)[..., None])[..., 0]
+        told = crossfit.shares_of(logs[:2], inside, KNOWN[:2])
+        _, belief, likely = crossfit.shares_of(logs, inside, KNOWN)
+        return crossfit.mixed(logs[:2], told), (float(belief), float(likely))
+
+    def _complete(self, rows: Rows) -> None:
+        together, features = self._likely, rows.inputs.shape[1]
+        self._likely = self._policy(1, features, len(self.classes_), 0)
+        crossfit.spread(together, self._likely)
+        self._on_all(self._likely, rows).begin(self._l2()[0])
 
     def _publish(self) -> None:
         self.l2_ = float(self._phi.l2())
@@ -177,8 +201,12 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         with torch.no_grad():
-            logits = self.policy_(torch.from_numpy(self._scaler.transform(X)))[0]
-            return crossfit.mixed(logits, torch.from_numpy(self.reward_), self.belief_share_).numpy()
+            inputs = torch.from_numpy(self._scaler.transform(X))
+            logs = crossfit.answers(
+                self.policy_(inputs)[0], torch.from_numpy(self.reward_), self._likely(inputs)[0]
+            )  # fmt: skip
+        own = max(0.0, 1.0 - self.belief_share_ - self.likelihood_share_)
+        return crossfit.mixed(logs, np.array([own, self.belief_share_, self.likelihood_share_])).numpy()
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of the classes, (N, C), in the order of `classes_`."""
@@ -193,12 +221,48 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
 
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
-        options: dict[str, Any] = {"tol": self.tol, "max_iter": self.max_iter}
-        if len(self.hidden_layer_sizes) > 0:
-            return Networks(policy, rows, inside, first=likelihood, held_out=likelihood, **options)
-        return Softmax(cast(CategoricalPolicy, policy), rows, inside, **options)
+        return Softmax(cast(CategoricalPolicy, policy), rows, inside, tol=self.tol, max_iter=self.max_iter)
+
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
+        # Off a minimum there is no hypergradient; for the beliefs that were reached the best U is a small problem.
+        networks = Networks(policy, rows, inside, held_out=likelihood, tol=self.tol, max_iter=self.max_iter)
+        total, start = float(rows.weight.sum()), copy.deepcopy(policy.state_dict())
+        l2, learned = self._l2()
+        least, self.n_iter_ = math.inf, 0
+        for tried in PENALTIES if learned else (l2,):
+            policy.load_state_dict(start)
+            loss, steps = networks.train(None, tried, OUTER_ENOUGH)
+            self.n_iter_ = max(self.n_iter_, steps)
+            if loss < least:
+                least, l2, self._likely = loss, tried, copy.deepcopy(policy)
+        phi = Learned(self._start(), l2, False)
+        with torch.no_grad():
+            believed = torch.softmax(self._likely(rows.inputs), dim=-1)
+        policy.load_state_dict(start)
+        losses: list[float] = []
+        for _ in range(max(1, self.outer_steps)):
+            if self.outer_steps > 0:
+                _fit_to(phi, believed, rows, inside)
+            loss, steps = networks.train(phi.reward, l2, OUTER_ENOUGH)
+            self.n_iter_ = max(self.n_iter_, steps)
+            losses.append(loss)
+            with torch.no_grad():
+                believed = crossfit.beliefs(policy(rows.inputs), cast(TabularReward, phi.reward).table())
+            # Half a nat, in all, is what one number learned from the rows gains by chance.
+            if len(losses) > 1 and losses[-2] - losses[-1] < 0.5 / total:
+                break
+        if self.outer_steps > 0:
+            self.outer_losses_ = losses
+        _, (self.belief_share_, self.likelihood_share_) = self._judged(phi, policy, rows, inside)
+        together, self._likely = self._likely, self._policy(1, rows.inputs.shape[1], len(self.classes_), 0)
+        crossfit.spread(together, self._likely)
+        return phi
 
     def _first_reward(self, folds: Members) -> nn.Module:
+        self._likely = copy.deepcopy(folds.policy)
+        return self._start()
+
+    def _start(self) -> nn.Module:
         classes = len(self.classes_)
         if self.reward == "table":
             return TableReward(one_hot_table(torch.tensor(START, dtype=torch.float64), classes))
@@ -326,9 +390,6 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
         return Ridge(cast(Any, policy), rows, inside, noise=RIDGE)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
-        return self._learn_early if len(self.hidden_layer_sizes) > 0 else None
-
     def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
         # Off a minimum there is no hypergradient; for the means that were reached U* has a closed form.
         phi = Learned(self._half(rows.target.shape[1]), *self._l2())
@@ -337,10 +398,10 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         self.n_iter_ = 0
         for _ in range(max(1, self.outer_steps)):
             here = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
-            folds = Networks(
-                policy, here, inside, first=likelihood, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
+            networks = Networks(
+                policy, here, inside, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
             )  # fmt: skip
-            loss, steps = folds.train_early(phi, OUTER_ENOUGH)
+            loss, steps = networks.train(phi.reward, self._l2()[0], OUTER_ENOUGH)
             self.n_iter_ = max(self.n_iter_, steps)
             losses.append(loss + _log_volume(policy))
             with torch.no_grad():
@@ -379,6 +440,21 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
         network = network_of(policy)
         network.measure_in(torch.linalg.solve_triangular(network.unit, unit, upper=False))
+
+
+def _fit_to(phi: Learned, believed: Tensor, rows: Rows, inside: Tensor) -> None:
+    """Moves the reward to where policies that are optimal for the beliefs (M, N, C) are likeliest inside the folds."""
+    total, labels = float(rows.weight.sum()), rows.target.expand(len(inside), -1)[..., None]
+
+    def evaluate() -> tuple[float, Tensors]:
+        own = torch.log_softmax(believed @ cast(TabularReward, phi.reward).table().mT, dim=-1)
+        loss = -(inside * own.gather(-1, labels)[..., 0]).sum() / total
+        return float(loss.detach()), torch.autograd.grad(loss, list(phi.parameters()))
+
+    crossfit.quasi_newton(
+        phi, evaluate, lambda: None, 30, tolerance=OUTER_SOLVED, enough=0.1 * OUTER_ENOUGH,
+        prior=1.0 / (PRIOR**2 * total),
+    )  # fmt: skip
 
 
 def _log_volume(policy: Policy) -> float:

@@ -3,7 +3,8 @@
 Fitting has two stages. The reward: K policies, one for each fold, are trained by entropy-regularised policy gradient on
 the rows outside their fold, and the reward is moved along the hypergradient of the likelihood of the rows inside. No
 likelihood is read on rows that its policy was trained on, so memorising them does not pass for knowing the answer.
-The policy: one more, trained on all rows under that reward.
+The policy: one more, trained on all rows under that reward. Networks, which stop before they get to a minimum, learn
+the reward from what they reached instead, and their policy trains beside the folds'.
 
 Rows that occur more than once are put together and their weights added, and the rest of the fit sees the rows in an
 order of their own. So an integer weight is that many copies to the last bit, and the order of the rows does not matter.
@@ -17,7 +18,6 @@ import copy
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from itertools import pairwise
 from numbers import Integral, Real
 from typing import Any, ClassVar, TypeVar
@@ -178,6 +178,13 @@ class BilevelEstimator(BaseEstimator, ABC):
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
         """What trains a policy with a member for each row of `inside` (M, N)."""
 
+    def _on_all(self, policy: Policy, rows: Rows) -> Members:
+        """What trains a policy of one member on all rows."""
+        return self._members(policy, rows, torch.zeros_like(rows.weight[None]))
+
+    def _complete(self, rows: Rows) -> None:
+        """Trains what else predictions are made of, on all rows."""
+
     @abstractmethod
     def _first_reward(self, folds: Members) -> nn.Module:
         """The reward to start from."""
@@ -186,9 +193,12 @@ class BilevelEstimator(BaseEstimator, ABC):
         """The penalty, or where it starts, and whether it is learned."""
         return (1.0, True) if isinstance(self.l2, str) else (float(self.l2), False)
 
-    def _early(self) -> Callable[[Policy, Rows, Tensor], Learned] | None:
-        """What learns the reward, if training ends where the held-out rows are likeliest, which is no minimum."""
-        return None
+    @abstractmethod
+    def _learn_early(self, policy: Policy, rows: Rows, inside: Tensor) -> Learned:
+        """The reward of networks, whose training ends where the held-out rows are likeliest, which is no minimum.
+
+        The policy, with a member for each row of `inside` (M, N), is trained too; its last member sees all rows.
+        """
 
     def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
         """A better reward than the one learned, or that one, to which the folds' policies have been trained."""
@@ -210,33 +220,33 @@ class BilevelEstimator(BaseEstimator, ABC):
         warm, model = self._begin(features, outputs)
         random = check_random_state(self.random_state)
         seed = int(random.randint(2**31 - 1))
-        some, strata = self._for_reward(rows, strata, random)
+        early = len(self.hidden_layer_sizes) > 0
+        some, strata = (rows, strata) if early else self._for_reward(rows, strata, random)
         inside = torch.from_numpy(crossfit.deal(strata, some.weight.numpy(), self.folds, random))
-        early = self._early()
-        if early is not None:
+        if early:
             # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
             warm = False
             # One more member sees all rows, and so goes the way of the others for as long as they do.
             inside = torch.cat([inside, torch.zeros_like(inside[:1])])
         together = self._policy(len(inside), features, outputs, seed)
         policy = copy.deepcopy(self.policy_) if warm else self._policy(1, features, outputs, seed)
-        if warm:
-            crossfit.spread(policy, together)
-        if early is not None:
-            phi = early(together, some, inside)
+        if early:
+            phi = self._learn_early(together, some, inside)
             crossfit.spread(together, policy)
         else:
             folds = self._members(together, some, inside)
+            folds.begin(self._l2()[0])
+            phi = Learned(self._first_reward(folds), *self._l2())
             if warm:
                 phi = copy.deepcopy(self._phi)
-            else:
-                folds.begin(self._l2()[0])
-                phi = Learned(self._first_reward(folds), *self._l2())
+                crossfit.spread(policy, together)
+                folds = self._members(together, some, inside)
             if self.outer_steps > 0:
                 self._learn(phi, folds, float(some.weight.sum()))
             phi = self._refined(phi, folds, some, inside)
             crossfit.spread(together, policy)
-            self.n_iter_ = self._members(policy, rows, torch.zeros_like(rows.weight[None])).train(phi)
+            self.n_iter_ = self._on_all(policy, rows).train(phi)
+            self._complete(rows)
         if self.n_iter_ >= self.max_iter:
             warnings.warn(
                 f"{type(self).__name__}: the policy's training stopped after max_iter={self.max_iter} steps, its "

@@ -30,8 +30,6 @@ DAMPING = 1e-6
 STEP, HYPERGRADIENT = 0.25, 3e-3
 # The most products in one solve.
 PRODUCTS = 100
-# Of the likelihood's gradient, at which it is near enough to its optimum to start from there.
-BEGUN = 1e-2
 # Of the standardised inputs' covariance, below which an eigenvalue is none.
 SINGULAR = 1e-10
 # The largest matrix that is factored for a preconditioner, and the rows that are summed for it at once.
@@ -88,18 +86,16 @@ class Softmax(Members):
 
     def begin(self, l2: float) -> None:
         self._penalty = l2 * self._unit_penalty
-        self._newton(None, max(BEGUN, self._tol))
+        self._newton(None, self._tol)
         self.keep()
+        self._write()
 
     def train(self, phi: Learned) -> int:
         self._theta = self._kept
         with torch.no_grad():
             table, self._penalty = self._table(phi).numpy(), float(phi.l2()) * self._unit_penalty
         steps = self._newton(table[:, self._labels], self._tol)
-        network, theta = network_of(self.policy), torch.from_numpy(self._theta).mT
-        with torch.no_grad():
-            network.weights[0].copy_(_out_of_basis(theta[:, :-1], self._basis))
-            network.biases[0].copy_(theta[:, -1:])
+        self._write()
         return steps
 
     def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
@@ -119,6 +115,12 @@ class Softmax(Members):
 
     def keep(self) -> None:
         self._kept = self._theta
+
+    def _write(self) -> None:
+        network, theta = network_of(self.policy), torch.from_numpy(self._theta).mT
+        with torch.no_grad():
+            network.weights[0].copy_(_out_of_basis(theta[:, :-1], self._basis))
+            network.biases[0].copy_(theta[:, -1:])
 
     @staticmethod
     def _table(phi: Learned) -> Tensor:

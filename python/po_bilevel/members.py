@@ -4,27 +4,23 @@
 """
 
 import copy
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy import optimize
 from torch import Tensor, nn
 
 from . import crossfit
 from .crossfit import RowLoss, Rows, network_of, policy_gradient
-from .hypergradients import ImplicitCG, Tensors
+from .hypergradients import Tensors
 from .policies import Policy
 from .training import check_finite
 
-# Added to the inner Hessian, whose null direction is the equal shift of a softmax policy's intercepts.
-DAMPING = 1e-6
-# Of the hypergradient's linear solve.
-CG_TOLERANCE, CG_ITERATIONS = 1e-3, 100
-# Pairs of steps and gradients: networks' losses are badly conditioned, and so many save iterations.
-HISTORY = 50
+# Pairs of steps and gradients.
+HISTORY = 20
+# Halvings of a step, and what of a loss is rounding in single precision.
+TRIES, ROUNDED = 12, 1e-6
 # Iterations without a gain on the held-out rows after which training stops early.
 PATIENCE = 20
 
@@ -65,7 +61,7 @@ class Members(ABC):
 
     @abstractmethod
     def begin(self, l2: float) -> None:
-        """Trains under the loss from which a reward is learned."""
+        """Trains to the optimum of the loss that a reward is learned from, likelihood for a classifier."""
 
     @abstractmethod
     def train(self, phi: Learned) -> int:
@@ -84,103 +80,80 @@ class Members(ABC):
         """The next trainings start from what the policies are now: some rewards lead to where none comes back from."""
 
 
-class Networks(Members):
-    """Policies with hidden layers.
+class Networks:
+    """Policies with hidden layers, whose training stops where the rows inside the folds are likeliest.
+
+    Each member takes steps of L-BFGS of its own, all at once, in single precision.
 
     Args:
         policy: with a member for each row of `inside`.
         rows: standardised.
         inside: (M, N), what of each row's weight is in each fold.
-        first: the loss that `begin` trains under.
         held_out: (policy, batch) -> (M, N), what the rows inside are judged by.
         tol, max_iter: as the estimators have them.
     """
 
     def __init__(
-        self, policy: Policy, rows: Rows, inside: Tensor, *, first: RowLoss, held_out: RowLoss, tol: float,
-        max_iter: int,
+        self, policy: Policy, rows: Rows, inside: Tensor, *, held_out: RowLoss, tol: float, max_iter: int
     ) -> None:  # fmt: skip
-        self.policy, self._first, self._tol, self._most = policy, first, tol, max_iter
-        self._batch = crossfit.repeated(rows, len(inside))
+        self._policy, self._held_out, self._tol, self._most = policy, held_out, tol, max_iter
         outside = (rows.weight - inside).clamp(min=0.0)
-        self._total = outside.sum(dim=1)
-        self._share = outside / self._total[:, None]
-        self._held_out = lambda: (inside * held_out(policy, self._batch)).sum() / rows.weight.sum()
-        self._solution: Tensors | None = None
-        self.keep()
+        total = outside.sum(dim=1)
+        self._share, self._by_total = (outside / total[:, None]).float(), (1.0 / total).float()
+        self._inside = (inside / rows.weight.sum()).float()
+        labels = rows.target if not rows.target.is_floating_point() else rows.target.float()
+        self._batch = crossfit.repeated(rows._replace(inputs=rows.inputs.float(), target=labels), len(inside))
 
-    def begin(self, l2: float) -> None:
-        self._train(lambda: self._objective(self._first, l2))
-        self.keep()
-
-    def train(self, phi: Learned) -> int:
-        self.policy.load_state_dict(self._kept)
-        return self._train(lambda: self._under(phi))
-
-    def evaluate(self, phi: Learned) -> tuple[float, Tensors]:
-        self.train(phi)
-        found = ImplicitCG(DAMPING, CG_TOLERANCE, CG_ITERATIONS)(
-            lambda *_: self._under(phi), lambda *_: self._held_out(), tuple(self.policy.parameters()),
-            tuple(phi.parameters()), start=self._solution,
-        )  # fmt: skip
-        self._solution = found.solution
-        return found.outer_loss, found.gradient
-
-    def keep(self) -> None:
-        self._kept = copy.deepcopy(self.policy.state_dict())
-
-    def train_early(self, phi: Learned, enough: float) -> tuple[float, int]:
-        """Trains up to where the rows inside each fold are likeliest, by gains of at least `enough`.
+    def train(self, reward: nn.Module | None, l2: float, enough: float) -> tuple[float, int]:
+        """Trains under the reward, or by likelihood, and stops where gains of `enough` inside the folds have ended.
 
         Returns:
-            their loss there, and how many steps it took to know.
+            the loss of the rows inside there, nats a row, and how many steps it took to know.
         """
-        least, at, best = math.inf, 0, copy.deepcopy(self.policy.state_dict())
+        policy = copy.deepcopy(self._policy).float()
+        loss = crossfit.likelihood if reward is None else policy_gradient(copy.deepcopy(reward).float())
+        parameters = list(policy.parameters())
+        sizes = [parameter[0].numel() for parameter in parameters]
+        network = network_of(policy)
 
-        def watch(step: int) -> bool:
-            nonlocal least, at, best
+        def evaluate(point: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
             with torch.no_grad():
-                value = float(self._held_out())
-            if value < least - enough:
-                least, at, best = value, step, copy.deepcopy(self.policy.state_dict())
-            return step - at >= PATIENCE
+                for parameter, part in zip(parameters, torch.from_numpy(point).split(sizes, dim=1), strict=True):
+                    parameter.copy_(part.reshape(parameter.shape))
+            with network.once(self._batch.inputs):
+                values = (self._share * loss(policy, self._batch)).sum(dim=1)
+                with torch.no_grad():
+                    judged = float((self._inside * self._held_out(policy, self._batch)).sum())
+            values = values + 0.5 * l2 * self._by_total * network.squares()
+            gradient = torch.autograd.grad(values.sum(), parameters)
+            return values.detach().numpy(), joined(gradient), judged
 
-        watch(0)
-        steps = self._train(lambda: self._under(phi), watch)
-        self.policy.load_state_dict(best)
-        return least, steps
+        def joined(tensors: Sequence[Tensor]) -> np.ndarray:
+            return torch.cat([tensor.detach().flatten(1) for tensor in tensors], dim=1).numpy()
 
-    def _train(self, loss: Callable[[], Tensor], watch: Callable[[int], bool] | None = None) -> int:
-        """Minimises the loss; returns how many iterations it took. It ends before where `watch` says so after one."""
-        parameters = list(self.policy.parameters())
-        taken, norm = 0, math.inf
-
-        def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
-            nonlocal norm
-            nn.utils.vector_to_parameters(torch.from_numpy(point), parameters)
-            value = loss()
-            check_finite("the loss", float(value.detach()))
-            gradient = crossfit.flat(torch.autograd.grad(value, parameters))
-            norm = float(np.linalg.norm(gradient))
-            return float(value.detach()), gradient
-
-        def after(point: np.ndarray) -> None:
-            nonlocal taken
-            taken += 1
-            if norm <= self._tol or (watch is not None and watch(taken)):
-                raise StopIteration
-
-        found = optimize.minimize(
-            evaluate, crossfit.flat(parameters), jac=True, method="L-BFGS-B", callback=after,
-            options={"maxiter": self._most, "maxfun": math.inf, "maxcor": HISTORY, "maxls": 25, "ftol": 0, "gtol": 0},
-        )  # fmt: skip
-        nn.utils.vector_to_parameters(torch.from_numpy(found.x), parameters)
-        return taken
-
-    def _under(self, phi: Learned) -> Tensor:
-        return self._objective(policy_gradient(phi.reward), phi.l2())
-
-    def _objective(self, loss: RowLoss, l2: Tensor | float) -> Tensor:
-        """Σ over members of their weighted mean loss and their penalty (l2/2W) ‖weights‖², W their weight's sum."""
-        penalty = 0.5 * l2 * (network_of(self.policy).squares() / self._total).sum()
-        return (self._share * loss(self.policy, self._batch)).sum() + penalty
+        point = best = joined(parameters)
+        value, slope, least = evaluate(point)
+        at = step = 0
+        curvature = crossfit.Curvature(1.0, HISTORY)
+        while step < self._most and step - at < PATIENCE and np.linalg.norm(slope) > self._tol:
+            check_finite("the loss", float(value.sum()))
+            step += 1
+            direction = -curvature.inverse_product(slope)
+            if step == 1:
+                direction /= np.maximum(1.0, np.linalg.norm(slope, axis=1, keepdims=True))
+            descent = (direction * slope).sum(axis=1)
+            rate = np.ones_like(value)
+            for _ in range(TRIES):
+                tried = point + rate[:, None] * direction
+                tried_value, tried_slope, judged = evaluate(tried)
+                worse = ~(tried_value <= value + 1e-4 * rate * descent + ROUNDED * np.abs(value))
+                if not worse.any():
+                    break
+                rate[worse] *= 0.5
+            curvature.add(tried - point, tried_slope - slope, rescale=True)
+            point, value, slope = tried, tried_value, tried_slope
+            if judged < least - enough:
+                least, at, best = judged, step, point
+        evaluate(best)
+        self._policy.load_state_dict(policy.state_dict())
+        return least, step

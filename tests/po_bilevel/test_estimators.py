@@ -10,7 +10,7 @@ import pandas as pd
 import po_bilevel
 import pytest
 import torch
-from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError, crossfit
+from po_bilevel import BilevelClassifier, BilevelRegressor, UsageError, crossfit, estimators
 from sklearn.base import clone
 from sklearn.datasets import load_iris, make_blobs, make_regression
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import MinMaxScaler
+from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 # Most tests try fewer rewards than it takes to find the best one.
@@ -99,8 +99,8 @@ def test_probabilities_of_a_flexible_policy_are_consistent():
         inputs, target, chance = cells(count)
         model = BilevelClassifier(random_state=0).fit(inputs, target)
         true = np.stack([1.0 - chance, chance], axis=1)
-        for share in (model.belief_share_, 0.0):
-            model.belief_share_ = share
+        for shares in ((model.belief_share_, model.likelihood_share_), (0.0, 0.0)):
+            model.belief_share_, model.likelihood_share_ = shares
             found.append(float((true * (np.log(true) - model.predict_log_proba(np.eye(8)))).sum(axis=1).mean()))
     # Likelihood's is eight parameters' 8/2N: a half to a tenth of these bounds.
     assert found[0] < 8e-3
@@ -115,8 +115,35 @@ def test_beliefs_invert_the_optimal_policy():
     chances = torch.softmax(torch.randn(5, 4, dtype=torch.float64, generator=random), dim=-1)
     logits = torch.log_softmax(chances @ table.mT, dim=-1)
     torch.testing.assert_close(crossfit.beliefs(logits, table), chances)
-    torch.testing.assert_close(crossfit.mixed(logits, table, 0.25).exp(), 0.75 * logits.exp() + 0.25 * chances)
-    torch.testing.assert_close(crossfit.mixed(logits, table, 0.0), logits)
+    likely = torch.randn(5, 4, dtype=torch.float64, generator=random)
+    mixed = crossfit.mixed(crossfit.answers(logits, table, likely), np.array([0.5, 0.25, 0.25]))
+    torch.testing.assert_close(
+        mixed.exp(), 0.5 * logits.exp() + 0.25 * chances + 0.25 * torch.softmax(likely, dim=-1)
+    )  # fmt: skip
+    torch.testing.assert_close(
+        crossfit.mixed(crossfit.answers(logits, table, likely), np.array([1.0, 0.0, 0.0])), logits
+    )
+
+
+def test_shares_are_where_the_held_out_rows_are_likeliest():
+    """Against a search over all shares; one row more is known to the policy and to likelihood, half each."""
+    random = np.random.default_rng(0)
+    chances = random.uniform(0.01, 1.0, size=(3, 2, 30))
+    inside = np.stack([np.arange(30) % 2, 1 - np.arange(30) % 2]) * random.integers(1, 3, 30)
+    logs = torch.from_numpy(np.log(chances))
+    grid = np.stack(np.meshgrid(np.linspace(0.0, 1.0, 101), np.linspace(0.0, 1.0, 101)), axis=-1).reshape(-1, 2)
+    grid = np.column_stack([grid, 1.0 - grid.sum(axis=1)])
+    grid = grid[grid[:, [0, 2]].min(axis=1) > 1e-9]
+    value = (inside * np.log(np.einsum("gk,kmn->gmn", grid, chances))).sum(axis=(1, 2))
+    best = grid[(value + 0.5 * np.log(grid[:, 0] * grid[:, 2])).argmax()]
+    # A step of the grid.
+    np.testing.assert_allclose(crossfit.shares_of(logs, torch.from_numpy(inside), estimators.KNOWN), best, atol=0.01)
+    # Logs of any size, and an answer that is never given.
+    logs = torch.stack([logs[0] - 2000.0, torch.full_like(logs[0], -torch.inf), logs[0] - 2001.0])
+    shares = crossfit.shares_of(logs, torch.from_numpy(inside), estimators.KNOWN)
+    assert shares[1] < 1e-4
+    assert shares[0] > 0.9
+    assert shares.sum() == pytest.approx(1.0, rel=1e-12)
 
 
 def test_a_table_is_learned_where_data_allow():
@@ -131,6 +158,34 @@ def test_a_table_is_learned_where_data_allow():
     assert min(model.outer_losses_) < min(model.outer_losses_[:6]) - 4 / 2000
     # Fewer than 100 rows for each of 4 classes.
     assert hasattr(model.fit(inputs[:390], target[:390]), "precision_")
+
+
+def test_likelihood_has_a_share_where_a_reward_says_less():
+    """Six classes of two clumps each, 160 rows: by what the reward tells alone the held-out rows are less likely."""
+    gaps = []
+    for seed in (1, 2, 3):
+        random = np.random.default_rng(seed)
+        means, chances = 1.3 * random.normal(size=(6, 2, 6)), random.dirichlet(np.full(6, 1.5))
+        target, part = random.choice(6, 1500, p=chances), random.integers(0, 2, 1500)
+        inputs = means[target, part] + random.normal(size=(1500, 6)) * (1.0 + random.random((1500, 1)))
+        model = BilevelClassifier(random_state=0).fit(inputs[:160], target[:160])
+        scaler = StandardScaler().fit(inputs[:160])
+        peer = LogisticRegression().fit(scaler.transform(inputs[:160]), target[:160])
+        other = log_loss(target[160:], peer.predict_proba(scaler.transform(inputs[160:])))
+        both = log_loss(target[160:], model.predict_proba(inputs[160:]))
+        model.likelihood_share_ = 0.0
+        gaps.append((both - other, log_loss(target[160:], model.predict_proba(inputs[160:])) - other))
+    both, told = np.mean(gaps, axis=0)
+    assert both < 0.01
+    assert told > 0.02
+
+
+def test_likelihoods_share_is_logistic_regression(iris):
+    model = BilevelClassifier(folds=2, tol=1e-7, random_state=0).fit(*iris)
+    model.belief_share_, model.likelihood_share_ = 0.0, 1.0
+    inputs = StandardScaler().fit_transform(iris[0])
+    peer = LogisticRegression(tol=1e-8, max_iter=1000).fit(inputs, iris[1])
+    np.testing.assert_allclose(model.predict_proba(iris[0]), peer.predict_proba(inputs), atol=1e-5)
 
 
 def test_networks(iris):
@@ -285,6 +340,23 @@ def test_a_network_stops_where_the_held_out_rows_are_likeliest():
     assert std[0] == pytest.approx(np.sqrt(0.5 / model.precision_[0]), rel=1e-6)
     # The deviations of 280 and of 120 residuals are right to 1/√560 and 1/√240, together 7.7%: three of that are 23%.
     assert std[0] == pytest.approx(np.sqrt(np.square(mean - target[280:]).mean()), rel=0.25)
+
+
+def test_a_network_classifier_stops_where_the_held_out_rows_are_likeliest():
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(1400, 2))
+    chance = 1.0 / (1.0 + np.exp(-4.0 * np.sin(2.0 * inputs[:, 0]) - 2.0 * inputs[:, 1]))
+    target = (random.random(1400) < chance).astype(int)
+    model = BilevelClassifier(hidden_layer_sizes=(16,), random_state=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(inputs[:400], target[:400])
+    assert model.l2_ in estimators.PENALTIES
+    assert model.n_iter_ < 300
+    # The chances themselves have 0.29, and LogisticRegression 0.58.
+    assert log_loss(target[400:], model.predict_proba(inputs[400:])) < log_loss(target[400:], chance[400:]) + 0.05
+    model.belief_share_ = model.likelihood_share_ = 0.0
+    assert log_loss(target[400:], model.predict_proba(inputs[400:])) < log_loss(target[400:], chance[400:]) + 0.1
 
 
 @pytest.mark.parametrize(
