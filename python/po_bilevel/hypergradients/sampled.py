@@ -219,6 +219,17 @@ class FisherCG(SampledMethod):
         damping: δ, in units of β · Fisher. Needed where there are fewer completions than parameters.
         tolerance: of the residual, relative to ‖∂F/∂θ‖.
         max_iterations: of conjugate gradients.
+
+    Example:
+        >>> import torch
+        >>> logits, rewards = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+        >>> all_three = SampledObjective(
+        ...     lambda theta: theta[0].log_softmax(0)[:, None], lambda phi: phi[0][:, None], coefficient=1.0,
+        ...     advantage="none", weight=torch.full((3, 1), 1 / 3),
+        ... )
+        >>> outer = lambda theta, phi: -theta[0].log_softmax(0)[0]  # the first is in the data
+        >>> FisherCG()(all_three, outer, (logits,), (rewards,)).gradient
+        (tensor([-0.6667,  0.3333,  0.3333]),)
     """
 
     damping: float = 0.0
