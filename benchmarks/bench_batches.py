@@ -1,4 +1,4 @@
-"""Many problems in one call, by torch.func.vmap, against a loop of calls and vmap of eager torch."""
+"""Many problems in one call, by torch.func.vmap or batch_dims, against a loop of calls and vmap of eager torch."""
 
 from functools import partial
 from typing import Any
@@ -51,6 +51,13 @@ def bench_problems(benchmark: Any, rows: int) -> None:
     right = grad(partial(fused, backend="reference"), places)
     check(ours(), vmap(lambda seed, *x: right(*x, seed=seed))(seeds, *[x.double() for x in inputs]), "problems", 1e-2)
     benchmark.extra_info.update(versions(), shape=f"{PROBLEMS} problems of {rows} x {DIM}, G = {GROUP}")
-    for name, peer in {"loop": loop, "eager": theirs}.items():
-        benchmark.extra_info[name] = compare(ours, peer)._asdict()
+    leaves, ones = [x.clone().requires_grad_() for x in inputs], torch.ones(PROBLEMS)
+
+    def by_batch_dims() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fused(*leaves, seed=seeds, batch_dims=1), leaves, ones)
+
+    check(by_batch_dims(), ours(), "problems by batch_dims", 1e-5)
+    for way, run in {"": ours, "batch_dims_": by_batch_dims}.items():
+        for name, peer in {"loop": loop, "eager": theirs}.items():
+            benchmark.extra_info[way + name] = compare(run, peer)._asdict()
     benchmark.pedantic(ours, rounds=3)

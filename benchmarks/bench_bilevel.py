@@ -1,7 +1,7 @@
 """Hypergradients and the Figure 3 run of `po-bilevel gaussian` against what a user would write.
 
-`make bench` runs these; each checks its answer before it is timed. The comparison with torchopt needs torchopt, and is
-skipped where it is not installed.
+`make bench` runs these; each checks its answer before it is timed. The comparisons with torchopt and with JAX are
+skipped where these are not installed.
 """
 
 import dataclasses
@@ -158,15 +158,40 @@ def bench_figure_3_against_torchopt(benchmark, estimator, repeat):
     come; else it sees it once, as ours does.
     """
     torchopt = pytest.importorskip("torchopt")
-    theirs, their_u = torchopt_run(torchopt, estimator, repeat)
+    _against(benchmark, "eager", estimator, *torchopt_run(torchopt, estimator, repeat))
+
+
+@pytest.mark.parametrize("estimator", ["analytic", "dice"])
+def bench_figure_3_against_jax(benchmark, estimator):
+    """The same with an outer step compiled by JAX, whose compilation is not counted."""
+    pytest.importorskip("jax")
+    from benchmarks.peers_jax import figure_3  # imports it
+
+    problem = Figure3()
+    parameters = {name: t.detach().numpy() for name, t in zip(problem.names, problem.theta, strict=True)}
+    log_std = parameters.pop("log_std")
+    values = list(parameters.values())
+    data = [(part.inputs.numpy(), part.target.numpy()) for part in (problem.inner_data, problem.outer_data)]
+    step, their_u = figure_3(
+        list(zip(values[::2], values[1::2], strict=True)), log_std, *data, group=5 if estimator == "dice" else 0,
+        entropy_coef=ENTROPY, inner_steps=CONFIG.inner_steps, learning_rate=CONFIG.learning_rate,
+        outer_learning_rate=CONFIG.outer_learning_rate, decay=DECAY, damping=DAMPING,
+    )  # fmt: skip
+    _against(benchmark, "jax", estimator, step, their_u)
+
+
+def _against(
+    benchmark: Any, name: str, estimator: str, theirs: Callable[[], None], their_u: Callable[[], float]
+) -> None:
+    """Compares outer steps, after as many of both as get them to the optimum."""
     trainer = gaussian.trainer(dataclasses.replace(CONFIG, estimator=estimator), 0)
     for _ in range(70):
         theirs()
         trainer.step()
-    # Both have got to the optimum: how exactly depends on where each solve ended, and on the samples.
+    # How exactly depends on where each solve ended, and on the samples.
     check(
-        [torch.tensor(their_u())], [trainer.reward.precision().detach()], "u of torchopt",
+        [torch.tensor(their_u())], [trainer.reward.precision().detach()], "u of the peer",
         tolerance=0.02 if estimator == "analytic" else 0.1,
     )  # fmt: skip
-    benchmark.extra_info.update(versions(), eager=compare(trainer.step, theirs, budget=10.0)._asdict())
+    benchmark.extra_info.update(versions(), **{name: compare(trainer.step, theirs, budget=10.0)._asdict()})
     benchmark.pedantic(trainer.step, rounds=5)

@@ -17,6 +17,10 @@ from .backends.reference import philox
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PO_KERNELS_BACKEND"
 
+# What `os.environ` wraps, in CPython, and the name of the variable there.
+_SET_VARIABLES = getattr(os.environ, "_data", None)
+_VARIABLE: Any = ENVIRONMENT_VARIABLE.encode() if os.name == "posix" else ENVIRONMENT_VARIABLE
+
 _requested: contextvars.ContextVar[str | None] = contextvars.ContextVar("po_kernels_backend", default=None)
 
 
@@ -71,10 +75,18 @@ def requested(op: str, backend: str | None) -> tuple[str, str | None]:
     if name is None:
         source, name = "use_backend", _requested.get()
     if name is None:
-        source, name = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE) or None
+        source, name = ENVIRONMENT_VARIABLE, _environment()
     if name is not None:
         _known(op, source, name)
     return source, name
+
+
+def _environment() -> str | None:
+    """The variable's value, if it has one: what raises and catches an exception for one that is not set, as
+    `os.environ.get` does, is asked only for one that is."""
+    if _SET_VARIABLES is not None and _VARIABLE not in _SET_VARIABLES:
+        return None
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 def refusal(op: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -45,7 +45,8 @@ the backend; `reinforce` refuses them. `tests/ops/test_compile.py` holds this. `
 
 `torch.func.vmap` of an operation, of its derivatives too and however deep, is one call of the native kernel for all
 problems, which have a seed, a precision or a table of their own where those are batched; what is not batched is not
-copied. The other backends compute one problem after another. `benchmarks/bench_batches.py` compares.
+copied. The other backends compute one problem after another. The policy losses take such batches without a transform
+too, by `batch_dims`, which is faster. `benchmarks/bench_batches.py` compares.
 
 The kernels of numba compute values and gradients; the reference serves its second order and jvp.
 

@@ -10,40 +10,52 @@
 namespace po_kernels {
 inline namespace PK_LEVEL {
 
-// Copies U, symmetrised, and judges it: positive and, as a matrix, symmetric and positive definite by a Cholesky
-// factorisation in double.
-template <class V>
-Verdict load_precision(Input input, int kind, int64_t dim, Shared<V>* u) {
-  using T = Element<V>;
+// Judges U: positive and, as a matrix, symmetric and positive definite by a Cholesky factorisation in double. Apart
+// from the kernels, within which no register is left for its loops.
+template <class T>
+[[gnu::noinline]] Verdict judge_precision(const T* value, int kind, int64_t dim) {
   const int64_t size = precision_size(kind, dim);
-  load_shared<V>(input, size, u);
-  const T* value = static_cast<const T*>(input.value);
-  double largest = 0;
+  T largest = 0;
+  bool finite = true, positive = true;
   for (int64_t i = 0; i < size; ++i) {
-    if (!std::isfinite(value[i])) return {kPrecisionNotPositive, 0};
-    if (kind != kFull && !(value[i] > T(0))) return {kPrecisionNotPositive, 0};
-    largest = std::max(largest, std::fabs(double(value[i])));
+    finite &= std::isfinite(value[i]);
+    positive &= value[i] > T(0);
+    largest = std::max(largest, std::fabs(value[i]));
   }
+  if (!finite || (kind != kFull && !positive)) return {kPrecisionNotPositive, 0};
   if (kind != kFull) return {};
-  std::unique_ptr<double[]> factor(new double[size_t(size)]);
+  std::unique_ptr<double[]> factor(new double[size_t(size + dim)]);
+  double* column = factor.get() + size;
   for (int64_t i = 0; i < dim; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       const double a = value[i * dim + j], b = value[j * dim + i];
-      if (std::fabs(a - b) > kMatrixTolerance * largest) return {kPrecisionNotSymmetric, 0};
+      if (std::fabs(a - b) > kMatrixTolerance * double(largest)) return {kPrecisionNotSymmetric, 0};
       factor[i * dim + j] = 0.5 * (a + b);
-      u[i * dim + j] = u[j * dim + i] = (u[i * dim + j] + u[j * dim + i]) * T(0.5);
     }
   }
   for (int64_t j = 0; j < dim; ++j) {
-    double pivot = factor[j * dim + j];
-    for (int64_t k = 0; k < j; ++k) pivot -= factor[j * dim + k] * factor[j * dim + k];
+    const double pivot = factor[j * dim + j];
     if (!(pivot > 0)) return {kPrecisionNotPositive, 0};
-    factor[j * dim + j] = std::sqrt(pivot);
+    const double inverse = 1.0 / std::sqrt(pivot);
+    for (int64_t i = j + 1; i < dim; ++i) column[i] = factor[i * dim + j] * inverse;
     for (int64_t i = j + 1; i < dim; ++i) {
-      double sum = factor[i * dim + j];
-      for (int64_t k = 0; k < j; ++k) sum -= factor[i * dim + k] * factor[j * dim + k];
-      factor[i * dim + j] = sum / factor[j * dim + j];
+      double* row = factor.get() + i * dim;
+      const double at = column[i];
+      for (int64_t k = j + 1; k <= i; ++k) row[k] -= at * column[k];
     }
+  }
+  return {};
+}
+
+// Judges U and copies it, symmetrised.
+template <class V>
+Verdict load_precision(Input input, int kind, int64_t dim, Shared<V>* u) {
+  using T = Element<V>;
+  const Verdict verdict = judge_precision(static_cast<const T*>(input.value), kind, dim);
+  if (verdict.code != kAccepted) return verdict;
+  load_shared<V>(input, precision_size(kind, dim), u);
+  for (int64_t i = 0; kind == kFull && i < dim; ++i) {
+    for (int64_t j = 0; j < i; ++j) u[i * dim + j] = u[j * dim + i] = (u[i * dim + j] + u[j * dim + i]) * T(0.5);
   }
   return {};
 }

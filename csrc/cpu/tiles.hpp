@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <utility>
 
 #include "cpu/kernels.hpp"
@@ -98,15 +99,18 @@ inline void load_across(Tile tile, RowInput input, int64_t columns, V* to) {
   }
 }
 
+// Half after half, each of which is a register or a part of one.
 template <class T, int N>
 inline double lane_sum(const Pack<T, N>& x) {
-  const auto wide = __builtin_convertvector(x.v, typename Pack<double, N>::Vector);
-  double half[N / 2];
-  for (int l = 0; l < N / 2; ++l) half[l] = wide[l] + wide[l + N / 2];
-  for (int n = N / 4; n > 0; n /= 2) {
-    for (int l = 0; l < n; ++l) half[l] += half[l + n];
+  if constexpr (!std::is_same<T, double>::value) {
+    return lane_sum(Pack<double, N>{__builtin_convertvector(x.v, typename Pack<double, N>::Vector)});
+  } else if constexpr (N == 2) {
+    return x.v[0] + x.v[1];
+  } else {
+    Pack<T, N / 2> half[2];
+    memcpy(half, &x, sizeof x);
+    return lane_sum(half[0] + half[1]);
   }
-  return half[0];
 }
 
 // Bump allocation of lane values.

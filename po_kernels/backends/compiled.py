@@ -19,6 +19,10 @@ _NUMBERS: dict[str, dict[str, int]] = {
 }
 
 
+# Made as the gradients are: what two ways of it bring into the caches is much of a small call's time.
+_SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
+
+
 class Kernel(ABC):
     """One op: a function of the extension, which a backend's `call` runs.
 
@@ -55,7 +59,10 @@ class Kernel(ABC):
         inputs, constants, tangents, cotangent, cotangent_tangent, needs, want_stats, config = request
         op, head, tensors = self.op, inputs[0], (*inputs, *constants)
         shape = op.value_shape(inputs, constants, config)
-        out = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
+        if shape or not head.is_cpu:
+            out = head.new_empty(shape, dtype=op.value_dtype(head.dtype))
+        else:
+            out = torch.empty_like(_SCALARS[head.dtype])
         outputs: list[Tensor | None] = [out, None]
         keep: list[Tensor] = []
         arguments = self.base(config).copy()
@@ -104,14 +111,19 @@ class Kernel(ABC):
     def _batch(self, request: Request, problems: int) -> list[Tensor | None]:
         """The outputs of so many problems, which the first axis of every tensor counts, in one call."""
         op, names = self.op, [name for name, *_ in self.inputs]
+        strided = {name for name, *_, stride in self.inputs if stride}
         steps: dict[str, Any] = {}
 
         def ready(tensors: Any, names: Any) -> list[Any]:
             """Such that a problem's lies in memory as a call takes it."""
-            found = [x if x is None or x[0].is_contiguous() else x.contiguous() for x in tensors]
-            steps.update(
-                {n: x.stride(0) * x.element_size() for n, x in zip(names, found, strict=True) if x is not None}
-            )
+            found = []
+            for name, x in zip(names, tensors, strict=True):
+                if x is not None:
+                    first = x[0]
+                    if not (first.is_contiguous() or (name in strided and first[:1].is_contiguous())):
+                        x = x.contiguous()
+                    steps[name] = x.stride(0) * x.element_size()
+                found.append(x)
             return found
 
         inputs, constants, tangents, cotangent, cotangent_tangent, *rest = request

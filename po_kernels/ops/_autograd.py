@@ -47,7 +47,7 @@ def value(call: Call, inputs: Sequence[Tensor], constants: Sequence[Tensor | Non
     if not _modes.may_call_directly(*inputs, *constants):
         outputs = _Value.apply(call, needs, *inputs, *constants)
     elif True in needs or _modes.in_forward_mode():
-        outputs = _PlainValue.apply(call, needs, [*map(_modes.kept, constants)], *map(_modes.kept, inputs))
+        outputs = _modes.applied(_PlainValue)(call, needs, [*map(_modes.kept, constants)], *map(_modes.kept, inputs))
     else:
         outputs = _direct(call, inputs, constants, None, None, None, needs, call.want_stats)
     return outputs[:2]
@@ -112,6 +112,10 @@ def _is_batched(x: Tensor | None) -> bool:
     return x is not None and _modes.is_legacy_batch(x)
 
 
+def _is_one(x: Tensor) -> bool:
+    return x.item() == 1.0 if not x.ndim else bool((x == 1.0).all())
+
+
 def _split(call: Call, tensors: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     count = OPS[call.op].count
     return tensors[:count], tensors[count:]
@@ -125,8 +129,10 @@ def _ones(call: Call, inputs: Any, constants: Any) -> Tensor:
     return inputs[0].new_ones((*lead, *shape), dtype=op.value_dtype(inputs[0].dtype))
 
 
-def _filled(call: Call, found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """An empty tensor for what was not asked for: an operator has a fixed number of outputs."""
+def _filled(call: Call, found: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor | None, ...]:
+    """An empty tensor for what was not asked for, where a transform sees the outputs."""
+    if not _modes.transforms_active():
+        return tuple(found)
     shape = (call.problems, 0) if call.problems else (0,)
     return tuple([like.new_empty(shape) if x is None else x for x in found])
 
@@ -172,7 +178,7 @@ class _Value(torch.autograd.Function):
         call, _, *tensors = inputs
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*[x for x in output[1:] if x is not None])
         ctx.save_for_backward(*tensors, *output[2:])
         ctx.save_for_forward(*tensors, *output[2:])
 
@@ -183,7 +189,7 @@ class _Value(torch.autograd.Function):
         needs = ctx.needs_input_grad[2 : 2 + count]
         found = (None,) * count
         if cotangent is not None:
-            gradient = _Gradient.apply if _modes.is_differentiated() else _gradient
+            gradient = _modes.applied(_Gradient) if _modes.is_differentiated() else _gradient
             found = gradient(call, needs, cotangent, *saved)
             found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         return (None, None, *found, *(None,) * (len(saved) - 2 * count))
@@ -204,7 +210,7 @@ def _directional(call: Call, tensors: Sequence[Tensor], tangents: Sequence[Tenso
     inputs, _ = _split(call, tuple(tensors))
     moved = tangents[: len(inputs)]
     filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, moved, strict=True)]
-    return _Derivative.apply(call, *filled, *tensors)
+    return _modes.applied(_Derivative)(call, *filled, *tensors)
 
 
 class _PlainValue(torch.autograd.Function):
@@ -218,8 +224,7 @@ class _PlainValue(torch.autograd.Function):
     def forward(ctx, call, needs, constants, *inputs):
         row, config = OPS[call.op], call.config
         early = needs if config.reduction != "none" else _library.known_early(row, needs, config)
-        request = row.request(inputs, constants, None, None, None, early, call.want_stats, config)
-        value, stats, *known = dispatch.kernel(row.name, call.backend)(request)
+        value, stats, *known = _direct(call, inputs, constants, None, None, None, early, call.want_stats)
         ctx.call, ctx.known = call, known
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs, *constants)
@@ -237,12 +242,14 @@ class _PlainValue(torch.autograd.Function):
         # One pass has them at a time: another thread may be in the same graph, and what is handed out is not ours.
         known = ctx.__dict__.pop("known", None)
         differentiated = _modes.is_differentiated()
-        scalar = not cotangent.ndim and call.config.reduction != "none" and not _modes.is_legacy_batch(cotangent)
-        if known is not None and scalar and not differentiated:
-            if not cotangent.is_cpu or cotangent.item() != 1.0:
-                torch._foreach_mul_([k for k in known if k is not None], cotangent)
+        whole = call.config.reduction != "none" and not _modes.is_legacy_batch(cotangent)
+        if known is not None and whole and not differentiated:
+            if not cotangent.is_cpu or not _is_one(cotangent):
+                for k in known:
+                    if k is not None:
+                        k.mul_(_library.along(cotangent, None, k.ndim, bool(call.problems)))
             return (None, None, None, *known)
-        gradient = _Gradient.apply if differentiated else _gradient
+        gradient = _modes.applied(_Gradient) if differentiated else _gradient
         found = gradient(call, needs, cotangent, *ctx.saved_tensors, *(known or [None] * len(needs)))
         found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         if known is not None:
@@ -283,7 +290,8 @@ class _Gradient(torch.autograd.Function):
         tensors = tensors[:-count]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.mark_non_differentiable(*[r for r, needed in zip(output, needs, strict=True) if not needed])
+        unasked = [x for x, needed in zip(output, needs, strict=True) if not needed]
+        ctx.mark_non_differentiable(*[x for x in unasked if x is not None])
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -293,7 +301,7 @@ class _Gradient(torch.autograd.Function):
         inputs, constants = _split(call, tuple(tensors))
         tangents = [v if needed else None for v, needed in zip(cotangents, ctx.needs, strict=True)]
         needs = ctx.needs_input_grad[3 : 3 + len(inputs)]
-        product = _Product.apply if _modes.is_differentiated() else _product
+        product = _modes.applied(_Product) if _modes.is_differentiated() else _product
         derivative, *products = product(call, needs, cotangent, None, *tangents, *inputs, *constants)
         products = [p if needed else None for p, needed in zip(products, needs, strict=True)]
         return (None, None, derivative, *products, *(None,) * (ctx.count - 1 - len(products)))

@@ -113,6 +113,16 @@ def rows(tensor: Tensor, *shape: int) -> Tensor:
     return tensor if len(tensor.shape) == len(shape) and tensor.shape == shape else tensor.reshape(shape)
 
 
+def batch(op: str, batch_dims: int, name: str, tensor: Tensor) -> torch.Size:
+    """The dimensions of `tensor` that count problems, the first `batch_dims`; the last is none of them."""
+    if batch_dims == 0 and type(batch_dims) is int:
+        return tensor.shape[:0]
+    found = tensor.shape[: integer(op, "batch_dims", batch_dims, 0, tensor.ndim - 1)]
+    if 0 in found:
+        raise ValueError(f"{op}: {name}: expected at least one problem, got shape {shape_of(tensor)}")
+    return found
+
+
 def batch_before(op: str, name: str, tensor: Tensor, event: Iterable[int]) -> torch.Size:
     """The dimensions of `tensor` before `event`, with which its shape must end."""
     event = tuple(event)
@@ -180,17 +190,18 @@ def flag(op: str, name: str, value: Any) -> bool:
     return value
 
 
-def seed_tensor(op: str, seed: int | Tensor | None, stream: int) -> Tensor:
+def seed_tensor(op: str, seed: int | Tensor | None, stream: int, batch: Sequence[int] = ()) -> Tensor:
     """The 64-bit key of the random numbers as an int64 scalar tensor: the seed itself in stream 0.
 
-    None draws a seed from torch's default CPU generator.
+    None draws a seed from torch's default CPU generator. A batch of problems, of that shape, may have a seed for each.
     """
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0 or seed.device.type == "meta":
+        if seed.dtype != torch.int64 or (seed.ndim != 0 and seed.shape != batch) or seed.device.type == "meta":
             what = f"{seed.dtype} of shape {shape_of(seed)} on {seed.device}"
-            raise TypeError(f"{op}: seed: expected an int64 scalar tensor with a value, got {what}")
+            wanted = f"tensor of shape () or {tuple(batch)}" if batch else "scalar tensor"
+            raise TypeError(f"{op}: seed: expected an int64 {wanted} with a value, got {what}")
     elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+        seed = torch.randint(-(2**63), 2**63 - 1, batch, dtype=torch.int64, device="cpu")
     else:
         if isinstance(seed, bool) or not isinstance(seed, numbers.Integral):
             raise TypeError(

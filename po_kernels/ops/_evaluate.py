@@ -1,6 +1,7 @@
 """The path that every op takes from checked, flattened tensors to its value."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ def evaluate(
     constants: Sequence[Tensor | None],
     config: OpConfig,
     want_stats: bool = False,
+    problems: int = 0,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The value of an op on flattened rows, and the statistics of a loss if they are wanted.
 
@@ -26,11 +28,16 @@ def evaluate(
         backend: the backend asked for by name.
         inputs: the differentiable tensors in the order of the table, as `_check.floating` gives them.
         constants: the others in the order of the table.
+        problems: 0, or of how many problems the call is, as many as the first axis of every tensor then has.
     """
     head = inputs[0]
     row = OPS[op]
     name = _select(op, head.device.type, computed(head.dtype), backend)
     compiling = torch.compiler.is_compiling()
+    if problems and (compiling or name == "reference" or not _modes.may_call_directly(*inputs, *constants)):
+        one = partial(evaluate, op, backend, config=config, want_stats=want_stats)
+        places = [[None if x is None else 0 for x in tensors] for tensors in (inputs, constants)]
+        return torch.func.vmap(one, tuple(map(tuple, places)))(tuple(inputs), tuple(constants))
     if compiling and _modes.traced_by_a_transform():
         # The operators have no rules for transforms of torch.func, which torch.compile takes through plain torch.
         if config.estimator == "reinforce":
@@ -39,7 +46,7 @@ def evaluate(
                 "differentiate it twice without notice; use estimator='dice'"
             )
         name = "reference"
-    call = _autograd.Call(op, name, config, want_stats)
+    call = _autograd.Call(op, name, config, want_stats, problems)
     if not row.differentiable and not compiling and _modes.transforms_active():
         return _autograd.drawn(call, inputs, constants), ()
     if name == "reference" and config.estimator != "reinforce":  # which plain torch would differentiate twice, wrongly
@@ -49,4 +56,4 @@ def evaluate(
     if not row.differentiable:
         return _autograd.run(call, [x.detach() for x in inputs], constants, needs=[False] * len(inputs))[0], ()
     value, stacked = _autograd.value(call, inputs, constants, compiling)
-    return value, stacked.unbind(0) if want_stats else ()
+    return value, stacked.unbind(1 if problems else 0) if want_stats else ()

@@ -117,11 +117,11 @@ def gradient(
     result: list[Any] = list(compute(missing)) if any(missing) else [None] * len(missing)
     for i, axis in enumerate(op.row_axis):
         if needs[i] and not missing[i]:
-            result[i] = known[i] * _along(cotangent, axis, inputs[i].ndim, lead)
+            result[i] = known[i] * along(cotangent, axis, inputs[i].ndim, lead)
     return result
 
 
-def _along(cotangent: Tensor, axis: int | None, ndim: int, lead: bool) -> Tensor:
+def along(cotangent: Tensor, axis: int | None, ndim: int, lead: bool) -> Tensor:
     """A cotangent () or (B,) to multiply a gradient with whose axis `axis` counts rows."""
     if cotangent.ndim == lead:
         return cotangent.reshape([-1] + [1] * (ndim - 1)) if lead else cotangent

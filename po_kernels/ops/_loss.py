@@ -111,24 +111,38 @@ _remembered = functools.lru_cache(maxsize=256, typed=True)(_options)
 
 
 def loss(
-    op: str, chosen: LossOptions, lead: Sequence[int], inputs: Sequence[Tensor], constants: Sequence[Tensor | None]
+    op: str,
+    chosen: LossOptions,
+    lead: Sequence[int],
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor | None],
+    batch: Sequence[int] = (),
 ) -> Tensor | tuple[Tensor, LossStats]:
-    """Runs op on flattened rows, whose leading dimensions were `lead`."""
+    """Runs op on flattened rows, whose leading dimensions were `lead`, of problems whose dimensions were `batch`."""
     config, return_stats, backend, coefficient = chosen
     weight = None if coefficient is None else _check.coefficient(op, coefficient, inputs[0])
-    value, stats = evaluate(op, backend, inputs, constants, config, return_stats)
+    value, stats = evaluate(op, backend, inputs, constants, config, return_stats, math.prod(batch) if batch else 0)
     if weight is not None:
-        value = value - weight * dispatch.entropy(OPS[op].Inputs(*inputs), config.reduction)
-    if config.reduction == "none":
-        value = _check.rows(value, *lead)
-        stats = tuple([_check.rows(column, *lead) for column in stats])
+
+        def entropy(*inputs: Tensor) -> Tensor:
+            return dispatch.entropy(OPS[op].Inputs(*inputs), config.reduction)
+
+        value = value - weight * (torch.func.vmap(entropy) if batch else entropy)(*inputs)
+    if config.reduction == "none" or batch:
+        shape = (*batch, *lead) if config.reduction == "none" else batch
+        value = _check.rows(value, *shape)
+        stats = tuple([_check.rows(column, *shape) for column in stats])
     return (value, LossStats(*stats)) if return_stats else value
 
 
-def seed(op: str, chosen: LossOptions, given: int | Tensor | None, stream: int) -> Tensor | None:
-    """The key of an estimator that draws samples."""
+def seed(
+    op: str, chosen: LossOptions, given: int | Tensor | None, stream: int, batch: Sequence[int] = ()
+) -> Tensor | None:
+    """The key of an estimator that draws samples, and of a batch of problems one for each."""
     if chosen.config.num_samples or given is not None or stream:
-        key = _check.seed_tensor(op, given, stream)
+        key = _check.seed_tensor(op, given, stream, batch)
+        if batch:
+            key = key.reshape(-1).expand(math.prod(batch))
         return key if chosen.config.num_samples else None
     return None
 

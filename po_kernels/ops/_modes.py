@@ -64,14 +64,20 @@ def may_call_directly(*tensors: Tensor | None) -> bool:
     """A kernel may be called without torch's dispatcher.
 
     No transform, mode or subclass of tensor is looking, and no tensor is one whose memory does not hold its values: a
-    zero without storage, as autograd hands out, or a view that is to be negated.
+    zero without storage, as autograd hands out, a view that is to be negated, or what a transform left behind.
     """
     if transforms_active() or _dispatch_modes():
         return False
-    for x in tensors:  # noqa: SIM110, a generator takes longer than all of it
-        if x is not None and (type(x) not in _ORDINARY or x._is_zerotensor() or x.is_neg()):
+    for x in tensors:  # a generator takes longer than all of it
+        if x is not None and (type(x) not in _ORDINARY or x._is_zerotensor() or x.is_neg() or _is_wrapped(x)):
             return False
     return True
+
+
+def applied(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """function.apply, without what it does for transforms where there is none: binding the arguments to a signature
+    takes longer than a small kernel does."""
+    return function.apply if transforms_active() else super(torch.autograd.Function, function).apply  # type: ignore
 
 
 def kept(x: Any) -> Any:

@@ -42,7 +42,7 @@ def categorical_sample(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_sample"
-    lead, logits = _policy(op, (), logits)
+    _, lead, logits = _policy(op, 0, (), logits)
     num_samples = _check.integer(op, "num_samples", num_samples, 1, _check.MOST_SAMPLES)
     config = OpConfig(num_samples=num_samples, row_offset=_check.integer(op, "row_offset", row_offset, 0))
     labels, _ = evaluate(op, backend, (logits,), (_check.seed_tensor(op, seed, stream),), config)
@@ -77,7 +77,7 @@ def categorical_log_prob(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_log_prob"
-    lead, logits = _policy(op, (), logits)
+    _, lead, logits = _policy(op, 0, (), logits)
     value = _check.integral(op, "value", value, logits)
     batch = _check.batch_before(op, "value", value, lead)
     value = value.reshape(math.prod(batch), logits.shape[0])
@@ -101,6 +101,7 @@ def categorical_policy_loss(
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
+    batch_dims: int = 0,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -118,7 +119,7 @@ def categorical_policy_loss(
         reward_table: R, (C, C): R[i, j] is the reward of answering i where the label is j.
         estimator: "exact", "dice" or "reinforce".
         rbf_gamma: replaces r by exp(rbf_gamma · r), for all estimators.
-        entropy_coef, num_samples, advantage, reduction, seed, stream, row_offset, return_stats, backend:
+        entropy_coef, num_samples, advantage, reduction, seed, stream, row_offset, batch_dims, return_stats, backend:
             as in `gaussian_policy_loss`.
 
     Returns:
@@ -133,13 +134,15 @@ def categorical_policy_loss(
     chosen = _loss.options(
         op, entropy_coef, estimator, num_samples, advantage, rbf_gamma, reduction, row_offset, return_stats, backend
     )
-    lead, logits, reward_table = _policy(op, ("reward_table",), logits, reward_table)
-    rows, classes = logits.shape
+    batch, lead, logits, reward_table = _policy(op, batch_dims, ("reward_table",), logits, reward_table)
+    *rows, classes = logits.shape
     target = _check.integral(op, "target", target, logits)
-    _check.has_shape(op, "target", target, lead)
-    _check.has_shape(op, "reward_table", reward_table, (classes, classes))
-    constants = (_check.rows(target, rows), _loss.seed(op, chosen, seed, stream))
-    return _loss.loss(op, chosen, lead, (logits, reward_table), constants)
+    _check.has_shape(op, "target", target, (*batch, *lead))
+    _check.has_shape(op, "reward_table", reward_table, (*batch, classes, classes))
+    if batch:
+        reward_table = _check.rows(reward_table, rows[0], classes, classes)
+    constants = (_check.rows(target, *rows), _loss.seed(op, chosen, seed, stream, batch))
+    return _loss.loss(op, chosen, lead, (logits, reward_table), constants, batch)
 
 
 def categorical_surrogate_loss(
@@ -173,7 +176,7 @@ def categorical_surrogate_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     op = "categorical_surrogate_loss"
-    lead, logits, rewards = _policy(op, ("rewards",), logits, rewards)
+    _, lead, logits, rewards = _policy(op, 0, ("rewards",), logits, rewards)
     samples = _check.integral(op, "samples", samples, logits)
     chosen, samples, rewards = _loss.surrogate(
         op, samples, rewards, lead, (), entropy_coef, estimator, advantage, rbf_gamma, reduction, return_stats, backend
@@ -181,10 +184,12 @@ def categorical_surrogate_loss(
     return _loss.loss(op, chosen, lead, (logits, rewards), (samples,))
 
 
-def _policy(op: str, names: Sequence[str], *tensors: Tensor) -> tuple[Any, ...]:
-    """The leading dimensions, logits (B, C), and the others as they are."""
+def _policy(op: str, batch_dims: int, names: Sequence[str], *tensors: Tensor) -> tuple[Any, ...]:
+    """The dimensions of problems, the leading ones of rows, logits (B, C), with an axis of problems ahead if there are
+    any, and the others as they are."""
     logits, *rest = _check.floating(op, ("logits", *names), *tensors)
     if logits.ndim < 1 or logits.shape[-1] < 1:
         raise ValueError(f"{op}: logits: expected shape (*, C) with C of at least 1, got {_check.shape_of(logits)}")
-    lead = logits.shape[:-1]
-    return lead, _check.rows(logits, math.prod(lead), logits.shape[-1]), *rest
+    batch, lead = _check.batch(op, batch_dims, "logits", logits), logits.shape[batch_dims:-1]
+    ahead = (math.prod(batch),) if batch else ()
+    return batch, lead, _check.rows(logits, *ahead, math.prod(lead), logits.shape[-1]), *rest

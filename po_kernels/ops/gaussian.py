@@ -94,6 +94,7 @@ def gaussian_policy_loss(
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
+    batch_dims: int = 0,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -127,11 +128,17 @@ def gaussian_policy_loss(
         seed: 64-bit seed, or an int64 scalar tensor; None draws one from torch's default CPU generator.
         stream: keeps apart what shares a seed, such as the two heads of a policy: other numbers for each stream.
         row_offset: number of the first row, for a shard of a larger batch.
+        batch_dims: how many dimensions of every tensor count problems, ahead of its others: with P for these, mean and
+            target (*P, *, D), log_std (*P, *, D) or (*P, D), precision a number, (*P), (*P, D) or (*P, D, D). A loss
+            is then one for each problem. All are one call of the native kernel, as under torch.func.vmap. What they
+            share can be expanded; rows are numbered anew in each; a seed is that of every problem, a tensor (*P) has
+            one for each, and None draws as many.
         return_stats: also return `LossStats`.
         backend: name of the backend; None for the first that can serve the call.
 
     Returns:
-        loss, () or (*) with reduction="none"; float32 for half-precision inputs. With return_stats, (loss, stats).
+        loss, () or (*) with reduction="none", and with batch_dims (*P) or (*P, *); float32 for half-precision inputs.
+        With return_stats, (loss, stats).
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range. Values of device tensors
@@ -139,8 +146,8 @@ def gaussian_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     return _gaussian_family.policy_loss(
-        _FAMILY, mean, log_std, target, precision, seed, stream, entropy_coef, estimator, num_samples, advantage,
-        rbf_gamma, reduction, row_offset, return_stats, backend,
+        _FAMILY, mean, log_std, target, precision, seed, stream, batch_dims, entropy_coef, estimator, num_samples,
+        advantage, rbf_gamma, reduction, row_offset, return_stats, backend,
     )  # fmt: skip
 
 

@@ -86,6 +86,7 @@ def mvn_policy_loss(
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
+    batch_dims: int = 0,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -105,8 +106,8 @@ def mvn_policy_loss(
         RuntimeError: the backend asked for cannot serve the call.
     """
     return _gaussian_family.policy_loss(
-        _FAMILY, mean, scale_tril, target, precision, seed, stream, entropy_coef, estimator, num_samples, advantage,
-        rbf_gamma, reduction, row_offset, return_stats, backend,
+        _FAMILY, mean, scale_tril, target, precision, seed, stream, batch_dims, entropy_coef, estimator, num_samples,
+        advantage, rbf_gamma, reduction, row_offset, return_stats, backend,
     )  # fmt: skip
 
 

@@ -416,3 +416,15 @@ def test_shapes_without_values(op):
     for name in list(case.tensors)[1:2]:
         with pytest.raises(TypeError, match=rf"^{op}: {name}: expected torch.float32"):
             replace(meta, tensors={**meta.tensors, name: meta.tensors[name].double()})(backend=None)
+
+
+@pytest.mark.parametrize("backend", serving("gaussian_log_prob"))
+def test_what_a_transform_left_behind(backend):
+    """A tensor that leaves a transform is a wrapper without memory: what it wraps stands in its place."""
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(torch.ones(3))
+    log_std = torch.zeros(3, requires_grad=True)
+    found = pk.gaussian_log_prob(left[0], log_std, torch.zeros(3), backend=backend)
+    right = pk.gaussian_log_prob(torch.ones(3), log_std, torch.zeros(3), backend=backend)
+    assert torch.equal(found, right)
+    assert torch.equal(torch.autograd.grad(found, log_std)[0], torch.autograd.grad(right, log_std)[0])

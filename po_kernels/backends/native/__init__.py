@@ -47,7 +47,8 @@ class _Kernel(Kernel):
         op = self.op.name
         arguments["threads"] = torch.get_num_threads()
         if "seed" in arguments:
-            arguments["seed"] = 0 if batch else int(arguments["seed"])
+            seed = request.constants.seed
+            arguments["seed"] = 0 if batch or seed is None else seed.item()
         samples = arguments.get("num_samples", 0)
         per_sample = max(arguments.get("dim", 1), arguments.get("classes", 1))
         try:

@@ -48,11 +48,11 @@ def stream_key(seed: Tensor, stream: int) -> Tensor:
     It is two words of Philox under the seed, at a counter that no sample has: its sample number is 2**32 - 1.
 
     Args:
-        seed: () int64.
+        seed: int64, each entry by itself.
         stream: from 1 to 2**63 - 1.
     """
     number: Any = seed
-    if not torch.compiler.is_compiling() and seed.device.type == "cpu":
+    if not seed.ndim and not torch.compiler.is_compiling() and seed.device.type == "cpu":
         # In integers of Python, of which a hundred operations take a few microseconds, if the number is at hand: that
         # of a fake tensor, or of one within a transform, is not.
         with contextlib.suppress(RuntimeError):

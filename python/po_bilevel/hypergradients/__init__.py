@@ -12,10 +12,11 @@ generators, which dropout draws from, are put back at each evaluation. docs/hype
 from .first_order import BOME, EvolutionStrategies, FiniteDifference, Penalty
 from .implicit import Dense, FixedPoint, Identity, ImplicitCG, Neumann, NormalCG, SingleLoop
 from .interface import Hypergradient, HypergradientMethod, Loss, Tensors
+from .sampled import FisherCG, MomentMatching, SampledObjective, completion_credit
 from .unrolled import Recompute, Truncated, Unrolled
 
 __all__ = [
-    "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FixedPoint", "Hypergradient", "HypergradientMethod",
-    "Identity", "ImplicitCG", "Loss", "Neumann", "NormalCG", "Penalty", "Recompute", "SingleLoop", "Tensors",
-    "Truncated", "Unrolled",
+    "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint", "Hypergradient",
+    "HypergradientMethod", "Identity", "ImplicitCG", "Loss", "MomentMatching", "Neumann", "NormalCG", "Penalty",
+    "Recompute", "SampledObjective", "SingleLoop", "Tensors", "Truncated", "Unrolled", "completion_credit",
 ]  # fmt: skip

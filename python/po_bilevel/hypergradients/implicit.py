@@ -37,7 +37,7 @@ class ImplicitCG(ImplicitMethod):
     tolerance: float = 1e-6
     max_iterations: int = 100
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         solution, residual = _begin(problem, problem.start(start), self.damping)
         goal = self.tolerance * problem.scale
         problems: list[str] = []
@@ -82,7 +82,7 @@ class NormalCG(ImplicitMethod):
     tolerance: float = 1e-6
     max_iterations: int = 100
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         def product(vector: Tensor) -> Tensor:
             image = problem.product(vector)
             problem.curvature.search(vector, image)
@@ -145,7 +145,7 @@ class Neumann(ImplicitMethod):
     damping: float = 0.0
     tolerance: float = 1e-2
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         solution, problems = _richardson(problem, None, self.damping, self.learning_rate, 0.0, self.terms)
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
@@ -167,7 +167,7 @@ class FixedPoint(ImplicitMethod):
     tolerance: float = 1e-6
     max_iterations: int = 1000
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         solution, problems = _richardson(
             problem, problem.start(start), self.damping, self.learning_rate, self.tolerance, self.max_iterations
         )
@@ -190,7 +190,7 @@ class Dense(ImplicitMethod):
     damping: float = 0.0
     max_size: int = 2000
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         size = problem.right.numel()
         if size > self.max_size:
             raise ValueError(
@@ -247,7 +247,7 @@ class Identity(ImplicitMethod):
 
     scale: float = 1.0
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         return problem.result(self.scale * problem.right, tolerance=None)
 
 
@@ -268,7 +268,7 @@ class SingleLoop(ImplicitMethod):
     learning_rate: float
     damping: float = 0.0
 
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         vector = problem.start(start)
         result = problem.result(
             torch.zeros_like(problem.right) if vector is None else vector, tolerance=None, next_step=self.learning_rate

@@ -59,8 +59,8 @@ class ImplicitMethod(Method):
     damping: float = 0.0
 
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
-        return self._solve(ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping), start)
+        return self.solve(ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping), start)
 
     @abstractmethod
-    def _solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         """The hypergradient from v."""

@@ -90,9 +90,14 @@ class ImplicitProblem:
     """
 
     def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
+        self.begin(outer_loss, theta, phi, damping)
+        self._inner, self._gradient, norm = _differentiable_gradient(inner_loss, self._theta, self._phi)
+        self._inner_norm: float | None = norm
+
+    def begin(self, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
+        """What does not depend on how the Hessian is come by."""
         self._theta, self._phi = theta, phi
         self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
-        self._inner, self._gradient, self._inner_norm = _differentiable_gradient(inner_loss, self._theta, self._phi)
         self._damping = damping
         right = flat(by_theta, self._theta)
         # A power of two changes no bit of what follows.
@@ -110,6 +115,17 @@ class ImplicitProblem:
         """H v, without damping, flat: (P,) -> (P,)."""
         self.num_products += 1
         return flat(_contract(self._gradient, self._theta, unflat(vector, self._theta)), self._theta)
+
+    def image_and_mixed(self, solution: Tensor) -> tuple[Tensor, Tensors]:
+        """H v, flat, and (∂²L/∂φ∂θ) v, by one backward pass."""
+        both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
+        self.num_products += 1
+        return flat(both[: len(self._theta)], self._theta), all_reached(both[len(self._theta) :])
+
+    def stationarity(self) -> tuple[float | None, tuple[str, ...]]:
+        """How far θ is from a minimum of L, and the problem if it is one."""
+        assert self._inner_norm is not None
+        return no_minimum(self._theta, self._inner_norm, self.curvature.most)
 
     def _rounding(self, solution: Tensor) -> float:
         """The relative residual that the rounding of one product leaves, with a few roundings for each entry."""
@@ -132,11 +148,7 @@ class ImplicitProblem:
                 need not be at a minimum.
             condition: of H + δI, if it is known.
         """
-        # One backward pass gives the mixed product and, for the residual, the Hessian product with the solution.
-        both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
-        self.num_products += 1
-        image = flat(both[: len(self._theta)], self._theta)
-        mixed = all_reached(both[len(self._theta) :])
+        image, mixed = self.image_and_mixed(solution)
         self.curvature.observe(solution, image)
         residual = self.right - image - self._damping * solution
         residual_norm = length(residual) / self.scale if self.scale > 0 else 0.0
@@ -151,7 +163,7 @@ class ImplicitProblem:
         stationarity: float | None = None
         far: tuple[str, ...] = ()
         if next_step is None and self.curvature.most > 0:
-            stationarity, far = no_minimum(self._theta, self._inner_norm, self.curvature.most)
+            stationarity, far = self.stationarity()
             found.extend(far)
         least = self.curvature.least
         if least is not None and least < 0:
