@@ -161,7 +161,7 @@ class Steps:
 
     def _has(self, name: str) -> bool:
         """Each parameter has a state of that name, and of its type and layout."""
-        pairs = [(p, self._optimizer.state[p].get(name)) for p in self._moved()]
+        pairs = [(p, self._optimizer.state.get(p, {}).get(name)) for p in self._moved()]
         return all(x is not None and x.dtype == p.dtype and x.shape == p.shape and x.is_contiguous() for p, x in pairs)
 
     def _state(self, name: str) -> list[Tensor | None]:

@@ -315,6 +315,9 @@ def test_classes_that_change_something_are_done_step_by_step():
     sharper.load_state_dict(policy.state_dict())
     torch.testing.assert_close(loss(sharper, data), 2 * loss(policy, data))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    adam = torch.optim.Adam(policy.parameters())
+    assert not native_steps(policy, Likelihood(loss), data, adam, None).ready()
+    assert not adam.state
     assert native_steps(policy, Likelihood(loss), data, optimizer, None) is not None
     assert native_steps(policy, Twice(loss), data, optimizer, None) is None
     with torch.inference_mode():
