@@ -183,6 +183,11 @@ def test_bad_input():
     call = lambda objective, phi=problem.phi: FisherCG()(objective, problem.outer, theta, phi)  # noqa: E731
     with pytest.raises(ValueError, match=r"log_prob: expected shape \(27, 1\)"):
         call(problem.objective(log_prob=problem.log_prob))
+    flat = torch.ones(len(STRINGS), dtype=torch.float64)
+    for name in ("weight", "reference"):
+        for method in (FisherCG(), MomentMatching()):
+            with pytest.raises(ValueError, match=rf"SampledObjective: {name}: expected shape \(27, 1\).*got \(27,\)"):
+                method(problem.objective(**{name: flat}), problem.outer, theta, problem.phi)
     with pytest.raises(ValueError, match=r"phi\[1\]: expected a tensor that"):
         call(problem.objective(), (*problem.phi, torch.ones(2, dtype=torch.float64, requires_grad=True)))
     with pytest.raises(NonFiniteError, match="hypergradient"):
