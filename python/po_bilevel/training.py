@@ -187,7 +187,7 @@ def train_ensemble(
     Where native calls serve, see `train`, a hundred steps of all policies are one call, whose threads share them out.
 
     Args:
-        policies: M, without a parameter in common.
+        policies: M, at least one, without a parameter in common.
         reward: r_φ, which stays as it is; None to train by likelihood.
         data: rows, those of all, or M of them.
         optimizers: M, of a policy's parameters each.
@@ -195,7 +195,7 @@ def train_ensemble(
         loss: `PolicyGradient()` with a reward, `NegativeLogLikelihood()` without, as it stands.
         batch_size, max_grad_norm: as in `train`.
         seed: of the first policy's batches and samples; the next has the next.
-        schedulers: M, but not `ReduceLROnPlateau`; None for none.
+        schedulers: M, or None for none; with `ReduceLROnPlateau` policies are trained one after another.
 
     Returns:
         each policy's loss at the start of the last step.
@@ -203,7 +203,19 @@ def train_ensemble(
     Raises:
         ValueError: numbers of policies, data, optimisers or schedulers that differ; as `train`.
         NonFiniteError: as `train`.
+        TypeError: a loss of the other kind.
+
+    Example:
+        >>> import torch
+        >>> from po_bilevel import Batch, LinearGaussian, train_ensemble
+        >>> policies = [LinearGaussian(3, 2) for _ in range(4)]
+        >>> data = Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> optimizers = [torch.optim.Adam(policy.parameters(), lr=1e-2) for policy in policies]
+        >>> len(train_ensemble(policies, None, data, optimizers, steps=20, batch_size=10))
+        4
     """
+    if not policies:
+        raise ValueError("policies: expected at least one, got none")
     several = [data] * len(policies) if isinstance(data, Batch) else list(data)
     plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)
     check_count("steps", steps, 0)

@@ -203,7 +203,7 @@ class FisherProblem(ImplicitProblem):
 
 
 class SampledMethod(Method):
-    """A method whose inner loss is a `SampledObjective`; `BilevelTrainer`, whose inner losses are not, cannot use it."""
+    """A method whose inner loss is a `SampledObjective`, which `BilevelTrainer` has not."""
 
     def __call__(
         self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
