@@ -28,7 +28,7 @@ PK_FN void add_product_tile(Strided<Element<P>> a, int64_t inner, const P* b, in
     P x[packs];
     unrolled<packs>([&](auto p) PK_LAMBDA { x[p] = b[k * b_row + p]; });
     unrolled<rows>([&](auto r) PK_LAMBDA {
-      const P factor = broadcast<P>(a.value[r * a.row + k * a.column]);
+      const P factor{a.value[r * a.row + k * a.column] - P{}.v};  // less zero, which is nothing to compute
       unrolled<packs>([&](auto p) PK_LAMBDA { sum[r][p] = sum[r][p] + factor * x[p]; });
     });
   }

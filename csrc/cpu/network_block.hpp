@@ -95,6 +95,7 @@ class Block {
   }
 
   void load_inputs(const Layer& layer, int64_t columns) {
+    if (columns == 0) return;
     const T* inputs = static_cast<const T*>(call_.inputs);
     const int64_t row_packs = packs_of<P>(columns);
     if constexpr (is_dual<V>) {

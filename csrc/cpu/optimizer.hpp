@@ -14,7 +14,8 @@ inline namespace PK_LEVEL {
 template <class T, class Body, class... Arrays>
 void over_packs(int64_t count, Body body, Arrays*... arrays) {
   constexpr int64_t width = LaneTraits<Lanes<T>>::width;
-  const auto some = [&](int64_t from, size_t bytes) {
+  // As many bytes as a constant, or a number, says: a constant number needs no call to be copied.
+  const auto some = [&](int64_t from, auto bytes) {
     const auto one = [&](auto&... packs) {
       (memcpy(&packs, arrays + from, bytes), ...);
       body(packs...);
@@ -24,7 +25,7 @@ void over_packs(int64_t count, Body body, Arrays*... arrays) {
     std::apply(one, packs);
   };
   int64_t i = 0;
-  for (; i + width <= count; i += width) some(i, sizeof(Lanes<T>));
+  for (; i + width <= count; i += width) some(i, std::integral_constant<size_t, sizeof(Lanes<T>)>());
   if (i < count) some(i, size_t(count - i) * sizeof(T));
 }
 

@@ -10,18 +10,22 @@ from .hypergradients import (
     Dense,
     EvolutionStrategies,
     FiniteDifference,
+    FisherCG,
     FixedPoint,
     Hypergradient,
     HypergradientMethod,
     Identity,
     ImplicitCG,
+    MomentMatching,
     Neumann,
     NormalCG,
     Penalty,
     Recompute,
+    SampledObjective,
     SingleLoop,
     Truncated,
     Unrolled,
+    completion_credit,
 )
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .optional import require
@@ -62,15 +66,16 @@ if TYPE_CHECKING:
 # The estimators are not among these: `from po_bilevel import *` has to work without scikit-learn.
 __all__ = [
     "BOME", "Batch", "BatchStream", "BilevelTrainer", "CategoricalPolicy", "ConditionalMLPReward", "CosineReward",
-    "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FixedPoint",
+    "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint",
     "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG",
     "LinearCategorical", "LinearFullGaussian", "LinearGaussian", "MLPCategorical", "MLPFullGaussian", "MLPGaussian",
-    "MLPReward", "MahalanobisReward", "MatrixReward", "MissingDependencyError", "NegativeLogLikelihood", "Neumann",
-    "NonFiniteError", "NormalCG", "OneHotMahalanobisReward", "OuterStep", "Penalty", "Policy", "PolicyGradient",
-    "PositivePrecision", "Recompute", "Reward", "SampledReward", "SingleLoop", "TableReward", "TabularReward",
-    "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases", "iterated_precision",
-    "marginal_covariance", "one_hot_table", "optimal_precision", "residual_covariance", "train", "train_ensemble",
-    "train_nll", "train_policy_gradient",
+    "MLPReward", "MahalanobisReward", "MatrixReward", "MissingDependencyError", "MomentMatching",
+    "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG", "OneHotMahalanobisReward", "OuterStep",
+    "Penalty", "Policy", "PolicyGradient", "PositivePrecision", "Recompute", "Reward", "SampledObjective",
+    "SampledReward", "SingleLoop", "TableReward", "TabularReward", "TensorBoard", "Truncated", "Unrolled",
+    "UsageError", "WeightsAndBiases", "completion_credit", "iterated_precision", "marginal_covariance",
+    "one_hot_table", "optimal_precision", "residual_covariance", "train", "train_ensemble", "train_nll",
+    "train_policy_gradient",
 ]  # fmt: skip
 
 

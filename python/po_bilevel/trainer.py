@@ -415,6 +415,10 @@ class BilevelTrainer:
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
         """The loss with θ and φ in place of the modules' own parameters, and copies in place of their buffers."""
+        own = (*_named(self.policy, self._theta), *_named(self.reward, self._phi))
+        buffers = any(True for module in (self.policy, self.reward) for _ in module.buffers())
+        if not buffers and all(value is parameter for value, parameter in zip((*theta, *phi), own, strict=True)):
+            return loss(*arguments)
         together = _Together(self.policy, self.reward, loss)
         values = {f"policy.{name}": value for name, value in zip(self._theta, theta, strict=True)}
         values |= {f"reward.{name}": value for name, value in zip(self._phi, phi, strict=True)}

@@ -237,17 +237,15 @@ class FisherCG(SampledMethod):
         max_iterations: of conjugate gradients.
 
     Example:
-        The best policy under r = φ, with β = 1, is softmax(φ): the hypergradient is that of −log softmax(φ)[0].
-
         >>> import torch
-        >>> phi = (torch.tensor([0.0, 1.0, 2.0], requires_grad=True),)
-        >>> theta = (phi[0].detach().clone().requires_grad_(),)
-        >>> log_prob = lambda theta: torch.log_softmax(theta[0], 0)[:, None]
-        >>> objective = SampledObjective(
-        ...     log_prob, lambda phi: phi[0][:, None], coefficient=1.0, advantage="none",
-        ...     weight=log_prob(theta).detach().exp())
-        >>> FisherCG()(objective, lambda theta, phi: -log_prob(theta)[0, 0], theta, phi).gradient
-        (tensor([-0.9100,  0.2447,  0.6652]),)
+        >>> logits, rewards = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+        >>> all_three = SampledObjective(
+        ...     lambda theta: theta[0].log_softmax(0)[:, None], lambda phi: phi[0][:, None], coefficient=1.0,
+        ...     advantage="none", weight=torch.full((3, 1), 1 / 3),
+        ... )
+        >>> outer = lambda theta, phi: -theta[0].log_softmax(0)[0]  # the first is in the data
+        >>> FisherCG()(all_three, outer, (logits,), (rewards,)).gradient
+        (tensor([-0.6667,  0.3333,  0.3333]),)
     """
 
     damping: float = 0.0
