@@ -187,7 +187,7 @@ def train_ensemble(
     Where native calls serve, see `train`, a hundred steps of all policies are one call, whose threads share them out.
 
     Args:
-        policies: M, at least one, without a parameter in common.
+        policies: M, without a parameter in common.
         reward: r_φ, which stays as it is; None to train by likelihood.
         data: rows, those of all, or M of them.
         optimizers: M, of a policy's parameters each.
@@ -214,8 +214,6 @@ def train_ensemble(
         >>> len(train_ensemble(policies, None, data, optimizers, steps=20, batch_size=10))
         4
     """
-    if not policies:
-        raise ValueError("policies: expected at least one, got none")
     several = [data] * len(policies) if isinstance(data, Batch) else list(data)
     plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)
     check_count("steps", steps, 0)

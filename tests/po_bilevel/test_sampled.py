@@ -116,7 +116,7 @@ def test_learned_reward_gets_to_its_optimum():
 
 @pytest.mark.parametrize("advantage", ["loo", "mean"])
 def test_samples_point_the_same_way(advantage):
-    """64 completions of each of 32 contexts, which are the same here: a cosine of 0.98."""
+    """64 completions of each of 32 contexts, which are the same here: a cosine of 0.994 to 1 over twenty seeds."""
     problem = Strings()
     theta, (right,) = problem.solution(), problem.exact()
     p = problem.log_prob(theta).detach().exp()
@@ -126,7 +126,7 @@ def test_samples_point_the_same_way(advantage):
     )
     result = FisherCG(damping=1e-4, max_iterations=300)(objective, problem.outer, theta, problem.phi)
     cosine = torch.nn.functional.cosine_similarity(result.gradient[0], right, dim=0)
-    assert cosine >= 0.98
+    assert cosine >= 0.99
     assert result.stationarity is None
 
 
