@@ -16,7 +16,7 @@ void parallel_for(int64_t count, int threads, Body&& body) {
   parallel_for(count, threads, [](void* context, int64_t i) { (*static_cast<Body*>(context))(i); }, &body);
 }
 
-// Memory aligned to 64, whose contents nothing says.
+// Memory aligned to 64, uninitialised.
 class Workspace {
  public:
   Workspace() = default;

@@ -19,7 +19,8 @@ _NUMBERS: dict[str, dict[str, int]] = {
 }
 
 
-# Made as the gradients are: what two ways of it bring into the caches is much of a small call's time.
+# What a loss of shape () is made like, by `empty_like` as its gradients are: a second way to make tensors takes up
+# caches, which is much of a small call's time.
 _SCALARS = {dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)}
 
 

@@ -119,11 +119,13 @@ def categorical_policy_loss(
         reward_table: R, (C, C): R[i, j] is the reward of answering i where the label is j.
         estimator: "exact", "dice" or "reinforce".
         rbf_gamma: replaces r by exp(rbf_gamma · r), for all estimators.
-        entropy_coef, num_samples, advantage, reduction, seed, stream, row_offset, batch_dims, return_stats, backend:
+        batch_dims: as in `gaussian_policy_loss`: logits (*P, *, C), target (*P, *), reward_table (*P, C, C).
+        entropy_coef, num_samples, advantage, reduction, seed, stream, row_offset, return_stats, backend:
             as in `gaussian_policy_loss`.
 
     Returns:
-        loss, () or (*) with reduction="none"; float32 for half-precision inputs. With return_stats, (loss, stats).
+        loss, () or (*) with reduction="none", and with batch_dims (*P) or (*P, *); float32 for half-precision inputs.
+        With return_stats, (loss, stats).
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range; a label out of range; a row

@@ -95,10 +95,12 @@ def mvn_policy_loss(
     Args:
         mean: (*, D), one policy a row, B rows in all.
         scale_tril: L, (*, D, D) or (D, D), lower triangular with a positive diagonal.
-        target, precision and all options: as in `gaussian_policy_loss`.
+        target, precision and all options: as in `gaussian_policy_loss`; with batch_dims scale_tril is (*P, *, D, D) or
+            (*P, D, D).
 
     Returns:
-        loss, () or (*) with reduction="none"; float32 for half-precision inputs. With return_stats, (loss, stats).
+        loss, () or (*) with reduction="none", and with batch_dims (*P) or (*P, *); float32 for half-precision inputs.
+        With return_stats, (loss, stats).
 
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range; L not triangular, or singular.

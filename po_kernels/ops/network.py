@@ -56,12 +56,14 @@ class NetworkSteps(NamedTuple):
 
     Attributes:
         rule: "adam", "adamw" or "sgd".
-        rates: the learning rate of each step.
+        rates: the learning rate of each step; as many steps are taken.
         moved: which of `Network.parameters` the optimiser moves.
         first, second: state of each parameter, in the order of `Network.parameters`: exp_avg and exp_avg_sq, or the
             momentum buffer; None for a parameter that stays as it is.
         steps_before: steps that the state has seen.
-        beta1, beta2, epsilon, momentum, dampening, nesterov, weight_decay: as the optimiser has them.
+        beta1, beta2, epsilon: of Adam and AdamW, whose own defaults are 0.9, 0.999 and 1e-8; there are none here.
+        momentum, dampening, nesterov: of SGD.
+        weight_decay: as the optimiser has it.
         max_norm: gradients longer than it are scaled to this Euclidean norm; 0 leaves them.
     """
 
@@ -86,6 +88,19 @@ def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Te
 
     They serve contiguous CPU tensors of one type, float32 or float64, that no transform, mode or subclass of torch is
     looking at, on the native backend.
+
+    Args:
+        network, inputs, target, reward: as in `network_policy_loss`.
+
+    Returns:
+        the reason in words, such as "autocast is on".
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> layer = torch.nn.Linear(3, 2)
+        >>> network = pk.Network("gaussian", "tanh", [(layer.weight, layer.bias)], [torch.zeros(2)])
+        >>> pk.network_refusal(network, torch.randn(5, 3), torch.randn(5, 2).double(), None)
+        'the targets are torch.float64'
     """
     parameters = [p for p in network.parameters() if p is not None]
     every = [inputs, *parameters, *([] if reward is None else [reward])]
@@ -229,9 +244,10 @@ class NetworkTask(NamedTuple):
     Attributes:
         network, inputs, target, reward: as in `network_policy_loss`.
         steps: the optimiser's rule, state and learning rates.
-        batch_rows: rows of each step's batch.
-        places: int64, where the rows of all batches stand, one batch after the other; None for all rows each time.
-        seeds: of each step.
+        batch_rows: how many rows each step's batch has; as many entries as there are steps, that is learning rates.
+        places: int64 (Σ batch_rows,), the rows of all batches by their number, one batch after the other; None for all
+            rows each time.
+        seeds: of the samples of each step; closed forms have no use for them.
     """
 
     network: Network
@@ -248,10 +264,10 @@ class NetworkStepped(NamedTuple):
     """What steps of one network's training gave.
 
     Attributes:
-        losses: before each step. There are fewer than steps if the native kernel refused a value in the batch after
-            them, such as a label out of range, which the policy loss of the network's outputs names.
+        losses: of each step's batch, before the step. There are fewer than steps if the native kernel refused a value
+            in the batch after them, such as a label out of range, which the policy loss of the network's outputs names.
         norms: of the gradient at each, before it was scaled, if asked for.
-        gradients: the last, scaled; None for a parameter that does not move.
+        gradients: of the last step, scaled, for each of `Network.parameters`; None for one that does not move.
     """
 
     losses: Sequence[float]
@@ -265,7 +281,8 @@ def network_policy_steps(
 ) -> list[NetworkStepped]:  # fmt: skip
     """Takes steps of optimisers under `network_policy_loss`, of one network or an ensemble, in one native call.
 
-    Parameters and states change in place. Networks share out the threads between them.
+    Parameters and states change in place, `steps_before` does not. Networks share out the threads between them. A
+    step's arithmetic is that of `torch.optim`, within rounding.
 
     Args:
         tasks: of each network; none has tensors in common with another but rows and reward.
@@ -276,6 +293,17 @@ def network_policy_steps(
         RuntimeError: `network_refusal` has a reason.
         TypeError, ValueError: no task; an option, as the policy losses; a state unlike its parameter; batches that do
             not fit together, or places outside the rows.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> layer, log_std = torch.nn.Linear(3, 2), torch.zeros(2)
+        >>> network = pk.Network("gaussian", "tanh", [(layer.weight, layer.bias)], [log_std])
+        >>> steps = pk.NetworkSteps("sgd", rates=[0.1] * 20, moved=[True] * 3)
+        >>> x, y = torch.randn(5, 3), torch.randn(5, 2)
+        >>> task = pk.NetworkTask(network, x, y, None, steps, batch_rows=[5] * 20, places=None, seeds=[0] * 20)
+        >>> [stepped] = pk.network_policy_steps([task])
+        >>> len(stepped.losses), stepped.losses[-1] < stepped.losses[0]
+        (20, True)
     """
     if not tasks:
         raise ValueError(f"{_STEPS}: tasks: expected at least one, got none")

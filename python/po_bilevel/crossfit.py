@@ -161,8 +161,12 @@ def mixed(logs: Tensor, shares: np.ndarray) -> Tensor:
 def shares_of(logs: Tensor, inside: Tensor, known: Sequence[float]) -> np.ndarray:
     """Shares (K,) of log-probabilities of the rows' labels (K, M, N) that make the rows inside each fold likeliest.
 
-    So many rows more, `known` (K,), all positive, which one of them only knows, keep its share above zero: nothing is
-    impossible that it holds possible, and few rows decide with caution.
+    Args:
+        logs: (K, M, N).
+        inside: (M, N), what of each row's weight is in each fold.
+        known: (K,), positive: counted beside the rows are so many whose label only that one of the K holds possible.
+            They keep its share above zero, so that nothing is impossible that it holds possible, and few rows decide
+            with caution.
     """
     used = inside > 0
     some, weight, more = logs[:, used], inside[used].numpy(), np.asarray(known)

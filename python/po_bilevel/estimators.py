@@ -100,6 +100,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     classes_: np.ndarray
     belief_share_: float
     likelihood_share_: float
+    # Trained by likelihood: a member for each fold while the shares are sought, then one on all rows.
     _likely: Policy
 
     def __init__(
@@ -150,22 +151,22 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
 
     def _refined(self, phi: Learned, folds: Members, rows: Rows, inside: Tensor) -> Learned:
         folds.train(phi)
-        found, shares = self._judged(phi, folds.policy, rows, inside)
+        diagonal_scores, shares = self._scores_and_shares(phi, folds.policy, rows, inside)
         self.belief_share_, self.likelihood_share_ = shares
         classes, total = len(self.classes_), float(rows.weight.sum())
         simple = self.reward == "auto" and isinstance(phi.reward, OneHotMahalanobisReward)
         if not simple or self.outer_steps == 0 or total < max(ROWS_A_CLASS * classes, ROWS_AN_ENTRY * classes**2):
             return phi
-        tried, policy = self.outer_losses_, copy.deepcopy(folds.policy.state_dict())
+        losses, policy = self.outer_losses_, copy.deepcopy(folds.policy.state_dict())
         table = copy.deepcopy(phi)
         table.reward = TableReward(cast(TabularReward, phi.reward).table().detach())
         # Numbers more gain half a nat each by chance.
         chance = 0.5 * max(1, classes * (classes - 2)) / total
         self._learn(table, folds, total, enough=max(OUTER_ENOUGH, 0.1 * chance))
-        self.outer_losses_ = tried + self.outer_losses_
+        self.outer_losses_ = losses + self.outer_losses_
         folds.train(table)
-        other, shares = self._judged(table, folds.policy, rows, inside)
-        gain = other - found
+        table_scores, shares = self._scores_and_shares(table, folds.policy, rows, inside)
+        gain = table_scores - diagonal_scores
         mean = float((inside * gain).sum()) / total
         error = math.sqrt(float((inside * (gain - mean).square()).sum())) / total
         if mean > max(SURE * error, chance):
@@ -174,15 +175,22 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         folds.policy.load_state_dict(policy)
         return phi
 
-    def _judged(self, phi: Learned, policy: Policy, rows: Rows, inside: Tensor) -> tuple[Tensor, tuple[float, float]]:
-        """Log-probabilities of the held-out rows by what the reward tells, and the shares of beliefs and likelihood."""
+    def _scores_and_shares(
+        self, phi: Learned, policy: Policy, rows: Rows, inside: Tensor
+    ) -> tuple[Tensor, tuple[float, float]]:  # fmt: skip
+        """Of the folds' policies under a reward.
+
+        Returns:
+            log-probabilities of the rows' labels (M, N) by the likeliest mixture of policy and beliefs, which judge the
+            reward without the share of likelihood; and the shares of beliefs and of likelihood in the mixture of three.
+        """
         with torch.no_grad():
             table = cast(TabularReward, phi.reward).table()
             logs = crossfit.answers(policy(rows.inputs), table, self._likely(rows.inputs))
             logs = logs.gather(-1, rows.target.expand(*logs.shape[:2], -1)[..., None])[..., 0]
-        told = crossfit.shares_of(logs[:2], inside, KNOWN[:2])
+        without_likelihood = crossfit.shares_of(logs[:2], inside, KNOWN[:2])
         _, belief, likely = crossfit.shares_of(logs, inside, KNOWN)
-        return crossfit.mixed(logs[:2], told), (float(belief), float(likely))
+        return crossfit.mixed(logs[:2], without_likelihood), (float(belief), float(likely))
 
     def _complete(self, rows: Rows) -> None:
         together, features = self._likely, rows.inputs.shape[1]
@@ -253,7 +261,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
                 break
         if self.outer_steps > 0:
             self.outer_losses_ = losses
-        _, (self.belief_share_, self.likelihood_share_) = self._judged(phi, policy, rows, inside)
+        _, (self.belief_share_, self.likelihood_share_) = self._scores_and_shares(phi, policy, rows, inside)
         together, self._likely = self._likely, self._policy(1, rows.inputs.shape[1], len(self.classes_), 0)
         crossfit.spread(together, self._likely)
         return phi

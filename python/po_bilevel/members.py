@@ -17,7 +17,7 @@ from .hypergradients import Tensors
 from .policies import Policy
 from .training import check_finite
 
-# Pairs of steps and gradients.
+# The most pairs of steps and gradients that L-BFGS keeps.
 HISTORY = 20
 # Halvings of a step, and what of a loss is rounding in single precision.
 TRIES, ROUNDED = 12, 1e-6
@@ -117,25 +117,26 @@ class Networks:
         network = network_of(policy)
 
         def evaluate(point: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+            """Of parameters (M, P): losses (M,), their gradients (M, P), and the loss of the rows inside the folds."""
             with torch.no_grad():
                 for parameter, part in zip(parameters, torch.from_numpy(point).split(sizes, dim=1), strict=True):
                     parameter.copy_(part.reshape(parameter.shape))
             with network.once(self._batch.inputs):
                 values = (self._share * loss(policy, self._batch)).sum(dim=1)
                 with torch.no_grad():
-                    judged = float((self._inside * self._held_out(policy, self._batch)).sum())
+                    held_out_loss = float((self._inside * self._held_out(policy, self._batch)).sum())
             values = values + 0.5 * l2 * self._by_total * network.squares()
             gradient = torch.autograd.grad(values.sum(), parameters)
-            return values.detach().numpy(), joined(gradient), judged
+            return values.detach().numpy(), joined(gradient), held_out_loss
 
         def joined(tensors: Sequence[Tensor]) -> np.ndarray:
             return torch.cat([tensor.detach().flatten(1) for tensor in tensors], dim=1).numpy()
 
-        point = best = joined(parameters)
-        value, slope, least = evaluate(point)
-        at = step = 0
+        point = best_point = joined(parameters)
+        value, slope, best_loss = evaluate(point)
+        best_step = step = 0
         curvature = crossfit.Curvature(1.0, HISTORY)
-        while step < self._most and step - at < PATIENCE and np.linalg.norm(slope) > self._tol:
+        while step < self._most and step - best_step < PATIENCE and np.linalg.norm(slope) > self._tol:
             check_finite("the loss", float(value.sum()))
             step += 1
             direction = -curvature.inverse_product(slope)
@@ -145,15 +146,15 @@ class Networks:
             rate = np.ones_like(value)
             for _ in range(TRIES):
                 tried = point + rate[:, None] * direction
-                tried_value, tried_slope, judged = evaluate(tried)
+                tried_value, tried_slope, held_out_loss = evaluate(tried)
                 worse = ~(tried_value <= value + 1e-4 * rate * descent + ROUNDED * np.abs(value))
                 if not worse.any():
                     break
                 rate[worse] *= 0.5
             curvature.add(tried - point, tried_slope - slope, rescale=True)
             point, value, slope = tried, tried_value, tried_slope
-            if judged < least - enough:
-                least, at, best = judged, step, point
-        evaluate(best)
+            if held_out_loss < best_loss - enough:
+                best_loss, best_step, best_point = held_out_loss, step, point
+        evaluate(best_point)
         self._policy.load_state_dict(policy.state_dict())
-        return least, step
+        return best_loss, step

@@ -43,7 +43,7 @@ class OuterStep:
         gradient_norm: ‖dF/dφ‖.
         residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
             `Hypergradient`.
-        native: the inner loop ran in native calls, see `train`.
+        native: the inner loop ran in native calls, see `train`, but for an optimiser's first step.
     """
 
     step: int
@@ -406,12 +406,14 @@ class BilevelTrainer:
             scheduler = self._inner_scheduler(self._optimizer)
         with under(self.reward, self._inner_loss) as loss:
             norm = self._loop["max_grad_norm"]
-            native = training.native_steps(self.policy, loss, self._inner_data, self._optimizer, norm) is not None
+            native = training.native_steps(self.policy, loss, self._inner_data, self._optimizer, norm)
+            # The first step is torch's where the optimiser has no state yet.
+            at_once = native is not None and native.ready()
             _, steps = train(
                 self.policy, loss, self._stream, self._optimizer, self._inner_steps, scheduler=scheduler,
                 **self._loop,  # type: ignore[arg-type]
             )  # fmt: skip
-        return steps, native
+        return steps, native is not None and native.ready() and (at_once or steps > 1)
 
     def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
         """The loss with θ and φ in place of the modules' own parameters, and copies in place of their buffers."""

@@ -199,7 +199,7 @@ def train_ensemble(
         loss: `PolicyGradient()` with a reward, `NegativeLogLikelihood()` without, as it stands.
         batch_size, max_grad_norm: as in `train`.
         seed: of the first policy's batches and samples; the next has the next.
-        schedulers: M, but not `ReduceLROnPlateau`; None for none.
+        schedulers: M, or None for none; with `ReduceLROnPlateau` policies are trained one after another.
 
     Returns:
         each policy's loss at the start of the last step.
@@ -208,6 +208,16 @@ def train_ensemble(
         ValueError: numbers of policies, data, optimisers or schedulers that differ; a parameter that is trained and
             that two policies have in common; as `train`.
         NonFiniteError: as `train`.
+        TypeError: a loss of the other kind.
+
+    Example:
+        >>> import torch
+        >>> from po_bilevel import Batch, LinearGaussian, train_ensemble
+        >>> policies = [LinearGaussian(3, 2) for _ in range(4)]
+        >>> data = Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> optimizers = [torch.optim.Adam(policy.parameters(), lr=1e-2) for policy in policies]
+        >>> len(train_ensemble(policies, None, data, optimizers, steps=20, batch_size=10))
+        4
     """
     several = [data] * len(policies) if isinstance(data, Batch) else list(data)
     plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)

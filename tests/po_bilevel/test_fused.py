@@ -193,6 +193,12 @@ def test_the_trainer_says_so(classes):
         close([one.inner_loss, one.outer_loss, one.gradient_norm], [two.inner_loss, two.outer_loss, two.gradient_norm])
 
 
+def test_the_first_step_of_an_optimiser_is_not_native(classes):
+    for keep, expected in ((True, [False, True, True]), (False, [False] * 3)):
+        trainer = bilevel(classes, inner_steps=1, inner_optimizer=torch.optim.Adam, keep_inner_state=keep)
+        assert [step.native for step in trainer.fit(3)] == expected
+
+
 def test_what_native_calls_do_not_do_is_done_step_by_step():
     base = Loop(0)
     assert base.native()

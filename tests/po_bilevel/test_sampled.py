@@ -116,7 +116,7 @@ def test_learned_reward_gets_to_its_optimum():
 
 @pytest.mark.parametrize("advantage", ["loo", "mean"])
 def test_samples_point_the_same_way(advantage):
-    """64 completions of each of 32 contexts, which are the same here: a cosine of 0.98."""
+    """64 completions of each of 32 contexts, which are the same here: a cosine of 0.994 to 1 over twenty seeds."""
     problem = Strings()
     theta, (right,) = problem.solution(), problem.exact()
     p = problem.log_prob(theta).detach().exp()
@@ -126,7 +126,7 @@ def test_samples_point_the_same_way(advantage):
     )
     result = FisherCG(damping=1e-4, max_iterations=300)(objective, problem.outer, theta, problem.phi)
     cosine = torch.nn.functional.cosine_similarity(result.gradient[0], right, dim=0)
-    assert cosine >= 0.98
+    assert cosine >= 0.99
     assert result.stationarity is None
 
 
@@ -183,6 +183,11 @@ def test_bad_input():
     call = lambda objective, phi=problem.phi: FisherCG()(objective, problem.outer, theta, phi)  # noqa: E731
     with pytest.raises(ValueError, match=r"log_prob: expected shape \(27, 1\)"):
         call(problem.objective(log_prob=problem.log_prob))
+    flat = torch.ones(len(STRINGS), dtype=torch.float64)
+    for name in ("weight", "reference"):
+        for method in (FisherCG(), MomentMatching()):
+            with pytest.raises(ValueError, match=rf"SampledObjective: {name}: expected shape \(27, 1\).*got \(27,\)"):
+                method(problem.objective(**{name: flat}), problem.outer, theta, problem.phi)
     with pytest.raises(ValueError, match=r"phi\[1\]: expected a tensor that"):
         call(problem.objective(), (*problem.phi, torch.ones(2, dtype=torch.float64, requires_grad=True)))
     with pytest.raises(NonFiniteError, match="hypergradient"):

@@ -7,7 +7,8 @@ problem max_θ E[r_φ] − β KL(p_θ ‖ p_0), or with β H(p_θ),
 
 for H = β · Fisher at the inner optimum where the policy can represent it, and is positive semi-definite elsewhere. A
 product is a derivative of the log-probabilities along a direction and one backward pass, so that networks whose second
-derivative is missing or dear, such as transformers with fused attention, serve.
+derivative is missing or dear, such as transformers with fused attention, serve. The first equation is implicit
+differentiation; the Fisher matrix stands for the Hessian as in natural gradients (Amari 1998).
 """
 
 import dataclasses
@@ -59,7 +60,8 @@ class SampledObjective:
 
     Raises:
         ValueError: standardised advantages, which erase the scale of a reward that is to be learned; or a weight with a
-            baseline; a coefficient that is not positive.
+            baseline; a coefficient that is not positive; when it is called, weights or a reference of another shape
+            than the completions.
     """
 
     log_prob: Callable[[Tensors], Tensor]
@@ -84,13 +86,27 @@ class SampledObjective:
             raise ValueError(f"SampledObjective: advantage: expected 'none' with a weight, got {self.advantage!r}")
 
     def weights(self, like: Tensor) -> Tensor:
-        """(G, *)."""
-        return torch.full_like(like, 1.0 / like.numel()) if self.weight is None else self.weight.to(like)
+        """Of completions whose log-probabilities or rewards are `like`, (G, *)."""
+        if self.weight is None:
+            return torch.full_like(like, 1.0 / like.numel())
+        return self._of_shape("weight", self.weight, like).to(like)
+
+    @staticmethod
+    def _of_shape(name: str, given: Tensor, like: Tensor) -> Tensor:
+        """Refuses what would be broadcast: (G,) beside (G, 1) is a matrix."""
+        if given.shape != like.shape:
+            raise ValueError(
+                f"SampledObjective: {name}: expected shape {tuple(like.shape)} like the completions, got "
+                f"{tuple(given.shape)}"
+            )
+        return given
 
     def __call__(self, theta: Tensors, phi: Tensors) -> Tensor:
         """L = −Σ w (r − β log p_θ/p_0), without the derivative that it would have through the samples."""
         with torch.no_grad():
-            ratio = self.log_prob(theta) - (0.0 if self.reference is None else self.reference)
+            ratio = self.log_prob(theta)
+            if self.reference is not None:
+                ratio = ratio - self._of_shape("reference", self.reference, ratio)
             return -(self.weights(ratio) * (self.reward(phi) - self.coefficient * ratio)).sum()
 
 
@@ -187,7 +203,7 @@ class FisherProblem(ImplicitProblem):
 
 
 class SampledMethod(Method):
-    """A method whose inner loss is a `SampledObjective`."""
+    """A method whose inner loss is a `SampledObjective`, which `BilevelTrainer` has not."""
 
     def __call__(
         self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
@@ -251,7 +267,7 @@ class MomentMatching(SampledMethod):
 
     For an outer loss that is the negative log-likelihood of the data whose rewards `SampledObjective.data_reward` has,
     and an inner problem that has been solved by a policy that can represent its optimum p ∝ p_0 exp(r/β): the gradient
-    of an energy-based model's likelihood.
+    of an energy-based model's likelihood (Ackley, Hinton and Sejnowski 1985).
     """
 
     def _at(self, inner_loss: Any, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
