@@ -124,6 +124,7 @@ def first_order_only() -> dict[str, str]:
 plain = reference.evaluate
 entropy = reference.entropy
 refuse_values = checks.values
+refuse_precision = checks.precision
 is_true = checks.is_true
 stream_key = philox.stream_key
 

@@ -1,7 +1,15 @@
-"""Pages of docs/ that are written by scripts say what the scripts find."""
+"""Pages of docs/ that are written by scripts say what the scripts find, and examples in docstrings what they print."""
 
+import doctest
+import importlib
+import pkgutil
 from pathlib import Path
 
+import po_bilevel
+import pytest
+import torch
+
+import po_kernels
 from tests import derivative_table
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -9,3 +17,21 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 def test_the_derivative_table_is_what_the_operations_do():
     assert (DOCS / "derivatives.md").read_text() == derivative_table.table()
+
+
+def modules():
+    """Those that import nothing which may be missing."""
+    for package in (po_kernels.ops, po_bilevel, po_bilevel.hypergradients):
+        for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            if not module.ispkg and module.name != "po_bilevel.__main__":
+                yield module.name
+
+
+@pytest.mark.parametrize("name", list(modules()))
+def test_examples_in_docstrings(name):
+    torch.manual_seed(0)
+    module = importlib.import_module(name)
+    # Public names and those of the module itself are there, as for whoever reads them.
+    names = vars(po_kernels) | vars(po_bilevel) | vars(module) | {"torch": torch, "pk": po_kernels}
+    failed, _ = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0

@@ -6,22 +6,22 @@ calls, not into arithmetic. They serve float32 and float64 on the CPU, and `netw
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..backends.contract import OpConfig
-from . import _check, _loss, _modes
+from . import _check, _modes
+from ._network import OP, Loss, Problem, room
 
 __all__ = [
-    "Network", "NetworkStepped", "NetworkSteps", "NetworkTask", "network_policy_loss", "network_policy_steps",
+    "Network", "NetworkResult", "NetworkSteps", "NetworkTask", "network_policy_loss", "network_policy_steps",
     "network_refusal",
 ]  # fmt: skip
 
 Layer = tuple[Tensor, Tensor | None]
-_OP, _STEPS = "network_policy_loss", "network_policy_steps"
+_STEPS = "network_policy_steps"
 
 
 class Network(NamedTuple):
@@ -108,7 +108,7 @@ def network_refusal(network: Network, inputs: Tensor, target: Tensor, reward: Te
         return "a compiler traces it"
     if not _modes.may_call_directly(target, *every) or _modes.in_forward_mode():
         return "a transform or a mode of torch looks at it"
-    _, backend = dispatch.requested(_OP, None)
+    _, backend = dispatch.requested(OP, None)
     if backend not in (None, "native"):
         return f"backend {backend!r} was asked for"
     reason = dispatch.refusal("gaussian_policy_loss", "native", inputs.device.type, inputs.dtype)
@@ -157,49 +157,11 @@ def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor | No
     return None if reward is None or tuple(reward.shape) in shapes else f"the reward has shape {tuple(reward.shape)}"
 
 
-class _Problem:
-    """What all calls on a network have in common."""
-
-    def __init__(
-        self, network: Network, inputs: Tensor, target: Tensor, l2: float, estimator: str | None,
-        num_samples: int | None, advantage: str, rbf_gamma: float | None, entropy_coef: float,
-    ) -> None:  # fmt: skip
-        native = dispatch.module("native").network
-        op = f"{network.head}_policy_loss"
-        if estimator is None:
-            estimator = "exact" if network.head == "categorical" else "analytic"
-        coefficient = _check.real(op, "entropy_coef", entropy_coef)
-        self.config: OpConfig = _loss.options(
-            op, coefficient, estimator, num_samples, advantage, rbf_gamma, "mean", 0, False, None
-        ).config
-        spread = "triangular" if network.head == "mvn" else "log_std" if network.bounds is None else "bounded"
-        self.shape = native.Shape(
-            network.head, network.activation, spread, _widths(network.layers), _widths(network.spread_layers),
-            network.bounds or (0.0, 0.0),
-        )  # fmt: skip
-        self.inputs, self.target, self.l2 = inputs, target, l2
-
-    def prepared(self, reward: Tensor | None, batches: Any, **tensors: Any) -> Any:
-        return dispatch.module("native").network.prepared(
-            self.shape, self.inputs, self.target, reward, self.config, self.l2, batches, **tensors
-        )
-
-    def run(self, reward: Tensor | None, seed: int, **tensors: Any) -> Sequence[float]:
-        """The loss of all rows, if nothing is refused."""
-        native = dispatch.module("native").network
-        batches = native.Batches((len(self.inputs),), None, (seed,))
-        return native.run([self.prepared(reward, batches, **tensors)])[0].losses
-
-
-def _widths(layers: Sequence[Layer]) -> tuple[int, ...]:
-    return (layers[0][0].shape[1], *(len(weight) for weight, _ in layers)) if layers else ()
-
-
 def network_policy_loss(
     network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None, *, entropy_coef: float = 0.0,
     estimator: str | None = None, num_samples: int | None = None, advantage: str = "loo",
     rbf_gamma: float | None = None, l2: float = 0.0, seed: int | Tensor | None = None,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """The policy loss of a network's outputs, (), a mean over rows and observations, plus (l2/2) ‖parameters‖².
 
     Equal, within rounding, to `gaussian_policy_loss`, `mvn_policy_loss` or `categorical_policy_loss` of what the layers
@@ -216,12 +178,11 @@ def network_policy_loss(
         l2: strength of the penalty on all parameters.
 
     Returns:
-        the loss; or None if the native kernel refuses a value, such as a label out of range, which the ops of the
-        outputs name.
+        the loss.
 
     Raises:
         RuntimeError: `network_refusal` has a reason, or a third derivative was asked for.
-        ValueError: an option, as the policy losses.
+        ValueError: an option or a value, as the policy losses; an option but l2 without a reward.
 
     Example:
         >>> import torch, po_kernels as pk
@@ -231,11 +192,13 @@ def network_policy_loss(
         >>> layer.weight.grad.shape
         torch.Size([2, 3])
     """
-    _serve(_OP, network, inputs, target, reward)
+    _serve(OP, network, inputs, target, reward)
     inputs, target, reward = map(_modes.kept, (inputs, target, reward))
-    problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
-    key = int(_check.seed_tensor(_OP, seed, 0)) if problem.config.num_samples else 0
-    return _Loss.apply(problem, key, torch.is_grad_enabled(), reward, *network.parameters())
+    problem = Problem(
+        network, inputs, target, reward, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef
+    )  # fmt: skip
+    key = int(_check.seed_tensor(OP, seed, 0)) if problem.config.num_samples else 0
+    return Loss.apply(problem, key, torch.is_grad_enabled(), reward, *network.parameters())
 
 
 class NetworkTask(NamedTuple):
@@ -260,7 +223,7 @@ class NetworkTask(NamedTuple):
     seeds: Sequence[int]
 
 
-class NetworkStepped(NamedTuple):
+class NetworkResult(NamedTuple):
     """What steps of one network's training gave.
 
     Attributes:
@@ -278,7 +241,7 @@ class NetworkStepped(NamedTuple):
 def network_policy_steps(
     tasks: Sequence[NetworkTask], *, norms: bool = False, entropy_coef: float = 0.0, estimator: str | None = None,
     num_samples: int | None = None, advantage: str = "loo", rbf_gamma: float | None = None, l2: float = 0.0,
-) -> list[NetworkStepped]:  # fmt: skip
+) -> list[NetworkResult]:  # fmt: skip
     """Takes steps of optimisers under `network_policy_loss`, of one network or an ensemble, in one native call.
 
     Parameters and states change in place, `steps_before` does not. Networks share out the threads between them. A
@@ -311,11 +274,13 @@ def network_policy_steps(
     problems, every, changed = [], [], []
     for network, inputs, target, reward, steps, batch_rows, places, seeds in tasks:
         _serve(_STEPS, network, inputs, target, reward)
-        problem = _Problem(network, inputs, target, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef)
+        problem = Problem(
+            network, inputs, target, reward, l2, estimator, num_samples, advantage, rbf_gamma, entropy_coef
+        )  # fmt: skip
         parameters = [None if p is None else p.detach() for p in network.parameters()]
         _check_steps(steps, network.parameters())
         _check_batches(len(inputs), len(steps.rates), batch_rows, places, seeds)
-        every.append(_room(parameters, steps.moved))
+        every.append(room(parameters, steps.moved))
         rule = steps._asdict() | {"rule": native.RULES[steps.rule]}
         del rule["moved"]
         problems.append(problem.prepared(
@@ -327,7 +292,7 @@ def network_policy_steps(
         changed += [x for xs in states for x, moved in zip(xs, steps.moved, strict=False) if moved and x is not None]
     found = native.run(problems)
     torch.autograd.graph.increment_version(changed)
-    return [NetworkStepped(each.losses, each.norms, gradients) for each, gradients in zip(found, every, strict=True)]
+    return [NetworkResult(each.losses, each.norms, gradients) for each, gradients in zip(found, every, strict=True)]
 
 
 def _check_steps(steps: NetworkSteps, parameters: Sequence[Tensor | None]) -> None:
@@ -387,82 +352,12 @@ def _check_batches(
 
 
 def _serve(op: str, network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None) -> None:
+    for name, x in {"inputs": inputs, "target": target, "reward": reward}.items():
+        if not isinstance(x, Tensor) and not (x is None and name == "reward"):
+            raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
+    _check.choice(op, "head", network.head, ("gaussian", "mvn", "categorical"))
+    _check.choice(op, "activation", network.activation, ("tanh", "relu", "gelu", "gelu_tanh"))
     reason = network_refusal(network, inputs, target, reward)
     if reason is not None:
         raise RuntimeError(f"{op}: {reason}; use the policy loss of the network's outputs")
     dispatch.serve_natively(op, "cpu", inputs.dtype)
-
-
-class _Loss(torch.autograd.Function):
-    """The loss, and with it the gradients of all that needs one."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: _Problem, seed: int, recorded: bool, reward: Tensor | None, *parameters: Tensor | None
-    ) -> Tensor | None:  # fmt: skip
-        reward_wanted, *wanted = (recorded and needed for needed in ctx.needs_input_grad[3:])
-        gradients = _room(parameters, wanted)
-        by_reward = torch.empty_like(reward) if reward is not None and reward_wanted else None
-        losses = problem.run(reward, seed, values=parameters, gradients=gradients, reward_gradient=by_reward)
-        if not losses:
-            return None
-        ctx.problem, ctx.seed, ctx.gradients = problem, seed, [by_reward, *gradients]
-        # Inputs and targets, for autograd to refuse to go on once they have changed.
-        ctx.save_for_backward(problem.inputs, problem.target, reward, *parameters)
-        return problem.inputs.new_tensor(losses[0])
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Any:
-        # Linear in the cotangent, of which there may be a batch.
-        if not torch.is_grad_enabled() and not _modes.in_forward_mode():
-            return None, None, None, *_scaled(ctx.gradients, cotangent)
-        _, _, *tensors = ctx.saved_tensors
-        return None, None, None, *_Gradient.apply(ctx.problem, ctx.seed, ctx.gradients, cotangent, *tensors)
-
-
-class _Gradient(torch.autograd.Function):
-    """The gradients of a loss, whose derivative is a product with its Hessian."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, problem: _Problem, seed: int, gradients: list[Tensor | None], cotangent: Tensor, *tensors: Tensor
-    ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        ctx.problem, ctx.seed, ctx.gradients = problem, seed, gradients
-        ctx.save_for_backward(problem.inputs, problem.target, cotangent, *tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(_scaled(gradients, cotangent))
-
-    @staticmethod
-    def backward(ctx: Any, *vectors: Tensor | None) -> Any:
-        if _modes.is_differentiated() or any(v is not None and _modes.is_legacy_batch(v) for v in vectors):
-            raise RuntimeError(
-                f"{_OP}: a third derivative, or a batch of second ones, was asked for; take the loss within "
-                "po_kernels.use_backend('reference')"
-            )
-        if ctx.problem.config.estimator == "reinforce":
-            raise RuntimeError(
-                f"{_OP}: estimator='reinforce' has no second derivative: that of its surrogate is wrong; use 'dice'"
-            )
-        _, _, cotangent, reward, *parameters = ctx.saved_tensors
-        vectors = tuple(None if (x := _modes.resolved(v)) is None else x.contiguous() for v in vectors)
-        wanted = ctx.needs_input_grad[4:]
-        products = _room((reward, *parameters), wanted)
-        ctx.problem.run(
-            reward, ctx.seed, values=parameters, gradients=products[1:], tangents=vectors[1:],
-            reward_gradient=products[0], reward_tangent=vectors[0],
-        )  # fmt: skip
-        along = None
-        if ctx.needs_input_grad[3]:
-            pairs = [(g, v) for g, v in zip(ctx.gradients, vectors, strict=True) if g is not None and v is not None]
-            along = sum(((g * v).sum() for g, v in pairs), start=torch.zeros_like(cotangent))
-        return None, None, None, along, *_scaled(products, cotangent)
-
-
-def _room(tensors: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """A tensor like each that is wanted."""
-    return [torch.empty_like(x) if x is not None and w else None for x, w in zip(tensors, wanted, strict=True)]
-
-
-def _scaled(gradients: Sequence[Tensor | None], by: Tensor) -> list[Tensor | None]:
-    """New tensors, which whoever gets them may change, and to which autograd may give a history."""
-    return [None if g is None else g * by for g in gradients]

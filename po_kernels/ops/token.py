@@ -71,7 +71,7 @@ def token_log_prob(
         >>> import po_kernels as pk
         >>> logits = torch.tensor([[0.0, 1.0, float("-inf")]], requires_grad=True)
         >>> found = pk.token_log_prob(logits, torch.tensor([1]), entropy=True)
-        >>> [round(float(x), 4) for x in found[:2]]
+        >>> [round(x.item(), 4) for x in found[:2]]
         [-0.3133, 0.5822]
     """
     op = "token_log_prob"

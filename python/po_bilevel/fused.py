@@ -137,7 +137,7 @@ class Steps:
     @staticmethod
     def take(
         each: Sequence["tuple[Steps, Sequence[float], Sequence[int], Tensor | None, Sequence[int]]"], *, norms: bool
-    ) -> list[pk.NetworkStepped]:  # fmt: skip
+    ) -> list[pk.NetworkResult]:  # fmt: skip
         """Takes the steps of several under one loss in one native call.
 
         Args:

@@ -232,8 +232,10 @@ def train_ensemble(
     streams = [BatchStream(each, batch_size, seed + number) for number, each in enumerate(several)]
     with contextlib.ExitStack() as stack:
         objective: Callable[[Policy, Batch, int], Tensor]
-        if isinstance(loss, PolicyGradient if reward is None else NegativeLogLikelihood):
-            raise TypeError(f"loss: expected one for reward={type(reward).__name__}, got {type(loss).__name__}")
+        kind = NegativeLogLikelihood if reward is None else PolicyGradient
+        if loss is not None and not isinstance(loss, kind):
+            with_reward = "without a reward" if reward is None else "with a reward"
+            raise TypeError(f"loss: expected a {kind.__name__} {with_reward}, got {type(loss).__name__}")
         if reward is None:
             objective = Likelihood(cast(NegativeLogLikelihood, loss or NegativeLogLikelihood()))
         else:

@@ -407,7 +407,7 @@ def test_ensembles_refuse_what_does_not_fit():
         train_ensemble(policies, None, [data] * 3, optimizers, 3)
     with pytest.raises(ValueError, match="steps: expected an integer"):
         train_ensemble(policies, None, data, optimizers, -1)
-    with pytest.raises(TypeError, match="loss: expected one for reward=NoneType, got PolicyGradient"):
+    with pytest.raises(TypeError, match="loss: expected a NegativeLogLikelihood without a reward, got PolicyGradient"):
         train_ensemble(policies, None, data, optimizers, 3, loss=PolicyGradient())
     with pytest.raises(ValueError, match="policies: expected parameters of their own"):
         train_ensemble(policies[:1] * 2, None, data, optimizers[:1] * 2, 3)
