@@ -53,6 +53,16 @@ class Policy(nn.Module, ABC):
             ValueError: a closed form asked for with a reward that has to be sampled.
         """
 
+    def sample(self, inputs: Tensor, shape: Sequence[int], *, seed: int | None = None) -> Tensor:
+        """Constant samples (*shape, *, ...) for the rows of inputs (*, in_features).
+
+        `log_prob` takes them with the dimensions of shape as one.
+
+        Raises:
+            NotImplementedError: a policy of another family, which says nothing of how to sample it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no sample, which methods that score samples need")
+
     def fused_network(self) -> pk.Network | None:
         """The policy as `po_kernels` trains it in native calls; None of one whose forward is not known to be such."""
         return None
@@ -75,6 +85,12 @@ class _Gaussian(Policy):
     def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Joint log-density of target (*, D) or (R, *, D), a sum over dimensions, (*) or (R, *)."""
         return self._ops.log_prob(*self(inputs), target)
+
+    def sample(self, inputs: Tensor, shape: Sequence[int], *, seed: int | None = None) -> Tensor:
+        """See `Policy.sample`; (*shape, *, D)."""
+        with torch.no_grad():
+            mean, spread = self(inputs)
+            return self._ops.sample(mean, spread, math.prod(shape), seed=seed).unflatten(0, tuple(shape))
 
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
         """See `Policy.policy_loss`; target is (*, D) or (R, *, D), the reward a `MatrixReward` or a `SampledReward`."""
@@ -275,6 +291,11 @@ class CategoricalPolicy(Policy):
     def log_prob(self, inputs: Tensor, target: Tensor) -> Tensor:
         """Log-probability of the integer labels target (*) or (R, *), of its shape."""
         return pk.categorical_log_prob(self(inputs), target)
+
+    def sample(self, inputs: Tensor, shape: Sequence[int], *, seed: int | None = None) -> Tensor:
+        """See `Policy.sample`; labels (*shape, *)."""
+        with torch.no_grad():
+            return pk.categorical_sample(self(inputs), math.prod(shape), seed=seed).unflatten(0, tuple(shape))
 
     def policy_loss(self, inputs: Tensor, target: Tensor, reward: nn.Module, **options: Any) -> Tensor:
         """See `Policy.policy_loss`; target is (*) or (R, *) integer labels, the reward a `TabularReward` or a

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from . import checkpoints, fingerprints, training
 from .errors import NonFiniteError, UsageError
 from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
+from .hypergradients.sampled import SampledMethod
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
+from .objectives import sampled_objective
 from .policies import Policy
 from .rewards import Reward, diagonal
 from .threads import threads_for
@@ -361,7 +363,13 @@ class BilevelTrainer:
             with _evaluating(self.policy):
                 return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
 
-        result = self._hypergradient(inner, outer, theta, _named(self.reward, self._phi), start=self._solution)
+        phi = _named(self.reward, self._phi)
+        problem: Any = inner
+        if isinstance(self._hypergradient, SampledMethod):
+            problem = sampled_objective(
+                self.policy, self.reward, self._inner_loss, batch, seed, self._substituted, theta, phi
+            )
+        result = self._hypergradient(problem, outer, theta, phi, start=self._solution)
         if result.theta is not None:
             with torch.no_grad():
                 for parameter, value in zip(theta, result.theta, strict=True):

@@ -5,7 +5,18 @@ import itertools
 
 import pytest
 import torch
-from po_bilevel import NonFiniteError
+from po_bilevel import (
+    Batch,
+    BilevelTrainer,
+    ImplicitCG,
+    LinearCategorical,
+    LinearFullGaussian,
+    LinearGaussian,
+    MahalanobisReward,
+    NonFiniteError,
+    OneHotMahalanobisReward,
+    PolicyGradient,
+)
 from po_bilevel.hypergradients import (
     Dense,
     FisherCG,
@@ -192,3 +203,58 @@ def test_bad_input():
         call(problem.objective(), (*problem.phi, torch.ones(2, dtype=torch.float64, requires_grad=True)))
     with pytest.raises(NonFiniteError, match="hypergradient"):
         call(problem.objective(reward=lambda phi: problem.reward(phi)[:, None] * torch.inf))
+
+
+def trainer(kind, method, **options):
+    """Two hundred rows, a policy at its optimum under the first reward, with the closed form or 64 samples a row."""
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    x, weight = normal(200, 3), normal(3, 4)
+    torch.manual_seed(0)
+    if kind == "categorical":
+        policy, reward = LinearCategorical(3, 4), OneHotMahalanobisReward(4, "diagonal", 2.0)
+        y = (x @ weight + normal(200, 4)).argmax(1)
+    else:
+        make = LinearGaussian if kind == "gaussian" else LinearFullGaussian
+        policy, reward = make(3, 4), MahalanobisReward(4, "diagonal")
+        y = x @ weight + torch.tensor([0.5, 0.7, 0.8, 1.0]) * normal(3, 200, 4)
+    data = Batch(x, y)
+    made = BilevelTrainer(
+        policy.double(), reward.double(), inner_data=data.rows(torch.arange(100)),
+        outer_data=data.rows(torch.arange(100, 200)), inner_steps=3, keep_inner_state=False, progress=False,
+        inner_optimizer=lambda p: torch.optim.LBFGS(p, max_iter=200, line_search_fn="strong_wolfe"),
+        outer_optimizer=torch.optim.Adam(reward.parameters(), lr=0.1), hypergradient=method,
+        inner_loss=PolicyGradient(0.5, **options),
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "full", "categorical"])
+def test_the_trainer_draws_the_samples_itself(kind):
+    """The direction of the exact hypergradient, at the policy that it was taken at."""
+    exact = trainer(kind, ImplicitCG(damping=1e-3))
+    _, (right,) = exact.evaluate()
+    sampled = trainer(kind, FisherCG(damping=1e-3), estimator="dice", num_samples=256)
+    sampled.policy.load_state_dict(exact.policy.state_dict())
+    found = sampled._take_hypergradient()
+    assert found.converged
+    assert torch.nn.functional.cosine_similarity(found.gradient[0], right, dim=0) > 0.98
+    assert found.gradient[0].norm() == pytest.approx(float(right.norm()), rel=0.2)
+    sampled.fit(2)
+    assert len(sampled.history) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_samples": None}, ValueError, "num_samples: expected an integer for a method of samples"),
+        ({"l2": 0.1}, ValueError, "l2: expected 0 for a method of samples"),
+        ({"advantage": "standardized"}, ValueError, "standardized.*loo"),
+    ],
+)
+def test_inner_losses_that_a_method_of_samples_cannot_take(options, error, message):
+    options = {"estimator": "dice", "num_samples": 4} | options
+    if options["num_samples"] is None:
+        del options["estimator"]
+    with pytest.raises(error, match=message):
+        trainer("gaussian", FisherCG(), **options)._take_hypergradient()
