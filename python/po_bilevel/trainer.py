@@ -1,17 +1,15 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
-import contextlib
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -23,13 +21,15 @@ from .hypergradients.sampled import SampledMethod
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .objectives import sampled_objective
 from .policies import Policy
-from .rewards import Reward, diagonal
+from .rewards import MahalanobisReward, OneHotMahalanobisReward, Reward, TableReward, diagonal
+from .substitution import Substitution, evaluating
 from .threads import threads_for
 from .training import BatchStream, InnerLoss, train, under
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 OuterLoss = Callable[[Policy, Batch], Tensor]
+_REPEATABLE_REWARDS = (MahalanobisReward, OneHotMahalanobisReward, TableReward)
 
 
 @dataclass(frozen=True)
@@ -352,23 +352,27 @@ class BilevelTrainer:
 
     def _take_hypergradient(self) -> Hypergradient:
         """The hypergradient where the policy is, which moves if the method moves it."""
-        theta = _named(self.policy, self._theta)
+        theta, phi = _named(self.policy, self._theta), _named(self.reward, self._phi)
+        substituted = Substitution(self.policy, self._theta, self.reward, self._phi)
         # One batch and one seed for everything the method evaluates.
         batch, seed = self._stream.next()
 
         def inner(theta: Tensors, phi: Tensors) -> Tensor:
-            return self._substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
+            return substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
 
         def outer(theta: Tensors, phi: Tensors) -> Tensor:
-            with _evaluating(self.policy):
-                return self._substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
+            with evaluating(self.policy):
+                return substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
 
-        phi = _named(self.reward, self._phi)
+        if self.policy.fused_network() is not None and type(self.reward) in _REPEATABLE_REWARDS:
+            # Linear layers, and losses that are given their seed: nothing is drawn.
+            inner.repeatable = type(self._inner_loss) is PolicyGradient  # type: ignore[attr-defined]
+            outer.repeatable = type(self._outer_loss) is NegativeLogLikelihood  # type: ignore[attr-defined]
         problem: Any = inner
         if isinstance(self._hypergradient, SampledMethod):
             problem = sampled_objective(
-                self.policy, self.reward, self._inner_loss, batch, seed, self._substituted, theta, phi
-            )
+                self.policy, self.reward, self._inner_loss, batch, seed, substituted, theta, phi
+            )  # fmt: skip
         result = self._hypergradient(problem, outer, theta, phi, start=self._solution)
         if result.theta is not None:
             with torch.no_grad():
@@ -422,43 +426,6 @@ class BilevelTrainer:
                 **self._loop,  # type: ignore[arg-type]
             )  # fmt: skip
         return steps, native is not None and native.ready() and (at_once or steps > 1)
-
-    def _substituted(self, theta: Tensors, phi: Tensors, loss: Callable[..., Tensor], *arguments: object) -> Tensor:
-        """The loss with θ and φ in place of the modules' own parameters, and copies in place of their buffers."""
-        own = (*_named(self.policy, self._theta), *_named(self.reward, self._phi))
-        buffers = any(True for module in (self.policy, self.reward) for _ in module.buffers())
-        if not buffers and all(value is parameter for value, parameter in zip((*theta, *phi), own, strict=True)):
-            return loss(*arguments)
-        together = _Together(self.policy, self.reward, loss)
-        values = {f"policy.{name}": value for name, value in zip(self._theta, theta, strict=True)}
-        values |= {f"reward.{name}": value for name, value in zip(self._phi, phi, strict=True)}
-        values |= {name: buffer.clone() for name, buffer in together.named_buffers()}
-        return functional_call(together, values, arguments)
-
-
-class _Together(nn.Module):
-    """Policy and reward as one module, which is what `functional_call` needs to replace the parameters of both."""
-
-    def __init__(self, policy: nn.Module, reward: nn.Module, loss: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.policy = policy
-        self.reward = reward
-        self._loss = loss
-
-    def forward(self, *arguments: object) -> Tensor:
-        return self._loss(*arguments)
-
-
-@contextlib.contextmanager
-def _evaluating(policy: nn.Module) -> Iterator[None]:
-    """The policy is in evaluation mode inside, and each of its modules in its own afterwards."""
-    modes = [(module, module.training) for module in policy.modules()]
-    policy.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_parameters(policy: nn.Module, reward: nn.Module, outer_optimizer: Optimizer) -> None:

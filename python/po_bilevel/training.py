@@ -55,6 +55,12 @@ class BatchStream:
             self._order = list(rows.to(self.data.inputs.device).split(self._batch_size))
         return self._order.pop(0), seed
 
+    def draw_several(self, count: int) -> list[tuple[Tensor | None, int]]:
+        """`draw` so many times; the seeds at once where nothing else is drawn between them."""
+        if self._batch_size is not None:
+            return [self.draw() for _ in range(count)]
+        return [(None, seed) for seed in torch.randint(2**62, (count,), generator=self._generator).tolist()]
+
     def state(self) -> dict[str, Any]:
         """Where the stream is, for `restore`."""
         return {"generator": self._generator.get_state(), "order": list(self._order)}
@@ -353,13 +359,12 @@ class _Member(NamedTuple):
 
     def ahead(self, count: int) -> tuple[list[tuple[Tensor | None, int]], list[float]]:
         """The next batches and seeds, and learning rates; the scheduler's last step is left to do."""
-        drawn, rates = [], []
+        rates = []
         for step in range(count):
             if step > 0 and self.scheduler is not None:
                 advance(self.scheduler, math.nan)
-            drawn.append(self.stream.draw())
             rates.append(float(self.optimizer.param_groups[0]["lr"]))
-        return drawn, rates
+        return self.stream.draw_several(count), rates
 
 
 def _take(

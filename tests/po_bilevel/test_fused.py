@@ -158,13 +158,13 @@ def test_loops_end_where_they_would(stop, number):
 def test_the_stream_goes_on_from_the_same_place():
     """A hundred steps a call draw as many batches and seeds as a hundred calls."""
     loop = Loop(3)
-    drawn, single = BatchStream(loop.data, 4, 0), BatchStream(loop.data, 4, 0)
-    for _ in range(30):
-        rows, seed = drawn.draw()
-        batch, other = single.next()
-        assert seed == other
-        assert torch.equal(loop.data.rows(rows).inputs, batch.inputs)
-    assert torch.equal(drawn.state()["generator"], single.state()["generator"])
+    for size in (4, None):
+        drawn, single = BatchStream(loop.data, size, 0), BatchStream(loop.data, size, 0)
+        for rows, seed in drawn.draw_several(101):
+            batch, other = single.next()
+            assert seed == other
+            assert torch.equal(batch.inputs, loop.data.inputs if rows is None else loop.data.rows(rows).inputs)
+        assert torch.equal(drawn.state()["generator"], single.state()["generator"])
 
 
 def test_two_runs_give_the_same_bits_however_steps_are_shared_out():

@@ -20,7 +20,7 @@ class Repeatable:
 
     Args:
         name: of the argument that the loss was.
-        loss: (θ, φ) -> ().
+        loss: (θ, φ) -> (). With an attribute `repeatable` that is True it is evaluated once at the first point.
         seed: of the generators.
         devices: indices of the CUDA devices whose generators are meant, besides the CPU's.
     """
@@ -30,7 +30,8 @@ class Repeatable:
         self.problems: tuple[str, ...] = ()
         self._name, self._loss, self._seed = name, loss, seed
         self._devices = devices
-        self._compared = False
+        # What says that it is, need not be compared.
+        self._compared = getattr(loss, "repeatable", False) is True
 
     def __call__(self, theta: Tensors, phi: Tensors) -> Tensor:
         if self._compared:
