@@ -27,11 +27,12 @@ def sampled_objective(
         theta, phi: what the modules have.
 
     Raises:
-        TypeError: a loss that is no `PolicyGradient`.
+        TypeError: a loss that is no `PolicyGradient`, or one of a subclass.
         ValueError: one without samples, or with a penalty, whose curvature the Fisher matrix lacks; a baseline that
             `SampledObjective` refuses.
     """
-    if not isinstance(loss, PolicyGradient):
+    # What a subclass makes of the loss would be ignored.
+    if type(loss) is not PolicyGradient:
         raise TypeError(f"inner_loss: expected a PolicyGradient for a method of samples, got {type(loss).__name__}")
     if loss.num_samples is None:
         raise ValueError("inner_loss: num_samples: expected an integer for a method of samples, got None")

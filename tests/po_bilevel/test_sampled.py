@@ -178,6 +178,47 @@ def test_differences_serve_a_whole_hypergradient():
     assert result.problems == ("log-probabilities have no derivative in forward mode: differences took its place",)
 
 
+@torch.library.custom_op("po_kernels_test::dropped", mutates_args=())
+def dropped(x: torch.Tensor) -> torch.Tensor:
+    """Whose derivative in forward mode torch leaves out without a word."""
+    return x.tanh()
+
+
+dropped.register_autograd(
+    lambda ctx, cotangent: cotangent * (1 - ctx.saved_tensors[0].tanh().square()),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@pytest.mark.parametrize("part", [1.0, 0.3])
+def test_tangents_that_an_operator_drops_are_noticed(part):
+    """All of them, where torch has no tangent at all, or a part, where it has a wrong one."""
+    problem = Strings()
+    objective = problem.objective()
+
+    def through(function):
+        return dataclasses.replace(
+            objective, log_prob=lambda t: objective.log_prob((part * function(t[0]) + (1 - part) * t[0],))
+        )
+
+    method = FisherCG(damping=1e-3, tolerance=1e-7, max_iterations=300)
+    right = method(through(torch.tanh), problem.outer, problem.solution(), problem.phi)
+    found = method(through(dropped), problem.outer, problem.solution(), problem.phi)
+    torch.testing.assert_close(found.gradient[0], right.gradient[0], rtol=1e-5, atol=1e-7)
+    assert right.problems == ()
+    assert any("differences took its place" in sentence for sentence in found.problems)
+
+
+def test_log_probabilities_that_draw_are_refused():
+    problem = Strings()
+    objective = problem.objective()
+    drawing = dataclasses.replace(
+        objective, log_prob=lambda t: objective.log_prob((torch.nn.functional.dropout(t[0], 0.5),))
+    )
+    with pytest.raises(ValueError, match=r"log_prob: expected the same numbers each time"):
+        FisherCG()(drawing, problem.outer, problem.solution(), problem.phi)
+
+
 def test_bad_input():
     problem = Strings()
     theta = problem.solution()

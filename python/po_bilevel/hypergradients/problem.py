@@ -123,8 +123,9 @@ class ImplicitProblem:
         return flat(both[: len(self._theta)], self._theta), all_reached(both[len(self._theta) :])
 
     def stationarity(self) -> tuple[float | None, tuple[str, ...]]:
-        """How far θ is from a minimum of L, and the problem if it is one."""
-        assert self._inner_norm is not None
+        """How far θ is from a minimum of L, None where its gradient is not known, and the problem if it is one."""
+        if self._inner_norm is None:
+            return None, ()
         return no_minimum(self._theta, self._inner_norm, self.curvature.most)
 
     def _rounding(self, solution: Tensor) -> float:

@@ -42,6 +42,10 @@ from .repeatable import repeatable
 
 How = Literal["forward mode", "differences"]
 
+# By how much of vᵀFv a derivative by differences may be off from that of the backward pass: in single precision their
+# error is some thousandths, while a derivative of something else is off by more.
+DIFFERENCES_AGREE = 0.05
+
 
 @dataclass(frozen=True)
 class SampledObjective:
@@ -135,19 +139,26 @@ def completion_credit(
             with forward_ad.dual_level():
                 out = log_prob(tuple(forward_ad.make_dual(t, v.to(t)) for t, v in zip(theta, vector, strict=True)))
                 tangent = forward_ad.unpack_dual(out).tangent
-            return (torch.zeros_like(out) if tangent is None else tangent.clone()), "forward mode"
-        except (NotImplementedError, RuntimeError) as error:
+            if tangent is not None:
+                return tangent.clone(), "forward mode"
+            # Nothing reached the result: it is constant, or operators dropped what they have no forward mode for.
+        except RuntimeError as error:  # NotImplementedError is one
             if "forward" not in str(error):
                 raise
+    return _differences(log_prob, theta, vector), "differences"
+
+
+def _differences(log_prob: Callable[[Tensors], Tensor], theta: Tensors, vector: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
         size = length(torch.cat([v.reshape(-1) for v in vector]))
         if size == 0.0:
-            return torch.zeros_like(log_prob(theta)), "differences"
+            return torch.zeros_like(log_prob(theta))
         scale = max(1.0, length(torch.cat([t.reshape(-1) for t in theta])))
         step = torch.finfo(theta[0].dtype).eps ** (1 / 3) * scale / size
         ends = [
             log_prob(tuple(t + sign * step * v for t, v in zip(theta, vector, strict=True))) for sign in (1.0, -1.0)
         ]
-        return (ends[0] - ends[1]) / (2.0 * step), "differences"
+        return (ends[0] - ends[1]) / (2.0 * step)
 
 
 class FisherProblem(ImplicitProblem):
@@ -170,16 +181,46 @@ class FisherProblem(ImplicitProblem):
         self._weights = objective.weights(self._log_prob.detach())
         self._inner, self._inner_norm = objective(theta, phi), None
         self.how: set[How] = set()
-
-    def _credit(self, vector: Tensor) -> Tensor:
-        credit, how = completion_credit(self._objective.log_prob, self._theta, unflat(vector, self._theta))
-        self.how.add(how)
-        return credit
+        self._largest = 0.0
 
     def product(self, vector: Tensor) -> Tensor:
         """See `ImplicitProblem.product`."""
+        return self._product(vector)[1]
+
+    def _product(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """s, and β Fisher v, after both have been seen to give the same vᵀ(β Fisher)v.
+
+        An operator that silently drops a tangent, as custom ones do, shows there, and so does a log-probability that
+        draws.
+        """
         self.num_products += 1
-        return self._back(self._credit(vector))
+        parts = unflat(vector, self._theta)
+        credit, how = completion_credit(self._objective.log_prob, self._theta, parts)
+        image = self._back(credit)
+        exact = torch.finfo(credit.dtype).eps ** 0.5
+        # Where all is dropped both sides are zero.
+        nothing = not credit.any() and bool(vector.any())
+        if how == "forward mode" and (nothing or not self._agree(vector, credit, image, exact)):
+            theta = tuple(t.detach() for t in self._theta)
+            credit, how = _differences(self._objective.log_prob, theta, parts), "differences"
+            image = self._back(credit)
+        if how == "differences" and not self._agree(vector, credit, image, DIFFERENCES_AGREE):
+            raise ValueError(
+                "SampledObjective: log_prob: expected the same numbers each time and one derivative, got one along a "
+                "direction that is not the one of its backward pass; look for dropout, and for a detach() in it"
+            )
+        self.how.add(how)
+        return credit, image
+
+    def _agree(self, vector: Tensor, credit: Tensor, image: Tensor, tolerance: float) -> bool:
+        forward = self._objective.coefficient * float((self._weights * credit.square()).sum())
+        backward, squared = float(vector @ image), float(vector @ vector)
+        if not (math.isfinite(forward) and math.isfinite(backward)):
+            return True  # is said where the product is looked at
+        self._largest = max(self._largest, backward / squared if squared > 0 else 0.0)
+        # Along a direction without curvature both are what rounding leaves.
+        rounding = 256.0 * torch.finfo(vector.dtype).eps * self._largest * squared
+        return abs(forward - backward) <= tolerance * (abs(forward) + abs(backward)) + rounding
 
     def _back(self, credit: Tensor) -> Tensor:
         found = torch.autograd.grad(
@@ -190,20 +231,15 @@ class FisherProblem(ImplicitProblem):
 
     def image_and_mixed(self, solution: Tensor) -> tuple[Tensor, Tensors]:
         """See `ImplicitProblem.image_and_mixed`."""
-        credit = self._credit(solution)
-        self.num_products += 1
+        credit, image = self._product(solution)
         by_phi = torch.autograd.grad(
             self._advantages, self._phi, -self._weights * credit, retain_graph=True, allow_unused=True
         )
-        return self._back(credit), all_reached(by_phi)
-
-    def stationarity(self) -> tuple[float | None, tuple[str, ...]]:
-        """Not known: what is left of the gradient is mostly the noise of the samples."""
-        return None, ()
+        return image, all_reached(by_phi)
 
 
 class SampledMethod(Method):
-    """A method whose inner loss is a `SampledObjective`, which `BilevelTrainer` has not."""
+    """A method whose inner loss is a `SampledObjective`, which `BilevelTrainer` makes of a `PolicyGradient`."""
 
     def __call__(
         self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
