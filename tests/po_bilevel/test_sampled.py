@@ -272,15 +272,19 @@ def trainer(kind, method, **options):
 
 @pytest.mark.parametrize("kind", ["gaussian", "full", "categorical"])
 def test_the_trainer_draws_the_samples_itself(kind):
-    """The direction of the exact hypergradient, at the policy that it was taken at."""
+    """The mean over draws is the exact hypergradient, at the policy that it was taken at.
+
+    Five of its standard errors, which twelve draws know to a fifth, and the tolerance of both solves, 1e-6.
+    """
     exact = trainer(kind, ImplicitCG(damping=1e-3))
     _, (right,) = exact.evaluate()
     sampled = trainer(kind, FisherCG(damping=1e-3), estimator="dice", num_samples=256)
     sampled.policy.load_state_dict(exact.policy.state_dict())
-    found = sampled._take_hypergradient()
-    assert found.converged
-    assert torch.nn.functional.cosine_similarity(found.gradient[0], right, dim=0) > 0.98
-    assert found.gradient[0].norm() == pytest.approx(float(right.norm()), rel=0.2)
+    found = [sampled._take_hypergradient() for _ in range(12)]
+    assert all(each.converged for each in found)
+    gradients = torch.stack([each.gradient[0] for each in found])
+    error = gradients.std(dim=0) / len(found) ** 0.5
+    assert ((gradients.mean(dim=0) - right).abs() <= 5 * error + 1e-6).all()
     sampled.fit(2)
     assert len(sampled.history) == 2
 
