@@ -78,10 +78,9 @@ def embedding_precision(
     low_rank the leading eigenvectors, their eigenvalues less the mean of the others (probabilistic principal
     components, Tipping and Bishop 1999), and of what they leave the diagonal.
 
-    The two are shrunk by weights of their own, which moves their small eigenvalues against each other: a full U of few
-    rows is clipped where a diagonal one is not. Eigenvalues (entries) are raised to a floor, the least that
-    `PositivePrecision` holds: 2e-6, and for matrices 32 eps times the trace of (β/2) Σ_data⁻¹ more, eps that of the
-    data's dtype or of float32.
+    Eigenvalues (entries) are raised to a floor, the least that `PositivePrecision` holds: 2e-6, and for matrices 32 eps
+    times the trace of (β/2) Σ_data⁻¹ more, eps that of the data's dtype or of float32. Where the two covariances hardly
+    differ their sampling errors decide the sign, and a full U may be raised in most directions.
 
     Args:
         data: rows about zero, (N, n), such as `marginal` or `residuals` of embeddings of the data's answers.
