@@ -1,0 +1,1 @@
+"""Policies and rewards of texts: see docs/language.md."""
