@@ -151,12 +151,12 @@ def read_pairs(path: Path) -> Pairs:
             pair = json.loads(line)
         except json.JSONDecodeError as error:
             raise UsageError(f"{path}, line {number}: expected JSON, got {line[:60]!r}: {error}") from None
-        texts = [pair.get(key) if isinstance(pair, dict) else None for key in ("prompt", "answer")]
-        if not all(isinstance(text, str) for text in texts):
+        prompt, answer = (pair.get(key) if isinstance(pair, dict) else None for key in ("prompt", "answer"))
+        if not isinstance(prompt, str) or not isinstance(answer, str):
             raise UsageError(f'{path}, line {number}: expected {{"prompt": text, "answer": text}}, got {line[:60]!r}')
-        if not texts[1]:
+        if not answer:
             raise UsageError(f"{path}, line {number}: expected an answer, got an empty one")
-        found.append((texts[0], texts[1]))
+        found.append((prompt, answer))
     return Pairs.of(found)
 
 
