@@ -62,8 +62,7 @@ class RewardLearner:
         self._method = FisherCG(damping=0.1 * coefficient) if hypergradient is None else hypergradient
         if not isinstance(self._method, SampledMethod):
             raise TypeError(
-                "RewardLearner: hypergradient: expected FisherCG or MomentMatching, got "
-                f"{type(self._method).__name__}"
+                f"RewardLearner: hypergradient: expected FisherCG or MomentMatching, got {type(self._method).__name__}"
             )
         self._sampling = Sampling(16, 32) if sampling is None else sampling
         if self._sampling.temperature not in (None, self.policy.temperature) or self._sampling.top_p != 1:
@@ -204,7 +203,7 @@ class RewardLearner:
 
 
 def nll(policy: TokenPolicy, tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Callable[[], Tensor]:
-    """The mean negative log-likelihood of answers, nats a pair, as a function of nothing but the policy's parameters."""
+    """The mean negative log-likelihood of answers, nats a pair, as a function of the policy's parameters."""
     device = next(policy.parameters()).device
     prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in pairs], device)
     answers = answer_tokens(tokenizer, [answer for _, answer in pairs], device)

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 import po_kernels as pk
 
@@ -170,8 +169,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
     def _new_learner(self, learning: Learning, seed: int) -> RewardLearner:
         if self.reward is None or self._outer_pairs is None or self._coefficient == 0:
             raise ValueError(
-                "learning: expected a reward, outer_pairs and a positive coefficient, for the reward to be learned, got "
-                "none"
+                "learning: expected a reward, outer_pairs and a positive coefficient, with which one can be learned, "
+                f"got {self.reward}, {self._outer_pairs and self._outer_pairs.number} pairs and {self._coefficient}"
             )
         if self._advantage not in ("loo", "mean"):
             raise ValueError(
@@ -239,8 +238,9 @@ class SequenceTrainer(Resumable[SequenceStep]):
         total = torch.zeros(())
         for number, part in enumerate(parts, 1):
             # Gradients are averaged over processes with the last part.
-            waits = isinstance(self._parallel, nn.parallel.DistributedDataParallel) and number < len(parts)
-            with self._parallel.no_sync() if waits else contextlib.nullcontext():
+            parallel = self._parallel
+            waits = isinstance(parallel, nn.parallel.DistributedDataParallel) and number < len(parts)
+            with parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
                 loss = part()
                 loss.backward()
             total = total + loss.detach().cpu()
@@ -289,7 +289,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
                     log_support=sampled.log_support,
                 )  # fmt: skip
             self._told = {
-                "reward_mean": _mean(rewards, found.keep), "length": float(sampled.tokens.mask.sum() / found.keep.numel()),
+                "reward_mean": _mean(rewards, found.keep),
+                "length": float(sampled.tokens.mask.sum() / found.keep.numel()),
                 "kept": float(found.keep.float().mean()),
             }  # fmt: skip
             if reference is not None:
@@ -315,7 +316,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
                 weight=None if weight is None else weight[rows], normalizer=count, **options,
             )  # fmt: skip
             self._told["entropy"] = _mean(new.entropy.detach(), tokens.mask)
-            return scale * value
+            return scale * cast(Tensor, value)
 
         return [functools.partial(loss, place) for place in places]
 
