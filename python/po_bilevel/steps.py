@@ -1,0 +1,57 @@
+"""What a trainer tells of its steps."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .hypergradients import Hypergradient
+from .rewards import Reward
+from .training import norm_of
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """What one outer step did; the losses and the reward are those before its update of the reward.
+
+    Attributes:
+        step: its number, from 0.
+        inner_loss, outer_loss: L and F at the policy that the inner loop arrived at.
+        inner_steps: optimiser steps taken on the policy.
+        reward: `Reward.shown`; None of a module that is no `Reward`.
+        reward_norm: ‖φ‖.
+        gradient_norm: ‖dF/dφ‖.
+        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
+            `Hypergradient`.
+        native: the inner loop ran in native calls, see `train`, but for an optimiser's first step.
+    """
+
+    step: int
+    inner_loss: float
+    outer_loss: float
+    inner_steps: int
+    reward: Tensor | None
+    reward_norm: float
+    gradient_norm: float
+    residual_norm: float | None
+    num_products: int
+    converged: bool | None
+    negative_curvature: bool
+    problems: tuple[str, ...]
+    inner_gradient_norm: float | None = None
+    stationarity: float | None = None
+    native: bool = False
+
+    @classmethod
+    def of(cls, number: int, result: Hypergradient, reward: nn.Module, **more: Any) -> Self:
+        """A step that took this hypergradient of the parameters of a reward that require grad."""
+        return cls(
+            step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss,
+            reward=reward.shown() if isinstance(reward, Reward) else None,
+            reward_norm=norm_of([p.detach() for p in reward.parameters() if p.requires_grad]),
+            gradient_norm=norm_of(result.gradient), residual_norm=result.residual_norm,
+            num_products=result.num_products, converged=result.converged,
+            negative_curvature=result.negative_curvature, problems=result.problems,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, **more,
+        )  # fmt: skip
