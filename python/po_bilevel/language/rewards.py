@@ -55,7 +55,7 @@ class Gate:
         return float(found)
 
 
-def gated(rewards: Tensor, factor: Tensor) -> Tensor:
+def gated(rewards: Tensor, factor: Tensor, keep: Tensor | None = None) -> Tensor:
     """r' = m + f (r − m), m the least reward of the group: what a reward is above the worst of its group, times f.
 
     A gate that subtracts a penalty, such as 10⁶, would erase all other differences of the group from its advantages.
@@ -63,9 +63,10 @@ def gated(rewards: Tensor, factor: Tensor) -> Tensor:
     Args:
         rewards: r, (G, B), of G completions each.
         factor: f, (G, B), in [0, 1].
+        keep: (G, B), bool: those that are not kept take no part, and keep their reward; None for all.
 
     Returns:
-        (G, B), differentiable in both, through m too.
+        (G, B), differentiable in rewards and factor, through m too.
 
     Raises:
         ValueError: shapes that differ, or no completions.
@@ -79,8 +80,10 @@ def gated(rewards: Tensor, factor: Tensor) -> Tensor:
             f"gated: rewards, factor: expected shape (G, B) of both, G of at least 1, got {tuple(rewards.shape)} and "
             f"{tuple(factor.shape)}"
         )
+    there = torch.ones_like(factor, dtype=torch.bool) if keep is None else keep
+    least = rewards.masked_fill(~there, torch.inf).amin(dim=0, keepdim=True).expand_as(rewards)
     # lerp gives r itself at f = 1.
-    return torch.lerp(rewards.amin(dim=0, keepdim=True).expand_as(rewards), rewards, factor.to(rewards))
+    return torch.where(there, torch.lerp(torch.where(there, least, rewards), rewards, factor.to(rewards)), rewards)
 
 
 class TextReward(Reward):

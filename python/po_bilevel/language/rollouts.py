@@ -53,7 +53,7 @@ class Rollout(NamedTuple):
         """(B, G): the mean over a prompt's answers, differentiable in the reward's parameters."""
         each = reward(self.features[:, :, None], self.targets[:, None])
         values = (each * self.target_weight[:, None]).sum(dim=2)
-        return values if not reward.gates else gated(values.mT, self.factor).mT
+        return gated(values.mT, self.factor, self.keep.mT).mT if reward.gates else values
 
     def part(self, prompts: slice) -> tuple[Tokens, Tokens, slice]:
         """Some of the prompts, their completions, and which rows these are."""

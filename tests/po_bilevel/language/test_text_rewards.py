@@ -265,6 +265,13 @@ def test_gated_rewards_stay_above_the_worst_of_their_group():
     torch.testing.assert_close(gradient, torch.tensor([[0.5, 2.0], [2.5 - 1.0, 1.0], [1.0, 0.0]]).double())
     torch.testing.assert_close(gradient.sum(dim=0), torch.full((2,), 3.0).double())
     assert torch.autograd.gradcheck(gated, (inputs, factor.clamp(0.1, 0.9).requires_grad_()))
+    keep = torch.tensor([[True, True], [False, True], [True, False]])
+    # By hand: −4 of the first column and the last of the second are not there.
+    left = gated(rewards, torch.full((3, 2), 0.5), keep)
+    for column in range(2):
+        there = keep[:, column]
+        least = rewards[there, column].min()
+        torch.testing.assert_close(left[there, column], least + 0.5 * (rewards[there, column] - least))
     for shape in ((3,), (2, 3), (3, 1)):
         with pytest.raises(ValueError, match=r"gated: rewards, factor: expected shape \(G, B\) of both"):
             gated(rewards, torch.ones(shape))
