@@ -61,7 +61,7 @@ def load(text: Path | None, pairs: Path | None, max_prompts: int | None, seed: i
         every, paragraphs = continuations(paragraphs[::2]), paragraphs[1::2]
     if max_prompts is not None and max_prompts < len(every.prompts):
         chosen = sorted(random.Random(seed).sample(range(len(every.prompts)), max_prompts))
-        every = Pairs(*(tuple(part[row] for row in chosen) for part in every))
+        every = Pairs(tuple(every.prompts[row] for row in chosen), tuple(every.answers[row] for row in chosen))
     return Corpus(tuple(paragraphs), tuple(kept), *split(every, seed))
 
 

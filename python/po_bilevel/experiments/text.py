@@ -39,7 +39,7 @@ RANK = 8
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
     "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "sft_steps": 10, "inner_steps": 2,
-    "outer_steps": 3, "num_prompts": 8, "group": 4, "max_prompts": 24, "max_tokens": 8, "threads": 1,
+    "outer_steps": 3, "num_prompts": 8, "group": 4, "max_prompts": 24, "max_tokens": 8,
 }  # fmt: skip
 
 
@@ -49,8 +49,6 @@ class TextConfig(OptionsInParts):
 
     seeds: int = 5
     """How many splits and initial weights, numbered from 0, or from --first-seed if there is one."""
-    threads: int = 2
-    """Threads of torch."""
     text: Path | None = None
     """File that the decoder reads first; the standard library's documentation if there is none."""
     pairs: Path | None = None
@@ -66,25 +64,25 @@ class TextConfig(OptionsInParts):
     """What to compare: the decoder as it is, by likelihood, under U = I, under closed forms, under a learned U."""
     coefficient: float = 0.1
     """β, of the divergence from the decoder as it is, in units of reward a nat."""
-    vocabulary: int = 1024
+    vocabulary: int = 768
     """Byte pairs."""
-    width: int = 96
+    width: int = 64
     """Of the decoder."""
     layers: int = 2
     """Of the decoder."""
-    first_steps: int = 600
+    first_steps: int = 400
     """Optimiser steps on the text."""
     sft_steps: int = 150
     """Optimiser steps of sft."""
-    outer_steps: int = 30
+    outer_steps: int = 20
     """Updates of a learned reward; the other rewards have as many inner steps."""
     inner_steps: int = 5
     """Optimiser steps on the policy between them."""
     group: int = 8
     """Completions of a prompt."""
-    num_prompts: int = 16
+    num_prompts: int = 8
     """Prompts of an optimiser step."""
-    max_tokens: int = 16
+    max_tokens: int = 12
     """The most of a completion."""
     learning_rate: float = 1e-3
     """Of adam for the policy."""
@@ -173,7 +171,7 @@ class Task:
         self, policy: lm.TokenPolicy, pairs: lm.Pairs, steps: int, rate: float, label: str
     ) -> lm.SequenceTrainer:  # fmt: skip
         return lm.SequenceTrainer(
-            policy, self.tokenizer, pairs, lambda p: torch.optim.AdamW(p, lr=rate), num_prompts=32, inner_steps=10,
+            policy, self.tokenizer, pairs, lambda p: torch.optim.AdamW(p, lr=rate), num_prompts=16, inner_steps=10,
             scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, steps), seed=self.seed,
             progress=self.config.progress, description=f"seed {self.seed}, {label}",
         )  # fmt: skip
@@ -215,7 +213,7 @@ class Task:
             optimizer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate)
             cg = FisherCG(damping=0.1 * config.coefficient, max_iterations=10, tolerance=1e-2)
             learning = lm.Learning(
-                optimizer, MomentMatching() if method == "pg_learned_moments" else cg, num_samples=2 * config.group,
+                optimizer, MomentMatching() if method == "pg_learned_moments" else cg, num_samples=config.group,
                 num_prompts=2 * config.num_prompts,
             )  # fmt: skip
         standardized = method.endswith("_standardized")
