@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -157,7 +158,7 @@ def read_pairs(path: Path) -> Pairs:
             raise UsageError(f'{path}, line {number}: expected {{"prompt": text, "answer": text}}, got {line[:60]!r}')
         if not answer:
             raise UsageError(f"{path}, line {number}: expected an answer, got an empty one")
-        if any("\ud800" <= character <= "\udfff" for character in prompt + answer):
+        if re.search("[\ud800-\udfff]", prompt + answer):
             raise UsageError(f"{path}, line {number}: expected text, got half of a surrogate pair in {line[:60]!r}")
         found.append((prompt, answer))
     return Pairs.of(found)

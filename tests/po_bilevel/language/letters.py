@@ -83,7 +83,10 @@ def embedded(texts):
     )
 
 
-PAIRS = Pairs.of([("a", "ab"), ("a", "a"), ("a", "b"), ("b", "bb"), ("ab", "ba"), ("ab", "ba"), ("ab", "aa")])
+# No prompt is another one with the beginning of a completion: those would be one sequence to a policy.
+PAIRS = Pairs.of(
+    [("a ", "ab"), ("a ", "a"), ("a ", "b"), ("b ", "bb"), (" ", "ba"), (" ", "ba"), (" ", "aa")]
+)  # fmt: skip
 SAMPLING = Sampling(num_samples=4, max_tokens=3)
 
 
