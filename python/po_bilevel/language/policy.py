@@ -110,6 +110,10 @@ class TokenPolicy(nn.Module):
         self.end = end
         self.temperature = temperature
 
+    def extra_repr(self) -> str:
+        # A run is known again by this text.
+        return f"end={self.end}, temperature={self.temperature}"
+
     def forward(self, prompts: Tokens, completions: Tokens, entropy: bool = False) -> pk.TokenStats:
         """Log-probability of each token of completions, and the entropy of what it was taken from, in nats.
 
