@@ -31,6 +31,8 @@ from .texts import Pairs, Tokenizer, answer_tokens, prompt_tokens
 
 # Of the importance weights of tokens that were not sampled from the policy, as TRL truncates them.
 MOST_WEIGHT = 2.0
+# So many pairs' tokens tell a tokenizer from another, where a run is to go on.
+TOLD_BY = 64
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,17 @@ class SequenceTrainer(Resumable[SequenceStep]):
         self._inner_steps, self._updates, self._accumulation = inner_steps, updates, accumulation
         self._coefficient, self._advantage, self._max_grad_norm = coefficient, advantage, max_grad_norm
         self._sampling = Sampling(8, 32) if sampling is None else sampling
+        if self._options["aggregation"] == "seq_mean_token_sum_norm":
+            # Not the longest completion, which differs from step to step, and between processes.
+            self._options.setdefault("max_length", self._sampling.max_tokens)
         self._stream = training.RowStream(rows, self._num_prompts, seed, drop_last=True)
         self._optimizer = optimizer([p for p in self.policy.parameters() if p.requires_grad])
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
         self._reference: TokenPolicy | None = None
         if reward is not None and coefficient > 0:
-            own = reference is None or reference is self.policy
-            self._reference = copy.deepcopy(self.policy) if own else reference
-            self._reference.requires_grad_(False).eval()
+            if reference is None or reference is self.policy:
+                reference = copy.deepcopy(self.policy)
+            self._reference = reference.requires_grad_(False).eval()
         self._learner = None if learning is None else self._new_learner(learning, seed)
         self._outer: Callable[[], Tensor] | None = None
         if outer_pairs is not None:
@@ -158,7 +163,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
         self._told: dict[str, Tensor] = {}  # sums and counts
         self._start = described(
             optimizer=self._optimizer, scheduler=self._scheduler, policy=self.policy, reward=reward, learning=learning,
-            pairs=pairs, outer_pairs=outer_pairs, options=self._options, sampling=self._sampling, advantage=advantage,
+            pairs=pairs, tokens=[tokenizer.encode(text) for pair in self._each[:TOLD_BY] for text in pair],
+            outer_pairs=outer_pairs, options=self._options, sampling=self._sampling, advantage=advantage,
             steps=(inner_steps, self._num_prompts, updates, accumulation, max_grad_norm, coefficient, seed),
         )  # fmt: skip
         if self._processes.rank != 0:

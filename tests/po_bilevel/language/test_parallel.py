@@ -46,6 +46,7 @@ CASES = {
     "reward": {"gates": ()},
     "gates": {"gates": UNEVEN, "updates": 2},
     "grpo": {"gates": UNEVEN, "preset": "grpo", "options": {"entropy_coef": 0.01}},
+    "dr_grpo": {"gates": UNEVEN, "preset": "dr_grpo", "sampling": Sampling(3, 5)},
     "dapo": {"gates": UNEVEN, "preset": "dapo"},
     "sum": {"gates": UNEVEN, "preset": "dapo", "options": {"aggregation": "token_sum"}},
     "top_p": {"gates": (), "sampling": Sampling(5, 3, 0.7, 0.8)},

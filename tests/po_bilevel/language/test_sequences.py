@@ -175,8 +175,8 @@ def test_every_preset_in_one_part_and_in_two(preset):
     made = [
         trainer(
             decoder_policy(), letter_reward((HALF,)), preset=preset, accumulation=parts, inner_steps=4, updates=2,
-            optimizer=lambda p: torch.optim.SGD(p, lr=0.05),
-            options={"entropy_coef": 0.01},
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.05), options={"entropy_coef": 0.01},
+            sampling=Sampling(5, MOST, None, 0.9),
         )
         for parts in (1, 2)
     ]  # fmt: skip

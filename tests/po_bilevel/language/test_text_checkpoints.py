@@ -154,6 +154,11 @@ def test_other_texts_rewards_and_policies_are_named(tmp_path):
     run("reward", checkpoint=path).fit(1)
     made = run("reward")
     pairs = Pairs(PAIRS.prompts, (*PAIRS.answers[:-1], ("bb",)))
+
+    class Other(Letters):
+        def encode(self, text):
+            return [" ba".index(letter) for letter in text]
+
     for policy, reward, data, message in (
         (made.policy, made.reward, pairs, "pairs was"),
         (TokenPolicy(made.policy.model, 0, temperature=0.5), made.reward, PAIRS, "policy was .*temperature=1.0.* is "),
@@ -161,9 +166,11 @@ def test_other_texts_rewards_and_policies_are_named(tmp_path):
         (TokenPolicy(Decoder(3, 8, width=16, layers=1, heads=4), 0), made.reward, PAIRS, "policy was .*heads=2"),
         (TokenPolicy(Decoder(3, 8, width=16, layers=2, heads=2), 0), made.reward, PAIRS, "policy"),
         (made.policy, None, PAIRS, "reward was"),
+        (made.policy, made.reward, PAIRS, "tokens was"),
     ):
         other = SequenceTrainer(
-            policy, Letters(), data, lambda p: torch.optim.Adam(p, lr=0.05), reward=reward, outer_pairs=OUTER,
+            policy, Other() if message == "tokens was" else Letters(), data,
+            lambda p: torch.optim.Adam(p, lr=0.05), reward=reward, outer_pairs=OUTER,
             inner_steps=3, num_prompts=2, sampling=SAMPLING, updates=2, progress=False, coefficient=0.5,
             scheduler=lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
         )  # fmt: skip
