@@ -38,10 +38,11 @@ def by_all_logits(policy, prompt, answer):
 
 
 def toy_policy(temperature=1.0):
-    policy = table_policy(
-        5, vocabulary=7, width=4, bias=torch.randn(7).double(), scale=1.7, softcap=2.5
-    )  # fmt: skip
-    return TokenPolicy(policy.model, END, temperature=temperature)
+    """With all that a head may have."""
+    torch.manual_seed(5)
+    model = Table(5, vocabulary=7, width=4, bias=torch.randn(7).double(), scale=1.7, softcap=2.5)
+    model.table.data.normal_()
+    return TokenPolicy(model, END, temperature=temperature)
 
 
 @pytest.mark.parametrize("make", [decoder_policy, toy_policy])

@@ -188,6 +188,35 @@ def test_every_preset_in_one_part_and_in_two(preset):
         assert getattr(first, name) == pytest.approx(getattr(second, name), rel=1e-9), name
 
 
+def test_what_gates_leave_out_has_no_divergence_and_no_bonus():
+    """Where both are in the loss they are of the tokens that are kept, and so is the number that it is divided by."""
+    made = trainer(
+        decoder_policy(), letter_reward((HALF,)), preset="dapo", inner_steps=2, options={"entropy_coef": 0.1}
+    )
+    policy, reward, stream = decoder_policy(), letter_reward((HALF,)), RowStream(3, 2, 0, drop_last=True)
+    optimizer, reference = SGD(policy.parameters()), copy.deepcopy(policy)
+    for _ in range(2):
+        rows, seed = stream.draw()
+        found = rollout(policy, Letters(), reward, PAIRS, rows.tolist(), SAMPLING, seed)
+        tokens, keep = found.completions.tokens, found.keep
+        assert not keep.all()
+        new, values = policy(found.prompts, tokens, entropy=True), found.rewards(reward).detach()
+        advantages = torch.zeros_like(values)
+        for prompt in (0, 1):
+            kept = values[prompt, keep[prompt]]
+            if len(kept) > 1:
+                advantages[prompt, keep[prompt]] = (kept - kept.mean()) * len(kept) / (len(kept) - 1)
+        less = reference(found.prompts, tokens).log_prob.detach() - new.log_prob
+        mask = tokens.mask & keep.reshape(-1, 1)
+        ratio = (new.log_prob - new.log_prob.detach()).exp()
+        terms = -advantages.reshape(-1, 1) * ratio + BETA * (less.exp() - less - 1) - 0.1 * new.entropy
+        optimizer.zero_grad()
+        (terms[mask].sum() / mask.sum()).backward()
+        optimizer.step()
+    made.fit(1)
+    close(made.policy, policy)
+
+
 def test_likelihood_in_one_part_and_in_two():
     made = [trainer(decoder_policy(), num_prompts=6, accumulation=parts, outer_pairs=PAIRS) for parts in (1, 3)]
     first, second = (each.fit(1)[0] for each in made)
