@@ -17,7 +17,7 @@ from letters import (
     table_policy,
 )
 from po_bilevel.hypergradients import FisherCG, ImplicitCG, MomentMatching
-from po_bilevel.language import Gate, Pairs, RewardLearner, Sampling, TokenPolicy
+from po_bilevel.language import Decoder, Gate, Pairs, RewardLearner, Sampling, TokenPolicy
 from po_bilevel.language.learner import nll
 from po_bilevel.language.rollouts import rollout
 from po_bilevel.language.texts import prompt_tokens
@@ -136,10 +136,14 @@ def rewards_by_hand(reward, found, answers, gates):
 
 
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("rows", [None, 2])
-def test_fisher_against_dense_algebra(gates, rows):
+@pytest.mark.parametrize(("kind", "rows"), [("table", None), ("table", 2), ("decoder", 2)])
+def test_fisher_against_dense_algebra(gates, kind, rows):
     """(β Σ w ∇S ∇Sᵀ + δ) v = ∇F, and Σ w ∂A/∂φ ⟨∇S, v⟩ of what the gates keep, A = r less the mean of the others."""
     policy, reward, damping = table_policy(4, seed=1), letter_reward(GATES[gates]), 0.05
+    if kind == "decoder":  # of two tensors that are learned, one of which is the head too, and others that are not
+        policy = TokenPolicy(Decoder(3, 8, width=8, layers=1, heads=2).double(), 0)
+        for name, parameter in policy.named_parameters():
+            parameter.requires_grad_(name.endswith(("embedding.weight", "out.weight")))
     made = learner(
         policy, reward, hypergradient=FisherCG(damping, 1e-12, 400), num_prompts=rows, sampling=Sampling(8, MOST)
     )  # fmt: skip
@@ -163,12 +167,15 @@ def test_fisher_against_dense_algebra(gates, rows):
     log_prob, advantages = torch.cat(log_prob), torch.cat(advantages)
     if gates in ("mask", "both"):
         assert len(log_prob) < 8 * len(order)
-    theta = policy.model.table
+    theta = [p for p in policy.parameters() if p.requires_grad]
     outer = nll(policy, Letters(), OUTER.each())()
-    (right,) = torch.autograd.grad(outer, theta)
-    scores = torch.stack([torch.autograd.grad(each, theta, retain_graph=True)[0].reshape(-1) for each in log_prob])
-    fisher = BETA * scores.mT @ scores / len(scores) + damping * torch.eye(theta.numel()).double()
-    credit = scores @ torch.linalg.solve(fisher, right.reshape(-1))
+
+    def gradient(x):
+        return torch.cat([part.reshape(-1) for part in torch.autograd.grad(x, theta, retain_graph=True)])
+
+    right, scores = gradient(outer), torch.stack([gradient(each) for each in log_prob])
+    fisher = BETA * scores.mT @ scores / len(scores) + damping * torch.eye(len(right)).double()
+    credit = scores @ torch.linalg.solve(fisher, right)
     (expected,) = torch.autograd.grad((advantages * credit).sum() / len(scores), list(reward.parameters()))
     result = made.evaluate()
     torch.testing.assert_close(result.gradient[0], expected, rtol=1e-9, atol=1e-12)
