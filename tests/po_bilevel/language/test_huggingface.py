@@ -101,7 +101,7 @@ def test_gradients_are_those_of_the_models_own_log_probabilities(model):
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "bloom"])  # whose activation has none
 def test_derivatives_in_forward_mode(name):
-    ours = HuggingFaceModel(random_model(name).double())  # some norms are in float32 all the same
+    ours = HuggingFaceModel(random_model(name))
     ids, mask = padded([[5, 9, 3], [4]], "left")
     theta = {name: x.detach() for name, x in ours.named_parameters()}
     v = {name: 0.3 * torch.randn_like(x) for name, x in theta.items()}
@@ -110,11 +110,11 @@ def test_derivatives_in_forward_mode(name):
         moved = {name: x + step * v[name] for name, x in theta.items()}
         return torch.func.functional_call(ours, moved, (ids, mask))[mask]
 
-    _, found = torch.func.jvp(hidden, (torch.tensor(0.0).double(),), (torch.tensor(1.0).double(),))
+    _, found = torch.func.jvp(hidden, (torch.tensor(0.0),), (torch.tensor(1.0),))
     with torch.no_grad():
         expected = (hidden(1e-3) - hidden(-1e-3)) / 2e-3
     # The rounding of float32 over the step, and the third derivative times the step's square.
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
 def test_the_context_is_the_configurations():
@@ -134,6 +134,12 @@ def test_the_check_leaves_training_as_it_was():
 
 def test_half_precision_passes_the_check():
     assert HuggingFaceModel(random_model("gemma2").bfloat16()).head().weight.dtype == torch.bfloat16
+
+
+def test_nan_is_refused():
+    """Here of transformers: in float64 its masks underflow in Gemma's softmax, which is in float32."""
+    with pytest.raises(ValueError, match="by nan of the largest"):
+        HuggingFaceModel(random_model("gemma2").double())
 
 
 def test_what_is_no_such_model_is_refused():
