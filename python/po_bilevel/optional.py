@@ -1,6 +1,8 @@
 """Optional dependencies: imported where they are needed, and asked for by the name of their extra."""
 
 import importlib
+import importlib.metadata
+import re
 from typing import Any
 
 from .errors import MissingDependencyError
@@ -25,3 +27,24 @@ def require(module: str, extra: str) -> Any:
         raise MissingDependencyError(
             f"{package} is needed here and is not installed: pip install 'po-kernels[{extra}]'"
         ) from error
+
+
+def require_version(package: str, extra: str, least: tuple[int, int], below: tuple[int, int]) -> None:
+    """Refuses a package whose version is not one that this code was written for.
+
+    Args:
+        package: name of the distribution, which is that of its module.
+        extra: the extra of the distribution that installs it.
+        least, below: the first version (major, minor) that fits, and the first one after it that does not.
+
+    Raises:
+        MissingDependencyError: it is not installed, or in another version; the installed one and the expected ones are
+            named.
+    """
+    require(package, extra)
+    installed = importlib.metadata.version(package)
+    if not least <= tuple(int(x) for x in re.findall(r"\d+", installed)[:2]) < below:
+        expected = f"{package}>={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
+        raise MissingDependencyError(
+            f"{package} {installed} is installed, but {expected} is needed here: pip install 'po-kernels[{extra}]'"
+        )
