@@ -56,7 +56,8 @@ from .rewards import (
     TabularReward,
     one_hot_table,
 )
-from .trainer import BilevelTrainer, OuterStep
+from .steps import OuterStep
+from .trainer import BilevelTrainer
 from .training import BatchStream, train, train_ensemble, train_nll, train_policy_gradient
 
 if TYPE_CHECKING:

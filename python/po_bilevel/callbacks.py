@@ -7,7 +7,7 @@ from .optional import require
 from .rewards import diagonal
 
 if TYPE_CHECKING:
-    from .trainer import OuterStep
+    from .steps import OuterStep
 
 
 def scalars(step: "OuterStep") -> dict[str, float]:

@@ -22,28 +22,26 @@ InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 _READ_TOGETHER = 100
 
 
-class BatchStream:
-    """An endless stream of (batch, seed), the same for the same arguments.
+class RowStream:
+    """An endless stream of (rows, seed), the same for the same arguments.
 
     Args:
-        data: all rows.
+        count: of all rows.
         batch_size: rows a batch, in a new random order each epoch, the last batch of an epoch smaller if need be;
             None for all rows each time.
         seed: of the order and of the seeds handed out.
+        device: of the rows' numbers.
     """
 
-    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
-        data.check("data")
+    def __init__(
+        self, count: int, batch_size: int | None, seed: int, device: torch.device | None = None
+    ) -> None:  # fmt: skip
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self.data = data
+        self._count, self._device = count, device
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._order: list[Tensor] = []
-
-    def next(self) -> tuple[Batch, int]:
-        rows, seed = self.draw()
-        return (self.data if rows is None else self.data.rows(rows)), seed
 
     def draw(self) -> tuple[Tensor | None, int]:
         """The rows of the next batch, None for all, and its seed."""
@@ -51,8 +49,8 @@ class BatchStream:
         if self._batch_size is None:
             return None, seed
         if not self._order:
-            rows = torch.randperm(self.data.inputs.shape[0], generator=self._generator)
-            self._order = list(rows.to(self.data.inputs.device).split(self._batch_size))
+            rows = torch.randperm(self._count, generator=self._generator)
+            self._order = list(rows.to(self._device).split(self._batch_size))
         return self._order.pop(0), seed
 
     def draw_several(self, count: int) -> list[tuple[Tensor | None, int]]:
@@ -69,6 +67,24 @@ class BatchStream:
         """Goes on from where a stream of the same arguments was."""
         self._generator.set_state(state["generator"])
         self._order = list(state["order"])
+
+
+class BatchStream(RowStream):
+    """An endless stream of (batch, seed), the same for the same arguments.
+
+    Args:
+        data: all rows.
+        batch_size, seed: as in `RowStream`.
+    """
+
+    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
+        data.check("data")
+        super().__init__(data.inputs.shape[0], batch_size, seed, data.inputs.device)
+        self.data = data
+
+    def next(self) -> tuple[Batch, int]:
+        rows, seed = self.draw()
+        return (self.data if rows is None else self.data.rows(rows)), seed
 
 
 def train(

@@ -28,9 +28,9 @@ from po_bilevel import (
     WeightsAndBiases,
     optimal_precision,
     residual_covariance,
+    resumable,
     train_nll,
 )
-from po_bilevel import trainer as trainer_module
 from problems import ROWS, bilevel, lbfgs, least_squares, seeded
 from torch import nn
 
@@ -393,7 +393,7 @@ def test_trackers_that_are_not_installed_name_their_extra(make, module, monkeypa
 
 def test_the_progress_bar_shows_losses_and_reward(classes, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(trainer_module, "tqdm", functools.partial(trainer_module.tqdm, mininterval=0.0))
+    monkeypatch.setattr(resumable, "tqdm", functools.partial(resumable.tqdm, mininterval=0.0))
     trainer = bilevel(classes, progress=True, description="reward")
     history = trainer.fit(2)
     shown = capsys.readouterr().err

@@ -35,7 +35,8 @@ from ..optimizers import SOLVED, lbfgs
 from ..optional import require
 from ..policies import CategoricalPolicy, LinearCategorical, MLPCategorical
 from ..rewards import OneHotMahalanobisReward, PrecisionKind, TableReward, TabularReward, diagonal, one_hot_table
-from ..trainer import BilevelTrainer, OuterStep
+from ..steps import OuterStep
+from ..trainer import BilevelTrainer
 from ..training import train_nll, train_policy_gradient
 from . import data, metrics, plots, runs
 from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads

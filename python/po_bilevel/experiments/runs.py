@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import NonFiniteError, UsageError
 from ..files import alone
-from ..trainer import OuterStep
+from ..steps import OuterStep
 from . import plots, results
 from .results import Row
 

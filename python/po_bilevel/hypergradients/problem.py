@@ -4,13 +4,20 @@ What is not finite raises a NonFiniteError, a loss or a tensor that cannot be us
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
 from .interface import Hypergradient, Loss, Tensors
+
+Average = Callable[[Tensor], Tensor]
+
+
+def same(x: Tensor) -> Tensor:
+    """The average over processes where there is one."""
+    return x
 
 
 class Curvature:
@@ -94,12 +101,15 @@ class ImplicitProblem:
         self._inner, self._gradient, norm = _differentiable_gradient(inner_loss, self._theta, self._phi)
         self._inner_norm: float | None = norm
 
-    def begin(self, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
-        """What does not depend on how the Hessian is come by."""
+    def begin(
+        self, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float, average: Average = same
+    ) -> None:  # fmt: skip
+        """What does not depend on how the Hessian is come by; the outer loss is the average over processes."""
         self._theta, self._phi = theta, phi
-        self._outer, by_theta, self._direct = outer_gradients(outer_loss, self._theta, self._phi)
+        outer, by_theta, direct = outer_gradients(outer_loss, self._theta, self._phi)
+        self._outer, self._direct = average(outer.detach()), tuple(map(average, filled(direct, self._phi)))
         self._damping = damping
-        right = flat(by_theta, self._theta)
+        right = average(flat(by_theta, self._theta))
         # A power of two changes no bit of what follows.
         self._unit = 2.0 ** math.frexp(float(right.abs().max()))[1]
         self.right = right / self._unit
@@ -174,10 +184,10 @@ class ImplicitProblem:
             )
         if next_step is not None:
             solution = solution + next_step * residual
-        gradient = tuple(d - self._unit * m for d, m in zip(filled(self._direct, self._phi), mixed, strict=True))
+        gradient = tuple(d - self._unit * m for d, m in zip(self._direct, mixed, strict=True))
         return Hypergradient(
-            gradient=all_finite(gradient), inner_loss=float(self._inner.detach()),
-            outer_loss=float(self._outer.detach()), residual_norm=residual_norm, num_products=self.num_products,
+            gradient=all_finite(gradient), inner_loss=float(self._inner.detach()), outer_loss=float(self._outer),
+            residual_norm=residual_norm, num_products=self.num_products,
             converged=None if tolerance is None else solved and not far, min_curvature=least, problems=tuple(found),
             solution=unflat(self._unit * solution, self._theta), inner_gradient_norm=self._inner_norm,
             stationarity=stationarity, condition=condition,

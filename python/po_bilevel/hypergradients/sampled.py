@@ -27,6 +27,7 @@ from .implicit import ImplicitCG
 from .interface import Hypergradient, Loss, Tensors
 from .method import Method, Start
 from .problem import (
+    Average,
     ImplicitProblem,
     all_finite,
     all_reached,
@@ -36,6 +37,7 @@ from .problem import (
     length,
     outer_gradients,
     parameters,
+    same,
     unflat,
 )
 from .repeatable import repeatable
@@ -61,6 +63,10 @@ class SampledObjective:
         weight: of each completion, (G, *), adding up to one, such as the probabilities of all there are over the number
             of contexts; None for equal ones. With it the baseline is of no use: "none".
         data_reward: φ -> rewards of the data's own completions, of any shape; `MomentMatching` asks for it.
+        index: (N,), the context of each of N completions, whose numbers may differ: log_prob, reward, reference and
+            weight are (N,) then. A completion that is the only one of its context tells nothing.
+        average: of a tensor over processes that have completions, and rows of the outer loss, of their own, as many
+            each; of all processes at once. As it stands, of one.
 
     Raises:
         ValueError: standardised advantages, which erase the scale of a reward that is to be learned; or a weight with a
@@ -75,6 +81,8 @@ class SampledObjective:
     reference: Tensor | None = None
     weight: Tensor | None = None
     data_reward: Callable[[Tensors], Tensor] | None = field(default=None)
+    index: Tensor | None = None
+    average: Average = same
 
     def __post_init__(self) -> None:
         if self.advantage == "standardized":
@@ -108,10 +116,16 @@ class SampledObjective:
     def __call__(self, theta: Tensors, phi: Tensors) -> Tensor:
         """L = −Σ w (r − β log p_θ/p_0), without the derivative that it would have through the samples."""
         with torch.no_grad():
-            ratio = self.log_prob(theta)
-            if self.reference is not None:
-                ratio = ratio - self._of_shape("reference", self.reference, ratio)
-            return -(self.weights(ratio) * (self.reward(phi) - self.coefficient * ratio)).sum()
+            return self.value(self.log_prob(theta), self.reward(phi))
+
+    def value(self, log_prob: Tensor, rewards: Tensor) -> Tensor:
+        """L from the completions' log-probabilities and rewards."""
+        ratio = log_prob if self.reference is None else log_prob - self._of_shape("reference", self.reference, log_prob)
+        return self.average(-(self.weights(ratio) * (rewards - self.coefficient * ratio)).sum())
+
+    def advantages(self, rewards: Tensor) -> Tensor:
+        """Of the completions, like their rewards."""
+        return pk.group_advantage(rewards, self.advantage, index=self.index)
 
 
 def completion_credit(
@@ -167,19 +181,20 @@ class FisherProblem(ImplicitProblem):
     def __init__(
         self, objective: SampledObjective, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float
     ) -> None:  # fmt: skip
-        self.begin(outer_loss, theta, phi, damping)
+        self.begin(outer_loss, theta, phi, damping, objective.average)
         self._objective = objective
         with torch.enable_grad():
             self._log_prob = objective.log_prob(theta)
             rewards = objective.reward(phi)
-            self._advantages = pk.group_advantage(rewards, objective.advantage)
+            self._advantages = objective.advantages(rewards)
         if self._log_prob.shape != rewards.shape or not self._log_prob.requires_grad:
             raise ValueError(
                 f"SampledObjective: log_prob: expected shape {tuple(rewards.shape)} like the rewards, with a "
                 f"derivative in theta, got {tuple(self._log_prob.shape)}"
             )
         self._weights = objective.weights(self._log_prob.detach())
-        self._inner, self._inner_norm = objective(theta, phi), None
+        self._inner = objective.value(self._log_prob.detach(), rewards.detach())
+        self._inner_norm = None
         self.how: set[How] = set()
         self._largest = 0.0
 
@@ -199,7 +214,7 @@ class FisherProblem(ImplicitProblem):
         image = self._back(credit)
         exact = torch.finfo(credit.dtype).eps ** 0.5
         # Where all is dropped both sides are zero.
-        nothing = not credit.any() and bool(vector.any())
+        nothing = not self._objective.average(credit.abs().sum()) and bool(vector.any())
         if how == "forward mode" and (nothing or not self._agree(vector, credit, image, exact)):
             theta = tuple(t.detach() for t in self._theta)
             credit, how = _differences(self._objective.log_prob, theta, parts), "differences"
@@ -213,7 +228,8 @@ class FisherProblem(ImplicitProblem):
         return credit, image
 
     def _agree(self, vector: Tensor, credit: Tensor, image: Tensor, tolerance: float) -> bool:
-        forward = self._objective.coefficient * float((self._weights * credit.square()).sum())
+        local = (self._weights * credit.square()).sum()
+        forward = self._objective.coefficient * float(self._objective.average(local))
         backward, squared = float(vector @ image), float(vector @ vector)
         if not (math.isfinite(forward) and math.isfinite(backward)):
             return True  # is said where the product is looked at
@@ -227,7 +243,7 @@ class FisherProblem(ImplicitProblem):
             self._log_prob, self._theta, self._objective.coefficient * self._weights * credit, retain_graph=True,
             allow_unused=True,
         )  # fmt: skip
-        return flat(found, self._theta)
+        return self._objective.average(flat(found, self._theta))
 
     def image_and_mixed(self, solution: Tensor) -> tuple[Tensor, Tensors]:
         """See `ImplicitProblem.image_and_mixed`."""
@@ -235,7 +251,7 @@ class FisherProblem(ImplicitProblem):
         by_phi = torch.autograd.grad(
             self._advantages, self._phi, -self._weights * credit, retain_graph=True, allow_unused=True
         )
-        return image, all_reached(by_phi)
+        return image, tuple(map(self._objective.average, all_reached(by_phi)))
 
 
 class SampledMethod(Method):
@@ -314,7 +330,9 @@ class MomentMatching(SampledMethod):
             data, samples = inner_loss.data_reward(phi).mean(), inner_loss.reward(phi)
             apart = (data - (inner_loss.weights(samples.detach()) * samples).sum()) / inner_loss.coefficient
         by_phi = all_reached(torch.autograd.grad(apart, phi, allow_unused=True))
-        gradient = tuple(d - g for d, g in zip(filled(direct, phi), by_phi, strict=True))
+        average = inner_loss.average
+        gradient = tuple(average(d - g) for d, g in zip(filled(direct, phi), by_phi, strict=True))
         return Hypergradient(
-            gradient=all_finite(gradient), inner_loss=float(inner_loss(theta, phi)), outer_loss=float(outer.detach())
-        )
+            gradient=all_finite(gradient), inner_loss=float(inner_loss(theta, phi)),
+            outer_loss=float(average(outer.detach())),
+        )  # fmt: skip

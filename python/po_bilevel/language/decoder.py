@@ -54,9 +54,10 @@ class Decoder(CausalModel):
         self.norm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=INITIAL_STD)
         nn.init.normal_(self.place.weight, std=INITIAL_STD)
-        for block in self.blocks:
-            for last in (block.out, block.network[-1]):
-                nn.init.normal_(last.weight, std=INITIAL_STD / (2 * layers) ** 0.5)
+        for module in self.blocks.modules():
+            if isinstance(module, _Block):
+                for last in (module.out, module.down):
+                    nn.init.normal_(last.weight, std=INITIAL_STD / (2 * layers) ** 0.5)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See `CausalModel.forward`."""
@@ -97,7 +98,7 @@ class _Block(nn.Module):
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.into = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.network = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(
         self, x: Tensor, seen: Tensor, before: tuple[Tensor, Tensor] | None
@@ -107,7 +108,7 @@ class _Block(nn.Module):
         if before is not None:
             key, value = (torch.cat(both, dim=2) for both in zip(before, (key, value), strict=True))
         x = x + self.out(_attention(query, key, value, seen).transpose(1, 2).flatten(2))
-        return x + self.network(self.norms[1](x)), (key, value)
+        return x + self.down(functional.gelu(self.up(self.norms[1](x)))), (key, value)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
