@@ -3,7 +3,7 @@
 import functools
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from ..language.huggingface import HuggingFaceModel, head_scale
 optional.require_version("trl", "trl", least=(1, 16), below=(2, 0))
 _Trainer: Any = optional.require("trl", "trl").GRPOTrainer
 _Callback: Any = optional.require("transformers", "trl").TrainerCallback
-_Output: Any = optional.require("transformers.utils", "trl").ModelOutput
 
 # Of each loss_type, the surrogate and the aggregation.
 LOSSES = {
@@ -197,8 +196,11 @@ def loss_options(args: Any) -> dict[str, Any]:
     return options
 
 
-class _Scores(_Output):
-    """What the trainer reads of a model that it calls with `fused_lm_head`."""
+class _Scores(NamedTuple):
+    """What the trainer reads of a model that it calls with `fused_lm_head`, each (B, T - 1)."""
+
+    log_probs: Tensor
+    entropy: Tensor
 
 
 def _score_in_chunks(model: Any, temperature: float) -> None:
@@ -223,7 +225,7 @@ def _score_in_chunks(model: Any, temperature: float) -> None:
             temperature=temperature / scale, softcap=None if softcap is None else softcap / scale,
         )  # fmt: skip
         log_prob, entropy = (x.new_zeros(scored.shape).masked_scatter(scored, x) for x in found[:2] if x is not None)
-        return _Scores(log_probs=log_prob, entropy=entropy)
+        return _Scores(log_prob, entropy)
 
     model.forward = types.MethodType(forward, model)
 
