@@ -23,6 +23,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTH = 6
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # which is faster at these sizes
+
+
 def reward_of_letters(completions, **columns):
     return [float(text.count("c") - 0.5 * text.count("d")) for text in completions]
 
