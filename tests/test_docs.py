@@ -6,6 +6,7 @@ import pkgutil
 from pathlib import Path
 
 import po_bilevel
+import po_bilevel.language
 import pytest
 import torch
 
@@ -21,7 +22,7 @@ def test_the_derivative_table_is_what_the_operations_do():
 
 def modules():
     """Those that import nothing which may be missing."""
-    for package in (po_kernels.ops, po_bilevel, po_bilevel.hypergradients):
+    for package in (po_kernels.ops, po_bilevel, po_bilevel.hypergradients, po_bilevel.language):
         for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             if not module.ispkg and module.name != "po_bilevel.__main__":
                 yield module.name

@@ -1,8 +1,14 @@
 """What a trainer tells of its steps."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .hypergradients import Hypergradient
+from .rewards import Reward
+from .training import norm_of
 
 
 @dataclass(frozen=True)
@@ -36,3 +42,16 @@ class OuterStep:
     inner_gradient_norm: float | None = None
     stationarity: float | None = None
     native: bool = False
+
+    @classmethod
+    def of(cls, number: int, result: Hypergradient, reward: nn.Module, **more: Any) -> Self:
+        """A step that took this hypergradient of the parameters of a reward that require grad."""
+        return cls(
+            step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss,
+            reward=reward.shown() if isinstance(reward, Reward) else None,
+            reward_norm=norm_of([p.detach() for p in reward.parameters() if p.requires_grad]),
+            gradient_norm=norm_of(result.gradient), residual_norm=result.residual_norm,
+            num_products=result.num_products, converged=result.converged,
+            negative_curvature=result.negative_curvature, problems=result.problems,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, **more,
+        )  # fmt: skip

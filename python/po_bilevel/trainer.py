@@ -18,7 +18,7 @@ from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .objectives import sampled_objective
 from .policies import Policy
 from .resumable import Resumable, check_learned, described, learned_names, named, update_reward
-from .rewards import MahalanobisReward, OneHotMahalanobisReward, Reward, TableReward
+from .rewards import MahalanobisReward, OneHotMahalanobisReward, TableReward
 from .steps import OuterStep
 from .substitution import Substitution, evaluating
 from .threads import threads_for
@@ -199,15 +199,7 @@ class BilevelTrainer(Resumable[OuterStep]):
                 result = self._take_hypergradient()
         except NonFiniteError as error:
             raise NonFiniteError(f"outer step {number}: {error}{self._last_good()}") from error
-        phi = named(self.reward, self._phi)
-        step = OuterStep(
-            step=number, inner_loss=result.inner_loss, outer_loss=result.outer_loss, inner_steps=inner_steps,
-            reward=self.reward.shown() if isinstance(self.reward, Reward) else None,
-            reward_norm=training.norm_of([p.detach() for p in phi]), gradient_norm=training.norm_of(result.gradient),
-            residual_norm=result.residual_norm, num_products=result.num_products, converged=result.converged,
-            negative_curvature=result.negative_curvature, problems=result.problems,
-            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, native=native,
-        )  # fmt: skip
+        step = OuterStep.of(number, result, self.reward, inner_steps=inner_steps, native=native)
         return step, result
 
     def _take_hypergradient(self) -> Hypergradient:

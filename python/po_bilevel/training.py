@@ -31,14 +31,16 @@ class RowStream:
             None for all rows each time.
         seed: of the order and of the seeds handed out.
         device: of the rows' numbers.
+        drop_last: leave out a smaller last batch, where it is not the only one.
     """
 
     def __init__(
-        self, count: int, batch_size: int | None, seed: int, device: torch.device | None = None
+        self, count: int, batch_size: int | None, seed: int, device: torch.device | None = None, *,
+        drop_last: bool = False,
     ) -> None:  # fmt: skip
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self._count, self._device = count, device
+        self._count, self._device, self._drop_last = count, device, drop_last
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
         self._order: list[Tensor] = []
@@ -51,6 +53,8 @@ class RowStream:
         if not self._order:
             rows = torch.randperm(self._count, generator=self._generator)
             self._order = list(rows.to(self._device).split(self._batch_size))
+            if self._drop_last and self._count > self._batch_size and self._count % self._batch_size:
+                del self._order[-1]
         return self._order.pop(0), seed
 
     def draw_several(self, count: int) -> list[tuple[Tensor | None, int]]:

@@ -100,7 +100,8 @@ class SampledObjective:
     def weights(self, like: Tensor) -> Tensor:
         """Of completions whose log-probabilities or rewards are `like`, (G, *)."""
         if self.weight is None:
-            return torch.full_like(like, 1.0 / like.numel())
+            count = self.average(torch.tensor(float(like.numel()), dtype=torch.float64, device=like.device))
+            return torch.full_like(like, 1.0 / float(count))
         return self._of_shape("weight", self.weight, like).to(like)
 
     @staticmethod

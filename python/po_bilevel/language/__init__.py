@@ -2,6 +2,16 @@
 
 from .causal import CausalModel, Head
 from .decoder import Decoder
+from .embedders import NgramEmbedder, SentenceEncoder
+from .learner import RewardLearner
 from .policy import Completions, TokenPolicy, Tokens
+from .rewards import Gate, TextEmbeddingReward, TextReward
+from .rollouts import Sampling
+from .texts import BytePairTokenizer, Pairs, Tokenizer, read_pairs, read_text
+from .trainer import Learning, SequenceStep, SequenceTrainer
 
-__all__ = ["CausalModel", "Completions", "Decoder", "Head", "TokenPolicy", "Tokens"]
+__all__ = [
+    "BytePairTokenizer", "CausalModel", "Completions", "Decoder", "Gate", "Head", "Learning", "NgramEmbedder", "Pairs",
+    "RewardLearner", "Sampling", "SentenceEncoder", "SequenceStep", "SequenceTrainer", "TextEmbeddingReward",
+    "TextReward", "TokenPolicy", "Tokenizer", "Tokens", "read_pairs", "read_text",
+]  # fmt: skip
