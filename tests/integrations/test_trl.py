@@ -13,8 +13,10 @@ with warnings.catch_warnings():
     trl = pytest.importorskip("trl", exc_type=ImportError)
     pytest.importorskip("trl.trainer.grpo_trainer", exc_type=ImportError)
     import transformers
+    from po_bilevel import language
     from po_bilevel.errors import MissingDependencyError
     from po_bilevel.integrations import trl as ours
+    from po_bilevel.language.huggingface import HuggingFaceModel, HuggingFaceTokenizer
 
     from .models import WORDS, dataset, saved_model, tokenizer
 
@@ -206,34 +208,47 @@ class Learner:
         products: int
         path: str
 
-    def __init__(self, model=None):
+    def __init__(self):
         self.steps = 0
-        self.model = model
-        self.training = []
 
     def step(self):
         self.steps += 1
-        self.training.append(self.model.training)
         return self.Outcome(torch.tensor(0.5 * self.steps), 7, "exact")
 
 
 def test_the_callback_learns_and_logs(where):
-    model = transformers.AutoModelForCausalLM.from_pretrained(where)
-    learner = Learner(model)
+    learner = Learner()
     callback = ours.RewardCallback(learner, every=2)
-    trainer = trainer_of(
-        ours.GRPOTrainer, where, model=model, callbacks=[callback], max_steps=6, logging_steps=4
-    )  # fmt: skip
+    trainer = trainer_of(ours.GRPOTrainer, where, callbacks=[callback], max_steps=6, logging_steps=4)
     trainer.train()
     assert learner.steps == 3
-    assert learner.training == [False] * 3
-    assert model.training
     logged = [each for each in trainer.state.log_history if "reward_learning/residual" in each]
-    assert [each["reward_learning/residual"] for each in logged] == [
-        0.75,
-        1.5,
-    ]  # (0.5 + 1)/2 after 4 steps, and the rest
+    assert [each["reward_learning/residual"] for each in logged] == [0.75, 1.5]  # (0.5 + 1) / 2, and the rest
     assert logged[0]["reward_learning/products"] == 7
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_reward_that_is_learned_from_text(where, gradient_checkpointing):
+    model = transformers.AutoModelForCausalLM.from_pretrained(where)
+    pairs = language.Pairs.of((row["prompt"], row["target"]) for row in dataset())
+    reward = language.TextEmbeddingReward(language.NgramEmbedder(8, ngrams=(1, 1)))
+    before = reward.precision().detach().clone()
+    learner = language.RewardLearner(
+        language.TokenPolicy(HuggingFaceModel(model), tokenizer().eos_token_id), HuggingFaceTokenizer(tokenizer()),
+        reward, inner=pairs, outer=pairs, coefficient=0.5, sampling=language.Sampling(4, LENGTH),
+        outer_optimizer=torch.optim.SGD(reward.parameters(), lr=0.1),
+    )  # fmt: skip
+    trainer = trainer_of(
+        ours.GRPOTrainer, where, model=model, callbacks=[ours.RewardCallback(learner)], beta=0.5,
+        use_bias_correction_kl=True, reward_funcs=ours.reward_function(reward), loss_type="dr_grpo",
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    trainer.train()
+    assert (reward.precision() - before).abs().max() > 1e-3
+    for logged in trainer.state.log_history[:3]:
+        assert 0 < logged["reward_learning/outer_loss"] < 100
+        assert logged["reward_learning/gradient_norm"] > 0
+        assert logged["rewards/text_reward/mean"] < 0
 
 
 @pytest.mark.parametrize("options", [{"scale_rewards": "group"}, {"multi_objective_aggregation": "normalize_then_sum"}])

@@ -233,9 +233,8 @@ def _score_in_chunks(model: Any, temperature: float) -> None:
 class RewardCallback(_Callback):
     """Learns the reward beside the policy: an outer step after every so many of the trainer's.
 
-    The model is in evaluation mode meanwhile, for the hypergradient asks for log-probabilities that draw nothing. What
-    the step returns, a mapping, a named tuple or an object with attributes, is averaged between two lines of the log;
-    numbers and () tensors of it are logged by `GRPOTrainer`.
+    What the step returns, a mapping, a named tuple or an object with attributes, is averaged between two lines of the
+    log; numbers and () tensors of it are logged by `GRPOTrainer`.
 
     Args:
         learner: an object with `step()`, such as `po_bilevel.language.RewardLearner`, which changes the parameters of
@@ -275,16 +274,8 @@ class RewardCallback(_Callback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The outer step."""
-        if state.global_step % self.every:
-            return
-        model = kwargs["model"]
-        training = model.training
-        model.eval()
-        try:
-            outcome = self.learner.step()
-        finally:
-            model.train(training)
-        self._outcomes.append(_numbers(outcome))
+        if state.global_step % self.every == 0:
+            self._outcomes.append(_numbers(self.learner.step()))
 
     def outcomes(self) -> dict[str, float]:
         """Means of what the steps since the last call returned, under the names of the log."""

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class HuggingFaceTokenizer:
         tokenizer: a `transformers.PreTrainedTokenizerBase` with an end-of-text token.
 
     Attributes:
-        eos: the id of that token.
+        end: the id of that token.
 
     Raises:
         MissingDependencyError: without the extra `text`.
@@ -160,13 +160,13 @@ class HuggingFaceTokenizer:
                 "HuggingFaceTokenizer: tokenizer: expected one with an eos_token, got None: nothing would end a text"
             )
         self.tokenizer = tokenizer
-        self.eos: int = tokenizer.eos_token_id
+        self.end: int = tokenizer.eos_token_id
 
     def encode(self, text: str) -> list[int]:
         """The ids of the tokens of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         return self.tokenizer.decode(
             [int(each) for each in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -185,7 +185,7 @@ def tokenizer(**special):
 
 def test_texts_and_tokens():
     ours = HuggingFaceTokenizer(tokenizer(unk_token="<unk>", bos_token="<s>", eos_token="</s>"))
-    assert ours.eos == 2
+    assert ours.end == 2
     assert ours.encode("a rose is a rose") == [3, 4, 5, 3, 4]
     assert ours.decode(torch.tensor([1, 3, 4, 2])) == "a rose"
 
