@@ -100,6 +100,11 @@ class HuggingFaceModel(CausalModel):
             if any(forward_ad.unpack_dual(x).tangent is not None for x in self.parameters()):
                 # The fused kernels have no derivative in forward mode.
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            embedding = self._inner.get_input_embeddings()
+            if getattr(embedding, "padding_idx", None) is not None:
+                # It would drop the gradient of that token also where a text has it, as many have their end in prompts.
+                stack.callback(setattr, embedding, "padding_idx", embedding.padding_idx)
+                embedding.padding_idx = None
             return self._inner.base_model(input_ids=ids, attention_mask=mask.long(), **options)
 
     @torch.no_grad()

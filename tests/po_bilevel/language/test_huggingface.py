@@ -5,6 +5,7 @@ import torch
 from po_bilevel.language.causal import logits
 from po_bilevel.language.huggingface import HuggingFaceModel, HuggingFaceTokenizer
 from torch import nn
+from torch.autograd import forward_ad
 
 import po_kernels as pk
 
@@ -115,6 +116,25 @@ def test_derivatives_in_forward_mode(name):
         expected = (hidden(1e-3) - hidden(-1e-3)) / 2e-3
     # The rounding of float32 over the step, and the third derivative times the step's square.
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
+
+
+def test_the_padding_token_has_a_gradient_where_a_text_has_it():
+    model = random_model("qwen3")
+    table = model.get_input_embeddings()
+    assert table.padding_idx == 0
+    ours = HuggingFaceModel(model)
+    ids, mask = torch.tensor([[0, 5, 0, 0]]), torch.tensor([[False, True, True, False]])
+    hidden = ours(ids, mask)[mask]
+    cotangent, v = torch.randn_like(hidden), torch.zeros_like(table.weight)
+    v[0] = torch.randn(len(v[0]))
+    gradient = torch.autograd.grad(hidden, table.weight, cotangent)[0]
+    assert table.padding_idx == 0
+    name = next(name for name, x in ours.named_parameters() if x is table.weight)
+    with forward_ad.dual_level(), torch.no_grad():
+        moved = {name: forward_ad.make_dual(table.weight.detach(), v)}
+        tangent = forward_ad.unpack_dual(torch.func.functional_call(ours, moved, (ids, mask))[mask]).tangent
+    assert (gradient * v).sum().abs() > 0.1
+    torch.testing.assert_close((gradient * v).sum(), (tangent * cotangent).sum(), rtol=1e-5, atol=1e-5)
 
 
 def test_the_context_is_the_configurations():
