@@ -62,8 +62,8 @@ learner = RewardLearner(
 )  # fmt: skip
 args = trl.GRPOConfig(
     tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
-    max_steps=options.steps, learning_rate=1e-3, lr_scheduler_type="constant", per_device_train_batch_size=8, num_generations=4,
-    max_completion_length=16, gradient_checkpointing=False, loss_type="dr_grpo", beta=BETA,
+    max_steps=options.steps, learning_rate=1e-3, lr_scheduler_type="constant", per_device_train_batch_size=8,
+    num_generations=4, max_completion_length=16, gradient_checkpointing=False, loss_type="dr_grpo", beta=BETA,
     use_bias_correction_kl=True, scale_rewards="none",
 )  # fmt: skip
 trainer = GRPOTrainer(
