@@ -24,11 +24,13 @@ class Corpus(NamedTuple):
     Attributes:
         first: paragraphs to be read first.
         kept: paragraphs of the same text that are not, to see what was forgotten.
+        form: pairs of other prompts than the rest, from which a decoder learns what an answer looks like.
         inner, outer, test: pairs.
     """
 
     first: tuple[str, ...]
     kept: tuple[str, ...]
+    form: Pairs
     inner: Pairs
     outer: Pairs
     test: Pairs
@@ -61,7 +63,7 @@ def load(text: Path | None, pairs: Path | None, max_prompts: int | None, seed: i
         every, paragraphs = continuations(paragraphs[::2]), paragraphs[1::2]
     if max_prompts is not None and max_prompts < len(every.prompts):
         chosen = sorted(random.Random(seed).sample(range(len(every.prompts)), max_prompts))
-        every = Pairs(*(tuple(part[row] for row in chosen) for part in every))
+        every = Pairs(tuple(every.prompts[row] for row in chosen), tuple(every.answers[row] for row in chosen))
     return Corpus(tuple(paragraphs), tuple(kept), *split(every, seed))
 
 
@@ -94,18 +96,23 @@ def continuations(paragraphs: Sequence[str]) -> Pairs:
     return Pairs.of((prompt, answer) for prompt, answers in found.items() for answer in answers)
 
 
-def split(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs, Pairs]:
-    """Three parts: of each prompt's answers where there are three, else of the prompts.
+def split(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs, Pairs, Pairs]:
+    """The parts form, inner, outer and test: every fourth prompt is of the first; of the others' answers, where there
+    are three, each of the rest has some, else each has some of the prompts.
 
     Raises:
-        UsageError: too few pairs for three parts.
+        UsageError: too few pairs for so many parts.
     """
     draw = random.Random(seed)
+    form: list[tuple[str, str]] = []
     parts: tuple[list[tuple[str, str]], ...] = ([], [], [])
     lonely = 0
-    for prompt in draw.sample(range(len(pairs.prompts)), len(pairs.prompts)):
+    for number, prompt in enumerate(draw.sample(range(len(pairs.prompts)), len(pairs.prompts))):
         answers = list(pairs.answers[prompt])
         draw.shuffle(answers)
+        if number % 4 == 0:
+            form.extend((pairs.prompts[prompt], answer) for answer in answers)
+            continue
         if len(answers) < 3:
             # Every fourth such prompt is of the outer part, every fourth of the test part.
             parts[(0, 1, 0, 2)[lonely % 4]].extend((pairs.prompts[prompt], answer) for answer in answers)
@@ -116,6 +123,6 @@ def split(pairs: Pairs, seed: int) -> tuple[Pairs, Pairs, Pairs]:
             part = 1 if place < outer else 2 if place < outer + test else 0
             parts[part].append((pairs.prompts[prompt], answer))
     if not all(parts):
-        raise UsageError(f"--pairs: expected pairs for three parts, got {pairs.number}")
-    inner, outer_pairs, test_pairs = map(Pairs.of, parts)
-    return inner, outer_pairs, test_pairs
+        raise UsageError(f"--pairs: expected pairs for four parts, got {pairs.number}")
+    first, second, third, fourth = map(Pairs.of, (form, *parts))
+    return first, second, third, fourth

@@ -101,7 +101,7 @@ class SampledObjective:
         """Of completions whose log-probabilities or rewards are `like`, (G, *)."""
         if self.weight is None:
             count = self.average(torch.tensor(float(like.numel()), dtype=torch.float64, device=like.device))
-            return torch.full_like(like, 1.0 / float(count))
+            return torch.full_like(like, 1.0 / max(float(count), 1.0))
         return self._of_shape("weight", self.weight, like).to(like)
 
     @staticmethod
@@ -194,6 +194,7 @@ class FisherProblem(ImplicitProblem):
                 f"derivative in theta, got {tuple(self._log_prob.shape)}"
             )
         self._weights = objective.weights(self._log_prob.detach())
+        self._some = bool(objective.average(self._weights.sum()))
         self._inner = objective.value(self._log_prob.detach(), rewards.detach())
         self._inner_norm = None
         self.how: set[How] = set()
@@ -215,7 +216,7 @@ class FisherProblem(ImplicitProblem):
         image = self._back(credit)
         exact = torch.finfo(credit.dtype).eps ** 0.5
         # Where all is dropped both sides are zero.
-        nothing = not self._objective.average(credit.abs().sum()) and bool(vector.any())
+        nothing = not self._objective.average(credit.abs().sum()) and self._some and bool(vector.any())
         if how == "forward mode" and (nothing or not self._agree(vector, credit, image, exact)):
             theta = tuple(t.detach() for t in self._theta)
             credit, how = _differences(self._objective.log_prob, theta, parts), "differences"

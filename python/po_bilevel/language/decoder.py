@@ -100,6 +100,10 @@ class _Block(nn.Module):
         self.out = nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
+    def extra_repr(self) -> str:
+        # No shape tells it, and a run is known again by this text.
+        return f"heads={self._heads}"
+
     def forward(
         self, x: Tensor, seen: Tensor, before: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip

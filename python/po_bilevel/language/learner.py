@@ -1,5 +1,6 @@
 """Outer steps of a reward of texts, wherever its policy is trained."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ class RewardLearner:
             too, where an answer is rewarded by how it compares with the answers there.
         outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time.
         coefficient: β, in units of reward a nat.
-        hypergradient: `FisherCG`, damped by a tenth of β, as it stands, or `MomentMatching`.
+        hypergradient: `FisherCG`, damped by β, to a hundredth, as it stands, or `MomentMatching`.
         sampling: of the completions, at the policy's own temperature, top_p 1.
         num_prompts: of each step, of all processes together; None for all.
         outer_rows: pairs of the outer loss of each step; None for all. `MomentMatching` has those of its prompts.
@@ -59,7 +60,7 @@ class RewardLearner:
     ) -> None:  # fmt: skip
         self._processes = Processes.of(policy)
         self.policy, self.reward, self.outer_optimizer = unwrapped(policy), reward, outer_optimizer
-        self._method = FisherCG(damping=0.1 * coefficient) if hypergradient is None else hypergradient
+        self._method = FisherCG(coefficient, 1e-2, 20) if hypergradient is None else hypergradient
         if not isinstance(self._method, SampledMethod):
             raise TypeError(
                 f"RewardLearner: hypergradient: expected FisherCG or MomentMatching, got {type(self._method).__name__}"
@@ -70,6 +71,8 @@ class RewardLearner:
                 f"RewardLearner: sampling: expected the policy's own temperature and top_p 1, got {self._sampling}"
             )
         training.check_norm("max_grad_norm", max_grad_norm)
+        if not 0 < coefficient < math.inf:
+            raise ValueError(f"RewardLearner: coefficient: expected a finite positive number, got {coefficient}")
         self._phi = learned_names(reward)
         self._theta = [name for name, p in self.policy.named_parameters() if p.requires_grad]
         check_learned(self.policy, reward, outer_optimizer)
@@ -85,6 +88,7 @@ class RewardLearner:
 
     def _stream(self, name: str, count: int, size: int | None, seed: int) -> training.RowStream:
         size = count if size is None else min(size, count)
+        training.check_count(f"RewardLearner: {name}", size, 1)
         self._processes.check(f"RewardLearner: {name}", size)
         return training.RowStream(count, size, seed, drop_last=True)
 
@@ -185,17 +189,19 @@ class RewardLearner:
         if not self._moments:
             index = torch.arange(number, device=keep.device).repeat_interleave(times)[keep]
             return SampledObjective(log_prob, rewards, index=index, **options)
-        # A prompt counts as often as it has pairs.
-        counts = torch.tensor([float(len(self._outer.answers[row])) for row in rows], device=keep.device)
-        kept = drawn.keep.float()
-        weight = (counts[:, None] * kept / kept.sum(dim=1, keepdim=True).clamp(min=1.0)).reshape(-1)[keep]
-        weight = weight / counts.sum() * self._global_share(int(counts.sum()))
+        # A prompt counts as often as it has pairs; one of whose completions none is kept tells nothing.
         features, mean = grouped(self.reward.features, [self._outer.answers[row] for row in rows])
-        of_data = drawn._replace(features=features.to(keep.device), keep=mean > 0, factor=torch.ones_like(mean.mT))
+        of_data = drawn._replace(
+            features=features.to(keep.device), keep=(mean > 0) & drawn.keep.any(dim=1, keepdim=True).to(mean.device),
+            factor=torch.ones_like(mean.mT),
+        )  # fmt: skip
+        counts, kept = (each.sum(dim=1, keepdim=True).double() for each in (of_data.keep, drawn.keep))
+        scale = 1.0 / max(float(self._processes.average(counts.sum())), 1.0)
+        weight = scale * (counts / kept.clamp(min=1.0)).expand(number, times).reshape(-1)[keep]
 
         def data_rewards(phi: Tensors) -> Tensor:
             found = substituted(theta, phi, of_data.rewards, self.reward)
-            return self._global_share(int(counts.sum())) * found[of_data.keep].mean()
+            return scale * found[of_data.keep].sum()
 
         return SampledObjective(
             log_prob, rewards, advantage="none", weight=weight, data_reward=data_rewards, **options

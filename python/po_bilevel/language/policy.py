@@ -110,6 +110,10 @@ class TokenPolicy(nn.Module):
         self.end = end
         self.temperature = temperature
 
+    def extra_repr(self) -> str:
+        # A run is known again by this text.
+        return f"end={self.end}, temperature={self.temperature}"
+
     def forward(self, prompts: Tokens, completions: Tokens, entropy: bool = False) -> pk.TokenStats:
         """Log-probability of each token of completions, and the entropy of what it was taken from, in nats.
 
@@ -123,20 +127,33 @@ class TokenPolicy(nn.Module):
             in forward mode where the model is.
 
         Raises:
-            ValueError: a prompt without a token, or padded on the right; numbers of rows that do not fit; more tokens
-                than the model's context has.
+            ValueError: a prompt without a token, or padded on the right; completions padded on the left; numbers of
+                rows that do not fit; a prompt and a completion of more tokens than the model's context has.
         """
+        if completions.ids.ndim != 2 or completions.ids.shape != completions.mask.shape:
+            raise ValueError(
+                f"TokenPolicy: completions: expected ids and a mask of shape (N, T), got "
+                f"{tuple(completions.ids.shape)} and {tuple(completions.mask.shape)}"
+            )
         times, rest = divmod(len(completions.ids), max(len(prompts.ids), 1))
         if rest or not times:
             raise ValueError(
                 f"TokenPolicy: completions: expected a multiple of {len(prompts.ids)} rows, as many as there are "
                 f"prompts, got {len(completions.ids)}"
             )
-        self._check(prompts, completions.mask.sum(dim=1).reshape(-1, times).amax(dim=1))
+        before, after = completions.mask[:, :-1], completions.mask[:, 1:]
+        if (wrong := (after & ~before).any(dim=1)).any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"TokenPolicy: completions[{row}]: expected padding on the right only, got the mask "
+                f"{completions.mask[row].long().tolist()}"
+            )
+        prompts = self._checked(prompts, completions.mask.sum(dim=1).reshape(-1, times).amax(dim=1))
         ids, mask = (
             torch.cat([before.repeat_interleave(times, dim=0), after], dim=1)
             for before, after in zip(prompts, completions, strict=True)
         )
+        ids = ids.masked_fill(~mask, self.end)
         hidden = self.model(ids[:, :-1], mask[:, :-1])[:, prompts.ids.shape[1] - 1 :]
         # Only the tokens that are there meet the head.
         there = completions.mask
@@ -191,12 +208,12 @@ class TokenPolicy(nn.Module):
             raise ValueError(f"TokenPolicy.generate: temperature: expected a number of at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"TokenPolicy.generate: top_p: expected a number above 0 and at most 1, got {top_p}")
-        self._check(prompts, torch.tensor(max_tokens, device=prompts.ids.device))
+        prompts = self._checked(prompts, max_tokens)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         rows = len(prompts.ids) * num_samples
         alive = torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
         mask = prompts.mask
-        hidden, cache = self.model.extend(prompts.ids, mask)
+        hidden, cache = self.model.extend(prompts.ids.masked_fill(~mask, self.end), mask)
         hidden, cache = hidden[:, -1:].repeat_interleave(num_samples, dim=0), self.model.repeated(cache, num_samples)
         mask = mask.repeat_interleave(num_samples, dim=0)
         found: list[tuple[Tensor, ...]] = []
@@ -231,8 +248,8 @@ class TokenPolicy(nn.Module):
         ids = pk.categorical_sample(sampler, 1, seed=seed, stream=step, row_offset=row_offset)[0]
         return ids, sampler.gather(1, ids[:, None])[:, 0], support
 
-    def _check(self, prompts: Tokens, more: Tensor) -> None:
-        """Refuses prompts that the model cannot read together with so many more tokens, () or (B,)."""
+    def _checked(self, prompts: Tokens, more: Tensor | int) -> Tokens:
+        """The prompts, if they and so many tokens more, of all or of each (B,), can be read."""
         if prompts.ids.ndim != 2 or prompts.ids.shape != prompts.mask.shape or 0 in prompts.ids.shape:
             raise ValueError(
                 f"TokenPolicy: prompts: expected ids and a mask of shape (B, P), at least one of each, got "
@@ -246,11 +263,14 @@ class TokenPolicy(nn.Module):
                 f"TokenPolicy: prompts[{row}]: expected at least one token, and padding on the left only, got the mask "
                 f"{prompts.mask[row].long().tolist()}"
             )
-        lengths = prompts.mask.sum(dim=1)
-        if self.model.context is not None and int((lengths + more).max()) > self.model.context:
-            row = int((lengths + more).argmax())
-            after = int(more.expand_as(lengths)[row])
+        context, lengths = self.model.context, prompts.mask.sum(dim=1)
+        totals = lengths + more
+        if context is not None and int(totals.max()) > context:
+            row = int(totals.argmax())
+            length = int(lengths[row])
+            left = int(totals[row]) - length
             raise ValueError(
-                f"TokenPolicy: prompts[{row}]: expected at most {self.model.context - after} tokens, so that {after} "
-                f"more fit into the model's context of {self.model.context}, got {int(lengths[row])}"
+                f"TokenPolicy: prompts[{row}]: expected at most {context - left} tokens, so that {left} more fit into "
+                f"the model's context of {context}, got {length}"
             )
+        return prompts

@@ -16,11 +16,13 @@ class Processes(NamedTuple):
         rank: of this one.
         number: of all.
         group: theirs, None for one process.
+        device: of the policy, where they talk.
     """
 
     rank: int = 0
     number: int = 1
     group: Any = None
+    device: torch.device = torch.device("cpu")
 
     @classmethod
     def of(cls, policy: nn.Module) -> "Processes":
@@ -28,15 +30,16 @@ class Processes(NamedTuple):
         if not isinstance(policy, nn.parallel.DistributedDataParallel):
             return cls()
         group = policy.process_group
-        return cls(torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group)
+        rank, number = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        return cls(rank, number, group, next(policy.parameters()).device)
 
     def average(self, x: Tensor) -> Tensor:
         """Of a tensor over the processes, which all ask for it at once."""
         if self.number == 1:
             return x
-        total = x.detach().clone()
+        total = x.detach().to(self.device, copy=True)
         torch.distributed.all_reduce(total, group=self.group)
-        return total / self.number
+        return (total / self.number).to(x.device)
 
     def check(self, name: str, count: int) -> None:
         """Refuses a number that cannot be shared out evenly."""

@@ -1,6 +1,8 @@
 """Texts: files of them, prompts with their answers, and the tokens that they are made of."""
 
+import codecs
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -118,13 +120,13 @@ class Pairs(NamedTuple):
 
 
 def read_text(path: Path) -> str:
-    """A file of text.
+    """A file of text, without the mark of UTF-8 that some editors begin it with.
 
     Raises:
         UsageError: it cannot be read, is empty, or is not UTF-8: names the line.
     """
     try:
-        raw = Path(path).read_bytes()
+        raw = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise UsageError(f"{path}: expected a file of text, got {error.strerror or error}") from None
     try:
@@ -141,7 +143,7 @@ def read_pairs(path: Path) -> Pairs:
     """A file of lines such as {"prompt": "...", "answer": "..."}; empty lines are passed over.
 
     Raises:
-        UsageError: as `read_text`; a line that is no such object, or whose answer is empty: names it.
+        UsageError: as `read_text`; a line that is no such object of text, or whose answer is empty: names it.
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -149,13 +151,15 @@ def read_pairs(path: Path) -> Pairs:
             continue
         try:
             pair = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # longer integers than Python reads, brackets without end
             raise UsageError(f"{path}, line {number}: expected JSON, got {line[:60]!r}: {error}") from None
         prompt, answer = (pair.get(key) if isinstance(pair, dict) else None for key in ("prompt", "answer"))
         if not isinstance(prompt, str) or not isinstance(answer, str):
             raise UsageError(f'{path}, line {number}: expected {{"prompt": text, "answer": text}}, got {line[:60]!r}')
         if not answer:
             raise UsageError(f"{path}, line {number}: expected an answer, got an empty one")
+        if re.search("[\ud800-\udfff]", prompt + answer):
+            raise UsageError(f"{path}, line {number}: expected text, got half of a surrogate pair in {line[:60]!r}")
         found.append((prompt, answer))
     return Pairs.of(found)
 

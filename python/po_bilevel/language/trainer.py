@@ -31,6 +31,8 @@ from .texts import Pairs, Tokenizer, answer_tokens, prompt_tokens
 
 # Of the importance weights of tokens that were not sampled from the policy, as TRL truncates them.
 MOST_WEIGHT = 2.0
+# So many pairs' tokens tell a tokenizer from another, where a run is to go on.
+TOLD_BY = 64
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ class SequenceTrainer(Resumable[SequenceStep]):
     divergence from a reference. With `learning` the reward's parameters take a step after each `inner_steps`, along
     the hypergradient of the likelihood of the outer pairs.
 
-    Only under presets whose loss has the gradient of E[r] − β KL of whole completions, "rloo" and "dice", does the
-    inner problem have the optimum that the hypergradients are derived for. Others serve; their hypergradient is that of
-    a nearby problem.
+    Only where the loss has the gradient of E[r] − β KL of whole completions does the inner problem have the optimum
+    that the hypergradients are derived for: under "rloo", or "dice" with options={"kl": "k1", "kl_placement":
+    "reward"}. Other presets serve; their hypergradient is that of a nearby problem.
 
     Args:
         policy: a `TokenPolicy`, trained in place; or one in `DistributedDataParallel`, with the same arguments in each
@@ -143,21 +145,26 @@ class SequenceTrainer(Resumable[SequenceStep]):
         self._inner_steps, self._updates, self._accumulation = inner_steps, updates, accumulation
         self._coefficient, self._advantage, self._max_grad_norm = coefficient, advantage, max_grad_norm
         self._sampling = Sampling(8, 32) if sampling is None else sampling
+        if self._options["aggregation"] == "seq_mean_token_sum_norm":
+            # Not the longest completion, which differs from step to step, and between processes.
+            self._options.setdefault("max_length", self._sampling.max_tokens)
         self._stream = training.RowStream(rows, self._num_prompts, seed, drop_last=True)
         self._optimizer = optimizer([p for p in self.policy.parameters() if p.requires_grad])
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
         self._reference: TokenPolicy | None = None
         if reward is not None and coefficient > 0:
-            self._reference = copy.deepcopy(self.policy) if reference is None else reference
-            self._reference.requires_grad_(False).eval()
+            if reference is None or reference is self.policy:
+                reference = copy.deepcopy(self.policy)
+            self._reference = reference.requires_grad_(False).eval()
         self._learner = None if learning is None else self._new_learner(learning, seed)
         self._outer: Callable[[], Tensor] | None = None
         if outer_pairs is not None:
             self._outer = nll(self.policy, tokenizer, outer_pairs.each())
-        self._told: dict[str, float] = {}
+        self._told: dict[str, Tensor] = {}  # sums and counts
         self._start = described(
             optimizer=self._optimizer, scheduler=self._scheduler, policy=self.policy, reward=reward, learning=learning,
-            pairs=pairs, outer_pairs=outer_pairs, options=self._options, sampling=self._sampling, advantage=advantage,
+            pairs=pairs, tokens=[tokenizer.encode(text) for pair in self._each[:TOLD_BY] for text in pair],
+            outer_pairs=outer_pairs, options=self._options, sampling=self._sampling, advantage=advantage,
             steps=(inner_steps, self._num_prompts, updates, accumulation, max_grad_norm, coefficient, seed),
         )  # fmt: skip
         if self._processes.rank != 0:
@@ -206,8 +213,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
 
     def _averaged(self) -> dict[str, float]:
         """What is told of the last optimiser step, over all processes."""
-        values = self._processes.average(torch.tensor(list(self._told.values()), dtype=torch.float64))
-        return dict(zip(self._told, values.tolist(), strict=True))
+        sums = self._processes.average(torch.stack([*self._told.values(), torch.zeros(2, dtype=torch.float64)]))[:-1]
+        return dict(zip(self._told, (sums[:, 0] / sums[:, 1].clamp(min=1e-9)).tolist(), strict=True))
 
     @torch.no_grad()
     def _outer_nll(self) -> float:
@@ -227,14 +234,15 @@ class SequenceTrainer(Resumable[SequenceStep]):
             left -= 1
             loss = self._take(parts or [])
             training.check_finite(f"the loss at inner step {step}", loss)
-        training.check_finite(
-            "the norm of the policy's parameters", training.norm_of([p.detach() for p in self.policy.parameters()])
-        )
+            # Before anything is sampled from them.
+            norm = training.norm_of([p.detach() for p in self.policy.parameters()])
+            training.check_finite(f"the norm of the policy's parameters after inner step {step}", norm)
         return loss
 
     def _take(self, parts: list[Callable[[], Tensor]]) -> float:
         """One optimiser step on the sum of the parts' losses; returns it, averaged over processes."""
         self._optimizer.zero_grad(set_to_none=True)
+        self._told.pop("entropy", None)
         total = torch.zeros(())
         for number, part in enumerate(parts, 1):
             # Gradients are averaged over processes with the last part.
@@ -258,9 +266,10 @@ class SequenceTrainer(Resumable[SequenceStep]):
         places = [slice(start, start + size) for start in range(0, len(rows), size)]
         if self.reward is None:
             return self._likelihood([[self._each[row] for row in rows[place]] for place in places])
-        found = rollout(
-            self.policy, self._tokenizer, self.reward, self._pairs, rows, self._sampling, seed, offset
-        )  # fmt: skip
+        with evaluating(self.policy):
+            found = rollout(
+                self.policy, self._tokenizer, self.reward, self._pairs, rows, self._sampling, seed, offset
+            )  # fmt: skip
         return self._policy_gradient(found, self.reward, places)
 
     def _likelihood(self, parts: list[list[tuple[str, str]]]) -> list[Callable[[], Tensor]]:
@@ -289,14 +298,14 @@ class SequenceTrainer(Resumable[SequenceStep]):
                     log_support=sampled.log_support,
                 )  # fmt: skip
             self._told = {
-                "reward_mean": _mean(rewards, found.keep),
-                "length": float(sampled.tokens.mask.sum() / found.keep.numel()),
-                "kept": float(found.keep.float().mean()),
+                "reward_mean": _sums(rewards, found.keep),
+                "length": _sums(sampled.tokens.mask.sum(dim=1), torch.ones_like(found.keep)),
+                "kept": _sums(found.keep, torch.ones_like(found.keep)),
             }  # fmt: skip
             if reference is not None:
                 divergence = (old - reference).sum(dim=1).reshape(rewards.shape)
-                self._told["kl"] = _mean(divergence, found.keep)
-                if (options["kl_placement"], options["kl"]) == ("reward", "k1"):
+                self._told["kl"] = _sums(divergence, found.keep)
+                if (options.get("kl_placement"), options.get("kl")) == ("reward", "k1"):
                     # Before the baseline, which takes out the most of its noise.
                     rewards, options["kl_coef"] = rewards - options["kl_coef"] * divergence, 0.0
             advantages = _advantages(rewards, found.keep, self._advantage)
@@ -315,7 +324,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
                 ref_log_prob=None if reference is None else reference[rows], entropy=new.entropy, mask=mask[rows],
                 weight=None if weight is None else weight[rows], normalizer=count, **options,
             )  # fmt: skip
-            self._told["entropy"] = _mean(new.entropy.detach(), tokens.mask)
+            self._told["entropy"] = self._told.get("entropy", 0.0) + _sums(new.entropy.detach(), tokens.mask)
             return scale * cast(Tensor, value)
 
         return [functools.partial(loss, place) for place in places]
@@ -369,5 +378,6 @@ def _advantages(rewards: Tensor, keep: Tensor, kind: str) -> Tensor:
     return found
 
 
-def _mean(x: Tensor, there: Tensor) -> float:
-    return float((x * there).sum() / there.sum().clamp(min=1))
+def _sums(x: Tensor, there: Tensor) -> Tensor:
+    """(2,): the sum of what is there, and of how many."""
+    return torch.stack([x.reshape(there.shape)[there].sum().double(), there.sum().double()]).cpu()
