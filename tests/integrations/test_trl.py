@@ -136,6 +136,20 @@ def test_other_heads(tmp_path, kind):
     agree(mine, theirs, batch(theirs, 0))
 
 
+def test_half_precision_is_that_of_the_autocast(where):
+    mine, theirs = (trainer_of(cls, where, bf16=True) for cls in (ours.GRPOTrainer, trl.GRPOTrainer))
+    inputs = batch(theirs, 0)
+    ids, there = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    found, expected = (
+        each._get_per_token_logps_and_entropies(each.model, ids, there, LENGTH, compute_entropy=True)[:2]
+        for each in (mine, theirs)
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype == torch.float32
+        # Both round the same logits to bfloat16; a logit that rounds the other way is off by 2^-8 of about 2.
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-2)
+
+
 def test_all_masked_is_zero(where):
     mine = trainer_of(ours.GRPOTrainer, where)
     inputs = batch(mine, 0)

@@ -1,5 +1,8 @@
 """Models of transformers, small and random, against their own logits."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from po_bilevel.language.causal import logits
@@ -201,6 +204,15 @@ def tokenizer(**special):
     words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "rose": 4, "is": 5}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def test_nothing_is_imported_unasked():
+    code = (
+        "import sys, po_bilevel, po_bilevel.language.huggingface, po_bilevel.integrations\n"
+        "print({'transformers', 'trl', 'verl', 'peft'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
 
 
 def test_texts_and_tokens():
