@@ -117,6 +117,32 @@ def _learned_path(outcome: "Outcome") -> Any:
     return figure
 
 
+def figure_of_text(outcome: "Outcome") -> Any:
+    """The outer loss and U over outer steps, means over seeds, and the metrics of each method."""
+    steps: dict[str, list[dict[str, Any]]] = {}
+    for each in outcome.curves["steps"]:
+        steps.setdefault(each["method"], []).append(each)
+    figure = _figure(10, 3.8)
+    left, right = figure.subplots(1, 2)
+    for method, seeds in steps.items():
+        if all("outer_loss" in seed for seed in seeds):
+            left.plot(np.array([seed["outer_loss"] for seed in seeds]).mean(axis=0), label=method)
+        shortest = min(len(seed["u"]) for seed in seeds)
+        if method.startswith("pg_learned") and shortest:
+            line = right.plot(
+                np.array([np.array(seed["u"])[:shortest] for seed in seeds]).mean(axis=(0, 2)), label=method
+            )
+            for seed in seeds:
+                if "true" in seed:
+                    right.axhline(np.mean(seed["true"]), color=line[0].get_color(), linestyle=":", alpha=0.5)
+    left.set(title="outer loss", xlabel="outer step", ylabel="nats an answer")
+    right.set(title="learned reward", xlabel="outer step", ylabel="U_jj, mean over dimensions and seeds")
+    for panel in (left, right):
+        if panel.lines:
+            panel.legend(fontsize="x-small", framealpha=0.6)
+    return figure
+
+
 def _figure(width: float, height: float) -> Any:
     """A figure of its own and the Agg canvas: no global state, no display."""
     figure = require("matplotlib.figure", "plots").Figure(figsize=(width, height), layout="constrained")
