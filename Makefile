@@ -8,7 +8,11 @@ BENCH = mkdir -p build && $(BIN)/python -m pytest benchmarks -o python_files='be
 SOURCES := $(shell find csrc -type f)
 EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(SOURCES)
 
-.PHONY: demo test test-fast fuzz bench bench-check bench-quick count sanitize lint format clean
+# The libraries that people train in, and whatever of verl its losses import: it asks for a cluster's worth.
+INTEGRATIONS := .venv-integrations
+VERL := codetiming dill hydra-core orjson tensordict
+
+.PHONY: demo test test-fast test-integrations fuzz bench bench-check bench-quick count sanitize lint format clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -21,6 +25,10 @@ test: $(VENV)/installed-test
 # For work in progress: fewer random cases and no slow test, in two and a half minutes.
 test-fast: $(VENV)/installed-test
 	$(BIN)/python -m pytest --fast --durations 10
+
+# With TRL, peft and verl, in an environment of their own over that of the tests: what calls us there does as they do.
+test-integrations: $(INTEGRATIONS)/installed
+	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/ops/test_policy_packages.py --durations 5
 
 # Random calls of every op for hours, each fault as code that shows it: make fuzz MINUTES=30 SEED=7.
 MINUTES ?= 480
@@ -76,5 +84,15 @@ $(VENV)/installed-lint: $(VENV)/installed-test
 	$(PIP) install --constraint constraints.txt ruff mypy clang-format
 	touch $@
 
+# It sees the packages of the other one, and the extension that was built there.
+$(INTEGRATIONS)/installed: $(VENV)/installed-test
+	$(BIN)/python -m venv $(INTEGRATIONS)
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+	  > "$$($(INTEGRATIONS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
+	$(INTEGRATIONS)/bin/pip --disable-pip-version-check install --constraint constraints.txt 'trl>=1.16,<2' peft $(VERL)
+	$(INTEGRATIONS)/bin/pip --disable-pip-version-check install --no-deps 'verl>=0.9,<0.10'
+	$(INTEGRATIONS)/bin/python -W ignore -c 'import peft, trl.trainer.grpo_trainer, verl.trainer.ppo.core_algos'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build demo
+	rm -rf $(VENV) $(INTEGRATIONS) build demo

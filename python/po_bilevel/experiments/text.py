@@ -37,8 +37,11 @@ Encoder = Literal["ngrams", "minilm"]
 MEASURED = 8
 # Components of a low rank U*.
 RANK = 8
-# Of adam for the decoder before any method.
-FIRST_RATE = 3e-3
+# Of adam by likelihood, before any method and for sft.
+FIRST_RATE, SFT_RATE = 3e-3, 1e-3
+# Damping of the linear solve in units of β: a few hundred completions have curvature along as many directions, most of
+# which is sampling error. With this it takes a few products.
+DAMPING = 10.0
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
     "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "form_steps": 10, "sft_steps": 10,
@@ -73,25 +76,25 @@ class TextConfig(OptionsInParts):
     """Of the decoder."""
     layers: int = 2
     """Of the decoder."""
-    first_steps: int = 400
+    first_steps: int = 300
     """Optimiser steps on the text."""
     form_steps: int = 100
     """Optimiser steps on pairs that no method sees, for the form of an answer."""
     sft_steps: int = 150
     """Optimiser steps of sft."""
-    outer_steps: int = 20
+    outer_steps: int = 15
     """Updates of a learned reward; the other rewards have as many inner steps."""
-    inner_steps: int = 5
+    inner_steps: int = 10
     """Optimiser steps on the policy between them."""
     group: int = 8
     """Completions of a prompt."""
-    num_prompts: int = 8
+    num_prompts: int = 16
     """Prompts of an optimiser step."""
     max_tokens: int = 12
     """The most of a completion."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     """Of adam for the policy."""
-    outer_learning_rate: float = 0.1
+    outer_learning_rate: float = 0.3
     """Of adam for the reward's parameters."""
     quick: bool = False
     """A small version of all, to see that it runs; its numbers mean nothing."""
@@ -226,10 +229,10 @@ class Task:
         learning = None
         if method.startswith("pg_learned"):
             optimizer = torch.optim.Adam(reward.parameters(), lr=config.outer_learning_rate)
-            cg = FisherCG(damping=0.1 * config.coefficient, max_iterations=10, tolerance=1e-2)
+            cg = FisherCG(damping=DAMPING * config.coefficient, max_iterations=10, tolerance=1e-2)
             learning = lm.Learning(
                 optimizer, MomentMatching() if method == "pg_learned_moments" else cg, num_samples=config.group,
-                num_prompts=2 * config.num_prompts,
+                num_prompts=config.num_prompts,
             )  # fmt: skip
         standardized = method.endswith("_standardized")
         trainer = lm.SequenceTrainer(

@@ -37,7 +37,7 @@ class RewardLearner:
             too, where an answer is rewarded by how it compares with the answers there.
         outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time.
         coefficient: β, in units of reward a nat.
-        hypergradient: `FisherCG`, damped by a tenth of β, as it stands, or `MomentMatching`.
+        hypergradient: `FisherCG`, damped by β, to a hundredth, as it stands, or `MomentMatching`.
         sampling: of the completions, at the policy's own temperature, top_p 1.
         num_prompts: of each step, of all processes together; None for all.
         outer_rows: pairs of the outer loss of each step; None for all. `MomentMatching` has those of its prompts.
@@ -60,7 +60,7 @@ class RewardLearner:
     ) -> None:  # fmt: skip
         self._processes = Processes.of(policy)
         self.policy, self.reward, self.outer_optimizer = unwrapped(policy), reward, outer_optimizer
-        self._method = FisherCG(damping=0.1 * coefficient) if hypergradient is None else hypergradient
+        self._method = FisherCG(coefficient, 1e-2, 20) if hypergradient is None else hypergradient
         if not isinstance(self._method, SampledMethod):
             raise TypeError(
                 f"RewardLearner: hypergradient: expected FisherCG or MomentMatching, got {type(self._method).__name__}"

@@ -148,7 +148,7 @@ class TokenPolicy(nn.Module):
                 f"TokenPolicy: completions[{row}]: expected padding on the right only, got the mask "
                 f"{completions.mask[row].long().tolist()}"
             )
-        self._check(prompts, completions.mask.sum(dim=1).reshape(-1, times).amax(dim=1))
+        prompts = self._checked(prompts, completions.mask.sum(dim=1).reshape(-1, times).amax(dim=1))
         ids, mask = (
             torch.cat([before.repeat_interleave(times, dim=0), after], dim=1)
             for before, after in zip(prompts, completions, strict=True)
@@ -208,7 +208,7 @@ class TokenPolicy(nn.Module):
             raise ValueError(f"TokenPolicy.generate: temperature: expected a number of at least 0, got {temperature}")
         if not 0 < top_p <= 1:
             raise ValueError(f"TokenPolicy.generate: top_p: expected a number above 0 and at most 1, got {top_p}")
-        self._check(prompts, torch.tensor(max_tokens, device=prompts.ids.device))
+        prompts = self._checked(prompts, max_tokens)
         seed = int(torch.randint(2**62, ())) if seed is None else seed
         rows = len(prompts.ids) * num_samples
         alive = torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
@@ -248,8 +248,8 @@ class TokenPolicy(nn.Module):
         ids = pk.categorical_sample(sampler, 1, seed=seed, stream=step, row_offset=row_offset)[0]
         return ids, sampler.gather(1, ids[:, None])[:, 0], support
 
-    def _check(self, prompts: Tokens, more: Tensor) -> None:
-        """Refuses prompts that the model cannot read together with so many more tokens, () or (B,)."""
+    def _checked(self, prompts: Tokens, more: Tensor | int) -> Tokens:
+        """The prompts, if they and so many tokens more, of all or of each (B,), can be read."""
         if prompts.ids.ndim != 2 or prompts.ids.shape != prompts.mask.shape or 0 in prompts.ids.shape:
             raise ValueError(
                 f"TokenPolicy: prompts: expected ids and a mask of shape (B, P), at least one of each, got "
@@ -263,11 +263,14 @@ class TokenPolicy(nn.Module):
                 f"TokenPolicy: prompts[{row}]: expected at least one token, and padding on the left only, got the mask "
                 f"{prompts.mask[row].long().tolist()}"
             )
-        lengths = prompts.mask.sum(dim=1)
-        if self.model.context is not None and int((lengths + more).max()) > self.model.context:
-            row = int((lengths + more).argmax())
-            after = int(more.expand_as(lengths)[row])
+        context, lengths = self.model.context, prompts.mask.sum(dim=1)
+        totals = lengths + more
+        if context is not None and int(totals.max()) > context:
+            row = int(totals.argmax())
+            length = int(lengths[row])
+            left = int(totals[row]) - length
             raise ValueError(
-                f"TokenPolicy: prompts[{row}]: expected at most {self.model.context - after} tokens, so that {after} "
-                f"more fit into the model's context of {self.model.context}, got {int(lengths[row])}"
+                f"TokenPolicy: prompts[{row}]: expected at most {context - left} tokens, so that {left} more fit into "
+                f"the model's context of {context}, got {length}"
             )
+        return prompts
