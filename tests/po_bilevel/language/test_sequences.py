@@ -94,9 +94,9 @@ def test_policy_gradient_reaches_the_tilted_reference(make, options, rate, numbe
     far the steps have come.
     """
     made = trainer(
-        make(), letter_reward(), sampling=Sampling(number, MOST), num_prompts=3, inner_steps=250,
+        make(), letter_reward(), sampling=Sampling(number, MOST), num_prompts=3, inner_steps=150,
         optimizer=lambda p: torch.optim.Adam(p, lr=rate), scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(
-            o, 1.0, 0.02, 250), **options)  # fmt: skip
+            o, 1.0, 0.02, 150), **options)  # fmt: skip
     reference = copy.deepcopy(made.policy)
     made.fit(1)
     for prompt, answers in zip(*PAIRS, strict=True):
