@@ -82,7 +82,9 @@ def _write(experiment: Experiment, config: Options, outcome: Outcome) -> None:
     if experiment.baselines:
         paired = [line for each in experiment.baselines for line in results.paired(outcome.rows, each)]
         curves = curves | {"paired": paired}
-    options = dataclasses.asdict(config) | {"out": str(config.out)}
+    options = {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
+    }
     document = results.document(title, options, outcome.rows)
     written, trouble = [config.out / "curves.json", config.out / "results.json"], None
     try:

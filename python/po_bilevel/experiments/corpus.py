@@ -68,8 +68,8 @@ def load(text: Path | None, pairs: Path | None, max_prompts: int | None, seed: i
 
 
 def prose(text: str) -> list[str]:
-    """Paragraphs that are sentences, their white space made single: no tables, code or grammars."""
-    found = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text)]
+    """Paragraphs that are sentences, each once, their white space made single: no tables, code or grammars."""
+    found = dict.fromkeys(" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
     return [part for part in found if re.match(r"[A-Z][^|+*=>]{40}", part)]
 
 

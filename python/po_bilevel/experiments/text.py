@@ -217,11 +217,9 @@ class Task:
         outcome.rows.append(row | {"seconds": clock.seconds})
 
     def scale(self) -> dict[str, float]:
-        """How far apart advantages under U = I and under U* trace are, relative to those, and how many times as long."""
-        rewards = [
-            lm.TextEmbeddingReward(embedder(self.config.encoder), kind=kind, U=start)
-            for kind, start in map(self._precision, ("pg_identity", "pg_trace"))
-        ]  # fmt: skip
+        """How far advantages under U* trace are from those under U = I, relative to these, and how many times these."""
+        precisions = [self._precision("pg_identity"), self._precision("pg_trace")]
+        rewards = [lm.TextEmbeddingReward(embedder(self.config.encoder), kind=k, U=start) for k, start in precisions]
         drawn = rollout(
             self.base, self.tokenizer, rewards[0], self.data.inner, range(len(self.data.inner.prompts)),
             lm.Sampling(self.config.group, self.config.max_tokens), self.seed,
@@ -331,7 +329,7 @@ def _summary(config: TextConfig, outcome: Outcome) -> str:
         return ""
     apart, times = max(each["standardized"] for each in scales), [each["loo"] for each in scales]
     return (
-        f"On the same completions the advantages under the closed-form trace differ from those under U = I by {apart:.0e} "
+        f"On the same completions advantages under the closed-form trace differ from those under U = I by {apart:.0e} "
         f"of their norm if standardised; with loo they are {min(times):.3f} to {max(times):.3f} times those."
     )
 
