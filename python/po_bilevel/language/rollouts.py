@@ -50,9 +50,9 @@ class Rollout(NamedTuple):
     factor: Tensor
 
     def rewards(self, reward: TextReward) -> Tensor:
-        """(B, G): the mean over a prompt's answers, differentiable in the reward's parameters."""
+        """(B, G), of the log-probabilities' dtype: means over a prompt's answers, differentiable in the parameters."""
         each = reward(self.features[:, :, None], self.targets[:, None])
-        values = (each * self.target_weight[:, None]).sum(dim=2)
+        values = (each * self.target_weight[:, None]).sum(dim=2).to(self.completions.log_prob.dtype)
         return gated(values.mT, self.factor, self.keep.mT).mT if reward.gates else values
 
     def part(self, prompts: slice) -> tuple[Tokens, Tokens, slice]:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -93,9 +94,9 @@ def test_policy_gradient_reaches_the_tilted_reference(make, options, rate, numbe
     far the steps have come.
     """
     made = trainer(
-        make(), letter_reward(), sampling=Sampling(number, MOST), num_prompts=3, inner_steps=250,
+        make(), letter_reward(), sampling=Sampling(number, MOST), num_prompts=3, inner_steps=150,
         optimizer=lambda p: torch.optim.Adam(p, lr=rate), scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(
-            o, 1.0, 0.02, 250), **options)  # fmt: skip
+            o, 1.0, 0.02, 150), **options)  # fmt: skip
     reference = copy.deepcopy(made.policy)
     made.fit(1)
     for prompt, answers in zip(*PAIRS, strict=True):
@@ -257,6 +258,19 @@ def test_a_reward_is_learned_at_the_policy_of_the_end():
                 assert getattr(done, name) == pytest.approx(getattr(step, name)), name
         assert len(made.history) == 3
         assert not torch.equal(made.history[0].reward, made.history[2].reward)
+
+
+@pytest.mark.parametrize(("policy", "of_reward"), list(itertools.product(
+    (torch.float64, torch.float32, torch.bfloat16), (torch.float64, torch.float32))))  # fmt: skip
+@pytest.mark.parametrize("method", [FisherCG(damping=0.5, max_iterations=5), MomentMatching()])
+def test_a_reward_may_be_of_another_dtype_than_the_policy(policy, of_reward, method):
+    """As one is whose U was computed in double precision."""
+    reward = letter_reward((HALF,)).to(of_reward)
+    learning = Learning(torch.optim.SGD(reward.parameters(), lr=0.1), method, num_samples=6)
+    made = trainer(decoder_policy().to(policy), reward, learning=learning, outer_pairs=PAIRS)
+    done = made.fit(2)[-1]
+    assert done.gradient_norm > 0
+    assert done.reward.dtype == reward.matrix.raw.dtype == of_reward
 
 
 def test_samples_are_of_the_policy_in_evaluation_mode():
