@@ -83,6 +83,22 @@ def test_bad_options_are_one_line(options, message, tmp_path, capsys):
     assert "Traceback" not in error
 
 
+def test_a_quick_run_keeps_the_options_that_are_given(tmp_path, capsys, monkeypatch):
+    def seen(config, seed):
+        raise UsageError(f"{config.width}, {config.layers}, {config.seeds}, {seed}")
+
+    monkeypatch.setattr(text, "Task", seen)
+    assert main(["text", "--quick", "--width", "16", "--first-seed", "3", "--no-plot", "--out", str(tmp_path)]) == 2
+    assert "16, 1, 1, 3" in capsys.readouterr().err
+
+
+def test_a_pair_that_is_too_long_for_attention_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "answer": "a b" * i**3}) + "\n" for i in range(1, 16)))
+    with pytest.raises(UsageError, match=r"--pairs: expected .* less than 1024 tokens, got .* with the prompt 'q15'"):
+        text.Task(text.TextConfig(pairs=path, vocabulary=257), 0)
+
+
 def test_a_quick_run_of_the_command(tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     lines = [

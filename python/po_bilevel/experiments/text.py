@@ -1,10 +1,10 @@
 """A reward learned from text: a small decoder, supervised fine-tuning, and policy gradient under embedding rewards.
 
 A decoder is trained from scratch on text, on a few prompts that are set aside, for the form of an answer, and then on
-prompts with answers: by likelihood (sft), or by policy gradient
-in groups under the reward −(e(ŷ)−e(y))ᵀ U (e(ŷ)−e(y)) of sentence embeddings e, less β times the divergence from the
-decoder as it was. U is the identity, the closed form of embeddings with Gaussian answers, or learned so that the
-answers of the outer part become likely. Reported on the test part, which nothing else has seen.
+prompts with answers: by likelihood (sft), or by policy gradient in groups under the reward −(e(ŷ)−e(y))ᵀ U (e(ŷ)−e(y))
+of sentence embeddings e, less β times the divergence from the decoder as it was. U is the identity, the closed form of
+embeddings with Gaussian answers, or learned so that the answers of the outer part become likely. Reported on the test
+part, which nothing else has seen.
 """
 
 import copy
@@ -43,6 +43,8 @@ FIRST_RATE, SFT_RATE = 3e-3, 1e-3
 # Damping of the linear solve in units of β: a few hundred completions have curvature along as many directions, most of
 # which is sampling error. With this it takes a few products.
 DAMPING = 10.0
+# Tokens of a prompt with an answer, at most: attention's memory is their square.
+LONGEST = 1024
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
     "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "form_steps": 10, "sft_steps": 10,
@@ -98,7 +100,7 @@ class TextConfig(OptionsInParts):
     outer_learning_rate: float = 0.3
     """Of adam for the reward's parameters."""
     quick: bool = False
-    """A small version of all, to see that it runs; its numbers mean nothing."""
+    """A small version of all, to see that it runs; its numbers mean nothing. Options that are given stay."""
     exact: bool = False
     """Only the policy whose completions can be enumerated: the learned U against the one that made the data."""
 
@@ -125,7 +127,8 @@ def run(config: TextConfig) -> Outcome:
     """
     check(config)
     if config.quick:
-        config = dataclasses.replace(config, **QUICK)
+        small = {name: less for name, less in QUICK.items() if getattr(config, name) == getattr(TextConfig, name)}
+        config = dataclasses.replace(config, **small)
     outcome = Outcome([], {"steps": [], "scales": []}, [])
     with threads(config.threads), torch.random.fork_rng(devices=[]):
         if config.exact:
@@ -161,6 +164,12 @@ class Task:
         self.embed = lm.TextEmbeddingReward(embedder(config.encoder))
         pairs = [pair for part in self.data[2:] for pair in part.each()]
         longest = max(len(self._tokens(prompt, answer)) for prompt, answer in pairs) + 1
+        if longest > LONGEST:
+            worst = max(pairs, key=lambda pair: len(self._tokens(*pair)))[0]
+            raise UsageError(
+                f"--pairs: expected prompts with answers of less than {LONGEST} tokens, got {longest - 1} with the "
+                f"prompt {worst[:60]!r}"
+            )
         prompt = max(len(self._tokens(prompt, "")) for prompt, _ in pairs) + config.max_tokens
         context = max(64, longest, prompt)
         torch.manual_seed(seed)

@@ -49,6 +49,16 @@ How = Literal["forward mode", "differences"]
 DIFFERENCES_AGREE = 0.05
 
 
+def check_advantage(name: str, kind: str) -> None:
+    """Refuses a baseline under which a reward cannot be learned."""
+    if kind not in ("loo", "mean", "none"):
+        why = ", which divides a reward by its own scale: that cannot be learned then; use 'loo'"
+        raise ValueError(
+            f"{name}: expected 'loo', 'mean' or 'none' where a reward is learned, got {kind!r}"
+            + why * (kind == "standardized")
+        )
+
+
 @dataclass(frozen=True)
 class SampledObjective:
     """The inner problem max_θ E[r_φ] − β KL(p_θ ‖ p_0) through completions that were drawn at θ.
@@ -85,13 +95,7 @@ class SampledObjective:
     average: Average = same
 
     def __post_init__(self) -> None:
-        if self.advantage == "standardized":
-            raise ValueError(
-                "SampledObjective: advantage: expected 'loo', 'mean' or 'none', got 'standardized', which divides a "
-                "reward by its own scale: that cannot be learned then; use 'loo'"
-            )
-        if self.advantage not in ("loo", "mean", "none"):
-            raise ValueError(f"SampledObjective: advantage: expected 'loo', 'mean' or 'none', got {self.advantage!r}")
+        check_advantage("SampledObjective: advantage", self.advantage)
         if not 0 < self.coefficient < math.inf:
             raise ValueError(f"SampledObjective: coefficient: expected a positive number, got {self.coefficient}")
         if self.weight is not None and self.advantage != "none":
