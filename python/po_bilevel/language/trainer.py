@@ -150,7 +150,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
             if given is not None and not used:
                 raise ValueError(
                     f"{name}: expected None without a reward, and a reference only with a positive coefficient, got "
-                    f"{given!r:.80}"
+                    f"{type(given).__name__}"
                 )
         self._parallel, self.policy, self._processes = policy, unwrapped(policy), Processes.of(policy)
         rows = len(pairs.prompts) if reward is not None else pairs.number
