@@ -325,8 +325,8 @@ def _figure(config: TextConfig, outcome: Outcome) -> Any:
 def _summary(config: TextConfig, outcome: Outcome) -> str:
     """What is too small for the table; of text, what standardised advantages leave of a reward's scale."""
     if config.exact:
-        worst = {key: max(row[key] for row in outcome.rows) for key in ("u_error", "hypergradient_error")}
-        return f"At most: relative error of U {worst['u_error']:.0e}, of a hypergradient {worst['hypergradient_error']:.0e}."
+        u, each = (max(row[key] for row in outcome.rows) for key in ("u_error", "hypergradient_error"))
+        return f"The largest relative error of U is {u:.0e}, of a hypergradient {each:.0e}."
     scales = outcome.curves["scales"]
     if not scales:
         return ""
