@@ -334,8 +334,11 @@ def _figure(config: TextConfig, outcome: Outcome) -> Any:
 
 
 def _summary(config: TextConfig, outcome: Outcome) -> str:
-    """What standardised advantages leave of a reward's scale."""
-    scales = outcome.curves.get("scales")
+    """What is too small for the table; of text, what standardised advantages leave of a reward's scale."""
+    if config.exact:
+        u, each = (max(row[key] for row in outcome.rows) for key in ("u_error", "hypergradient_error"))
+        return f"The largest relative error of U is {u:.0e}, of a hypergradient {each:.0e}."
+    scales = outcome.curves["scales"]
     if not scales:
         return ""
     apart, times = max(each["standardized"] for each in scales), [each["loo"] for each in scales]

@@ -18,6 +18,7 @@ from letters import (
     table_policy,
 )
 from po_bilevel import NonFiniteError
+from po_bilevel.callbacks import scalars
 from po_bilevel.hypergradients import FisherCG, MomentMatching
 from po_bilevel.language import (
     Decoder,
@@ -26,6 +27,7 @@ from po_bilevel.language import (
     Pairs,
     RewardLearner,
     Sampling,
+    SequenceStep,
     SequenceTrainer,
     TokenPolicy,
 )
@@ -388,3 +390,15 @@ def test_the_reward_of_nothing_is_not_zero():
     step = trainer(None, letter_reward((Gate(lambda prompt, answer: False),))).fit(1)[0]
     assert step.kept == 0.0
     assert math.isnan(step.reward_mean)
+
+
+def test_trackers_are_given_what_a_step_of_texts_tells():
+    step = SequenceStep(
+        step=3, inner_loss=1.0, outer_loss=math.nan, inner_steps=2, reward=torch.tensor([4.0, 5.0]), reward_norm=1.0,
+        gradient_norm=0.5, residual_norm=None, num_products=0, converged=None, negative_curvature=False, problems=(),
+        reward_mean=-1.5, kl=0.25, entropy=None,
+    )  # fmt: skip
+    assert scalars(step) == {
+        "inner_loss": 1.0, "inner_steps": 2.0, "gradient_norm": 0.5, "num_products": 0.0, "negative_curvature": 0.0,
+        "reward_mean": -1.5, "kl": 0.25, "reward/0": 4.0, "reward/1": 5.0,
+    }  # fmt: skip
