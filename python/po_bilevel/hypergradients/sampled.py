@@ -257,7 +257,7 @@ class FisherProblem(ImplicitProblem):
         by_phi = torch.autograd.grad(
             self._advantages, self._phi, -self._weights * credit, retain_graph=True, allow_unused=True
         )
-        return image, tuple(map(self._objective.average, all_reached(by_phi)))
+        return image, tuple(map(self._objective.average, all_reached(by_phi, self._phi, self._by_outer)))
 
 
 class SampledMethod(Method):
@@ -335,7 +335,7 @@ class MomentMatching(SampledMethod):
         with torch.enable_grad():
             data, samples = inner_loss.data_reward(phi).mean(), inner_loss.reward(phi)
             apart = (data - (inner_loss.weights(samples.detach()) * samples).sum()) / inner_loss.coefficient
-        by_phi = all_reached(torch.autograd.grad(apart, phi, allow_unused=True))
+        by_phi = all_reached(torch.autograd.grad(apart, phi, allow_unused=True), phi, direct)
         average = inner_loss.average
         gradient = tuple(average(d - g) for d, g in zip(filled(direct, phi), by_phi, strict=True))
         return Hypergradient(
