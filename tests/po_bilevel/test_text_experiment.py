@@ -68,6 +68,7 @@ def test_a_short_text_is_refused(tmp_path):
     [
         (["--width", "30"], "--width: expected a multiple of 4, got 30"),
         (["--vocabulary", "100"], "--vocabulary: expected at least 257, got 100"),
+        (["--exact"], "--quick: expected none with --exact, got True"),
         (["--group", "1"], "--group: expected at least 2, got 1"),
         (["--text", "/nowhere/text.txt"], "expected a file of text, got No such file"),
         (["--pairs", "{pairs}"], "line 2: expected JSON"),
@@ -112,6 +113,7 @@ def test_a_quick_run_of_the_command(tmp_path, capsys):
     assert all(row["dataset"] == "pairs.jsonl" for row in document["rows"])
     metrics = {"nll_token", "distance", "exact_match", "nll_first", "kl", "seconds"}
     assert all(metrics <= set(row) for row in document["rows"])
+    assert document["config"] | text.QUICK == document["config"]  # what was used
     assert (tmp_path / "out" / "text.png").exists()
     scale = json.loads((tmp_path / "out" / "curves.json").read_text())["scales"][0]
     # ε of the standard deviation is all that the scale is seen by; with loo advantages go with U.

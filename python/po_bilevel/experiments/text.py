@@ -46,6 +46,8 @@ FIRST_RATE, SFT_RATE = 3e-3, 1e-3
 DAMPING = 10.0
 # Tokens of a prompt with an answer, at most: attention's memory is their square.
 LONGEST = 1024
+# The options that --exact has a use for.
+EXACT_TOO = ("seeds", "first_seed", "coefficient", "exact", "out", "threads", "plot", "progress")
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
     "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "form_steps": 10, "sft_steps": 10,
@@ -105,10 +107,21 @@ class TextConfig(OptionsInParts):
     exact: bool = False
     """Only the policy whose completions can be enumerated: the learned U against the one that made the data."""
 
+    def __post_init__(self) -> None:
+        if self.quick and not self.exact:
+            for name, less in QUICK.items():
+                if getattr(self, name) == getattr(TextConfig, name):
+                    object.__setattr__(self, name, less)  # so that results.json has what was used
+
 
 def check(config: TextConfig) -> None:
     """See `Experiment`."""
     runs.check_options(config, zero=("first_seed",))
+    if config.exact:
+        for field in dataclasses.fields(TextConfig):
+            flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
+            if field.name not in EXACT_TOO and value != field.default:
+                raise UsageError(f"{flag}: expected none with --exact, got {value}")
     if config.width % 4:
         raise UsageError(f"--width: expected a multiple of 4, got {config.width}")
     if config.vocabulary < 257:
@@ -127,9 +140,6 @@ def run(config: TextConfig) -> Outcome:
         seconds; and the curves of what was learned.
     """
     check(config)
-    if config.quick:
-        small = {name: less for name, less in QUICK.items() if getattr(config, name) == getattr(TextConfig, name)}
-        config = dataclasses.replace(config, **small)
     outcome = Outcome([], {"steps": [], "scales": []}, [])
     with threads(config.threads), torch.random.fork_rng(devices=[]):
         if config.exact:

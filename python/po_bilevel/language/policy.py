@@ -180,7 +180,7 @@ class TokenPolicy(nn.Module):
     ) -> Completions:  # fmt: skip
         """Samples completions, token by token, with a cache of keys and values.
 
-        Token t of a row is drawn from stream t of the seed, at the row's number: the same seed gives the same
+        The model is in the mode that it is in: `eval()` it first where it has dropout. Token t of a row is drawn from stream t of the seed, at the row's number: the same seed gives the same
         completions whatever the batch they are in, within rounding.
 
         Args:
