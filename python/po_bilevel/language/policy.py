@@ -180,8 +180,8 @@ class TokenPolicy(nn.Module):
     ) -> Completions:  # fmt: skip
         """Samples completions, token by token, with a cache of keys and values.
 
-        The model is in the mode that it is in: `eval()` it first where it has dropout. Token t of a row is drawn from stream t of the seed, at the row's number: the same seed gives the same
-        completions whatever the batch they are in, within rounding.
+        Token t of a row is drawn from stream t of the seed, at the row's number: the same seed gives the same
+        completions whatever the batch they are in, within rounding. A model with dropout has to be in evaluation mode.
 
         Args:
             prompts: B of them, padded on the left, each with at least one token.
