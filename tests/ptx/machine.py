@@ -1,0 +1,212 @@
+"""Runs a launch: blocks one after another, the threads of each as one array, those behind others first."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import operations as do
+from .memory import Array, Fault, Mask, Memory, Region, Watch
+from .parse import ENDS
+from .translate import Program
+
+Where = tuple[int, str, str]  # line, instruction and source
+
+
+@dataclass
+class Counts:
+    """Of a launch: instructions of warps, bytes that threads read and wrote in global memory, and what banks cost."""
+
+    instructions: int = 0
+    read: int = 0
+    written: int = 0
+    conflicts: int = 0
+
+
+class Machine:
+    def __init__(self, program: Program, memory: Memory, parameters: bytes, shared: int) -> None:
+        """`shared` is the size of dynamic shared memory, after what the kernel declares."""
+        self.program, self.memory, self.counts = program, memory, Counts()
+        self.all = np.full(program.threads, True)
+        self.threads = np.arange(program.threads)
+        self.watch = Watch(program.threads)
+        self.shared_size = program.shared_size + shared
+        self.parameters = np.frombuffer(parameters.ljust(program.parameter_size, b"\0"), np.uint8)
+        self.shared: Region | None = None
+        for space, data in (("param", self.parameters), ("const", None)):
+            memory.remove(space)
+            if space == "param" and data.size:
+                memory.add(space, "parameters", Memory.PARAMETERS, data.size, 1, data, True)
+        for each in program.kernel.constant:
+            data = np.frombuffer(each.values.ljust(-(-each.size // 16) * 16 + 16, b"\0"), np.uint8)
+            memory.add("const", each.name, program.symbols[each.name], each.size, 1, data, True)
+
+    def block(self, index: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
+        memory, program = self.memory, self.program
+        for space in ("shared", "local"):
+            memory.remove(space)
+        if self.shared_size:
+            data = np.full(-(-self.shared_size // 16) * 16, 0xFF, np.uint8)  # nan
+            memory.add("shared", "shared memory", Memory.SHARED, self.shared_size, program.grain, data, False)
+        if program.local_size:
+            size = program.local_size * program.threads
+            memory.add("local", "local memory", Memory.LOCAL, size, 1, np.full(size, 0xFF, np.uint8), True)
+        self.watch.start()
+        self.special = {"%laneid": self.threads % 32, "%warpid": self.threads // 32, "%tid.x": self.threads}
+        self.special |= {f"%tid.{axis}": 0 * self.threads for axis in "yz"}
+        self.special |= {f"%ntid.{axis}": 0 * self.threads + size for axis, size in zip("xyz", (program.threads, 1, 1))}
+        for name, numbers in (("ctaid", index), ("nctaid", grid)):
+            self.special |= {f"%{name}.{axis}": 0 * self.threads + x for axis, x in zip("xyz", numbers, strict=True)}
+        with np.errstate(all="ignore"):
+            self._run()
+
+    def _run(self) -> None:
+        program, blocks, labels = self.program, self.program.kernel.blocks, self.program.kernel.labels
+        state: list[Array] = []
+        end = len(blocks)
+        at: int | None = 0  # the block of all threads, if it is one
+        counters = np.zeros(program.threads, np.int64)
+        warps = program.threads // 32
+        while at != end:
+            if at is None:
+                number, mask = self._next(counters)
+                if mask.all():
+                    mask = None
+            else:
+                number, mask = at, None
+            block = blocks[number]
+            function = program.function(number, mask is not None)
+            if len(state) < len(program.registers):
+                state.extend(program.initial()[len(state) :])
+            found = function(state, self, mask)
+            active = warps if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
+            self.counts.instructions += active * (len(block.instructions) + (block.end is not None))
+            target = number + 1
+            if block.end is not None and block.end.code[0] in ENDS:
+                kind, operands = block.end.code[0], block.end.operands
+                if kind == "brx":
+                    table = np.array([labels[name] for name in program.kernel.tables[operands[1]]])
+                    target = table[np.minimum(found, len(table) - 1)]
+                else:
+                    target = labels[operands[0]] if kind == "bra" else end
+                    if found is not None:
+                        some = found if mask is None else found[mask]
+                        target = target if some.all() else np.where(found, target, number + 1) if some.any() else number + 1
+            if mask is None and not isinstance(target, np.ndarray):
+                at = target
+                continue
+            if mask is None:
+                counters = target
+            else:
+                if at is not None:
+                    counters = np.full(program.threads, at)
+                counters = np.where(mask, target, counters)
+            at = int(counters[0]) if (counters == counters[0]).all() else None
+
+    def _next(self, counters: Array) -> tuple[int, Array]:
+        """The first block that some threads are at and need not wait for others, and which threads these are."""
+        blocks = self.program.kernel.blocks
+        waiting = []
+        for number in np.unique(counters):
+            if number == len(blocks):
+                continue
+            mask, sync = counters == number, blocks[number].sync
+            if sync is None:
+                return int(number), mask
+            if sync.code[0] in ("bar", "barrier") and sync.code[1] != "warp":
+                if mask.all():
+                    return int(number), mask
+                waiting.append((sync, mask))
+                continue
+            whole = mask.reshape(-1, 32).all(axis=1)
+            if whole.any():
+                return int(number), np.repeat(whole, 32)
+            waiting.append((sync, mask))
+        told = [f"{int(mask.sum())} threads at line {i.line}, {i.text} ({i.source})" for i, mask in waiting]
+        ended = int((counters == len(blocks)).sum())
+        raise Fault(f"divergent barrier: {'; '.join(told)}; {ended} of {self.program.threads} threads have ended")
+
+    # ---- What the functions of blocks call ----
+
+    def _lanes(self, address: Array, mask: Mask) -> tuple[Array, Array]:
+        return (address, self.threads) if mask is None else (address[mask], self.threads[mask])
+
+    def load(self, address: Array, mask: Mask, dtype: str, parts: int, space: str, where: Where) -> list[Array]:
+        address, threads = self._lanes(address, mask)
+        size = int(dtype[1])
+        found = [np.zeros(self.program.threads, f"u{size}") for _ in range(parts)]
+        if len(threads):
+            try:
+                for region, which in self.memory.find(address, threads, size * parts, size * parts, space):
+                    at, to = address[which], threads[which]
+                    self.watch.read(region, at, to, size * parts)
+                    first = (at - np.uint64(region.origin)).astype(np.int64) // size
+                    for i in range(parts):
+                        found[i][to] = region.views[size][first + i]
+                    self._count(region, at, to, size * parts, "read")
+            except Fault as fault:
+                raise self._placed(fault, where) from None
+        return [x.view(dtype) for x in found]
+
+    def store(
+        self, values: list[Array], address: Array, mask: Mask, dtype: str, parts: int, space: str, where: Where
+    ) -> None:
+        address, threads = self._lanes(address, mask)
+        if len(threads) == 0:
+            return
+        size = int(dtype[1])
+        try:
+            for region, which in self.memory.find(address, threads, size * parts, size * parts, space):
+                if region.space in ("param", "const"):
+                    raise Fault(f"a store to {region.name}")
+                at, source = address[which], threads[which]
+                first = (at - np.uint64(region.origin)).astype(np.int64) // size
+                view = region.views[size]
+
+                def put(first: Array = first, view: Array = view, source: Array = source) -> None:
+                    for i, value in enumerate(values):
+                        view[first + i] = value.view(view.dtype)[source]
+
+                self.watch.write(region, at, source, size * parts, put)
+                for i, value in enumerate(values):
+                    differs = view[first + i] != value.view(view.dtype)[source]
+                    if differs.any():
+                        raise self.watch.clash(region, at[differs], source[differs])
+                self._count(region, at, source, size * parts, "written")
+        except Fault as fault:
+            raise self._placed(fault, where) from None
+
+    def load_matrices(self, address: Array, mask: Mask, count: int, where: Where) -> list[Array]:
+        """Of each warp, matrix i has its rows of 16 bytes where threads 8 i to 8 i + 7 say; a thread gets four bytes."""
+        if mask is not None:
+            raise NotImplementedError(f"line {where[0]}: {where[1]} of some threads")
+        lane = self.threads % 32
+        found = []
+        for i in range(count):
+            rows = self.threads - lane + 8 * i + lane // 4
+            found += self.load(address[rows] + (4 * (lane % 4)).astype("u8"), None, "u4", 1, "shared", where)
+        return found
+
+    def shuffled(self, kind: str, by: Array, clamp: Array, mask: Mask) -> tuple[Array, Array]:
+        source, inside = do.shuffle_lanes(kind, by, clamp)
+        if mask is not None and not mask[source[mask]].all():
+            raise Fault("a shuffle reads from a thread that does not take part")
+        return source, inside
+
+    def _count(self, region: Region, address: Array, threads: Array, size: int, what: str) -> None:
+        if region.space == "global":
+            setattr(self.counts, what, getattr(self.counts, what) + size * len(threads))
+        elif region.space == "shared":
+            self.counts.conflicts += do.bank_passes(address, threads, size)
+
+    def _placed(self, fault: Fault, where: Where) -> Fault:
+        line, text, source = where
+        return Fault(f"{fault} [{self.program.kernel.name}, line {line}, {text}{', ' if source else ''}{source}]")
+
+
+def launch(program: Program, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int = 0) -> Counts:
+    machine = Machine(program, memory, parameters, shared)
+    x, y, z = (*grid, 1, 1)[:3]
+    for number in range(x * y * z):
+        machine.block((number % x, number // x % y, number // (x * y)), (x, y, z))
+    return machine.counts
