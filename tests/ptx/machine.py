@@ -15,7 +15,8 @@ Where = tuple[int, str, str]  # line, instruction and source
 
 @dataclass
 class Counts:
-    """Of a launch: instructions of warps, bytes that threads read and wrote in global memory, and what banks cost."""
+    """Of a launch: instructions of warps, bytes that their threads read and wrote in global memory, each once a warp
+    and instruction, and what banks cost."""
 
     instructions: int = 0
     read: int = 0
@@ -31,15 +32,13 @@ class Machine:
         self.threads = np.arange(program.threads)
         self.watch = Watch(program.threads)
         self.shared_size = program.shared_size + shared
-        self.parameters = np.frombuffer(parameters.ljust(program.parameter_size, b"\0"), np.uint8)
-        self.shared: Region | None = None
-        for space, data in (("param", self.parameters), ("const", None)):
-            memory.remove(space)
-            if space == "param" and data.size:
-                memory.add(space, "parameters", Memory.PARAMETERS, data.size, 1, data, True)
-        for each in program.kernel.constant:
-            data = np.frombuffer(each.values.ljust(-(-each.size // 16) * 16 + 16, b"\0"), np.uint8)
-            memory.add("const", each.name, program.symbols[each.name], each.size, 1, data, True)
+        if parameters:
+            data = np.frombuffer(parameters.ljust(program.parameter_size, b"\0"), np.uint8)
+            memory.add("param", "parameters", Memory.PARAMETERS, data.size, 1, data, True)
+        for each in program.kernel.of("global", "const"):
+            size = -(-each.size // 16) * 16 + 16
+            data = np.frombuffer(bytearray(each.values.ljust(size, b"\0")), np.uint8)
+            memory.add(each.space, each.name, program.symbols[each.name], each.size, 1, data, True)
 
     def block(self, index: tuple[int, int, int], grid: tuple[int, int, int]) -> None:
         memory, program = self.memory, self.program
@@ -195,7 +194,8 @@ class Machine:
 
     def _count(self, region: Region, address: Array, threads: Array, size: int, what: str) -> None:
         if region.space == "global":
-            setattr(self.counts, what, getattr(self.counts, what) + size * len(threads))
+            different = np.unique((threads // 32).astype("u8") << np.uint64(48) | address).size
+            setattr(self.counts, what, getattr(self.counts, what) + size * different)
         elif region.space == "shared":
             self.counts.conflicts += do.bank_passes(address, threads, size)
 

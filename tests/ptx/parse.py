@@ -30,10 +30,11 @@ class Instruction(NamedTuple):
 class Variable(NamedTuple):
     """What takes memory: a parameter, or an array in shared, local, global or constant memory."""
 
+    space: str
     name: str
     align: int
     size: int
-    values: bytes = b""
+    values: bytes
 
 
 @dataclass
@@ -48,14 +49,14 @@ class Block:
 @dataclass
 class Kernel:
     name: str
-    parameters: list[Variable] = field(default_factory=list)
+    variables: list[Variable] = field(default_factory=list)
     widths: dict[str, int] = field(default_factory=dict)  # bytes of a register, 0 of a predicate, by prefix or name
-    shared: list[Variable] = field(default_factory=list)
-    local: list[Variable] = field(default_factory=list)
-    constant: list[Variable] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of brx.idx
+
+    def of(self, *spaces: str) -> list[Variable]:
+        return [each for each in self.variables if each.space in spaces]
 
     def width(self, register: str) -> int:
         found = self.widths.get(register)
@@ -70,8 +71,7 @@ _VARIABLE = re.compile(
 )
 
 
-def variable(text: str) -> tuple[str, Variable] | None:
-    """The space and what is declared in it."""
+def variable(text: str) -> Variable | None:
     found = _VARIABLE.search(text)
     if not found:
         return None
@@ -82,13 +82,13 @@ def variable(text: str) -> tuple[str, Variable] | None:
     if values:
         data = b"".join((int(x, 0) % 2 ** int(bits)).to_bytes(size, "little") for x in values.split(","))
         data = data.ljust(size * number, b"\0")
-    return space, Variable(name, int(align or size), size * number, data)
+    return Variable(space, name, int(align or size), size * number, data)
 
 
 def parse(text: str) -> dict[str, Kernel]:
-    """Kernels by name."""
+    """Kernels by name. Functions that they call are left out."""
     kernels: dict[str, Kernel] = {}
-    common: dict[str, list[Variable]] = {"shared": [], "constant": []}
+    common: list[Variable] = []
     kernel, depth, statement, source, header = None, 0, "", "", ""
     for number, line in enumerate(text.splitlines(), 1):
         line, _, comment = line.partition("//")
@@ -97,16 +97,16 @@ def parse(text: str) -> dict[str, Kernel]:
             header += line + " "
             if line.startswith(".section"):
                 break
-            if line.endswith(";") and ".entry" not in header and "(" not in header:
-                if declared := variable(header):
-                    common["shared" if declared[0] == "shared" else "constant"].append(declared[1])
+            if line.endswith(";"):
+                if ".func" not in header and (declared := variable(header)):
+                    common.append(declared)
                 header = ""
             elif line == "{":
-                found = re.search(r"\.entry\s+([\w$]+)\s*\((.*?)\)", header)
-                if not found:
-                    raise NotImplementedError(f"a function that is not inlined: {header.strip()}")
-                kernel = kernels[found[1]] = Kernel(found[1], **{k: list(v) for k, v in common.items()})
-                kernel.parameters = [variable(each)[1] for each in found[2].split(",") if each.strip()]
+                found = re.search(r"\.(entry|func)(?:\s+\([^)]*\))?\s+([\w$]+)\s*\((.*?)\)", header)
+                kernel = Kernel(found[2], variables=list(common))
+                if found[1] == "entry":
+                    kernels[kernel.name] = kernel
+                kernel.variables += [variable(each) for each in found[3].split(",") if each.strip()]
                 kernel.blocks.append(Block())
                 depth, header = 1, ""
             elif re.match(r"\.(version|target|address_size|file|weak|alias)\b", line):
@@ -164,9 +164,10 @@ def _statement(kernel: Kernel, text: str, line: int, source: str) -> None:
         return
     if text.startswith("."):
         declared = variable(text)
-        if not declared or declared[0] == "param":
+        if not declared:
             raise NotImplementedError(f"line {line}: {text}")
-        getattr(kernel, declared[0]).append(declared[1])
+        if declared.space != "param":  # of a call, which is an instruction that nobody knows, where one is run
+            kernel.variables.append(declared)
         return
     guard = None
     if text[0] == "@":

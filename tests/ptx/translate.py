@@ -33,10 +33,11 @@ class Program:
         self.constants: dict[tuple[str, str], str] = {}
         self.names: dict[str, Any] = {"np": np, "do": do, "where": np.where}
         self.symbols: dict[str, int] = {}
-        self.shared_size = self._place(kernel.shared, Memory.SHARED)
-        self.parameter_size = self._place(kernel.parameters, Memory.PARAMETERS)
-        self._place(kernel.constant, Memory.CONSTANT)
-        self.local_size = self._place(kernel.local, Memory.LOCAL)
+        # Dynamic shared memory, of size 0, is last.
+        self.shared_size = self._place(sorted(kernel.of("shared"), key=lambda each: each.size == 0), Memory.SHARED)
+        self.parameter_size = self._place(kernel.of("param"), Memory.PARAMETERS)
+        self.local_size = self._place(kernel.of("local"), Memory.LOCAL)
+        self._place(kernel.of("global", "const"), Memory.CONSTANT)
         self.functions: dict[tuple[int, bool], Callable[..., Any]] = {}
         codes = [i.code for block in kernel.blocks for i in block.instructions if "shared" in i.code]
         self.grain = min([4, *(np.dtype(TYPES[code[-1]]).itemsize for code in codes if code[0] in ("ld", "st"))])
@@ -44,7 +45,7 @@ class Program:
     def _place(self, variables: list, base: int) -> int:
         """Sets their addresses; returns how many bytes they take."""
         at = base
-        for each in sorted(variables, key=lambda each: each.size == 0) if base == Memory.SHARED else variables:
+        for each in variables:
             at = -(-at // each.align) * each.align
             self.symbols[each.name] = at
             at += each.size
@@ -72,7 +73,7 @@ class Program:
             name = self.constants[text, dtype] = f"k{len(self.constants)}"
             if text[:2] in ("0f", "0F", "0d", "0D"):
                 size = 4 if text[1] in "fF" else 8
-                value = np.frombuffer(bytes.fromhex(text[2:])[::-1], f"f{size}")[0]
+                value = np.frombuffer(bytes.fromhex(text[2:])[::-1], f"{dtype[0]}{size}")[0]
             elif dtype[0] == "f":
                 value = float(text)
             elif text in self.symbols:
@@ -84,7 +85,7 @@ class Program:
                 value = int(value) % 2**bits
                 value -= 2**bits if dtype[0] == "i" and value >= 2 ** (bits - 1) else 0
             filled = np.full(self.threads, value, dtype if dtype != "b" else bool)
-            if text in self.symbols and any(each.name == text for each in self.kernel.local):
+            if text in self.symbols and any(each.name == text for each in self.kernel.of("local")):
                 filled = filled + (np.arange(self.threads) * self.local_size).astype(dtype)
             self.names[name] = filled
         return self.constants[text, dtype]
@@ -295,14 +296,15 @@ class _Writer:
         space = next((x for x in it.code if x in ("global", "shared", "local", "param", "const")), "generic")
         if set(it.code) & {"volatile", "acquire", "release", "relaxed", "async"}:
             raise ValueError("unknown")
-        if address.base[0] == "%":
-            width = self.program.kernel.width(address.base)
-            at = self.read(address.base, f"u{width}") + ("" if width == 8 else ".astype('u8')")
-            at += f" + np.uint64({address.offset % 2**64})" if address.offset else ""
-        else:
-            name = self.program.constant(address.base, "u8")
-            at = f"{name} + np.uint64({address.offset})"
+        at = self.address(address)
         return f"{at}, {self.mask}, {TYPES[it.code[-1]]!r}, {parts}, {space!r}, {(it.line, it.text, it.source)!r}"
+
+    def address(self, address: Address) -> str:
+        if address.base[0] != "%":
+            return f"{self.program.constant(address.base, 'u8')} + np.uint64({address.offset})"
+        width = self.program.kernel.width(address.base)
+        at = self.read(address.base, f"u{width}") + ("" if width == 8 else ".astype('u8')")
+        return f"{at} + np.uint64({address.offset % 2**64})" if address.offset else at
 
     def do_ld(self, it: Instruction, number: int) -> None:
         to = it.operands[0] if isinstance(it.operands[0], tuple) else (it.operands[0],)
@@ -318,8 +320,7 @@ class _Writer:
     def do_ldmatrix(self, it: Instruction, number: int) -> None:
         if it.code[1:4] != ("sync", "aligned", "m8n8") or it.code[-2:] != ("shared", "b16"):
             raise ValueError("unknown")
-        at = self.read(it.operands[1].base, f"u{self.program.kernel.width(it.operands[1].base)}") + ".astype('u8')"
-        at += f" + np.uint64({it.operands[1].offset % 2**64})"
+        at = self.address(it.operands[1])
         where = (it.line, it.text, it.source)
         self.lines.append(f"v = M.load_matrices({at}, {self.mask}, {len(it.operands[0])}, {where!r})")
         for i, each in enumerate(it.operands[0]):

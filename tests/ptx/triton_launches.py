@@ -88,7 +88,7 @@ class Simulated:
                 value, kind = value.data_ptr(), "u64"
             packed += b"\0" * (-len(packed) % struct.calcsize(PACKED[kind])) + struct.pack(PACKED[kind], value)
         to_run = program(self.edit(text), 32 * warps)
-        assert len(to_run.kernel.parameters) == len(given) + 2, (len(to_run.kernel.parameters), given)
+        assert len(to_run.kernel.of("param")) == len(given) + 2, (len(to_run.kernel.of("param")), given)
         self.counts[to_run.kernel.name] = run(to_run, memory, grid, packed + bytes(24), shared)
 
     def add(self, memory: Memory, tensor: Tensor) -> None:
