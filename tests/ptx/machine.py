@@ -32,9 +32,10 @@ class Machine:
         self.threads = np.arange(program.threads)
         self.watch = Watch(program.threads)
         self.shared_size = program.shared_size + shared
-        if parameters:
-            data = np.frombuffer(parameters.ljust(program.parameter_size, b"\0"), np.uint8)
-            memory.add("param", "parameters", Memory.PARAMETERS, data.size, 1, data, True)
+        if len(parameters) != program.parameter_size:
+            raise ValueError(f"{program.kernel.name}: {program.parameter_size} bytes of parameters, got {len(parameters)}")
+        data = np.frombuffer(parameters.ljust(-(-len(parameters) // 16) * 16, b"\0"), np.uint8)
+        memory.add("param", "parameters", Memory.PARAMETERS, len(parameters), 1, data, True)
         for each in program.kernel.of("global", "const"):
             size = -(-each.size // 16) * 16 + 16
             data = np.frombuffer(bytearray(each.values.ljust(size, b"\0")), np.uint8)

@@ -36,7 +36,7 @@ class Program:
         # Dynamic shared memory, of size 0, is last.
         self.shared_size = self._place(sorted(kernel.of("shared"), key=lambda each: each.size == 0), Memory.SHARED)
         self.parameter_size = self._place(kernel.of("param"), Memory.PARAMETERS)
-        self.local_size = self._place(kernel.of("local"), Memory.LOCAL)
+        self.local_size = -(-self._place(kernel.of("local"), Memory.LOCAL) // 16) * 16  # of a thread
         self._place(kernel.of("global", "const"), Memory.CONSTANT)
         self.functions: dict[tuple[int, bool], Callable[..., Any]] = {}
         codes = [i.code for block in kernel.blocks for i in block.instructions if "shared" in i.code]
@@ -49,7 +49,7 @@ class Program:
             at = -(-at // each.align) * each.align
             self.symbols[each.name] = at
             at += each.size
-        return -(-(at - base) // 16) * 16
+        return at - base
 
     @cached_property
     def widths(self) -> list[int]:
