@@ -36,6 +36,7 @@ class Calls:
     """
 
     backend: ModuleType
+    copied: tuple[str, ...] = ()
 
     def __init__(self, edit: Edit = str) -> None:
         self.edit = edit
@@ -57,7 +58,7 @@ class Calls:
         self, text: str, threads: int, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int
     ) -> None:
         to_run = program(self.edit(text), threads)
-        self.counts.append((to_run.kernel.name, launch(to_run, memory, grid, parameters, shared)))
+        self.counts.append((to_run.kernel.name, launch(to_run, memory, grid, parameters, shared, self.copied)))
 
     def add(self, memory: Memory, tensor: Tensor) -> None:
         """Its bytes, from the first to the last; tensors that overlap are one allocation."""

@@ -25,8 +25,10 @@ class Counts:
 
 
 class Machine:
-    def __init__(self, program: Program, memory: Memory, parameters: bytes, shared: int) -> None:
-        """`shared` is the size of dynamic shared memory, after what the kernel declares."""
+    def __init__(
+        self, program: Program, memory: Memory, parameters: bytes, shared: int, copied: tuple[str, ...]
+    ) -> None:
+        self.copied = copied
         self.program, self.memory, self.counts = program, memory, Counts()
         self.all = np.full(program.threads, True)
         self.threads = np.arange(program.threads)
@@ -167,7 +169,7 @@ class Machine:
                     for i, value in enumerate(values):
                         view[first + i] = value.view(view.dtype)[source]
 
-                self.watch.write(region, at, source, size * parts, put)
+                self.watch.write(region, at, source, size * parts, put, not where[2].startswith(self.copied))
                 for i, value in enumerate(values):
                     differs = view[first + i] != value.view(view.dtype)[source]
                     if differs.any():
@@ -205,8 +207,22 @@ class Machine:
         return Fault(f"{fault} [{self.program.kernel.name}, line {line}, {text}{', ' if source else ''}{source}]")
 
 
-def launch(program: Program, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int = 0) -> Counts:
-    machine = Machine(program, memory, parameters, shared)
+def launch(
+    program: Program,
+    memory: Memory,
+    grid: tuple[int, ...],
+    parameters: bytes,
+    shared: int = 0,
+    copied: tuple[str, ...] = (),
+) -> Counts:
+    """Runs all blocks.
+
+    Args:
+        shared: bytes of dynamic shared memory, after what the kernel declares.
+        copied: beginnings of sources of stores before which threads may read that have a copy of what another one
+            stores, and do not use it.
+    """
+    machine = Machine(program, memory, parameters, shared, copied)
     x, y, z = (*grid, 1, 1)[:3]
     for number in range(x * y * z):
         machine.block((number % x, number // x % y, number // (x * y)), (x, y, z))

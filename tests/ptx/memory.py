@@ -2,6 +2,7 @@
 
 import bisect
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -161,8 +162,11 @@ class Watch:
             if several.any():
                 region.several[1, grain[several]] = self.block
 
-    def write(self, region: Region, address: Array, threads: Array, size: int, store: Any) -> None:
-        """`store` writes; what leaves the bits as they were may be written by anyone."""
+    def write(
+        self, region: Region, address: Array, threads: Array, size: int, store: Callable[[], None], reads: bool
+    ) -> None:
+        """`store` writes; what leaves the bits as they were may be written by anyone. `reads` says whether a write
+        after a read is one too many."""
         if region.space not in ("global", "shared"):
             store()
             return
@@ -175,6 +179,7 @@ class Watch:
         if wrong.any():
             raise self._told("two writes of", region, grain, wrong, before[0], thread)
         before = region.reader[:, grain]
+        changed &= reads
         wrong = changed & self._races(before, thread, stamp)
         wrong |= changed & (before[0] >= 0) & (region.several[0, grain] == stamp)
         wrong |= changed & (region.several[1, grain] == self.block)
