@@ -12,7 +12,7 @@ from torch import Tensor
 
 from po_kernels import dispatch
 
-from .machine import Counts, launch
+from .machine import Counts, Rules, launch
 from .memory import Array, Memory
 from .parse import parse
 from .translate import Program
@@ -36,7 +36,7 @@ class Calls:
     """
 
     backend: ModuleType
-    copied: tuple[str, ...] = ()
+    rules = Rules()
 
     def __init__(self, edit: Edit = str) -> None:
         self.edit = edit
@@ -58,7 +58,7 @@ class Calls:
         self, text: str, threads: int, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int
     ) -> None:
         to_run = program(self.edit(text), threads)
-        self.counts.append((to_run.kernel.name, launch(to_run, memory, grid, parameters, shared, self.copied)))
+        self.counts.append((to_run.kernel.name, launch(to_run, memory, grid, parameters, shared, self.rules)))
 
     def add(self, memory: Memory, tensor: Tensor) -> None:
         """Its bytes, from the first to the last; tensors that overlap are one allocation."""
@@ -82,15 +82,17 @@ class Calls:
 @contextlib.contextmanager
 def simulated(calls: Calls) -> Iterator[Calls]:
     """Within the block the backend serves CPU tensors."""
-    unpatched = dispatch.kernel
+    unpatched, refusal = dispatch.kernel, dispatch.refusal
     (name,) = (name for name in dispatch.BACKENDS if dispatch.module(name) is calls.backend)
 
     def kernel(op: str, asked: str) -> Any:
         return partial(calls.serve, op=op) if asked == name else unpatched(op, asked)
 
+    def refused(op: str, asked: str, *rest: Any) -> str | None:
+        return None if asked == name else refusal(op, asked, *rest)
+
     with (
-        mock.patch.object(calls.backend, "unavailable", lambda: None),
-        mock.patch.object(calls.backend, "unserved", lambda *_: None),
+        mock.patch.object(dispatch, "refusal", refused),
         mock.patch.object(dispatch, "kernel", kernel),
     ):
         yield calls

@@ -20,6 +20,7 @@ from po_kernels.backends.contract import OPS
 from po_kernels.backends.cuda import kernels
 
 from .calls import Calls
+from .machine import Rules
 from .memory import Memory
 
 ROOT = Path(__file__).parents[2]
@@ -77,6 +78,7 @@ class _Kernel(kernels._Kernel):
 
 class CudaCalls(Calls):
     backend = backend
+    rules = Rules(padded=True)  # tiles of four dimensions
 
     def serve(self, request: Any, op: str) -> Any:
         module, texts = compiled()

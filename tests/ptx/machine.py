@@ -1,7 +1,7 @@
 """Runs a launch: blocks one after another, the threads of each as one array, those behind others first."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,15 +24,26 @@ class Counts:
     conflicts: int = 0
 
 
+class Rules(NamedTuple):
+    """What is allowed besides.
+
+    Attributes:
+        copied: beginnings of sources of stores before which threads may read that have a copy of what another one
+            stores, and do not use it.
+        padded: unwritten shared memory may be read, and is nan: of whole vectors, a part of which is not used.
+    """
+
+    copied: tuple[str, ...] = ()
+    padded: bool = False
+
+
 class Machine:
-    def __init__(
-        self, program: Program, memory: Memory, parameters: bytes, shared: int, copied: tuple[str, ...]
-    ) -> None:
-        self.copied = copied
+    def __init__(self, program: Program, memory: Memory, parameters: bytes, shared: int, rules: Rules) -> None:
+        self.rules = rules
         self.program, self.memory, self.counts = program, memory, Counts()
         self.all = np.full(program.threads, True)
         self.threads = np.arange(program.threads)
-        self.watch = Watch(program.threads)
+        self.watch = Watch(program.threads, rules.padded)
         self.shared_size = program.shared_size + shared
         if len(parameters) != program.parameter_size:
             raise ValueError(f"{program.kernel.name}: {program.parameter_size} bytes of parameters, got {len(parameters)}")
@@ -169,7 +180,7 @@ class Machine:
                     for i, value in enumerate(values):
                         view[first + i] = value.view(view.dtype)[source]
 
-                self.watch.write(region, at, source, size * parts, put, not where[2].startswith(self.copied))
+                self.watch.write(region, at, source, size * parts, put, not where[2].startswith(self.rules.copied))
                 for i, value in enumerate(values):
                     differs = view[first + i] != value.view(view.dtype)[source]
                     if differs.any():
@@ -208,21 +219,10 @@ class Machine:
 
 
 def launch(
-    program: Program,
-    memory: Memory,
-    grid: tuple[int, ...],
-    parameters: bytes,
-    shared: int = 0,
-    copied: tuple[str, ...] = (),
+    program: Program, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int = 0, rules: Rules = Rules()
 ) -> Counts:
-    """Runs all blocks.
-
-    Args:
-        shared: bytes of dynamic shared memory, after what the kernel declares.
-        copied: beginnings of sources of stores before which threads may read that have a copy of what another one
-            stores, and do not use it.
-    """
-    machine = Machine(program, memory, parameters, shared, copied)
+    """Runs all blocks; `shared` is the size of dynamic shared memory, after what the kernel declares."""
+    machine = Machine(program, memory, parameters, shared, rules)
     x, y, z = (*grid, 1, 1)[:3]
     for number in range(x * y * z):
         machine.block((number % x, number // x % y, number // (x * y)), (x, y, z))

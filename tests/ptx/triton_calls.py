@@ -18,6 +18,7 @@ from po_kernels.backends import triton as backend
 from po_kernels.backends.triton import lanes, launch
 
 from .calls import Calls, Edit
+from .machine import Rules
 from .memory import Memory
 
 CACHE = Path(__file__).parents[2] / "build" / "ptx"  # of Triton, for kernels that ptxas has not seen
@@ -53,7 +54,7 @@ def line_of(function: Any, text: str) -> str:
 class TritonCalls(Calls):
     backend = backend
     # Threads with a copy of a sum read what one of them is to store, perhaps when it has: theirs is not stored.
-    copied = (line_of(lanes.accumulate, "tl.store"),)
+    rules = Rules(copied=(line_of(lanes.accumulate, "tl.store"),))
 
     def __init__(self, capability: int = 80, edit: Edit = str) -> None:
         super().__init__(edit)
