@@ -106,8 +106,9 @@ class CudaCalls(Calls):
                     self.add(memory, x)
                 family = op.split("_")[0]
                 (text,) = {
-                    text for key, text in texts.items() if name.replace(">>", "> >") in key.replace(">>", "> >")
-                    and key.endswith(family)
+                    text
+                    for key, text in texts.items()
+                    if name.replace(">>", "> >") in key.replace(">>", "> >") and key.endswith(family)
                 }
                 self.launch(text, threads, memory, (blocks,), parameter, shared)
             return refused, ""

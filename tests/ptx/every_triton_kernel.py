@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from po_kernels.backends import triton as backend
 from po_kernels.backends.triton import launch, token
+from tests.ops.triton_interpreted import in_chunks_of_two
 
 from .calls import simulated
 from .triton_calls import TritonCalls
@@ -47,3 +48,45 @@ def test_first_and_second_order(op, options, number, dim):
         turn = {"advantage": names[(number + len(op)) % len(names)], "reduction": REDUCTIONS[number]}
         options = {**turn, "precision_kind": KINDS[number], "mask": False, **options}
     agrees(draw(op, number, dtype, lead=(ROWS,), dim=dim, group=3 + 2 * number, **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("softcap", [None, 2.5])
+def test_tokens_in_half_precision(dtype, capability, softcap, monkeypatch):
+    """As they lie in memory, in blocks of columns; the gradient is rounded to them."""
+    monkeypatch.setattr(token, "_LARGEST_BLOCK", 256)
+    case = draw("token_log_prob", 2, lead=(3,), dim=301, mask=False, softcap=softcap, ignore_index=None).to(dtype)
+    right = derivatives(case, "reference")
+    with simulated(TritonCalls(capability)):
+        found = derivatives(case, "triton")
+    for order in right:
+        for x, y in zip(found[order], right[order], strict=True):
+            assert x.dtype == y.dtype
+            torch.testing.assert_close(x.float(), y.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
+    """On sm_90: every loop is taken more than once."""
+    if "categorical" not in op:
+        for name in ("tile", "drawn_tile"):
+            monkeypatch.setattr(launch, name, in_chunks_of_two)
+    monkeypatch.setattr(launch, "_USUAL_PROGRAMS", 2)
+    monkeypatch.setattr(launch, "_SMALLEST_TILE", 32)
+    options = {"precision_kind": "diagonal", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
+    agrees(draw(op, 2, torch.float32, lead=(ROWS,), dim=3, group=5, mask=False, **options), 90)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_categorical_samples(dtype):
+    case = draw("categorical_sample", 1, dtype, lead=(ROWS,), dim=17, group=5)
+    with simulated(TritonCalls(90)):
+        found = case(backend="triton")
+    assert torch.equal(found, case())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_table_is_summed_by_products_of_matrices(dtype):
+    options = {"estimator": "dice", "advantage": "mean", "reduction": "sum", "mask": False}
+    agrees(draw("categorical_policy_loss", 3, dtype, lead=(ROWS,), dim=17, group=3, **options), 90)

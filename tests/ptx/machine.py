@@ -7,7 +7,6 @@ import numpy as np
 
 from . import operations as do
 from .memory import Array, Fault, Mask, Memory, Region, Watch
-from .parse import ENDS
 from .translate import Program
 
 Where = tuple[int, str, str]  # line, instruction and source
@@ -37,6 +36,9 @@ class Rules(NamedTuple):
     padded: bool = False
 
 
+NO_MORE = Rules()
+
+
 class Machine:
     def __init__(self, program: Program, memory: Memory, parameters: bytes, shared: int, rules: Rules) -> None:
         self.rules = rules
@@ -46,7 +48,7 @@ class Machine:
         self.watch = Watch(program.threads, rules.padded)
         self.shared_size = program.shared_size + shared
         if len(parameters) != program.parameter_size:
-            raise ValueError(f"{program.kernel.name}: {program.parameter_size} bytes of parameters, got {len(parameters)}")
+            raise ValueError(f"expected {program.parameter_size} bytes of parameters, got {len(parameters)}")
         data = np.frombuffer(parameters.ljust(-(-len(parameters) // 16) * 16, b"\0"), np.uint8)
         memory.add("param", "parameters", Memory.PARAMETERS, len(parameters), 1, data, True)
         for each in program.kernel.of("global", "const"):
@@ -66,9 +68,7 @@ class Machine:
             memory.add("local", "local memory", Memory.LOCAL, size, 1, np.full(size, 0xFF, np.uint8), True)
         self.watch.start()
         self.special = {"%laneid": self.threads % 32, "%warpid": self.threads // 32, "%tid.x": self.threads}
-        self.special |= {f"%tid.{axis}": 0 * self.threads for axis in "yz"}
-        self.special |= {f"%ntid.{axis}": 0 * self.threads + size for axis, size in zip("xyz", (program.threads, 1, 1))}
-        for name, numbers in (("ctaid", index), ("nctaid", grid)):
+        for name, numbers in (("ntid", (program.threads, 1, 1)), ("ctaid", index), ("nctaid", grid)):
             self.special |= {f"%{name}.{axis}": 0 * self.threads + x for axis, x in zip("xyz", numbers, strict=True)}
         with np.errstate(all="ignore"):
             self._run()
@@ -94,17 +94,15 @@ class Machine:
             found = function(state, self, mask)
             active = warps if mask is None else int(mask.reshape(-1, 32).any(axis=1).sum())
             self.counts.instructions += active * (len(block.instructions) + (block.end is not None))
-            target = number + 1
-            if block.end is not None and block.end.code[0] in ENDS:
-                kind, operands = block.end.code[0], block.end.operands
-                if kind == "brx":
-                    table = np.array([labels[name] for name in program.kernel.tables[operands[1]]])
-                    target = table[np.minimum(found, len(table) - 1)]
-                else:
-                    target = labels[operands[0]] if kind == "bra" else end
-                    if found is not None:
-                        some = found if mask is None else found[mask]
-                        target = target if some.all() else np.where(found, target, number + 1) if some.any() else number + 1
+            target: int | Array = number + 1
+            if block.end is not None:
+                target = labels[block.end.operands[0]] if block.end.code[0] == "bra" else end
+                if found is not None:
+                    some = found if mask is None else found[mask]
+                    if not some.any():
+                        target = number + 1
+                    elif not some.all():
+                        target = np.where(found, target, number + 1)
             if mask is None and not isinstance(target, np.ndarray):
                 at = target
                 continue
@@ -126,7 +124,7 @@ class Machine:
             mask, sync = counters == number, blocks[number].sync
             if sync is None:
                 return int(number), mask
-            if sync.code[0] in ("bar", "barrier") and sync.code[1] != "warp":
+            if sync.code == ("bar", "sync"):
                 if mask.all():
                     return int(number), mask
                 waiting.append((sync, mask))
@@ -189,16 +187,17 @@ class Machine:
         except Fault as fault:
             raise self._placed(fault, where) from None
 
-    def load_matrices(self, address: Array, mask: Mask, count: int, where: Where) -> list[Array]:
-        """Of each warp, matrix i has its rows of 16 bytes where threads 8 i to 8 i + 7 say; a thread gets four bytes."""
-        if mask is not None:
-            raise NotImplementedError(f"line {where[0]}: {where[1]} of some threads")
+    def load_matrices(self, address: Array, count: int, where: Where) -> list[Array]:
+        return [self.load(at, None, "u4", 1, "shared", where)[0] for at in self._rows(address, count)]
+
+    def store_matrices(self, values: list[Array], address: Array, count: int, where: Where) -> None:
+        for value, at in zip(values, self._rows(address, count), strict=True):
+            self.store([value], at, None, "u4", 1, "shared", where)
+
+    def _rows(self, address: Array, count: int) -> list[Array]:
+        """Where the four bytes are that each thread has of each matrix."""
         lane = self.threads % 32
-        found = []
-        for i in range(count):
-            rows = self.threads - lane + 8 * i + lane // 4
-            found += self.load(address[rows] + (4 * (lane % 4)).astype("u8"), None, "u4", 1, "shared", where)
-        return found
+        return [address[self.threads - lane + 8 * i + lane // 4] + (4 * (lane % 4)).astype("u8") for i in range(count)]
 
     def shuffled(self, kind: str, by: Array, clamp: Array, mask: Mask) -> tuple[Array, Array]:
         source, inside = do.shuffle_lanes(kind, by, clamp)
@@ -219,7 +218,7 @@ class Machine:
 
 
 def launch(
-    program: Program, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int = 0, rules: Rules = Rules()
+    program: Program, memory: Memory, grid: tuple[int, ...], parameters: bytes, shared: int = 0, rules: Rules = NO_MORE
 ) -> Counts:
     """Runs all blocks; `shared` is the size of dynamic shared memory, after what the kernel declares."""
     machine = Machine(program, memory, parameters, shared, rules)

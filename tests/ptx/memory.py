@@ -11,7 +11,7 @@ Array = np.ndarray
 Mask = Array | None  # of threads that take part, None for all
 
 
-class Fault(Exception):
+class Fault(Exception):  # noqa: N818
     """What a kernel must not do."""
 
 

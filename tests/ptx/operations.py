@@ -66,10 +66,6 @@ def divide(a: Array, b: Array) -> Array:
     return np.where(zero, a.dtype.type(0) - a.dtype.type(1) if a.dtype.kind == "i" else ~a.dtype.type(0), quotient)
 
 
-def remainder(a: Array, b: Array) -> Array:
-    return a - divide(a, b) * b
-
-
 def extract(a: Array, position: Array, length: Array) -> Array:
     """bfe: a field of bits, extended by its sign if a is signed."""
     bits = 8 * a.dtype.itemsize
@@ -78,14 +74,6 @@ def extract(a: Array, position: Array, length: Array) -> Array:
     raised = shift_left(a.view(f"u{a.dtype.itemsize}"), bits - top).view(a.dtype)
     found = shift_right(raised, (bits - top) + np.minimum(position, bits))
     return np.where(length == 0, a.dtype.type(0), found)
-
-
-def insert(a: Array, b: Array, position: Array, length: Array) -> Array:
-    """bfi: the low bits of a, in b."""
-    one = a.dtype.type(1)
-    ones = shift_left(np.full_like(a, one), length & 255) - one
-    field = shift_left(ones, position & 255)
-    return (b & ~field) | (shift_left(a, position & 255) & field)
 
 
 def permute(a: Array, b: Array, selector: Array) -> Array:
@@ -100,18 +88,9 @@ def permute(a: Array, b: Array, selector: Array) -> Array:
     return found
 
 
-def logic(a: Array, b: Array, c: Array, table: int) -> Array:
-    """lop3."""
-    found = np.zeros_like(a)
-    for i in range(8):
-        if table >> i & 1:
-            found |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
-    return found
-
-
-def funnel(a: Array, b: Array, by: Array, left: bool, clamp: bool) -> Array:
-    """shf: 32 bits of b:a, shifted."""
-    by = (np.minimum(by, 32) if clamp else by & 31).astype(U8)
+def funnel(a: Array, b: Array, by: Array, left: bool) -> Array:
+    """shf.wrap: 32 bits of b:a, shifted."""
+    by = (by & 31).astype(U8)
     both = a.astype(U8) | (b.astype(U8) << U8.type(32))
     return (shift_left(both, by) >> U8.type(32) if left else shift_right(both, by)).astype(U4)
 
@@ -122,13 +101,6 @@ def leading_zeros(a: Array) -> Array:
     for i in range(bits):
         count[(a >> a.dtype.type(i)) & a.dtype.type(1) == 1] = bits - 1 - i
     return count
-
-
-def reverse(a: Array) -> Array:
-    found = np.zeros_like(a)
-    for i in range(8 * a.dtype.itemsize):
-        found |= ((a >> a.dtype.type(i)) & a.dtype.type(1)) << a.dtype.type(8 * a.dtype.itemsize - 1 - i)
-    return found
 
 
 def to_bfloat16(x: Array) -> Array:
@@ -169,7 +141,7 @@ def shuffle_lanes(kind: str, by: Array, clamp: Array) -> tuple[Array, Array]:
 
 def multiply_matrices(shape: str, kind: str, a: list[Array], b: list[Array], c: list[Array]) -> list[Array]:
     """mma.sync: a (m, k), b (k, n) and c (m, n) by fragments of a warp's threads."""
-    m, n, k = {"m16n8k8": (16, 8, 8), "m16n8k4": (16, 8, 4), "m8n8k4": (8, 8, 4), "m16n8k16": (16, 8, 16)}[shape]
+    m, n, k = {"m16n8k8": (16, 8, 8), "m8n8k4": (8, 8, 4)}[shape]
     lane = np.arange(32)
     group, rank = lane // 4, lane % 4
     warps = len(a[0]) // 32

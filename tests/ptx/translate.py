@@ -15,9 +15,10 @@ TYPES |= {f"s{8 * size}": f"i{size}" for size in (1, 2, 4, 8)} | {"pred": "b", "
 COMPARED = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 COMPARED |= {"lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 OPPOSITE = {"equ": "!=", "neu": "==", "ltu": ">=", "leu": ">", "gtu": "<=", "geu": "<"}  # of which it is the negation
+SIGNS = {"add": "+", "sub": "-", "xor": "^", "and": "&", "or": "|"}
 APPROXIMATED = {"ex2": "np.exp2({})", "lg2": "np.log2({})", "rcp": "1 / {}", "sqrt": "np.sqrt({})"}
-APPROXIMATED |= {"rsqrt": "1 / np.sqrt({})", "sin": "np.sin({})", "cos": "np.cos({})", "tanh": "np.tanh({})"}
-ALIKE = {"selp": 2, "shl": 1, "shr": 1, "bfe": 1, "bfi": 2}  # operands of the type of the instruction
+APPROXIMATED |= {"rsqrt": "1 / np.sqrt({})"}
+ALIKE = {"selp": 2, "shl": 1, "shr": 1, "bfe": 1}  # operands of the type of the instruction
 
 
 class Program:
@@ -98,15 +99,14 @@ class _Writer:
         self.known: dict[int, str] = {}  # types of registers that the block has written
 
     def source(self) -> str:
-        for number, instruction in enumerate(self.block.instructions):
+        for instruction in self.block.instructions:
             try:
-                self.instruction(instruction, number)
+                self.instruction(instruction)
             except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
-                raise NotImplementedError(f"line {instruction.line}: {instruction.text} {instruction.operands}") from error
+                what = f"{instruction.text} {instruction.operands}"
+                raise NotImplementedError(f"line {instruction.line}: {what}") from error
         if self.block.end and self.block.end.guard:
             self.lines.append(f"return {self.guard(self.block.end)}")
-        elif self.block.end and self.block.end.code[0] == "brx":
-            self.lines.append(f"return {self.read(self.block.end.operands[0], 'u4')}")
         return "def run(R, M, m=None):\n " + "\n ".join(self.lines or ["pass"])
 
     def index(self, register: str) -> int:
@@ -145,7 +145,7 @@ class _Writer:
         self.lines.append(f"R[{index}] = {value}")
         self.known[index] = dtype
 
-    def instruction(self, it: Instruction, number: int) -> None:
+    def instruction(self, it: Instruction) -> None:
         self.mask = "m" if self.masked else "None"
         if it.guard:
             self.lines.append(f"g = {'m & ' if self.masked else ''}{self.guard(it)}")
@@ -153,7 +153,7 @@ class _Writer:
         name, kinds = it.code[0], it.code[1:]
         method = getattr(self, f"do_{name}", None)
         if method is not None:
-            method(it, number)
+            method(it)
             return
         dtype = TYPES[kinds[-1]]
         count = 2 if "wide" in kinds else ALIKE.get(name, 3)
@@ -169,11 +169,11 @@ class _Writer:
         self.write(it.operands[0], value, f"{dtype[0]}{2 * int(dtype[1])}" if wide else dtype)
 
     def value(self, name: str, kinds: tuple[str, ...], dtype: str, read: list[str], it: Instruction) -> str:
-        a, b, c = (read + ["", "", ""])[:3]
+        a, b, c, *_ = *read, "", ""
         if kinds[-1] in ("f16", "bf16", "f16x2", "bf16x2") or set(kinds) & {"cc", "rz", "rm", "rp"}:
             raise ValueError("arithmetic that is not modelled")
-        if name in ("add", "sub", "xor", "and", "or"):
-            return f"{a} {dict(add='+', sub='-', xor='^').get(name) or {'and': '&', 'or': '|'}[name]} {b}"
+        if name in SIGNS:
+            return f"{a} {SIGNS[name]} {b}"
         if name in ("mul", "mad"):
             if "wide" in kinds:
                 wide = f"{dtype[0]}{2 * int(dtype[1])}"
@@ -192,36 +192,24 @@ class _Writer:
             return f"np.{name + 'imum' if propagates else 'f' + name}({a}, {b})"
         if name == "div":
             return f"{a} / {b}" if dtype[0] == "f" else f"do.divide({a}, {b})"
-        if name == "rem":
-            return f"do.remainder({a}, {b})"
         if name in ("neg", "not", "abs"):
-            return f"{dict(neg='-', abs='np.abs').get(name, '~')}({a})"
-        if name == "copysign":
-            return f"np.copysign({b}, {a})"
+            return f"{ {'neg': '-', 'abs': 'np.abs', 'not': '~'}[name] }({a})"
         if name == "selp":
             return f"where({self.read(it.operands[3], 'b')}, {a}, {b})"
         if name in APPROXIMATED:
             return APPROXIMATED[name].format(a)
-        if name in ("bfe", "bfi"):
-            at, length = (self.read(x, "u4") for x in it.operands[-2:])
-            return f"do.extract({a}, {at}, {length})" if name == "bfe" else f"do.insert({a}, {b}, {at}, {length})"
+        if name == "bfe":
+            return f"do.extract({a}, {self.read(it.operands[2], 'u4')}, {self.read(it.operands[3], 'u4')})"
         if name == "prmt" and len(kinds) == 1:
             return f"do.permute({a}, {b}, {c})"
-        if name == "lop3":
-            return f"do.logic({a}, {b}, {c}, {int(it.operands[4], 0)})"
-        if name == "shf":
-            return f"do.funnel({a}, {b}, {c}, {kinds[0] == 'l'}, {'clamp' in kinds})"
-        if name == "brev":
-            return f"do.reverse({a})"
+        if name == "shf" and kinds[1] == "wrap":
+            return f"do.funnel({a}, {b}, {c}, {kinds[0] == 'l'})"
         raise ValueError("unknown")
 
-    def do_popc(self, it: Instruction, number: int) -> None:
-        self.write(it.operands[0], f"np.bitwise_count({self.read(it.operands[1], TYPES[it.code[1]])}).astype('u4')", "u4")
-
-    def do_clz(self, it: Instruction, number: int) -> None:
+    def do_clz(self, it: Instruction) -> None:
         self.write(it.operands[0], f"do.leading_zeros({self.read(it.operands[1], TYPES[it.code[1]])})", "u4")
 
-    def do_mov(self, it: Instruction, number: int) -> None:
+    def do_mov(self, it: Instruction) -> None:
         dtype, (to, source) = TYPES[it.code[1]], it.operands
         if isinstance(source, tuple):
             part = f"u{int(dtype[1]) // len(source)}"
@@ -229,17 +217,18 @@ class _Writer:
             self.write(to, f"np.stack([{parts}], axis=1).view({dtype!r}).ravel()", dtype)
         elif isinstance(to, tuple):
             part = f"u{int(dtype[1]) // len(to)}"
-            self.lines.append(f"v = np.ascontiguousarray({self.read(source, dtype)}).view({part!r}).reshape(-1, {len(to)})")
+            whole = f"np.ascontiguousarray({self.read(source, dtype)})"
+            self.lines.append(f"v = {whole}.view({part!r}).reshape(-1, {len(to)})")
             for i, each in enumerate(to):
                 self.write(each, f"v[:, {i}].copy()", part)
         else:
             self.write(to, self.read(source, dtype), dtype)
 
-    def do_cvta(self, it: Instruction, number: int) -> None:
+    def do_cvta(self, it: Instruction) -> None:
         """Nothing: all spaces share one."""
         self.write(it.operands[0], self.read(it.operands[1], "u8"), "u8")
 
-    def do_setp(self, it: Instruction, number: int) -> None:
+    def do_setp(self, it: Instruction) -> None:
         compare, dtype = it.code[1], TYPES[it.code[-1]]
         a, b = (self.read(x, dtype) for x in it.operands[1:3])
         if "ftz" in it.code:
@@ -264,7 +253,7 @@ class _Writer:
         for each in other:
             self.write(each.strip(), "d", "b")
 
-    def do_cvt(self, it: Instruction, number: int) -> None:
+    def do_cvt(self, it: Instruction) -> None:
         kinds, to, source = it.code[1:-2], it.code[-2], it.code[-1]
         if to == "bf16x2" and kinds == ("rn",):
             high, low = (f"do.to_bfloat16({self.read(x, 'f4')}).astype('u4')" for x in it.operands[1:])
@@ -297,7 +286,7 @@ class _Writer:
         if set(it.code) & {"volatile", "acquire", "release", "relaxed", "async"}:
             raise ValueError("unknown")
         at = self.address(address)
-        return f"{at}, {self.mask}, {TYPES[it.code[-1]]!r}, {parts}, {space!r}, {(it.line, it.text, it.source)!r}"
+        return f"{at}, {self.mask}, {TYPES[it.code[-1]]!r}, {parts}, {space!r}, {self.place(it)!r}"
 
     def address(self, address: Address) -> str:
         if address.base[0] != "%":
@@ -306,38 +295,46 @@ class _Writer:
         at = self.read(address.base, f"u{width}") + ("" if width == 8 else ".astype('u8')")
         return f"{at} + np.uint64({address.offset % 2**64})" if address.offset else at
 
-    def do_ld(self, it: Instruction, number: int) -> None:
+    def do_ld(self, it: Instruction) -> None:
         to = it.operands[0] if isinstance(it.operands[0], tuple) else (it.operands[0],)
         self.lines.append(f"v = M.load({self.access(it, it.operands[1], len(to))})")
         for i, each in enumerate(to):
             self.write(each, f"v[{i}]", TYPES[it.code[-1]])
 
-    def do_st(self, it: Instruction, number: int) -> None:
+    def do_st(self, it: Instruction) -> None:
         source = it.operands[1] if isinstance(it.operands[1], tuple) else (it.operands[1],)
         values = ", ".join(self.read(x, TYPES[it.code[-1]]) for x in source)
         self.lines.append(f"M.store([{values}], {self.access(it, it.operands[0], len(source))})")
 
-    def do_ldmatrix(self, it: Instruction, number: int) -> None:
-        if it.code[1:4] != ("sync", "aligned", "m8n8") or it.code[-2:] != ("shared", "b16"):
-            raise ValueError("unknown")
-        at = self.address(it.operands[1])
-        where = (it.line, it.text, it.source)
-        self.lines.append(f"v = M.load_matrices({at}, {self.mask}, {len(it.operands[0])}, {where!r})")
+    def do_ldmatrix(self, it: Instruction) -> None:
+        self.lines.append(f"v = {self.matrices(it, 'load')}")
         for i, each in enumerate(it.operands[0]):
             self.write(each, f"v[{i}]", "u4")
 
+    def do_stmatrix(self, it: Instruction) -> None:
+        self.lines.append(self.matrices(it, "store"))
+
+    def matrices(self, it: Instruction, how: str) -> str:
+        """Of each warp, matrix i has its rows of 16 bytes where threads 8 i to 8 i + 7 say; a thread has four bytes."""
+        if it.code[1:4] != ("sync", "aligned", "m8n8") or it.code[-2:] != ("shared", "b16") or self.masked or it.guard:
+            raise ValueError("unknown")
+        address, parts = it.operands[1 if how == "load" else 0], it.operands[0 if how == "load" else 1]
+        values = f"[{', '.join(self.read(x, 'u4') for x in parts)}], " if how == "store" else ""
+        return f"M.{how}_matrices({values}{self.address(address)}, {len(parts)}, {self.place(it)!r})"
+
+    def place(self, it: Instruction) -> tuple[int, str, str]:
+        return it.line, it.text, it.source
+
     # ---- Threads together ----
 
-    def do_bar(self, it: Instruction, number: int) -> None:
-        if it.code not in (("bar", "sync"), ("bar", "warp", "sync"), ("barrier", "sync"), ("barrier", "sync", "aligned")):
+    def do_bar(self, it: Instruction) -> None:
+        if it.code not in (("bar", "sync"), ("bar", "warp", "sync")):
             raise ValueError("unknown")
         if it.code[1] != "warp" and it.operands[1:] not in ((), (str(self.program.threads),)):
             raise ValueError("a barrier of a part of a block")
         self.lines.append(f"M.watch.barrier({'None' if it.code[1] != 'warp' else 'M.all if m is None else m'})")
 
-    do_barrier = do_bar
-
-    def do_shfl(self, it: Instruction, number: int) -> None:
+    def do_shfl(self, it: Instruction) -> None:
         to, *inside = (x.strip() for x in it.operands[0].split("|"))
         by, clamp = (self.read(x, "u4") for x in it.operands[2:4])
         self.lines.append(f"i, p = M.shuffled({it.code[2]!r}, {by}, {clamp}, {self.mask})")
@@ -345,7 +342,7 @@ class _Writer:
         for each in inside:
             self.write(each, "p", "b")
 
-    def do_redux(self, it: Instruction, number: int) -> None:
+    def do_redux(self, it: Instruction) -> None:
         how = {"add": "add", "min": "minimum", "max": "maximum", "and": "bitwise_and", "or": "bitwise_or"}[it.code[2]]
         dtype = TYPES[it.code[3]]
         value = f"np.{how}.reduce({self.read(it.operands[1], dtype)}.reshape(-1, 32), axis=1, dtype={dtype!r})"
@@ -353,18 +350,7 @@ class _Writer:
             raise ValueError("of a part of a warp")
         self.write(it.operands[0], f"np.repeat({value}, 32)", dtype)
 
-    def do_vote(self, it: Instruction, number: int) -> None:
-        votes = f"({self.read(it.operands[1], 'b')}{' & m' if self.masked else ''}).reshape(-1, 32)"
-        if it.code[2] == "ballot":
-            self.write(it.operands[0], f"np.repeat((({votes} << np.arange(32)).sum(axis=1)).astype('u4'), 32)", "u4")
-        elif it.code[2] == "any":
-            self.write(it.operands[0], f"np.repeat({votes}.any(axis=1), 32)", "b")
-        elif it.code[2] == "all" and not self.masked:
-            self.write(it.operands[0], f"np.repeat({votes}.all(axis=1), 32)", "b")
-        else:
-            raise ValueError("unknown")
-
-    def do_mma(self, it: Instruction, number: int) -> None:
+    def do_mma(self, it: Instruction) -> None:
         shape, kind = it.code[3], it.code[7]
         if self.masked or it.guard or it.code[4:6] != ("row", "col") or kind not in ("tf32", "f64"):
             raise ValueError("unknown")

@@ -15,7 +15,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from benchmarks import ahead_of_time
 from po_kernels.backends import triton as backend
-from po_kernels.backends.triton import lanes, launch
+from po_kernels.backends.triton import lanes, launch, mvn
 
 from .calls import Calls, Edit
 from .machine import Rules
@@ -30,7 +30,7 @@ def compiled(launched: ahead_of_time.Launch, capability: int) -> tuple[str, int]
     """PTX and the bytes of shared memory."""
     source = ahead_of_time.source_of(launched, capability)
     target, options = GPUTarget("cuda", capability, 32), ahead_of_time.options_of(launched)
-    with triton.knobs.cache.scope(), mock.patch.object(CUDABackend, "make_cubin", lambda *_: b""):
+    with triton.knobs.cache.scope(), mock.patch.object(CUDABackend, "make_cubin", return_value=b""):
         triton.knobs.cache.dir = str(CACHE)
         found = triton.compile(source, target=target, options=options)
     return found.asm["ptx"], found.metadata.shared
@@ -45,16 +45,17 @@ def leaves(value: Any, kind: Any) -> Iterator[tuple[Any, str]]:
         yield value, kind
 
 
-def line_of(function: Any, text: str) -> str:
+def lines_of(function: Any, text: str) -> list[str]:
+    """As sources of PTX tell them."""
     lines, first = inspect.getsourcelines(function.fn)
-    (number,) = (i for i, line in enumerate(lines) if text in line)
-    return f"{Path(inspect.getsourcefile(function.fn)).name}:{first + number}:"
+    file = Path(inspect.getsourcefile(function.fn)).name
+    return [f"{file}:{first + i}:" for i, line in enumerate(lines) if text in line]
 
 
 class TritonCalls(Calls):
     backend = backend
-    # Threads with a copy of a sum read what one of them is to store, perhaps when it has: theirs is not stored.
-    rules = Rules(copied=(line_of(lanes.accumulate, "tl.store"),))
+    # Sums in memory. Threads with copies read what one of them is to store, perhaps when it has: theirs is not used.
+    rules = Rules(copied=(*lines_of(lanes.accumulate, "tl.store"), *lines_of(mvn.add_gradient, "before +")))
 
     def __init__(self, capability: int = 80, edit: Edit = str) -> None:
         super().__init__(edit)
@@ -72,7 +73,7 @@ class TritonCalls(Calls):
         text, shared = compiled(launched, self.capability)
         source = ahead_of_time.source_of(launched, self.capability)
         memory, packed = Memory(), b""
-        for value, kind in (x for name, kind in source.signature.items() for x in leaves(arguments[name], kind)):
+        for value, kind in (x for name, kinds in source.signature.items() for x in leaves(arguments[name], kinds)):
             if isinstance(value, Tensor):
                 self.add(memory, value)
                 value, kind = value.data_ptr(), "u64"
