@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from po_kernels.backends import triton as backend
 from po_kernels.backends.triton import launch, token
-from tests.ops.triton_interpreted import in_chunks_of_two
+from tests.ops import triton_interpreted as interpreted
 
 from .calls import simulated
 from .triton_calls import TritonCalls
@@ -71,7 +71,7 @@ def test_groups_in_chunks_and_programs_of_many_blocks(op, monkeypatch):
     """On sm_90: every loop is taken more than once."""
     if "categorical" not in op:
         for name in ("tile", "drawn_tile"):
-            monkeypatch.setattr(launch, name, in_chunks_of_two)
+            monkeypatch.setattr(launch, name, interpreted.in_chunks_of_two)
     monkeypatch.setattr(launch, "_USUAL_PROGRAMS", 2)
     monkeypatch.setattr(launch, "_SMALLEST_TILE", 32)
     options = {"precision_kind": "diagonal", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
@@ -90,3 +90,14 @@ def test_categorical_samples(dtype):
 def test_the_table_is_summed_by_products_of_matrices(dtype):
     options = {"estimator": "dice", "advantage": "mean", "reduction": "sum", "mask": False}
     agrees(draw("categorical_policy_loss", 3, dtype, lead=(ROWS,), dim=17, group=3, **options), 90)
+
+
+@pytest.mark.parametrize("sums", ["test_sums_over_chunks", "test_sums_over_rows"])
+def test_runs_in_float64(sums, monkeypatch):
+    """What is summed over more terms than a run."""
+    for name in ("tile", "drawn_tile"):
+        monkeypatch.setattr(launch, name, interpreted.in_chunks_of_two)
+    monkeypatch.setattr(launch, "RUN", 4)
+    monkeypatch.setattr(launch, "_MOST_SUMS", 1)
+    with simulated(TritonCalls()):
+        getattr(interpreted, sums)()
