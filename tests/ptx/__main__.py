@@ -22,9 +22,8 @@ def row(op: str, name: str, calls: Calls) -> str:
     case = draw(op, 1, torch.float32, lead=(ROWS,), dim=DIM, group=GROUP, mask=False, **how)
     with simulated(calls):
         torch.autograd.grad(case(*(inputs := case.inputs), backend=name).sum(), inputs)
-    counts = [
-        [getattr(each, what) for _, each in calls.counts] for what in ("instructions", "read", "written", "conflicts")
-    ]
+    fields = ("instructions", "read", "written", "conflicts")
+    counts = [[getattr(each, field) for _, each in calls.counts] for field in fields]
     return f"| {op} | {name} | " + " | ".join(f"{sum(each) / ROWS:,.0f}" for each in counts) + " |"
 
 
@@ -37,4 +36,5 @@ def main(part: str = "") -> None:
                 print(row(op, "cuda", cuda_calls.CudaCalls()))
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
