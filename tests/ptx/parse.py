@@ -111,7 +111,7 @@ def parse(text: str) -> dict[str, Kernel]:
             elif re.match(r"\.(version|target|address_size|file|weak|alias)\b", line):
                 header = ""
             continue
-        if line.startswith(".loc"):
+        if line.split(None, 1)[:1] == [".loc"]:
             source = comment.strip()
             continue
         line = f"{statement} {line}".strip() if statement else line

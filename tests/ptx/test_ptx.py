@@ -39,14 +39,14 @@ PTX = """
 """
 
 
-def ran(body: str, given: np.ndarray | None = None) -> tuple[np.ndarray, Counts]:
+def ran(body: str, given: np.ndarray | None = None, blocks: int = 1) -> tuple[np.ndarray, Counts]:
     """What r2 is in each thread, of a number each in r1, the thread's own by default."""
     given = np.arange(THREADS, dtype="u4") if given is None else given
     found, memory = np.zeros(THREADS, "u4"), Memory()
     addresses = [array.ctypes.data for array in (given, found)]
     for name, address in zip(("given", "found"), addresses, strict=True):
-        memory.add("global", name, address, 4 * THREADS, 4, None, True)
-    counts = launch(program(PTX.format(body=body), THREADS), memory, (1,), np.array(addresses, "u8").tobytes())
+        memory.add("global", name, address, 4 * THREADS, 4, None, name == "given")
+    counts = launch(program(PTX.format(body=body), THREADS), memory, (blocks,), np.array(addresses, "u8").tobytes())
     return found, counts
 
 
@@ -125,6 +125,11 @@ $done:
     assert counts.instructions > 4 * (32 + 64)  # of two warps, as often as the slowest thread of each
 
 
+def test_local_memory_is_that_of_a_thread():
+    body = ".local .align 4 .b8 own[8]; st.local.b32 [own+4], %r1; mov.u64 %rd4, own; ld.local.b32 %r2, [%rd4+4];"
+    assert (ran(body)[0] == np.arange(THREADS)).all()
+
+
 def stored(stride: int, size: int = 4) -> str:
     width = {4: "b32", 8: "v2.b32", 16: "v4.b32"}[size]
     values = "{" + ", ".join(["%r1"] * (size // 4)) + "}"
@@ -163,6 +168,7 @@ PASSED = "setp.lt.u32 %p1, %r0, {}; @%p1 bra $on; {}\n$on:\n"
         (stored(64) + "bar.sync 0; ld.shared.b32 %r2, [held+4096];", "out of bounds: 4 bytes at byte 4096 of shared"),
         ("ld.global.b32 %r2, [%rd1+4];", "out of bounds: 4 bytes at byte 256 of given, 256 bytes, by thread 63"),
         ("ld.global.b32 %r2, [%rd1+2];", "misaligned"),
+        ("ld.global.b32 %r2, [%rd2];", "unwritten: byte 0 of found"),
         ("ld.shared.b32 %r2, [%rd1];", "not in shared memory"),
         (PASSED.format(32, "bar.sync 0;") + "mov.b32 %r2, 0;", "divergent barrier: 32 threads"),
         (PASSED.format(9, "bar.sync 0;") + "bar.sync 0;", "divergent barrier: 55 threads"),
@@ -175,6 +181,12 @@ def test_small_faults(body, complaint):
         return
     with pytest.raises(Fault, match=f"^{complaint}.*line"):
         ran(body)
+
+
+def test_blocks_have_no_barrier_between_them():
+    ran("mov.b32 %r2, %r1;", blocks=2)  # the same from both
+    with pytest.raises(Fault, match=r"^race: two writes of byte 0 of found, threads 0 and 0 of two blocks"):
+        ran("bar.sync 0; mov.u32 %r2, %ctaid.x; bar.sync 0;", blocks=2)
 
 
 def test_an_unknown_instruction_is_named():

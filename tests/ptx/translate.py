@@ -1,7 +1,6 @@
 """Instructions as Python: a function of each block, for all threads or for those of a mask."""
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,10 +50,6 @@ class Program:
             self.symbols[each.name] = at
             at += each.size
         return at - base
-
-    @cached_property
-    def widths(self) -> list[int]:
-        return [self.kernel.width(name) for name in self.registers]
 
     def initial(self) -> list[np.ndarray]:
         zeros = {w: np.zeros(self.threads, f"u{w}" if w else bool) for w in (0, 1, 2, 4, 8)}
