@@ -9,9 +9,11 @@ median of those of neighbouring runs. An answer is checked against the reference
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +25,8 @@ from torch import Tensor
 
 import po_kernels as pk
 from benchmarks import harness, peers
+from benchmarks.bench_token import eager as tokens_eager
+from benchmarks.bench_token import fused as tokens
 from benchmarks.harness import categorical_inputs, check, gaussian_inputs, gradients, mvn_inputs, products
 from po_kernels import dispatch
 
@@ -39,6 +43,7 @@ class Case(NamedTuple):
         inputs: makes one set of inputs, of which those with as many rows as the first have a row for each of its.
         derivatives: of a loss and inputs, what is computed.
         ceiling: the least that such an op has to do.
+        others: what else to compare with, by name, where it is installed.
     """
 
     name: str
@@ -48,6 +53,12 @@ class Case(NamedTuple):
     inputs: Callable[[], list[Tensor]]
     derivatives: Callable[[Callable[..., Tensor], list[Tensor]], Sequence[Tensor]]
     ceiling: Callable[[], Any] | None = None
+    others: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
+
+
+def forward(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor]:
+    with torch.no_grad():
+        return (loss(*inputs),)
 
 
 def cases(device: str, small: bool) -> list[Case]:
@@ -87,7 +98,39 @@ def cases(device: str, small: bool) -> list[Case]:
             lambda: categorical_inputs(rows, classes), gradients, lambda: target.copy_(source),
         )
     )  # fmt: skip
-    return result
+    return result + token_cases(device, shape(8192, 151_936))
+
+
+def token_cases(device: str, size: tuple[int, ...]) -> list[Case]:
+    """Log-probability and entropy of tokens in bfloat16; a gradient reads and writes as much as a copy."""
+
+    def inputs() -> list[Tensor]:
+        rows, classes = size
+        logits = torch.randn(rows, classes, dtype=torch.bfloat16, device=device).requires_grad_()
+        return [logits, torch.randint(classes, (rows,), device=device)]
+
+    source = torch.empty(size, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    others: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
+    if device == "cuda":
+        with contextlib.suppress(ImportError):
+            from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+            # It leaves out the logits after the last token.
+            def liger(logits: Tensor, ids: Tensor) -> Tensor:
+                return fused_selective_log_softmax(logits[None], ids[None, :-1], 1.0).sum()
+
+            others = (("liger", liger),)
+    name = f"token_log_prob {size} bfloat16"
+    ways = (
+        ("forward", forward, lambda: source.view(torch.int16).amax(), others),
+        ("gradient", gradients, lambda: target.copy_(source), ()),
+        ("second order", products, None, ()),
+    )
+    return [
+        Case(f"{name} {way}", "token_log_prob", tokens, tokens_eager, inputs, derivatives, ceiling, peers_of)
+        for way, derivatives, ceiling, peers_of in ways
+    ]
 
 
 def random_numbers_only(rows: int, dim: int, group: int, seed: Tensor) -> Tensor:
@@ -142,14 +185,15 @@ def right(case: Case, backend: str | None) -> None:
     first = [(x[:1024] if x.ndim and x.shape[0] == rows else x).detach() for x in inputs]
     asked = [x.requires_grad for x in inputs]
 
-    def leaves(dtype: torch.dtype) -> list[Tensor]:
+    def leaves(dtype: torch.dtype | None = None) -> list[Tensor]:
         return [
-            x.clone().to(dtype).requires_grad_(needed) if x.is_floating_point() else x
+            x.clone().to(dtype or x.dtype).requires_grad_(needed) if x.is_floating_point() else x
             for x, needed in zip(first, asked, strict=True)
         ]
 
     expected = case.derivatives(partial(case.fused, backend="reference"), leaves(torch.float64))
-    check(case.derivatives(partial(case.fused, backend=backend), leaves(torch.float32)), expected, case.name)
+    half = any(x.dtype == torch.bfloat16 for x in inputs)
+    check(case.derivatives(partial(case.fused, backend=backend), leaves()), expected, case.name, 1e-2 if half else 1e-3)
 
 
 def measure(case: Case, device: str, backend: str | None, budget: float) -> dict[str, Any]:
@@ -168,9 +212,11 @@ def measure(case: Case, device: str, backend: str | None, budget: float) -> dict
     result["eager"] = compare(run(fused), run(case.peer))._asdict()
     if case.ceiling is not None:
         result["ceiling"] = compare(run(fused), case.ceiling)._asdict()
+    for name, other in case.others:
+        result[name] = compare(run(fused), run(other))._asdict()
     if not cuda:
         return result
-    if case.derivatives is gradients:  # of a compiled function torch has no second derivative
+    if case.derivatives is not products:  # of a compiled function torch has no second derivative
         torch._dynamo.reset()
         result["compiled"] = compare(run(fused), run(torch.compile(case.peer)))._asdict()
     ours, theirs = (peak(partial(case.derivatives, loss, one)) for loss in (fused, case.peer))
@@ -214,7 +260,7 @@ def main() -> None:
     parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks, and cuda")
     parser.add_argument("--once", action="store_true", help="one small call of each case, nothing timed")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a file, or a folder for one with the device's name")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_default_device(arguments.device)
@@ -233,7 +279,11 @@ def main() -> None:
             results.append(measure(case, device, backend, budget))
             print(json.dumps(results[-1]), flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({**about(device), "results": results}, indent=1) + "\n")
+        document = {**about(device), "results": results}
+        path = arguments.out
+        if path.is_dir():
+            path = path / f"{re.sub(r'[^a-z0-9]+', '-', document['device'].lower())}.json"
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh            on a machine with an NVIDIA GPU; uses its torch and triton, and no network
 #   benchmarks/gpu.sh --dry-run  the same steps without a GPU: what can run on the CPU runs, with tiny shapes
 #
-# Environment: PYTHON (python3), OUT (gpu-results), BUDGET (seconds in all, 460). Writes $OUT/*.log and $OUT/gpu.json.
+# Environment: PYTHON (python3), OUT (gpu-results), BUDGET (seconds in all, 460). Writes $OUT/*.log, and the ratios to
+# benchmarks/results/DEVICE.json, or into $OUT without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,6 +35,7 @@ step() {
 }
 
 if [[ $device == cuda ]]; then
+  mkdir -p benchmarks/results
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/device.csv"
   if "$python" -c 'import scikit_build_core, pybind11' 2>/dev/null; then
     step build 180 "$python" -m pip install --no-build-isolation --no-deps --no-index -e .
@@ -50,9 +52,9 @@ if [[ $device == cuda ]]; then
   "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$(($(nproc) < 12 ? $(nproc) : 12))" --dist worksteal)
   run=("$python" -m pytest -q -p no:cacheprovider -W ignore "${parallel[@]}")
   select="not fork and not threads and not numba and not native"
-  suite=(tests/ops/test_contract.py tests/ops/test_derivatives.py tests/ops/test_numbers.py tests/ops/test_philox.py)
+  suite=(tests/ops/test_{contract,derivatives,numbers,philox,token,token_pitfalls}.py)
   step cuda 60 "${run[@]}" --device cuda -k "cuda and not host and $select" "${suite[@]}" tests/ops/test_cuda.py
-  step bench 200 "$python" -m benchmarks.bench_gpu --out "$out/gpu.json"
+  step bench 200 "$python" -m benchmarks.bench_gpu --out benchmarks/results
   step figure3 60 "${run[@]}" tests/po_bilevel/test_gaussian.py -k device
   step tests 200 "${run[@]}" --device cuda -k "not cuda and $select" "${suite[@]}"
   if command -v compute-sanitizer >/dev/null; then

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import re
 from pathlib import Path
 
 import po_bilevel
@@ -36,3 +37,9 @@ def test_examples_in_docstrings(name):
     names = vars(po_kernels) | vars(po_bilevel) | vars(module) | {"torch": torch, "pk": po_kernels}
     failed, _ = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
+
+
+def test_the_example_of_rewards_of_text(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "language.md").read_text(), re.DOTALL)
+    exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) == 3

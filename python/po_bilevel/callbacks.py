@@ -1,5 +1,7 @@
 """Callbacks of `BilevelTrainer.fit` that write each outer step to an experiment tracker."""
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,21 +12,15 @@ if TYPE_CHECKING:
     from .steps import OuterStep
 
 
+# What is no number of a curve.
+UNTOLD = ("step", "native", "reward_norm")
+
+
 def scalars(step: "OuterStep") -> dict[str, float]:
     """The numbers of an outer step by name; a reward's tensor, or its diagonal, as reward/0, reward/1, ..."""
-    named: dict[str, float | None] = {
-        "inner_loss": step.inner_loss,
-        "outer_loss": step.outer_loss,
-        "inner_steps": float(step.inner_steps),
-        "gradient_norm": step.gradient_norm,
-        "residual_norm": step.residual_norm,
-        "num_products": float(step.num_products),
-        "converged": None if step.converged is None else float(step.converged),
-        "negative_curvature": float(step.negative_curvature),
-        "inner_gradient_norm": step.inner_gradient_norm,
-        "stationarity": step.stationarity,
-    }
-    found = {name: value for name, value in named.items() if value is not None}
+    values = {field.name: getattr(step, field.name) for field in dataclasses.fields(step) if field.name not in UNTOLD}
+    # Those of language models are nan or None where there is nothing to tell.
+    found = {name: float(x) for name, x in values.items() if isinstance(x, (int, float)) and math.isfinite(x)}
     if step.reward is not None:
         found |= {f"reward/{index}": value for index, value in enumerate(diagonal(step.reward).tolist())}
     return found

@@ -83,13 +83,15 @@ class Resumable(ABC, Generic[Step]):
         Raises:
             NonFiniteError: a loss, a gradient or a parameter is infinite or not a number; names the last good
                 checkpoint.
-            ValueError, RuntimeError: as the hypergradient method.
+            ValueError, RuntimeError: as the hypergradient method; keep_best without a reward that is learned.
             OSError: the checkpoint cannot be written. The steps taken are in the history, the last checkpoint is as it
                 was, and another call goes on.
         """
         training.check_count("outer_steps", outer_steps, 0)
         callbacks = [callback] if callable(callback) else list(callback)
         phi = self._learned()
+        if keep_best and not phi:
+            raise ValueError("keep_best: expected False where no reward is learned, got True")
         best, least, stopped = [p.detach().clone() for p in phi], float("inf"), False
         # disable=None is tqdm's own test for a terminal.
         with tqdm(
@@ -196,10 +198,15 @@ def learned_names(reward: nn.Module) -> list[str]:
     return names
 
 
+def check_one_at_a_time(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimiser that asks for losses."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError(f"{name}: expected one that takes a gradient at a time, got LBFGS")
+
+
 def check_learned(policy: nn.Module, reward: nn.Module, outer_optimizer: torch.optim.Optimizer) -> None:
     """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
-    if isinstance(outer_optimizer, torch.optim.LBFGS):
-        raise ValueError("outer_optimizer: expected one that takes a gradient at a time, got LBFGS")
+    check_one_at_a_time("outer_optimizer", outer_optimizer)
     moved = {id(p) for p in training.trained(outer_optimizer)}
     phi = {id(p): name for name, p in reward.named_parameters() if p.requires_grad}
     if moved != set(phi):

@@ -1,5 +1,7 @@
 """The problems and methods that several files of tests use."""
 
+import contextlib
+
 import torch
 from po_bilevel import (
     BOME,
@@ -167,3 +169,21 @@ def every_method():
         FiniteDifference(), Penalty(10.0, 2, 0.1, tolerance=10.0), BOME(2, 0.1, 0.1),
         EvolutionStrategies(2, 0.1, 2, 0.1),
     ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def graphs_held():
+    """Counts the bytes that autograd graphs hold: now, and at most."""
+    held = [0, 0]
+
+    class Held:
+        def __init__(self, tensor):
+            self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+            held[0] += self.size
+            held[1] = max(held)
+
+        def __del__(self):
+            held[0] -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda each: each.tensor):
+        yield held

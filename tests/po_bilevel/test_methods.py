@@ -1,5 +1,7 @@
 """Every hypergradient method against the dense solve, each other, and bad input."""
 
+import dataclasses
+
 import pytest
 import torch
 from po_bilevel import (
@@ -229,6 +231,28 @@ def test_dense_refuses_what_it_cannot_hold():
     problem = Quadratic(positive(10, seed=6))
     with pytest.raises(ValueError, match=r"Dense: theta: expected at most max_size = 9 parameters, got 10.*ImplicitCG"):
         Dense(max_size=9)(problem.inner, problem.outer, problem.solution(), problem.phi)
+
+
+@pytest.mark.parametrize("method", every_method(), ids=name)
+def test_a_part_of_phi_in_the_outer_loss_only(method):
+    """φ' of F + φ'·θ₁: its derivative is θ₁, and the others' are what they are with φ' a constant."""
+    if isinstance(method, EvolutionStrategies):
+        method = dataclasses.replace(method, pairs=7)  # as many as φ, with which it is exact
+    problem = Quadratic(positive(10, seed=6))
+    alone = double(3, seed=7).requires_grad_()
+    theta, phi = problem.solution(), problem.phi
+
+    def outer(theta, phi):
+        return problem.outer(theta, phi[:-1]) + phi[-1] @ problem.flat(theta)[:3]
+
+    found = method(lambda theta, phi: problem.inner(theta, phi[:-1]), outer, theta, (*phi, alone))
+    # Where the method takes F's derivative.
+    at = found.theta if isinstance(method, Unrolled) else found.solution if isinstance(method, Penalty) else theta
+    torch.testing.assert_close(found.gradient[-1], problem.flat(at)[:3].detach(), rtol=1e-6, atol=1e-6)
+    assert not any("phi[2]" in sentence for sentence in found.problems)
+    if not isinstance(method, EvolutionStrategies):  # its directions are of another space
+        known = method(problem.inner, lambda theta, phi: outer(theta, (*phi, alone.detach())), theta, phi)
+        torch.testing.assert_close(found.gradient[:-1], known.gradient, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", every_method(), ids=name)

@@ -68,6 +68,7 @@ def test_a_short_text_is_refused(tmp_path):
     [
         (["--width", "30"], "--width: expected a multiple of 4, got 30"),
         (["--vocabulary", "100"], "--vocabulary: expected at least 257, got 100"),
+        (["--exact"], "--quick: expected none with --exact, got True"),
         (["--group", "1"], "--group: expected at least 2, got 1"),
         (["--text", "/nowhere/text.txt"], "expected a file of text, got No such file"),
         (["--pairs", "{pairs}"], "line 2: expected JSON"),
@@ -83,6 +84,22 @@ def test_bad_options_are_one_line(options, message, tmp_path, capsys):
     assert "Traceback" not in error
 
 
+def test_a_quick_run_keeps_the_options_that_are_given(tmp_path, capsys, monkeypatch):
+    def seen(config, seed):
+        raise UsageError(f"{config.width}, {config.layers}, {config.seeds}, {seed}")
+
+    monkeypatch.setattr(text, "Task", seen)
+    assert main(["text", "--quick", "--width", "16", "--first-seed", "3", "--no-plot", "--out", str(tmp_path)]) == 2
+    assert "16, 1, 1, 3" in capsys.readouterr().err
+
+
+def test_a_pair_that_is_too_long_for_attention_is_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "answer": "a b" * i**3}) + "\n" for i in range(1, 16)))
+    with pytest.raises(UsageError, match=r"--pairs: expected .* less than 1024 tokens, got .* with the prompt 'q15'"):
+        text.Task(text.TextConfig(pairs=path, vocabulary=257), 0)
+
+
 def test_a_quick_run_of_the_command(tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     lines = [
@@ -96,6 +113,7 @@ def test_a_quick_run_of_the_command(tmp_path, capsys):
     assert all(row["dataset"] == "pairs.jsonl" for row in document["rows"])
     metrics = {"nll_token", "distance", "exact_match", "nll_first", "kl", "seconds"}
     assert all(metrics <= set(row) for row in document["rows"])
+    assert document["config"] | text.QUICK == document["config"]  # what was used
     assert (tmp_path / "out" / "text.png").exists()
     scale = json.loads((tmp_path / "out" / "curves.json").read_text())["scales"][0]
     # ε of the standard deviation is all that the scale is seen by; with loo advantages go with U.

@@ -31,7 +31,7 @@ from po_bilevel import (
     resumable,
     train_nll,
 )
-from problems import ROWS, bilevel, lbfgs, least_squares, seeded
+from problems import ROWS, bilevel, graphs_held, lbfgs, least_squares, seeded
 from torch import nn
 
 
@@ -413,19 +413,7 @@ def test_memory_of_the_implicit_method_does_not_grow_with_inner_steps(regression
             outer_optimizer=torch.optim.Adam(reward.parameters(), lr=0.01), inner_steps=inner_steps,
             hypergradient=ImplicitCG(max_iterations=5, damping=1.0), progress=False,
         )  # fmt: skip
-        held = [0, 0]
-
-        class Held:
-            def __init__(self, tensor, held=held):
-                self.tensor, self.held = tensor, held
-                self.size = tensor.numel() * tensor.element_size()
-                held[0] += self.size
-                held[1] = max(held)
-
-            def __del__(self):
-                self.held[0] -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda each: each.tensor):
+        with graphs_held() as held:
             trainer.fit(2)
         peaks.append(held[1])
     assert peaks[0] == peaks[1] > 0

@@ -125,7 +125,8 @@ def figure_of_text(outcome: "Outcome") -> Any:
     figure = _figure(10, 3.8)
     left, right = figure.subplots(1, 2)
     for method, seeds in steps.items():
-        if all("outer_loss" in seed for seed in seeds):
+        # With moments the outer loss is of each step's own prompts, and no curve.
+        if all("outer_loss" in seed for seed in seeds) and method != "pg_learned_moments":
             left.plot(np.array([seed["outer_loss"] for seed in seeds]).mean(axis=0), label=method)
         shortest = min(len(seed["u"]) for seed in seeds)
         if method.startswith("pg_learned") and shortest:

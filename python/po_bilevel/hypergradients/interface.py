@@ -74,13 +74,15 @@ class HypergradientMethod(Protocol):
             inner_loss: L(θ, φ) -> (), twice differentiable in θ and in θ and φ jointly; once for a first-order method.
             outer_loss: F(θ, φ) -> ().
             theta: θ, near a minimum of L(·, φ) for the methods that rely on it. Tensors that require grad.
-            phi: φ, tensors that require grad. No tensor's `.grad` is written.
+            phi: φ, tensors that require grad. No tensor's `.grad` is written. The inner loss, the outer loss or both
+                may depend on each.
             start: `solution` of an earlier call close by, where the method has one.
 
         Raises:
             TypeError: θ or φ is a tensor and not a sequence of tensors, or a loss is no tensor.
-            ValueError: θ or φ does not require grad; a loss does not depend on θ; φ does not reach the gradient of
-                the inner loss; the inner loss has no second derivative; a start of other shapes.
+            ValueError: θ or φ does not require grad; a loss does not depend on θ; a part of φ that reaches neither
+                the gradient of the inner loss nor the outer loss; the inner loss has no second derivative; a start of
+                other shapes.
             NonFiniteError: a loss or a gradient is infinite or not a number.
             RuntimeError: a fused loss refuses a second derivative, as estimator="reinforce" does.
         """

@@ -107,6 +107,7 @@ class ImplicitProblem:
         """What does not depend on how the Hessian is come by; the outer loss is the average over processes."""
         self._theta, self._phi = theta, phi
         outer, by_theta, direct = outer_gradients(outer_loss, self._theta, self._phi)
+        self._by_outer = direct
         self._outer, self._direct = average(outer.detach()), tuple(map(average, filled(direct, self._phi)))
         self._damping = damping
         right = average(flat(by_theta, self._theta))
@@ -130,7 +131,9 @@ class ImplicitProblem:
         """H v, flat, and (∂²L/∂φ∂θ) v, by one backward pass."""
         both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
         self.num_products += 1
-        return flat(both[: len(self._theta)], self._theta), all_reached(both[len(self._theta) :])
+        return flat(both[: len(self._theta)], self._theta), all_reached(
+            both[len(self._theta) :], self._phi, self._by_outer
+        )
 
     def stationarity(self) -> tuple[float | None, tuple[str, ...]]:
         """How far θ is from a minimum of L, None where its gradient is not known, and the problem if it is one."""
@@ -284,17 +287,23 @@ def scalar(name: str, loss: Tensor) -> None:
         raise NonFiniteError(f"{name} is not finite: {float(loss.detach())}")
 
 
-def all_reached(by_phi: Sequence[Tensor | None]) -> Tensors:
-    """The derivatives by φ of something that has to depend on all of φ."""
-    reached = []
-    for index, part in enumerate(by_phi):
-        if part is None:
+def all_reached(by_phi: Sequence[Tensor | None], phi: Tensors, direct: Sequence[Tensor | None]) -> Tensors:
+    """Derivatives by φ of the inner problem, with zeros for what only the outer loss depends on.
+
+    Args:
+        by_phi: derivatives of something of the inner problem, None where it does not depend on φ.
+        direct: ∂F/∂φ, None likewise.
+
+    Raises:
+        ValueError: a part of φ that reaches neither.
+    """
+    for index, parts in enumerate(zip(by_phi, direct, strict=True)):
+        if parts == (None, None):
             raise ValueError(
-                f"phi[{index}]: expected a tensor that the gradient of the inner loss depends on, got one that does "
-                "not reach it; look for a detach() or a no_grad() between the reward and the inner loss"
+                f"phi[{index}]: expected a tensor that the gradient of the inner loss, or the outer loss, depends on, "
+                "got one that does not reach either; look for a detach() or a no_grad() between the reward and the loss"
             )
-        reached.append(part)
-    return tuple(reached)
+    return filled(by_phi, phi)
 
 
 def all_finite(gradient: Tensors) -> Tensors:

@@ -49,6 +49,16 @@ How = Literal["forward mode", "differences"]
 DIFFERENCES_AGREE = 0.05
 
 
+def check_advantage(name: str, kind: str) -> None:
+    """Refuses a baseline under which a reward cannot be learned."""
+    if kind not in ("loo", "mean", "none"):
+        why = ", which divides a reward by its own scale: that cannot be learned then; use 'loo'"
+        raise ValueError(
+            f"{name}: expected 'loo', 'mean' or 'none' where a reward is learned, got {kind!r}"
+            + why * (kind == "standardized")
+        )
+
+
 @dataclass(frozen=True)
 class SampledObjective:
     """The inner problem max_θ E[r_φ] − β KL(p_θ ‖ p_0) through completions that were drawn at θ.
@@ -85,13 +95,7 @@ class SampledObjective:
     average: Average = same
 
     def __post_init__(self) -> None:
-        if self.advantage == "standardized":
-            raise ValueError(
-                "SampledObjective: advantage: expected 'loo', 'mean' or 'none', got 'standardized', which divides a "
-                "reward by its own scale: that cannot be learned then; use 'loo'"
-            )
-        if self.advantage not in ("loo", "mean", "none"):
-            raise ValueError(f"SampledObjective: advantage: expected 'loo', 'mean' or 'none', got {self.advantage!r}")
+        check_advantage("SampledObjective: advantage", self.advantage)
         if not 0 < self.coefficient < math.inf:
             raise ValueError(f"SampledObjective: coefficient: expected a positive number, got {self.coefficient}")
         if self.weight is not None and self.advantage != "none":
@@ -253,7 +257,7 @@ class FisherProblem(ImplicitProblem):
         by_phi = torch.autograd.grad(
             self._advantages, self._phi, -self._weights * credit, retain_graph=True, allow_unused=True
         )
-        return image, tuple(map(self._objective.average, all_reached(by_phi)))
+        return image, tuple(map(self._objective.average, all_reached(by_phi, self._phi, self._by_outer)))
 
 
 class SampledMethod(Method):
@@ -331,7 +335,7 @@ class MomentMatching(SampledMethod):
         with torch.enable_grad():
             data, samples = inner_loss.data_reward(phi).mean(), inner_loss.reward(phi)
             apart = (data - (inner_loss.weights(samples.detach()) * samples).sum()) / inner_loss.coefficient
-        by_phi = all_reached(torch.autograd.grad(apart, phi, allow_unused=True))
+        by_phi = all_reached(torch.autograd.grad(apart, phi, allow_unused=True), phi, direct)
         average = inner_loss.average
         gradient = tuple(average(d - g) for d, g in zip(filled(direct, phi), by_phi, strict=True))
         return Hypergradient(

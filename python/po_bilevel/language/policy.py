@@ -11,6 +11,8 @@ import po_kernels as pk
 
 from .causal import CausalModel, logits
 
+_INTEGERS = (torch.int32, torch.int64)
+
 
 class Tokens(NamedTuple):
     """Rows of tokens of different lengths, padded.
@@ -104,7 +106,7 @@ class TokenPolicy(nn.Module):
         if not 0 < temperature < math.inf:
             raise ValueError(f"TokenPolicy: temperature: expected a finite positive number, got {temperature}")
         vocabulary = model.head().weight.shape[0]
-        if not 0 <= end < vocabulary:
+        if not 0 <= end < vocabulary or end != int(end):
             raise ValueError(f"TokenPolicy: end: expected a token from 0 to {vocabulary - 1}, got {end}")
         self.model = model
         self.end = end
@@ -128,13 +130,10 @@ class TokenPolicy(nn.Module):
 
         Raises:
             ValueError: a prompt without a token, or padded on the right; completions padded on the left; numbers of
-                rows that do not fit; a prompt and a completion of more tokens than the model's context has.
+                rows that do not fit; tokens outside of the vocabulary; a prompt and a completion of more tokens than
+                the model's context has.
         """
-        if completions.ids.ndim != 2 or completions.ids.shape != completions.mask.shape:
-            raise ValueError(
-                f"TokenPolicy: completions: expected ids and a mask of shape (N, T), got "
-                f"{tuple(completions.ids.shape)} and {tuple(completions.mask.shape)}"
-            )
+        self._check_tokens("completions", completions)
         times, rest = divmod(len(completions.ids), max(len(prompts.ids), 1))
         if rest or not times:
             raise ValueError(
@@ -182,7 +181,7 @@ class TokenPolicy(nn.Module):
         """Samples completions, token by token, with a cache of keys and values.
 
         Token t of a row is drawn from stream t of the seed, at the row's number: the same seed gives the same
-        completions whatever the batch they are in, within rounding.
+        completions whatever the batch they are in, within rounding. A model with dropout has to be in evaluation mode.
 
         Args:
             prompts: B of them, padded on the left, each with at least one token.
@@ -250,11 +249,9 @@ class TokenPolicy(nn.Module):
 
     def _checked(self, prompts: Tokens, more: Tensor | int) -> Tokens:
         """The prompts, if they and so many tokens more, of all or of each (B,), can be read."""
-        if prompts.ids.ndim != 2 or prompts.ids.shape != prompts.mask.shape or 0 in prompts.ids.shape:
-            raise ValueError(
-                f"TokenPolicy: prompts: expected ids and a mask of shape (B, P), at least one of each, got "
-                f"{tuple(prompts.ids.shape)} and {tuple(prompts.mask.shape)}"
-            )
+        self._check_tokens("prompts", prompts)
+        if 0 in prompts.ids.shape:
+            raise ValueError(f"TokenPolicy: prompts: expected at least one token, got shape {tuple(prompts.ids.shape)}")
         # Padded on the left, the last token of each row is there.
         last = prompts.mask[:, -1] & ((~prompts.mask[:, 1:] & prompts.mask[:, :-1]).sum(dim=1) == 0)
         if not last.all():
@@ -269,8 +266,29 @@ class TokenPolicy(nn.Module):
             row = int(totals.argmax())
             length = int(lengths[row])
             left = int(totals[row]) - length
+            if left >= context:
+                raise ValueError(
+                    f"TokenPolicy: completions: expected fewer tokens than the model's context of {context}, which has "
+                    f"the prompt too, got {left}"
+                )
             raise ValueError(
                 f"TokenPolicy: prompts[{row}]: expected at most {context - left} tokens, so that {left} more fit into "
                 f"the model's context of {context}, got {length}"
             )
         return prompts
+
+    def _check_tokens(self, name: str, tokens: Tokens) -> None:
+        """Refuses what are no rows of tokens of the vocabulary."""
+        ids, mask = tokens
+        if ids.ndim != 2 or ids.shape != mask.shape or ids.dtype not in _INTEGERS or mask.dtype != torch.bool:
+            raise ValueError(
+                f"TokenPolicy: {name}: expected integer ids and a bool mask of one shape (N, T), got {ids.dtype}, "
+                f"{tuple(ids.shape)} and {mask.dtype}, {tuple(mask.shape)}"
+            )
+        vocabulary = self.model.head().weight.shape[0]
+        if (wrong := mask & ((ids < 0) | (ids >= vocabulary))).any():
+            row, place = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"TokenPolicy: {name}[{row}]: expected tokens from 0 to {vocabulary - 1}, got {int(ids[row, place])}; "
+                "look for a tokenizer that is another model's"
+            )

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..rewards import MIN_PRECISION, PositivePrecision, PrecisionKind, Reward
+from ..training import check_count
 from .embedders import Embedder, EmbeddingCache, as_rows
 
 Metric = Literal["mahalanobis", "cosine"]
@@ -35,13 +36,15 @@ class Gate:
     Attributes:
         function: (prompt, answer) -> a bool, or a number in [0, 1]; what else it gives is a TypeError or ValueError.
         mode: "mask" leaves an answer out if the function gives 0 or False; "multiply" multiplies by what it gives. A
-            ValueError names another one.
+            ValueError names another one, a TypeError a function that cannot be called.
     """
 
     function: Callable[[str, str], Any]
     mode: GateMode = "mask"
 
     def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"Gate: function: expected one of (prompt, answer), got {self.function!r:.80}")
         if self.mode not in get_args(GateMode):
             raise ValueError(f"Gate: mode: expected 'mask' or 'multiply', got {self.mode!r}")
 
@@ -157,6 +160,8 @@ class TextEmbeddingReward(TextReward):
         super().__init__()
         if metric not in get_args(Metric):
             raise ValueError(f"TextEmbeddingReward: metric: expected 'mahalanobis' or 'cosine', got {metric!r}")
+        if dim is not None:
+            check_count("TextEmbeddingReward: dim", dim, 1)
         if wrong := [gate for gate in gates if not isinstance(gate, Gate)]:
             raise TypeError(f"TextEmbeddingReward: gates: expected a sequence of Gate, got {wrong[0]!r} in it")
         if metric == "cosine" and U is not None and kind == "isotropic":

@@ -18,7 +18,8 @@ import po_kernels as pk
 from .. import training
 from ..errors import NonFiniteError
 from ..hypergradients import Hypergradient
-from ..resumable import Resumable, described
+from ..hypergradients.sampled import check_advantage
+from ..resumable import Resumable, check_one_at_a_time, described
 from ..steps import OuterStep
 from ..substitution import evaluating
 from ..trainer import OptimizerFactory, SchedulerFactory
@@ -31,6 +32,10 @@ from .texts import Pairs, Tokenizer, answer_tokens, prompt_tokens
 
 # Of the importance weights of tokens that were not sampled from the policy, as TRL truncates them.
 MOST_WEIGHT = 2.0
+# Options of `policy_loss` that a step gives.
+OWN = (
+    "old_log_prob", "ref_log_prob", "entropy", "mask", "weight", "kl_coef", "normalizer", "cu_seqlens", "return_stats",
+)  # fmt: skip
 # So many pairs' tokens tell a tokenizer from another, where a run is to go on.
 TOLD_BY = 64
 
@@ -42,7 +47,8 @@ class SequenceStep(OuterStep):
     Attributes:
         inner_loss: of the last optimiser step, or L at its end where the reward is learned.
         outer_loss: negative log-likelihood of the outer pairs, nats a pair; nan without.
-        reward_mean: of the completions of the last optimiser step, before any baseline; None for likelihood.
+        reward_mean: of the completions of the last optimiser step that passed the reward's gates, before any baseline;
+            nan if none did, None for likelihood.
         kl: estimate of KL(policy ‖ reference) of theirs, nats a completion.
         entropy: of the policy, nats a token.
         length: tokens a completion.
@@ -90,13 +96,15 @@ class SequenceTrainer(Resumable[SequenceStep]):
         learning: how the reward is learned; None for one that stays as it is.
         inner_steps: optimiser steps for each outer step.
         preset: options of `po_kernels.policy_loss`, by name, see `policy_loss_preset`.
-        options: more of them, instead of the preset's.
+        options: more of them, instead of the preset's; β is `coefficient`.
         coefficient: β, of the divergence, in units of reward a nat; 0 for none, where no reference is kept.
-        reference: the policy that the divergence is from; None for `policy` as it is now.
+        reference: the policy that the divergence is from, which is frozen; None for `policy` as it is now. What shares
+            parameters that are trained is copied.
         advantage: baseline, as in `group_advantage`.
         sampling: of the completions: G, the most tokens, and how they are drawn. Where that is not the policy's own
             temperature, or top_p is below 1, tokens are weighted by `importance_weights` truncated at 2.
-        num_prompts: of an optimiser step, or pairs of one by likelihood; of all processes together.
+        num_prompts: of an optimiser step, or pairs of one by likelihood, all where there are fewer; of all processes
+            together.
         updates: optimiser steps on the same completions.
         accumulation: parts that a step's prompts are split into, one after another, which saves memory.
         max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
@@ -107,8 +115,9 @@ class SequenceTrainer(Resumable[SequenceStep]):
 
     Raises:
         ValueError: a reward without parameters to learn, standardised advantages where a reward is learned,
-            outer pairs that are missing there, numbers that processes or parts cannot share out evenly, or an
-            argument out of range.
+            outer pairs that are missing there, numbers that processes or parts cannot share out evenly, options or a
+            reference that would not be used, or an argument out of range.
+        TypeError: a policy, pairs or a reward of another class, or an option that the loss does not have.
     """
 
     step_type = SequenceStep
@@ -130,6 +139,19 @@ class SequenceTrainer(Resumable[SequenceStep]):
         training.check_norm("max_grad_norm", max_grad_norm)
         if not 0 <= coefficient < math.inf:
             raise ValueError(f"coefficient: expected a finite number of at least 0, got {coefficient}")
+        for name, value, kind in (
+            ("pairs", pairs, Pairs), ("outer_pairs", outer_pairs, Pairs), ("reward", reward, TextReward),
+        ):  # fmt: skip
+            if not isinstance(value, kind) and (value is not None or name == "pairs"):
+                raise TypeError(f"{name}: expected {kind.__name__}, got {type(value).__name__}")
+        for name, given, used in (
+            ("options", options, reward is not None), ("reference", reference, reward is not None and coefficient > 0),
+        ):  # fmt: skip
+            if given is not None and not used:
+                raise ValueError(
+                    f"{name}: expected None without a reward, and a reference only with a positive coefficient, got "
+                    f"{type(given).__name__}"
+                )
         self._parallel, self.policy, self._processes = policy, unwrapped(policy), Processes.of(policy)
         rows = len(pairs.prompts) if reward is not None else pairs.number
         self._num_prompts = min(num_prompts, rows)
@@ -142,19 +164,31 @@ class SequenceTrainer(Resumable[SequenceStep]):
         self._tokenizer, self.reward, self._pairs, self._outer_pairs = tokenizer, reward, pairs, outer_pairs
         self._each = pairs.each()
         self._options = pk.policy_loss_preset(preset) | {"kl_coef": coefficient} | (options or {})
+        if wrong := [name for name in OWN if name in (options or {})]:
+            raise ValueError(f"options: expected others than those that a step gives the loss, got {', '.join(wrong)}")
         self._inner_steps, self._updates, self._accumulation = inner_steps, updates, accumulation
         self._coefficient, self._advantage, self._max_grad_norm = coefficient, advantage, max_grad_norm
         self._sampling = Sampling(8, 32) if sampling is None else sampling
         if self._options["aggregation"] == "seq_mean_token_sum_norm":
             # Not the longest completion, which differs from step to step, and between processes.
             self._options.setdefault("max_length", self._sampling.max_tokens)
+        if reward is not None:
+            # Refuse what they do not have before a step is taken.
+            one = torch.zeros(1, 1)
+            pk.policy_loss(one, one[0], ref_log_prob=one, entropy=one, **self._options)
+            pk.group_advantage(torch.zeros(self._sampling.num_samples, 1), advantage)
+            if self._sampling.temperature == 0:
+                raise ValueError("sampling: expected a temperature above 0, at which completions differ, got 0")
         self._stream = training.RowStream(rows, self._num_prompts, seed, drop_last=True)
-        self._optimizer = optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        self._optimizer = optimizer(trained)
+        check_one_at_a_time("optimizer", self._optimizer)
         self._scheduler = None if scheduler is None else scheduler(self._optimizer)
         self._reference: TokenPolicy | None = None
         if reward is not None and coefficient > 0:
-            if reference is None or reference is self.policy:
-                reference = copy.deepcopy(self.policy)
+            reference = self.policy if reference is None else reference
+            if not {id(p) for p in trained}.isdisjoint(map(id, reference.parameters())):
+                reference = copy.deepcopy(reference)
             self._reference = reference.requires_grad_(False).eval()
         self._learner = None if learning is None else self._new_learner(learning, seed)
         self._outer: Callable[[], Tensor] | None = None
@@ -177,13 +211,10 @@ class SequenceTrainer(Resumable[SequenceStep]):
         if self.reward is None or self._outer_pairs is None or self._coefficient == 0:
             raise ValueError(
                 "learning: expected a reward, outer_pairs and a positive coefficient, with which one can be learned, "
-                f"got {self.reward}, {self._outer_pairs and self._outer_pairs.number} pairs and {self._coefficient}"
+                f"got {self.reward and type(self.reward).__name__}, {self._outer_pairs and self._outer_pairs.number} "
+                f"pairs and {self._coefficient}"
             )
-        if self._advantage not in ("loo", "mean"):
-            raise ValueError(
-                f"advantage: expected 'loo' or 'mean' where a reward is learned, got {self._advantage!r}: standardised "
-                "ones erase the reward's scale, which cannot be learned then"
-            )
+        check_advantage("advantage", self._advantage)
         return RewardLearner(
             self._parallel, self._tokenizer, self.reward, inner=self._pairs, outer=self._outer_pairs,
             outer_optimizer=learning.optimizer, coefficient=self._coefficient, hypergradient=learning.hypergradient,
@@ -214,7 +245,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
     def _averaged(self) -> dict[str, float]:
         """What is told of the last optimiser step, over all processes."""
         sums = self._processes.average(torch.stack([*self._told.values(), torch.zeros(2, dtype=torch.float64)]))[:-1]
-        return dict(zip(self._told, (sums[:, 0] / sums[:, 1].clamp(min=1e-9)).tolist(), strict=True))
+        return dict(zip(self._told, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
 
     @torch.no_grad()
     def _outer_nll(self) -> float:
@@ -249,16 +280,17 @@ class SequenceTrainer(Resumable[SequenceStep]):
             parallel = self._parallel
             waits = isinstance(parallel, nn.parallel.DistributedDataParallel) and number < len(parts)
             with parallel.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
-                loss = part()
-                loss.backward()
-            total = total + loss.detach().cpu()
+                value = part()
+                value.backward()
+            total = total + value.detach().cpu()
         parameters = training.trained(self._optimizer)
         if self._max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
         self._optimizer.step()
+        loss = float(self._processes.average(total))
         if self._scheduler is not None:
-            training.advance(self._scheduler, float(total))
-        return float(self._processes.average(total))
+            training.advance(self._scheduler, loss)
+        return loss
 
     def _parts(self, rows: list[int], offset: int, seed: int) -> list[Callable[[], Tensor]]:
         """The losses of the parts of a batch, which add up to the batch's."""

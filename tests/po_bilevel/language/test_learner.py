@@ -258,6 +258,7 @@ def test_bad_input():
         ({"hypergradient": ImplicitCG()}, TypeError, "hypergradient: expected FisherCG or MomentMatching, got Implic"),
         ({"sampling": Sampling(4, 3, 0.5)}, ValueError, "sampling: expected the policy's own temperature and top_p 1"),
         ({"sampling": Sampling(4, 3, None, 0.9)}, ValueError, "sampling: expected the policy's own temperature"),
+        ({"sampling": Sampling(1, 3)}, ValueError, "sampling: expected at least 2 samples of a prompt, .*got 1"),
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm: expected a positive number or None, got 0.0"),
         ({"num_prompts": 0}, ValueError, "num_prompts: expected an integer of at least 1, got 0"),
         ({"outer_rows": 0}, ValueError, "outer_rows: expected an integer of at least 1, got 0"),

@@ -292,7 +292,7 @@ def test_bad_input():
     for temperature in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="TokenPolicy: temperature: expected a finite positive number, got"):
             decoder_policy(temperature)
-    for end in (-1, 7):
+    for end in (-1, 7, 0.5):
         with pytest.raises(ValueError, match=f"TokenPolicy: end: expected a token from 0 to 6, got {end}"):
             TokenPolicy(policy.model, end)
     with pytest.raises(ValueError, match=r"prompts\[2\]: expected at least one token.*mask \[0, 0\]"):
@@ -303,7 +303,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match=r"prompts\[0\]: .*got the mask \[1, 0, 1\]"):
         policy.generate(hole, 1, 2)
     for ids, mask in (((2, 3), (2, 2)), ((0, 3), (0, 3)), ((3,), (3,))):
-        with pytest.raises(ValueError, match=r"prompts: expected ids and a mask of shape \(B, P\)"):
+        with pytest.raises(ValueError, match=r"prompts: expected (integer ids and a bool mask|at least one)"):
             policy.generate(Tokens(torch.ones(ids).long(), torch.ones(mask).bool()), 1, 2)
     for rows in (4, 0):
         with pytest.raises(ValueError, match=f"completions: expected a multiple of 3 rows.*got {rows}"):
@@ -312,10 +312,22 @@ def test_bad_input():
         wrong = torch.tensor(mask)
         with pytest.raises(ValueError, match=r"completions\[0\]: expected padding on the right only, got the mask"):
             policy.log_prob(good, Tokens(torch.ones_like(wrong).long(), wrong))
-    with pytest.raises(ValueError, match=r"completions: expected ids and a mask of shape \(N, T\)"):
+    with pytest.raises(ValueError, match=r"completions: expected integer ids and a bool mask of one shape"):
         policy.log_prob(good, Tokens(answers.ids, answers.mask[:, 1:]))
+    for wrong in (Tokens(good.ids.double(), good.mask), Tokens(good.ids, good.mask.long())):
+        with pytest.raises(ValueError, match="prompts: expected integer ids and a bool mask"):
+            policy.generate(wrong, 1, 2)
+    for token in (-1, 7):
+        with pytest.raises(ValueError, match=rf"prompts\[1\]: expected tokens from 0 to 6, got {token}; look"):
+            policy.generate(Tokens.padded([[1], [2, token]], left=True), 1, 2)
+        with pytest.raises(ValueError, match=rf"completions\[2\]: expected tokens from 0 to 6, got {token}"):
+            policy.log_prob(good, Tokens.padded([[1], [2], [token, 1]]))
+    masked = Tokens(torch.tensor([[99, 1]]), torch.tensor([[False, True]]))
+    assert policy.generate(masked, 1, 2).tokens.ids.shape[0] == 1
     with pytest.raises(ValueError, match=r"prompts\[2\]: expected at most 3 tokens, so that 9 more.* 12, got 4"):
         policy.generate(good, 1, 9)
+    with pytest.raises(ValueError, match=r"completions: expected fewer tokens than the model's context of 12.*got 12"):
+        policy.generate(good, 1, 12)
     for name, value in (("num_samples", 0), ("max_tokens", 0), ("num_samples", 1.5)):
         with pytest.raises(ValueError, match=f"generate: {name}: expected an integer of at least 1, got {value}"):
             policy.generate(good, **({"num_samples": 1, "max_tokens": 2} | {name: value}))

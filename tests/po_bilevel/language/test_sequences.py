@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from letters import (
     table_policy,
 )
 from po_bilevel import NonFiniteError
+from po_bilevel.callbacks import scalars
 from po_bilevel.hypergradients import FisherCG, MomentMatching
 from po_bilevel.language import (
     Decoder,
@@ -25,6 +27,7 @@ from po_bilevel.language import (
     Pairs,
     RewardLearner,
     Sampling,
+    SequenceStep,
     SequenceTrainer,
     TokenPolicy,
 )
@@ -334,24 +337,68 @@ def test_bad_input():
         ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number"),
         ({"preset": "grpp"}, "policy_loss_preset: name: expected one of"),
         ({"checkpoint": "/absent/run.pt"}, "checkpoint: expected a file in a folder that exists"),
+        ({"optimizer": torch.optim.LBFGS}, "optimizer: expected one that takes a gradient at a time, got LBFGS"),
+        ({"options": {"clip": 0.2}}, "options: expected None without a reward"),
+        ({"reference": table_policy()}, "reference: expected None without a reward"),
+        ({"reward": reward, "reference": table_policy(), "coefficient": 0.0}, "a reference only with a positive coeff"),
+        ({"reward": reward, "options": {"kl_coef": 1.0, "mask": 1}}, "options: expected others .* got mask, kl_coef"),
+        ({"reward": reward, "options": {"kl": "k4"}}, "kl: expected one of .*got 'k4'"),
+        ({"reward": reward, "advantage": "best"}, "expected one of .*'loo'.*got 'best'"),
+        ({"reward": reward, "sampling": Sampling(1, MOST)}, "group_advantage: .*at least 2"),
+        ({"reward": reward, "sampling": Sampling(4, MOST, 0.0)}, "sampling: expected a temperature above 0"),
+        (
+            {"reward": reward, "learning": learning, "outer_pairs": outer, "advantage": "min"},
+            "advantage: expected 'loo', 'mean' or 'none' where a reward is learned, got 'min'$",
+        ),
+        ({"reward": reward, "learning": learning._replace(num_samples=1), "outer_pairs": outer}, "at least 2 samples"),
     ):
         with pytest.raises(ValueError, match=message):
             trainer(**options)
-    for options, error, message in (
-        ({"options": {"clipp": 0.2}}, TypeError, "'clipp'"),
-        ({"options": {"kl": "k4"}}, ValueError, "kl: expected one of .*got 'k4'"),
-        ({"advantage": "best"}, ValueError, "expected one of .*'loo'.*got 'best'"),
-        ({"sampling": Sampling(1, MOST)}, ValueError, "group_advantage: .*at least 2"),
-        ({"sampling": Sampling(4, 9), "policy": decoder_policy()}, ValueError, r"prompts\[\d\]: .*context of 8"),
+    for options, message in (
+        ({"reward": reward, "options": {"clipp": 0.2}}, "'clipp'"),
+        ({"policy": table_policy().model}, "policy: expected a TokenPolicy, got Table"),
+        ({"pairs": PAIRS.each()}, "pairs: expected Pairs, got list"),
+        ({"pairs": None}, "pairs: expected Pairs, got NoneType"),
+        ({"outer_pairs": PAIRS.each()}, "outer_pairs: expected Pairs, got list"),
+        ({"reward": len}, "reward: expected TextReward, got builtin_function"),
     ):
-        with pytest.raises(error, match=message):
-            trainer(**({"reward": reward} | options)).fit(1)
-    with pytest.raises(TypeError, match="policy: expected a TokenPolicy, got Table"):
-        trainer(table_policy().model)
+        with pytest.raises(TypeError, match=message):
+            trainer(**options)
+    with pytest.raises(ValueError, match=r"completions: expected fewer tokens than the model's context of 8"):
+        trainer(decoder_policy(), reward, sampling=Sampling(4, 9)).fit(1)
+    for made in (trainer(), trainer(reward=reward)):
+        with pytest.raises(ValueError, match="keep_best: expected False where no reward is learned"):
+            made.fit(1, keep_best=True)
 
 
-def test_a_reference_that_is_the_policy_is_a_copy_of_it():
+@pytest.mark.parametrize("same", [True, False])
+def test_a_reference_of_the_policys_parameters_is_a_copy_of_it(same):
     policy = decoder_policy()
-    made = trainer(policy, letter_reward(), reference=policy, num_prompts=3)
+    reference = policy if same else TokenPolicy(policy.model, 0, temperature=2.0)
+    made = trainer(policy, letter_reward(), reference=reference, num_prompts=3)
     assert made.fit(2)[-1].kl != 0.0
     assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_a_reward_is_learned_without_a_baseline():
+    reward = letter_reward()
+    learning = Learning(torch.optim.SGD(reward.parameters(), lr=0.1))
+    assert trainer(None, reward, learning=learning, outer_pairs=PAIRS, advantage="none").fit(1)[0].gradient_norm > 0
+
+
+def test_the_reward_of_nothing_is_not_zero():
+    step = trainer(None, letter_reward((Gate(lambda prompt, answer: False),))).fit(1)[0]
+    assert step.kept == 0.0
+    assert math.isnan(step.reward_mean)
+
+
+def test_trackers_are_given_what_a_step_of_texts_tells():
+    step = SequenceStep(
+        step=3, inner_loss=1.0, outer_loss=math.nan, inner_steps=2, reward=torch.tensor([4.0, 5.0]), reward_norm=1.0,
+        gradient_norm=0.5, residual_norm=None, num_products=0, converged=None, negative_curvature=False, problems=(),
+        reward_mean=-1.5, kl=0.25, entropy=None,
+    )  # fmt: skip
+    assert scalars(step) == {
+        "inner_loss": 1.0, "inner_steps": 2.0, "gradient_norm": 0.5, "num_products": 0.0, "negative_curvature": 0.0,
+        "reward_mean": -1.5, "kl": 0.25, "reward/0": 4.0, "reward/1": 5.0,
+    }  # fmt: skip

@@ -13,6 +13,7 @@ from letters import PAIRS, SAMPLING, Letters, letter_reward, table_policy
 from po_bilevel import UsageError
 from po_bilevel.hypergradients import FisherCG, MomentMatching
 from po_bilevel.language import Decoder, Learning, Pairs, RewardLearner, Sampling, SequenceTrainer, TokenPolicy
+from problems import graphs_held
 
 OUTER = Pairs.of([("a ", "b"), ("b ", "b"), (" ", "aa"), (" ", "b")])
 KINDS = ("likelihood", "reward", "fisher", "moments")
@@ -188,19 +189,7 @@ def test_memory_does_not_grow_with_products():
             outer_optimizer=torch.optim.SGD(reward.parameters(), lr=0.1),
             hypergradient=FisherCG(damping=1e-4, tolerance=1e-14, max_iterations=most - 1),
         )  # fmt: skip
-        held = [0, 0]
-
-        class Held:
-            def __init__(self, tensor, held=held):
-                self.tensor, self.held = tensor, held
-                self.size = tensor.numel() * tensor.element_size()
-                held[0] += self.size
-                held[1] = max(held)
-
-            def __del__(self):
-                self.held[0] -= self.size
-
-        with torch.autograd.graph.saved_tensors_hooks(Held, lambda each: each.tensor):
+        with graphs_held() as held:
             products.append(learner.evaluate().num_products)
         peaks.append(held[1])
     assert products[0] == 2

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from po_bilevel import MissingDependencyError
 from po_bilevel.language.embedders import EmbeddingCache, NgramEmbedder, SentenceEncoder
 from po_bilevel.language.rewards import Gate, TextEmbeddingReward, TextReward, gated
 
@@ -191,6 +192,8 @@ def test_refused_embeddings(embedder, error, message):
         ({"kind": "round"}, ValueError, "kind: expected one of 'isotropic', .*got 'round'"),
         ({"metric": "l1"}, ValueError, "metric: expected 'mahalanobis' or 'cosine', got 'l1'"),
         ({"metric": "cosine", "kind": "isotropic", "U": 1.0}, ValueError, "kind: .* scale of U cancels"),
+        ({"dim": 0}, ValueError, "dim: expected an integer of at least 1, got 0"),
+        ({"dim": -1, "metric": "cosine"}, ValueError, "dim: expected an integer of at least 1, got -1"),
         ({"gates": [len]}, TypeError, "gates: expected a sequence of Gate, got <built-in"),
         (
             {"embedder": lambda texts: letters(texts * 2)},
@@ -248,6 +251,8 @@ def test_what_a_gate_gives_is_a_bool_or_a_number_in_the_unit_interval(given, err
             TextEmbeddingReward(letters, gates=[Gate(has_form, mode)]).gate(["a"], ["b"])
     with pytest.raises(ValueError, match="Gate: mode: expected 'mask' or 'multiply', got 'add'"):
         Gate(has_form, "add")
+    with pytest.raises(TypeError, match=r"Gate: function: expected one of \(prompt, answer\), got 'a.b'"):
+        Gate("a.b")
     with pytest.raises(ValueError, match="TextEmbeddingReward: prompts: expected one for each of 1 answers, got 2"):
         TextEmbeddingReward(letters).gate(["a", "b"], ["b"])
 
@@ -290,6 +295,7 @@ def test_ngrams_are_the_same_in_every_process_and_beside_any_text():
     torch.testing.assert_close(found[4, -2:], torch.tensor(expected[1]), rtol=1e-6, atol=0.0)
     assert not torch.equal(NgramEmbedder(16, seed=1)(texts), found)
     assert not found[2].any()
+    assert NgramEmbedder(16)([]).shape == (0, 16)
     # Lengths of one but for 1/√n: five standard deviations √(2/n) of a χ² over n.
     wide = NgramEmbedder(400)([texts[0], texts[1], texts[3]])
     assert ((wide.square().sum(dim=1) - 1.0).abs() < 5.0 * (2.0 / 400) ** 0.5).all()
@@ -332,6 +338,7 @@ def test_sentences_are_the_mean_of_their_tokens(encoder):
         torch.testing.assert_close(row, (mean / mean.norm()).detach(), rtol=1e-5, atol=1e-6)
     encoder.model.train()
     assert torch.equal(encoder(texts), found)
+    assert encoder([]).shape == (0, 8)
     reward = TextEmbeddingReward(encoder, metric="cosine", kind="full", U=1.0)
     assert reward(*[reward.features(["a"])] * 2).item() == pytest.approx(1.0, abs=1e-6)
     with pytest.raises(ValueError, match="SentenceEncoder: batch_size: expected at least 1, got 0"):
@@ -349,7 +356,12 @@ def test_an_encoder_is_loaded_from_a_folder_or_a_package(encoder, tmp_path, monk
         torch.testing.assert_close(SentenceEncoder.load(source)(["a policy"]), encoder(["a policy"]))
 
 
-@pytest.mark.parametrize("source", ["no_such_package", "no/such/folder", "json", "sys", "."])
+def test_an_encoder_of_a_package_that_is_not_installed_names_it():
+    with pytest.raises(MissingDependencyError, match="got 'no_such_package': pip install no-such-package"):
+        SentenceEncoder.load("no_such_package")
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "json", "sys", "."])
 def test_an_encoder_that_is_not_there_is_refused(source):
     with pytest.raises(ValueError, match=r"SentenceEncoder.load: path_or_package: expected a folder with config.json"):
         SentenceEncoder.load(source)
