@@ -17,7 +17,7 @@ the least (`machine.Counts`).
 What it does not: time, caches, registers (ptxas), and the order in which warps run, for which races stand. Barriers of
 a part of a block, atomics, and calls of functions, where one is reached, are unknown to it. Where the hardware
 approximates (ex2.approx, div.full) results here are those of numpy; fma in float32 is rounded twice, first to float64,
-and products and sums that ptxas may fuse are not. A tensor core multiplies what is cut to tf32 and here adds in float64.
-Registers begin at zero. Shuffles order no memory, as the manual has it. A race whose writes leave the bits as they were
-is not seen, nor is one of three threads of which the last that read hides another.
+and products and sums that ptxas may fuse are not. A tensor core multiplies what is cut to tf32; here it adds in
+float64. Registers begin at zero. Shuffles order no memory, as the manual has it. A race whose writes leave the bits as
+they were is not seen, nor is one of three threads of which the last that read hides another.
 """
