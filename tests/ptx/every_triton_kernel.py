@@ -1,5 +1,8 @@
 """The PTX of every Triton kernel, in both orders, against the reference: `make test-ptx` runs this."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,11 +12,12 @@ from tests.ops.cases import ADVANTAGES, DIFFERENTIABLE, ESTIMATORS, LOSSES, REDU
 pytest.importorskip("triton", reason="triton is not installed")
 
 from po_kernels.backends import triton as backend
-from po_kernels.backends.triton import launch, token
+from po_kernels.backends.triton import lanes, launch, mvn, token
 from tests.ops import triton_interpreted as interpreted
 
 from .calls import simulated
-from .triton_calls import TritonCalls
+from .machine import Machine
+from .triton_calls import TritonCalls, lines_of
 
 DIMENSIONS = (1, 3, 17)
 KINDS = ("scalar", "full", "diagonal")  # a full one of 17 dimensions takes most of a minute to compile
@@ -101,3 +105,32 @@ def test_runs_in_float64(sums, monkeypatch):
     monkeypatch.setattr(launch, "_MOST_SUMS", 1)
     with simulated(TritonCalls()):
         getattr(interpreted, sums)()
+
+
+@pytest.mark.parametrize("op", ["categorical_policy_loss", "mvn_surrogate_loss"])
+def test_copies_of_sums_in_memory_are_not_used(op, monkeypatch):
+    """Of threads that read the same, all but the first get nan: what `TritonCalls.rules` lets pass changes nothing."""
+    sources = (*lines_of(lanes.accumulate, "tl.load"), *lines_of(mvn.add_gradient, "tl.load"))
+    load, spoiled = Machine.load, 0
+
+    def spoiling(
+        self: Machine, address: np.ndarray, mask: np.ndarray | None, dtype: str, *rest: Any
+    ) -> list[np.ndarray]:
+        nonlocal spoiled
+        found = load(self, address, mask, *rest)
+        if rest[-1][2].startswith(sources):
+            threads = self.threads if mask is None else self.threads[mask]
+            _, first = np.unique(address[threads], return_index=True)
+            copies = np.delete(threads, first)
+            spoiled += len(copies)
+            for x in found:
+                x[copies] = np.array([-1], f"i{x.itemsize}").view(x.dtype)[0]
+        return found
+
+    monkeypatch.setattr(Machine, "load", spoiling)
+    if op.startswith("mvn"):
+        for name in ("tile", "drawn_tile"):
+            monkeypatch.setattr(launch, name, interpreted.in_chunks_of_two)
+    options = {"precision_kind": "diagonal", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
+    agrees(draw(op, 2, torch.float32, lead=(ROWS,), dim=2, group=3, mask=False, **options), 90)
+    assert spoiled > 0

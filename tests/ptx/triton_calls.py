@@ -55,6 +55,7 @@ def lines_of(function: Any, text: str) -> list[str]:
 class TritonCalls(Calls):
     backend = backend
     # Sums in memory. Threads with copies read what one of them is to store, perhaps when it has: theirs is not used.
+    # A test of every_triton_kernel.py holds that.
     rules = Rules(copied=(*lines_of(lanes.accumulate, "tl.store"), *lines_of(mvn.add_gradient, "before +")))
 
     def __init__(self, capability: int = 80, edit: Edit = str) -> None:
