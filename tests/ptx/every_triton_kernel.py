@@ -113,9 +113,7 @@ def test_copies_of_sums_in_memory_are_not_used(op, monkeypatch):
     sources = (*lines_of(lanes.accumulate, "tl.load"), *lines_of(mvn.add_gradient, "tl.load"))
     load, spoiled = Machine.load, 0
 
-    def spoiling(
-        self: Machine, address: np.ndarray, mask: np.ndarray | None, dtype: str, *rest: Any
-    ) -> list[np.ndarray]:
+    def spoiling(self: Machine, address: np.ndarray, mask: np.ndarray | None, *rest: Any) -> list[np.ndarray]:
         nonlocal spoiled
         found = load(self, address, mask, *rest)
         if rest[-1][2].startswith(sources):
