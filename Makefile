@@ -12,7 +12,7 @@ EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(SOURCES)
 INTEGRATIONS := .venv-integrations
 VERL := codetiming dill hydra-core orjson tensordict
 
-.PHONY: demo test test-fast test-integrations fuzz bench bench-check bench-quick count sanitize lint format clean
+.PHONY: demo test test-fast test-ptx test-integrations fuzz bench bench-check bench-quick count sanitize lint format clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -25,6 +25,10 @@ test: $(VENV)/installed-test
 # For work in progress: fewer random cases and no slow test, in two and a half minutes.
 test-fast: $(VENV)/installed-test
 	$(BIN)/python -m pytest --fast --durations 10
+
+# The GPU kernels, as the PTX that Triton and nvcc (where it is) compile them to, in an interpreter: three minutes.
+test-ptx: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/ptx/every_triton_kernel.py tests/ptx/every_cuda_kernel.py --durations 5
 
 # With TRL, peft and verl, in an environment of their own over that of the tests: what calls us there does as they do.
 test-integrations: $(INTEGRATIONS)/installed

@@ -90,7 +90,7 @@ def launches_of(op: str, call: Request) -> list[Launch]:
 
 def source_of(launched: Launch, capability: int) -> ASTSource:
     """What Triton's launcher would compile: types, constants, and which arguments are multiples of 16 or one."""
-    kernel, options = launched.kernel, _options(launched)
+    kernel, options = launched.kernel, options_of(launched)
     backend = make_backend(GPUTarget("cuda", capability, 32))
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound = bind(**launched.arguments, **options)
@@ -108,7 +108,7 @@ def compiled(launched: Launch, capability: int) -> tuple[Any, Resources]:
     with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(log):
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True  # what comes from the cache has no log
-        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=_options(launched))
+        result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options_of(launched))
     registers, spills = (
         int(re.search(rf"(\d+) {what}", log.getvalue())[1]) for what in ("registers", "bytes spill stores")
     )
@@ -118,5 +118,5 @@ def compiled(launched: Launch, capability: int) -> tuple[Any, Resources]:
 _compiled: dict[Any, tuple[Any, Resources]] = {}
 
 
-def _options(launched: Launch) -> dict[str, Any]:
+def options_of(launched: Launch) -> dict[str, Any]:
     return {"num_warps": launched.warps, "enable_fp_fusion": False}
