@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
+from po_bilevel.language import HuggingFaceModel, HuggingFaceTokenizer
 from po_bilevel.language.causal import logits
-from po_bilevel.language.huggingface import HuggingFaceModel, HuggingFaceTokenizer
 from torch import nn
 from torch.autograd import forward_ad
 
