@@ -12,7 +12,7 @@ EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(SOURCES)
 INTEGRATIONS := .venv-integrations
 VERL := codetiming dill hydra-core orjson tensordict
 
-.PHONY: demo test test-fast test-ptx test-integrations fuzz bench bench-check bench-quick count sanitize lint format clean
+.PHONY: demo test test-fast test-ptx test-integrations fuzz bench bench-check bench-quick count count-gpu sanitize lint format clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -56,6 +56,10 @@ bench-quick: $(VENV)/installed-test
 # Fails if a native kernel takes over 3% more instructions than its baseline; needs valgrind, and half a minute.
 count: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.count
+
+# Fails if a GPU kernel takes over 5% more instructions, bytes or registers than its baseline; no GPU, some minutes.
+count-gpu: $(VENV)/installed-test
+	$(BIN)/python -m tests.ptx --check
 
 # The op tests on extensions built with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(VENV)/installed-test
