@@ -82,7 +82,7 @@ PK_FN void store(const V (&from)[N], V* to) {
 }
 
 // Vectors of samples, an odd number of 16 bytes apart, so that threads at different samples use different banks. What
-// stands beyond a vector, to a whole tile, is finite and not used, unless said otherwise.
+// stands beyond a vector, to a whole tile, is read with it, may be anything and is not used, unless said otherwise.
 template <class U>
 struct Vectors {
   int stride;
