@@ -131,9 +131,8 @@ class ImplicitProblem:
         """H v, flat, and (∂²L/∂φ∂θ) v, by one backward pass."""
         both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
         self.num_products += 1
-        return flat(both[: len(self._theta)], self._theta), all_reached(
-            both[len(self._theta) :], self._phi, self._by_outer
-        )
+        mixed = all_reached(both[len(self._theta) :], self._phi, self._by_outer)
+        return flat(both[: len(self._theta)], self._theta), mixed
 
     def stationarity(self) -> tuple[float | None, tuple[str, ...]]:
         """How far θ is from a minimum of L, None where its gradient is not known, and the problem if it is one."""
