@@ -1,6 +1,7 @@
 """Calls of a backend for GPUs on CPU tensors, each launch of which runs as PTX."""
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from types import ModuleType
@@ -26,7 +27,7 @@ def program(text: str, threads: int) -> Program:
     return Program(kernel, threads)
 
 
-class Calls:
+class Calls(ABC):
     """Serves the ops of a backend, and remembers tensors of which nothing is written until a kernel does it.
 
     Attributes:
@@ -42,8 +43,9 @@ class Calls:
         self.counts: list[tuple[str, Counts]] = []
         self.fresh: dict[int, tuple[Tensor, Array | None]] = {}
 
+    @abstractmethod
     def serve(self, request: Any, op: str) -> Any:
-        raise NotImplementedError
+        """What the backend gives for a request of an op."""
 
     def as_fresh(self, allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocated(*given: Any, **named: Any) -> Tensor:
