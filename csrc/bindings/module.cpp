@@ -56,15 +56,6 @@ void define(py::module_& module, const char* name, Verdict (*kernel)(const C&)) 
 }
 
 #if defined(PK_CUDA)
-template <class C>
-struct Launched : C, CudaLaunch {
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    C::fields(visit);
-    CudaLaunch::fields(visit);
-  }
-};
-
 // (why such shapes are refused, the error of a launch), each empty if there is none.
 template <class C>
 void define_cuda(py::module_& module, const char* name, CudaOutcome (*on_device)(const C&, const CudaLaunch&),

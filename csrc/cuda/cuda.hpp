@@ -31,6 +31,16 @@ struct CudaLaunch {
   PK_FIELDS((), emulate, backward, device, stream, device_seed, blocks, partials)
 };
 
+// A call and its launch, whose fields are arguments of one function.
+template <class C>
+struct Launched : C, CudaLaunch {
+  template <class Visitor>
+  void fields(Visitor& visit) {
+    C::fields(visit);
+    CudaLaunch::fields(visit);
+  }
+};
+
 struct CudaOutcome {
   std::string refused;  // why no kernel can serve such shapes, or empty
   std::string failed;   // the error of a launch, or empty

@@ -3,6 +3,7 @@
 #include <typeinfo>
 
 #include "bindings/arguments.hpp"
+#include "cuda/cuda.hpp"
 #include "cuda/plan.hpp"
 #include "po_kernels/gaussian.hpp"
 #include "po_kernels/mvn.hpp"
@@ -40,15 +41,6 @@ class Recorder {
                                     threads, shared));
   }
   py::list& launches_;
-};
-
-template <class C>
-struct Launched : C, CudaLaunch {
-  template <class Visitor>
-  void fields(Visitor& visit) {
-    C::fields(visit);
-    CudaLaunch::fields(visit);
-  }
 };
 
 template <template <class> class Scale, class C>
