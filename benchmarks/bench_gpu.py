@@ -2,6 +2,7 @@
 
 python -m benchmarks.bench_gpu --out gpu.json     all ratios from one process, timed with CUDA events
 python -m benchmarks.bench_gpu --once             one small call of each case, for compute-sanitizer
+python -m benchmarks.bench_gpu --compile          one call of each case in a process of its own: fills Triton's cache
 python -m benchmarks.bench_gpu --device cpu       a dry run: tiny shapes, timed with the host's clock
 
 Runs of both sides alternate, A B B A, and work on inputs in rotation that together exceed the L2 cache; a ratio is the
@@ -12,11 +13,13 @@ import argparse
 import contextlib
 import itertools
 import json
+import multiprocessing
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from torch import Tensor
 
 import po_kernels as pk
 from benchmarks import harness, peers
+from benchmarks.bench_token import ENTROPY as TOKEN_ENTROPY
 from benchmarks.bench_token import eager as tokens_eager
 from benchmarks.bench_token import fused as tokens
 from benchmarks.harness import categorical_inputs, check, gaussian_inputs, gradients, mvn_inputs, products
@@ -53,7 +57,7 @@ class Case(NamedTuple):
     inputs: Callable[[], list[Tensor]]
     derivatives: Callable[[Callable[..., Tensor], list[Tensor]], Sequence[Tensor]]
     ceiling: Callable[[], Any] | None = None
-    others: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
+    others: Mapping[str, Callable[..., Tensor]] = {}
 
 
 def forward(loss: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor]:
@@ -89,13 +93,12 @@ def cases(device: str, small: bool) -> list[Case]:
     result.append(Case(f"mvn_dice {size}", "mvn_policy_loss", *call, gradients))
     rows, classes = shape(2**20, 32)
     # The loss reads logits and labels and writes a gradient: as many bytes as this copy.
-    source = torch.empty(rows * (classes + 1), device=device)
-    target = torch.empty_like(source)
+    buffers = two_of((rows, classes + 1), torch.float32, device)
     result.append(
         Case(
             f"categorical_exact {(rows, classes)}", "categorical_policy_loss", categorical,
             lambda *x: peers.categorical_exact_to_compile(*x, ENTROPY),
-            lambda: categorical_inputs(rows, classes), gradients, lambda: target.copy_(source),
+            lambda: categorical_inputs(rows, classes), gradients, lambda: buffers()[0].copy_(buffers()[1]),
         )
     )  # fmt: skip
     return result + token_cases(device, shape(8192, 151_936))
@@ -109,28 +112,26 @@ def token_cases(device: str, size: tuple[int, ...]) -> list[Case]:
         logits = torch.randn(rows, classes, dtype=torch.bfloat16, device=device).requires_grad_()
         return [logits, torch.randint(classes, (rows,), device=device)]
 
-    source = torch.empty(size, dtype=torch.bfloat16, device=device)
-    target = torch.empty_like(source)
-    others: tuple[tuple[str, Callable[..., Tensor]], ...] = ()
-    if device == "cuda":
-        with contextlib.suppress(ImportError):
-            from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-            # It leaves out the logits after the last token.
-            def liger(logits: Tensor, ids: Tensor) -> Tensor:
-                return fused_selective_log_softmax(logits[None], ids[None, :-1], 1.0).sum()
-
-            others = (("liger", liger),)
+    buffers = two_of(size, torch.bfloat16, device)
+    others = peers.token_kernels(TOKEN_ENTROPY) if device == "cuda" else {}
+    differentiable = {name: peer for name, peer in others.items() if name != "liger"}
     name = f"token_log_prob {size} bfloat16"
     ways = (
-        ("forward", forward, lambda: source.view(torch.int16).amax(), others),
-        ("gradient", gradients, lambda: target.copy_(source), ()),
-        ("second order", products, None, ()),
+        ("forward", forward, lambda: buffers()[0].view(torch.int16).amax(), others),
+        ("gradient", gradients, lambda: buffers()[0].copy_(buffers()[1]), differentiable),
+        ("second order", products, None, {}),
     )
     return [
         Case(f"{name} {way}", "token_log_prob", tokens, tokens_eager, inputs, derivatives, ceiling, peers_of)
         for way, derivatives, ceiling, peers_of in ways
     ]
+
+
+def two_of(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Tensors to copy from one to the other, from the first time that they are asked for."""
+    return cache(
+        lambda: (torch.zeros(shape, dtype=dtype, device=device), torch.ones(shape, dtype=dtype, device=device))
+    )
 
 
 def random_numbers_only(rows: int, dim: int, group: int, seed: Tensor) -> Tensor:
@@ -199,7 +200,6 @@ def right(case: Case, backend: str | None) -> None:
 def measure(case: Case, device: str, backend: str | None, budget: float) -> dict[str, Any]:
     right(case, backend)
     cuda = device == "cuda"
-    compare = partial(harness.compare, budget=budget, clock=device_clock if cuda else harness.host_clock)
     fused = partial(case.fused, backend=backend)
     one = case.inputs()
     size = sum(x.numel() * x.element_size() for x in one)
@@ -208,25 +208,53 @@ def measure(case: Case, device: str, backend: str | None, budget: float) -> dict
     def run(loss: Callable[..., Tensor]) -> Callable[[], Any]:
         return lambda: case.derivatives(loss, next(sets))
 
-    result: dict[str, Any] = {"case": case.name, "backend": backend}
-    result["eager"] = compare(run(fused), run(case.peer))._asdict()
+    def compare(ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[str, Any]:
+        """A peer that fails, for want of memory for one, leaves the others their figures."""
+        try:
+            clock = device_clock if cuda else harness.host_clock
+            return harness.compare(ours, peer, budget=budget, clock=clock)._asdict()
+        except RuntimeError as error:
+            return {"error": str(error)[:300]}
+        finally:
+            if cuda:
+                torch.cuda.empty_cache()
+
+    result: dict[str, Any] = {"case": case.name, "backend": backend or dispatch_of(case, device)}
+    result["eager"] = compare(run(fused), run(case.peer))
     if case.ceiling is not None:
-        result["ceiling"] = compare(run(fused), case.ceiling)._asdict()
-    for name, other in case.others:
-        result[name] = compare(run(fused), run(other))._asdict()
+        result["ceiling"] = compare(run(fused), case.ceiling)
+    for name, other in case.others.items():
+        result[name] = compare(run(fused), run(other))
     if not cuda:
         return result
     if case.derivatives is not products:  # of a compiled function torch has no second derivative
         torch._dynamo.reset()
-        result["compiled"] = compare(run(fused), run(torch.compile(case.peer)))._asdict()
-    ours, theirs = (peak(partial(case.derivatives, loss, one)) for loss in (fused, case.peer))
-    result["peak_bytes"] = {"ours": ours, "eager": theirs}
+        result["compiled"] = compare(run(fused), run(torch.compile(case.peer)))
+    result["peak_bytes"] = {}
+    for name, loss in (("ours", fused), ("eager", case.peer)):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            result["peak_bytes"][name] = peak(partial(case.derivatives, loss, one))
     try:
         replay = graphed(partial(case.derivatives, fused, one))
-        result["graph"] = compare(replay, run(case.peer))._asdict()
+        result["graph"] = compare(replay, run(case.peer))
     except RuntimeError as error:
         result["graph"] = {"error": str(error)[:300]}
     return result
+
+
+def dispatch_of(case: Case, device: str) -> str:
+    return dispatch.select(case.op, device, torch.float32, None)
+
+
+def one_call(case: Case, backend: str | None) -> str:
+    case.derivatives(partial(case.fused, backend=backend), case.inputs())
+    return f"{case.name} {backend or ''} ran"
+
+
+def compile_case(place: int) -> str:
+    """One call of a case, in a process of its own."""
+    torch.set_default_device("cuda")
+    return one_call(cases("cuda", small=False)[place], None)
 
 
 def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
@@ -259,6 +287,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks, and cuda")
     parser.add_argument("--once", action="store_true", help="one small call of each case, nothing timed")
+    parser.add_argument("--compile", action="store_true", help="one call of each case in a process of its own")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument("--out", type=Path, help="a file, or a folder for one with the device's name")
     arguments = parser.parse_args()
@@ -266,24 +295,35 @@ def main() -> None:
     torch.set_default_device(arguments.device)
     device = arguments.device
     found = cases(device, arguments.once or device == "cpu")
+    if arguments.compile:
+        with multiprocessing.get_context("spawn").Pool(
+            min(len(found), os.cpu_count() or 1), maxtasksperchild=1
+        ) as pool:
+            for line in pool.imap_unordered(compile_case, range(len(found))):
+                print(line, flush=True)
+        return
+    pairs = [(case, backend) for case in found for backend in backends(case, device, arguments.backend)]
     if arguments.once:
-        for case in found:
-            for backend in backends(case, device, arguments.backend):
-                case.derivatives(partial(case.fused, backend=backend), case.inputs())
-                print(case.name, backend or "", "ran")
+        for case, backend in pairs:
+            print(one_call(case, backend))
         return
     budget = 0.0 if device == "cpu" else arguments.seconds
-    results = []
-    for case in found:
-        for backend in backends(case, device, arguments.backend):
+    results, wrong = [], []
+    for case, backend in pairs:
+        try:
             results.append(measure(case, device, backend, budget))
             print(json.dumps(results[-1]), flush=True)
+        except (AssertionError, RuntimeError) as error:
+            wrong.append(f"{case.name} {backend or ''}: {error}")
+            print(wrong[-1], flush=True)
     if arguments.out:
-        document = {**about(device), "results": results}
+        document = {**about(device), **({"wrong": wrong} if wrong else {}), "results": results}
         path = arguments.out
         if path.is_dir():
             path = path / f"{re.sub(r'[^a-z0-9]+', '-', document['device'].lower())}.json"
         path.write_text(json.dumps(document, indent=1) + "\n")
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a user would write or call instead of the fused ops."""
 
+import contextlib
 import math
 from collections.abc import Callable
 
@@ -96,3 +97,25 @@ def second_order(loss: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...
         return pull(first)
 
     return products
+
+
+def token_kernels(entropy_coef: float) -> dict[str, Callable[..., Tensor]]:
+    """Fused kernels of other packages, where installed, for the sum of log-probabilities of tokens and entropies."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    with contextlib.suppress(ImportError):
+        from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+        def trl(logits: Tensor, ids: Tensor) -> Tensor:
+            log_prob, entropy = selective_log_softmax_and_entropy(logits, ids)
+            return (log_prob + entropy_coef * entropy).sum()
+
+        found["trl"] = trl
+    with contextlib.suppress(ImportError):
+        from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+        # Of log-probabilities alone and without a derivative; it leaves out the logits after the last token.
+        def liger(logits: Tensor, ids: Tensor) -> Tensor:
+            return fused_selective_log_softmax(logits[None], ids[None, :-1], 1.0).sum()
+
+        found["liger"] = liger
+    return found
