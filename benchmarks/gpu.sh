@@ -47,7 +47,7 @@ fi
 step status 30 "$python" -m po_kernels
 
 if [[ $device == cuda ]]; then
-  # Triton compiles what is measured on some cores while others build.
+  # Triton compiles what is measured while the first tests run.
   timeout 240 "$python" -m benchmarks.bench_gpu --compile >"$out/compile.log" 2>&1 &
   # Compiling takes most of the tests' time too.
   parallel=()
