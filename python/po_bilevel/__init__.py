@@ -12,6 +12,7 @@ from .hypergradients import (
     FiniteDifference,
     FisherCG,
     FixedPoint,
+    FixedPointProblem,
     Hypergradient,
     HypergradientMethod,
     Identity,
@@ -21,11 +22,13 @@ from .hypergradients import (
     NormalCG,
     Penalty,
     Recompute,
+    RootProblem,
     SampledObjective,
     SingleLoop,
     Truncated,
     Unrolled,
     completion_credit,
+    solve,
 )
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .optional import require
@@ -68,14 +71,15 @@ if TYPE_CHECKING:
 __all__ = [
     "BOME", "Batch", "BatchStream", "BilevelTrainer", "CategoricalPolicy", "ConditionalMLPReward", "CosineReward",
     "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint",
+    "FixedPointProblem",
     "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG",
     "LinearCategorical", "LinearFullGaussian", "LinearGaussian", "MLPCategorical", "MLPFullGaussian", "MLPGaussian",
     "MLPReward", "MahalanobisReward", "MatrixReward", "MissingDependencyError", "MomentMatching",
     "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG", "OneHotMahalanobisReward", "OuterStep",
-    "Penalty", "Policy", "PolicyGradient", "PositivePrecision", "Recompute", "Reward", "SampledObjective",
-    "SampledReward", "SingleLoop", "TableReward", "TabularReward", "TensorBoard", "Truncated", "Unrolled",
-    "UsageError", "WeightsAndBiases", "completion_credit", "iterated_precision", "marginal_covariance",
-    "one_hot_table", "optimal_precision", "residual_covariance", "train", "train_ensemble", "train_nll",
+    "Penalty", "Policy", "PolicyGradient", "PositivePrecision", "Recompute", "Reward", "RootProblem",
+    "SampledObjective", "SampledReward", "SingleLoop", "TableReward", "TabularReward", "TensorBoard", "Truncated",
+    "Unrolled", "UsageError", "WeightsAndBiases", "completion_credit", "iterated_precision", "marginal_covariance",
+    "one_hot_table", "optimal_precision", "residual_covariance", "solve", "train", "train_ensemble", "train_nll",
     "train_policy_gradient",
 ]  # fmt: skip
 

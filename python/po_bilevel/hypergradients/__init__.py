@@ -9,14 +9,17 @@ the seed of what draws from generators of its own (the sampled losses of `po_ker
 generators, which dropout draws from, are put back at each evaluation. docs/hypergradients.md compares the methods.
 """
 
+from .equations import FixedPointProblem, RootProblem
 from .first_order import BOME, EvolutionStrategies, FiniteDifference, Penalty
 from .implicit import Dense, FixedPoint, Identity, ImplicitCG, Neumann, NormalCG, SingleLoop
 from .interface import Hypergradient, HypergradientMethod, Loss, Tensors
 from .sampled import FisherCG, MomentMatching, SampledObjective, completion_credit
+from .solution import solve
 from .unrolled import Recompute, Truncated, Unrolled
 
 __all__ = [
-    "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint", "Hypergradient",
-    "HypergradientMethod", "Identity", "ImplicitCG", "Loss", "MomentMatching", "Neumann", "NormalCG", "Penalty",
-    "Recompute", "SampledObjective", "SingleLoop", "Tensors", "Truncated", "Unrolled", "completion_credit",
+    "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint", "FixedPointProblem",
+    "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG", "Loss", "MomentMatching", "Neumann", "NormalCG",
+    "Penalty", "Recompute", "RootProblem", "SampledObjective", "SingleLoop", "Tensors", "Truncated", "Unrolled",
+    "completion_credit", "solve",
 ]  # fmt: skip

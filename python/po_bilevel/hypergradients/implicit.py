@@ -5,6 +5,7 @@ They differ in how v is come by. θ has to be near a minimum of the inner loss; 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class ImplicitCG(ImplicitMethod):
     max_iterations: int = 100
 
     def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+        if not problem.symmetric:
+            raise ValueError(
+                f"{type(self).__name__}: inner_loss: expected a loss or a RootProblem that is symmetric, got a "
+                f"{type(problem.equation).__name__} that is not; use FixedPoint, NormalCG or Dense"
+            )
         solution, residual = _begin(problem, problem.start(start), self.damping)
         goal = self.tolerance * problem.scale
         problems: list[str] = []
@@ -83,9 +89,9 @@ class NormalCG(ImplicitMethod):
     max_iterations: int = 100
 
     def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
-        def product(vector: Tensor) -> Tensor:
-            image = problem.product(vector)
-            problem.curvature.search(vector, image)
+        def damped(product: Callable[[Tensor], Tensor], vector: Tensor) -> Tensor:
+            image = product(vector)
+            (problem.curvature.search if problem.symmetric else problem.curvature.observe)(vector, image)
             return image + self.damping * vector
 
         solution, residual = _begin(problem, problem.start(start), self.damping)
@@ -93,13 +99,12 @@ class NormalCG(ImplicitMethod):
         problems: list[str] = []
         norm = float(residual.norm())
         if norm > goal:
-            # H is symmetric, so that its transpose is another product. This is CGLS: it recurs on the residual of the
-            # system itself, and so does not square the rounding too.
-            gradient = product(residual)
+            # This is CGLS: it recurs on the residual of the system itself, and so does not square the rounding too.
+            gradient = damped(problem.transposed, residual)
             direction = gradient.clone()
             squared = _squared(gradient)
             for _ in range(self.max_iterations):
-                image = product(direction)
+                image = damped(problem.product, direction)
                 curved = _squared(image)
                 step = squared / curved if curved > 0 else 0.0
                 left = residual - step * image
@@ -109,14 +114,14 @@ class NormalCG(ImplicitMethod):
                 rounding = 4.0 * torch.finfo(residual.dtype).eps * (problem.curvature.most + self.damping) * before
                 if not norm < before or squared**0.5 <= rounding:
                     problems.append(
-                        f"the inner Hessian is singular along {before / problem.scale:.1e} of ∂F/∂θ; regularise the "
+                        f"{problem.matrix} is singular along {before / problem.scale:.1e} of ∂F/∂θ; regularise the "
                         "inner loss or give a damping"
                     )
                     break
                 solution, residual = solution + step * direction, left
                 if norm <= goal:
                     break
-                gradient = product(residual)
+                gradient = damped(problem.transposed, residual)
                 previous, squared = squared, _squared(gradient)
                 direction = gradient + (squared / previous) * direction
             else:
@@ -198,28 +203,35 @@ class Dense(ImplicitMethod):
                 f"{size * size} entries; use ImplicitCG, which stores none of them, or raise max_size"
             )
         basis = torch.eye(size, dtype=problem.right.dtype, device=problem.right.device)
-        hessian = torch.stack([problem.product(unit) for unit in basis])
+        hessian = torch.stack([problem.product(unit) for unit in basis]).mT
         if not hessian.isfinite().all():
-            raise NonFiniteError("the Hessian of the inner loss is not finite")
+            raise NonFiniteError(f"{problem.matrix} is not finite")
         eps = torch.finfo(hessian.dtype).eps
         hessian = hessian.double()
-        eigenvalues, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
-        largest = float(eigenvalues.abs().amax())
-        # Of independent errors of the entries the symmetric part has a norm like that of the other one, ‖H - Hᵀ‖/√P.
-        rounding = 4.0 * eps * largest + 2.0 * float((hessian - hessian.mT).norm()) / size**0.5
-        eigenvalues = torch.where(eigenvalues.abs() > rounding, eigenvalues, 0.0)
-        for index in (-1, 0):
-            problem.curvature.observe(vectors[:, index], eigenvalues[index] * vectors[:, index])
-        regular = eigenvalues + self.damping
+        if problem.symmetric:
+            eigenvalues, right = torch.linalg.eigh(0.5 * (hessian + hessian.mT))
+            left = right
+            largest = float(eigenvalues.abs().amax())
+            # Of independent errors of the entries the symmetric part has a norm like that of the other, ‖H - Hᵀ‖/√P.
+            rounding = 4.0 * eps * largest + 2.0 * float((hessian - hessian.mT).norm()) / size**0.5
+            eigenvalues = torch.where(eigenvalues.abs() > rounding, eigenvalues, 0.0)
+            for index in (-1, 0):
+                problem.curvature.observe(right[:, index], eigenvalues[index] * right[:, index])
+            regular = eigenvalues + self.damping
+        else:
+            left, regular, transposed = torch.linalg.svd(hessian + self.damping * basis.double())
+            right = transposed.mT
+            # Independent errors of the entries, of a few roundings of a product each.
+            rounding = 8.0 * eps * float(regular[0]) * size**0.5
         kept = regular.abs() > rounding
-        coordinates = vectors.mT @ problem.right.double()
+        coordinates = left.mT @ problem.right.double()
         along = torch.where(kept, coordinates / torch.where(kept, regular, 1.0), 0.0)
         lost = float(coordinates[~kept].norm())
         problems = []
         # What rounding leaves of b along a null direction is more than its own: its sums cancel.
         if lost > eps**0.75 * problem.scale:
             problems.append(
-                f"the inner Hessian is singular along {int((~kept).sum())} directions that the outer loss depends on; "
+                f"{problem.matrix} is singular along {int((~kept).sum())} directions that the outer loss depends on; "
                 "regularise the inner loss or give a damping"
             )
         smallest = float(regular.abs().amin())
@@ -227,10 +239,11 @@ class Dense(ImplicitMethod):
         unsure = float((along * rounding / torch.where(kept, regular, 1.0)).norm() / along.norm())
         if unsure > 0.01:
             problems.append(
-                f"the inner Hessian's condition number of {condition:.1e} makes up to {100.0 * unsure:.0f}% of the "
-                "solution of what rounding left of its products; compute the losses in float64 or raise the damping"
+                f"{problem.matrix} has a condition number of {condition:.1e}, which makes up to {100.0 * unsure:.0f}% "
+                "of the solution of what rounding left of its products; compute the losses in float64 or raise the "
+                "damping"
             )
-        solution = (vectors @ along).to(problem.right.dtype)
+        solution = (right @ along).to(problem.right.dtype)
         return problem.result(solution, tolerance=eps**0.5, problems=problems, condition=condition)
 
 
@@ -315,6 +328,12 @@ def _richardson(
         norm = float(residual.norm())
         # Eigenvalues inside (0, 2/α) make the residual fall at every step.
         if not norm <= 10.0 * first:
+            if problem.equation is not None:
+                return solution, [
+                    f"the series diverges: {problem.equation.noun}: expected a map that contracts, got one whose "
+                    f"transposed Jacobian made {norm / first:.1e} of a vector; "
+                    "NormalCG and Dense solve the system all the same"
+                ]
             return solution, [
                 f"the series diverges: learning_rate {step:.3g} with curvature {curvature:.3g}; it converges for "
                 "learning_rate · curvature between 0 and 2, so lower the learning rate, or raise the damping if the "
@@ -324,7 +343,9 @@ def _richardson(
 
 
 def _step(problem: ImplicitProblem, damping: float) -> float:
-    """A step below 1/λ_max, from the power method started along b."""
+    """A step below 1/λ_max, from the power method started along b; of a map, that which iterates it."""
+    if problem.equation is not None and problem.equation.step is not None:
+        return problem.equation.step / (1.0 + damping)
     vector = problem.right
     largest = 0.0
     for _ in range(POWER_ITERATIONS):

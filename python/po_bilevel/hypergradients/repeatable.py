@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .equations import Residual
 from .interface import Loss, Tensors
+from .trees import Point
 
 
 class Repeatable:
@@ -43,7 +45,7 @@ class Repeatable:
         after = _number(loss)
         # Sums whose order is not fixed, as on a GPU, are no randomness.
         if before is not None and after is not None and not math.isclose(
-            before, after, rel_tol=torch.finfo(loss.dtype).eps ** 0.5
+            before, after, rel_tol=torch.finfo(theta[0].dtype).eps ** 0.5
         ):  # fmt: skip
             self.problems = (
                 f"{self._name}: two evaluations at one point differ, {before:.6g} and {after:.6g}: it draws from other "
@@ -63,15 +65,15 @@ class Repeatable:
 
 
 @contextlib.contextmanager
-def repeatable(used: Tensors, **losses: Loss) -> Iterator[list[Repeatable]]:
-    """The losses by their names, on the devices of the tensors, with one seed that torch's default generator gives.
+def repeatable(point: Point, **losses: Loss) -> Iterator[list[Repeatable]]:
+    """The losses by their names, on the devices of θ and φ, with one seed that torch's default generator gives.
 
     Where one of them draws, that generator has moved on at the end, so that the next seed is another; else it has not.
     """
     with torch.random.fork_rng(devices=[]):
         # Not the next number, which the method may make a seed of.
         seed = int(torch.randint(2**62, (2,))[1])
-    devices = sorted({tensor.get_device() for tensor in used if tensor.is_cuda})
+    devices = sorted({tensor.get_device() for tensor in point.theta + point.phi if tensor.is_cuda})
     made = [Repeatable(name, loss, seed, devices) for name, loss in losses.items()]
     yield made
     if any(each.draws for each in made):
@@ -80,4 +82,6 @@ def repeatable(used: Tensors, **losses: Loss) -> Iterator[list[Repeatable]]:
 
 def _number(loss: Any) -> float | None:
     """None of what is no loss: whoever asked for it will say so."""
+    if isinstance(loss, Residual):
+        loss = loss.size
     return float(loss.detach()) if isinstance(loss, Tensor) and loss.ndim == 0 and loss.is_floating_point() else None
