@@ -1,7 +1,7 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tens
 from .hypergradients.sampled import SampledMethod
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .objectives import sampled_objective
+from .optimizers import Together
 from .policies import Policy
 from .resumable import Resumable, check_learned, described, learned_names, named, update_reward
 from .rewards import MahalanobisReward, OneHotMahalanobisReward, TableReward
@@ -48,7 +49,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         outer_data: rows of the outer loss. Rows that the inner loss does not see keep a policy that can memorise
             its data from passing for a sharp reward.
         inner_optimizer: makes the policy's optimiser from its parameters.
-        outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time, not LBFGS.
+        outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time, not LBFGS. A
+            sequence of them is for groups of φ with optimisers of their own.
         inner_steps: the most optimiser steps on the policy for each outer step; 0 for a hypergradient method that
             moves θ itself, as `Unrolled` and `BOME` do.
         inner_loss: (policy, reward, batch, seed) -> ().
@@ -59,8 +61,8 @@ class BilevelTrainer(Resumable[OuterStep]):
             untrained policy can be so long that an adaptive optimiser's averages remember little else.
         inner_scheduler: makes the inner loop's scheduler from the policy's optimiser, anew at each outer step, which
             starts from the optimiser's first learning rates: each is a problem of its own.
-        outer_scheduler: of the outer optimiser's learning rates, stepped after each outer step; `ReduceLROnPlateau` is
-            given the outer loss.
+        outer_scheduler: of the outer optimiser's learning rates, or of those of one of them, stepped after each outer
+            step; `ReduceLROnPlateau` is given the outer loss.
         keep_inner_state: keep the policy's optimiser from one outer step to the next. Quasi-Newton methods should
             not: what they remember of the curvature belongs to the reward of before.
         batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
@@ -79,7 +81,7 @@ class BilevelTrainer(Resumable[OuterStep]):
 
     def __init__(
         self, policy: Policy, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
-        inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer, inner_steps: int,
+        inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer | Sequence[Optimizer], inner_steps: int,
         inner_loss: InnerLoss | None = None, outer_loss: OuterLoss | None = None,
         hypergradient: HypergradientMethod | None = None, inner_tolerance: float = 0.0, patience: int | None = None,
         min_delta: float = 0.0, max_grad_norm: float | None = None, max_outer_grad_norm: float | None = None,
@@ -92,14 +94,17 @@ class BilevelTrainer(Resumable[OuterStep]):
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
         self.policy = policy
         self.reward = reward
+        if isinstance(outer_optimizer, Sequence):
+            self._outer_optimizer: Optimizer | Together = Together("outer_optimizer", outer_optimizer)
+        else:
+            self._outer_optimizer = outer_optimizer
         self._phi = learned_names(reward)
         self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
-        check_learned(policy, reward, outer_optimizer)
+        check_learned(policy, reward, self._outer_optimizer)
         self._stream = BatchStream(inner_data, batch_size, seed)
         self._inner_data = inner_data
         self._outer_data = outer_data.check("outer_data")
         self._inner_optimizer = inner_optimizer
-        self._outer_optimizer = outer_optimizer
         self._inner_steps = inner_steps
         self._inner_loss: InnerLoss = PolicyGradient() if inner_loss is None else inner_loss
         self._outer_loss: OuterLoss = NegativeLogLikelihood() if outer_loss is None else outer_loss
@@ -113,7 +118,7 @@ class BilevelTrainer(Resumable[OuterStep]):
         self._sampling = {"batch_size": batch_size, "seed": seed}
         # Before they take a step.
         self._start = described(
-            outer_optimizer=outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
+            outer_optimizer=self._outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
             outer_loss=self._outer_loss, hypergradient=self._hypergradient,
         )  # fmt: skip
         self._keep_inner_state = keep_inner_state
