@@ -11,15 +11,17 @@ generators, which dropout draws from, are put back at each evaluation. docs/hype
 
 from .equations import FixedPointProblem, RootProblem
 from .first_order import BOME, EvolutionStrategies, FiniteDifference, Penalty
-from .implicit import Dense, FixedPoint, Identity, ImplicitCG, Neumann, NormalCG, SingleLoop
+from .implicit import Dense, FixedPoint, Identity, ImplicitCG, LinearSolver, Neumann, NormalCG, SingleLoop
 from .interface import Hypergradient, HypergradientMethod, Loss, Tensors
+from .minibatches import Minibatches
+from .preconditioners import Jacobi, Nystrom
 from .sampled import FisherCG, MomentMatching, SampledObjective, completion_credit
 from .solution import solve
 from .unrolled import Recompute, Truncated, Unrolled
 
 __all__ = [
     "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint", "FixedPointProblem",
-    "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG", "Loss", "MomentMatching", "Neumann", "NormalCG",
-    "Penalty", "Recompute", "RootProblem", "SampledObjective", "SingleLoop", "Tensors", "Truncated", "Unrolled",
-    "completion_credit", "solve",
+    "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG", "Jacobi", "LinearSolver", "Loss", "Minibatches",
+    "MomentMatching", "Neumann", "NormalCG", "Nystrom", "Penalty", "Recompute", "RootProblem", "SampledObjective",
+    "SingleLoop", "Tensors", "Truncated", "Unrolled", "completion_credit", "solve",
 ]  # fmt: skip

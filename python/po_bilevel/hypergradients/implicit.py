@@ -3,18 +3,21 @@
 They differ in how v is come by. θ has to be near a minimum of the inner loss; how it got there does not matter.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..errors import NonFiniteError
 from .interface import Hypergradient
 from .method import ImplicitMethod, Start
-from .problem import ImplicitProblem, length
+from .preconditioners import Preconditioner
+from .problem import ImplicitProblem, flat, length, unflat
+from .trees import Point, Tree
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,34 @@ class ImplicitCG(ImplicitMethod):
             policies without an L2 penalty.
         tolerance: of the residual, relative to ‖∂F/∂θ‖.
         max_iterations: of conjugate gradients.
+        preconditioner: `Nystrom()`, `Jacobi()`, or M⁻¹ as a function of v, of the form of θ, which has to be symmetric
+            and positive definite; `num_products` has what it takes too. A ValueError says where it is not positive.
     """
 
     damping: float = 0.0
     tolerance: float = 1e-6
     max_iterations: int = 100
+    preconditioner: Preconditioner | Callable[[Tree], Tree] | None = None
+
+    def at(self, point: Point) -> Self:
+        """See `Method.at`."""
+        made = self.preconditioner
+        if made is None:
+            return self
+        return replace(self, preconditioner=made.at(point) if isinstance(made, Preconditioner) else point.map(made))
+
+    def elsewhere(self) -> Self:
+        """See `ImplicitMethod.elsewhere`."""
+        made = self.preconditioner
+        return replace(self, preconditioner=made.elsewhere()) if isinstance(made, Preconditioner) else self
+
+    def _inverse(self, problem: ImplicitProblem) -> Callable[[Tensor], Tensor]:
+        made = self.preconditioner
+        if made is None:
+            return _same
+        if isinstance(made, Preconditioner):
+            return made.inverse(problem, self.damping)
+        return lambda vector: flat(made(unflat(vector, problem.place[0])), problem.place[0])
 
     def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
         if not problem.symmetric:
@@ -46,9 +72,11 @@ class ImplicitCG(ImplicitMethod):
             )
         solution, residual = _begin(problem, problem.start(start), self.damping)
         goal = self.tolerance * problem.scale
+        # A start that will do needs no preconditioner.
+        inverse = self._inverse(problem) if float(residual.norm()) > goal else _same
         problems: list[str] = []
-        direction = residual.clone()
-        squared = float(residual @ residual)
+        shaped, squared, along = self._shaped(inverse, residual)
+        direction = shaped.clone()
         for _ in range(self.max_iterations):
             if squared**0.5 <= goal:
                 break
@@ -61,15 +89,29 @@ class ImplicitCG(ImplicitMethod):
                     f"with damping {self.damping:.3g}; train the inner problem further or raise the damping"
                 )
                 break
-            step = squared / ((curvature + self.damping) * squares)
+            step = along / ((curvature + self.damping) * squares)
             solution.add_(direction, alpha=step)
             residual.sub_(image, alpha=step).sub_(direction, alpha=step * self.damping)
-            previous, squared = squared, float(residual @ residual)
-            direction.mul_(squared / previous).add_(residual)
+            before = along
+            shaped, squared, along = self._shaped(inverse, residual)
+            direction.mul_(along / before).add_(shaped)
         else:
             if squared**0.5 > goal:
                 problems.append(_ran_out(squared**0.5 / problem.scale, self.max_iterations, self.tolerance))
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
+
+    def _shaped(self, inverse: Callable[[Tensor], Tensor], residual: Tensor) -> tuple[Tensor, float, float]:
+        """M⁻¹ r, rᵀr and rᵀM⁻¹r."""
+        squared = float(residual @ residual)
+        if self.preconditioner is None:
+            return residual, squared, squared
+        shaped = inverse(residual)
+        along = float(residual @ shaped)
+        if not along > 0 and squared > 0:
+            raise ValueError(
+                f"ImplicitCG: preconditioner: expected a positive definite one, got rᵀM⁻¹r of {along / squared:.3g} rᵀr"
+            )
+        return shaped, squared, along
 
 
 @dataclass(frozen=True)
@@ -134,7 +176,7 @@ class Neumann(ImplicitMethod):
     """A truncated Neumann series, v = α Σ_{k<K} (I - α(H + δI))ᵏ ∂F/∂θ (Lorraine et al. 2020, algorithm 3).
 
     What backpropagation through the last K steps of gradient descent of size α gives, without storing them. K
-    products, or fewer if rounding is reached; no warm start. Converges if 0 < α λ < 2 for all eigenvalues λ, which for
+    products, or fewer if rounding is reached. Converges if 0 < α λ < 2 for all eigenvalues λ, which for
     an indefinite H no α does.
 
     Attributes:
@@ -143,15 +185,18 @@ class Neumann(ImplicitMethod):
             products.
         damping: δ.
         tolerance: of the relative residual that the series is meant to reach; reported if it does not.
+        warm_start: go on from the v that the call is given to start from, where other methods always do.
     """
 
     terms: int = 20
     learning_rate: float | None = None
     damping: float = 0.0
     tolerance: float = 1e-2
+    warm_start: bool = False
 
     def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
-        solution, problems = _richardson(problem, None, self.damping, self.learning_rate, 0.0, self.terms)
+        begin = problem.start(start) if self.warm_start else None
+        solution, problems = _richardson(problem, begin, self.damping, self.learning_rate, 0.0, self.terms)
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
 
@@ -248,6 +293,70 @@ class Dense(ImplicitMethod):
 
 
 @dataclass(frozen=True)
+class LinearSolver(ImplicitMethod):
+    """The linear system by a solver of one's own, with the signature of those in `scipy.sparse.linalg`.
+
+    Attributes:
+        solver: (A, b) or (A, b, x0=...) -> x or (x, info), in NumPy arrays of shape (P,); A has `shape`, `dtype`,
+            `matvec` and `rmatvec`, as `scipy.sparse.linalg.aslinearoperator` asks for, and info is zero where it has
+            converged. Such as `scipy.sparse.linalg.minres`, or a `functools.partial` of it.
+        damping: δ, which A has.
+        tolerance: of the relative residual that the solver is meant to reach, which is measured; reported if it does
+            not.
+        warm_start: give the solver x0 where there is a solution of an earlier call.
+    """
+
+    solver: Callable[..., Any]
+    damping: float = 0.0
+    tolerance: float = 1e-4
+    warm_start: bool = True
+
+    def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
+        """See `ImplicitMethod.solve`.
+
+        Raises:
+            ValueError: the solver returns another shape.
+            NonFiniteError: it returns what is not finite.
+        """
+        operator = _Operator(problem, self.damping)
+        begin = problem.start(start) if self.warm_start else None
+        more = {} if begin is None else {"x0": begin.cpu().numpy()}
+        found = self.solver(operator, problem.right.cpu().numpy(), **more)
+        found, info = found if isinstance(found, tuple) else (found, 0)
+        solution = torch.as_tensor(found).to(problem.right)
+        if solution.shape != problem.right.shape:
+            raise ValueError(
+                f"LinearSolver: solver: expected shape {tuple(problem.right.shape)}, got {tuple(solution.shape)}"
+            )
+        if not bool(solution.isfinite().all()):
+            raise NonFiniteError("LinearSolver: solver: expected finite numbers, got some that are not")
+        said = [] if info == 0 else [f"the linear solver says that it has not converged: {info}"]
+        return problem.result(solution, tolerance=self.tolerance, problems=said)
+
+
+class _Operator:
+    """H + δI for NumPy."""
+
+    def __init__(self, problem: ImplicitProblem, damping: float) -> None:
+        self._problem, self._damping = problem, damping
+        self.shape = (problem.right.numel(),) * 2
+        self.dtype = problem.right.cpu().numpy().dtype
+
+    def matvec(self, vector: Any) -> Any:
+        return self._damped(self._problem.product, vector)
+
+    def rmatvec(self, vector: Any) -> Any:
+        return self._damped(self._problem.transposed, vector)
+
+    def _damped(self, product: Callable[[Tensor], Tensor], vector: Any) -> Any:
+        given = torch.tensor(vector).to(self._problem.right).reshape(-1)
+        image = product(given)
+        if self._problem.symmetric:
+            self._problem.curvature.search(given, image)
+        return (image + self._damping * given).cpu().numpy()
+
+
+@dataclass(frozen=True)
 class Identity(ImplicitMethod):
     """The Hessian taken as I/scale, v = scale · ∂F/∂θ: T1-T2 (Luketina et al. 2016).
 
@@ -290,7 +399,7 @@ class SingleLoop(ImplicitMethod):
         if result.residual_norm is None or result.residual_norm <= 10.0:
             return result
         diverging = f"v diverges, at a relative residual of {result.residual_norm:.1e}; lower the learning rate"
-        return dataclasses.replace(result, problems=(*result.problems, diverging))
+        return replace(result, problems=(*result.problems, diverging))
 
 
 # Enough for a largest curvature that is right within the tenth that the step leaves.
@@ -355,6 +464,10 @@ def _step(problem: ImplicitProblem, damping: float) -> float:
         vector = problem.product(vector / norm)
         largest = float(vector.norm())
     return 1.0 / (1.1 * largest + damping) if largest + damping > 0 else 1.0
+
+
+def _same(vector: Tensor) -> Tensor:
+    return vector
 
 
 def _squared(vector: Tensor) -> float:

@@ -16,7 +16,8 @@ from .trees import Leaves, Point, Structure, Tree
 
 Start = Tensors | None
 # Options that count something; the others are positive numbers, but for the seed, and a damping may be zero.
-FUNCTIONS = ("initial", "optimizer")
+FUNCTIONS = ("initial", "optimizer", "solver")
+UNCHECKED = ("seed", "warm_start", "preconditioner")
 COUNTS = ("steps", "backward_steps", "terms", "max_iterations", "max_size", "pairs")
 
 
@@ -33,7 +34,7 @@ class Method(ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             name = field.name
             value: Any = getattr(self, name)
-            if name == "seed" or (value is None and field.default is None):
+            if name in UNCHECKED or (value is None and field.default is None):
                 continue
             if name in FUNCTIONS:
                 if not callable(value):
@@ -85,6 +86,10 @@ class ImplicitMethod(Method):
 
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         return self.solve(ImplicitProblem(inner_loss, outer_loss, theta, phi, self.damping), start)
+
+    def elsewhere(self) -> Self:
+        """The method for the same H in a problem whose θ and φ are others."""
+        return self
 
     @abstractmethod
     def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:

@@ -103,14 +103,24 @@ class ImplicitProblem:
 
     def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, damping: float) -> None:
         self.begin(outer_loss, theta, phi, damping)
+        self._parts = getattr(inner_loss, "parts", ())
+        if self._parts:
+            # Of many batches no graph outlives its use.
+            found = [self._part(part) for part in self._parts]
+            self._inner = torch.stack([loss for loss, _ in found]).mean()
+            self._inner_norm: float | None = length(torch.stack([gradient for _, gradient in found]).mean(0))
+            return
         self._inner, gradients = inner_gradient(inner_loss, theta, phi, create_graph=True)
-        self._gradient = [(i, g) for i, g in enumerate(gradients) if g.requires_grad]
-        if not self._gradient:
-            raise ValueError("inner_loss: expected a twice differentiable loss, got one whose gradient is constant")
-        self._inner_norm: float | None = length(flat(gradients, theta))
+        self._gradient = _differentiable(gradients)
+        self._inner_norm = length(flat(gradients, theta))
         if isinstance(gradients, Residual):
             self.equation = gradients.equation
         self._pulled: tuple[Tensor, Tensor] | None = None
+
+    def _part(self, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The value of one and its gradient, flat."""
+        value, gradients = inner_gradient(loss, self._theta, self._phi)
+        return value.detach(), flat(gradients, self._theta)
 
     def begin(
         self, outer_loss: Loss, theta: Tensors, phi: Leaves, damping: float, average: Average = same
@@ -129,6 +139,11 @@ class ImplicitProblem:
         self.num_products = 0
         self.curvature = Curvature()
 
+    @property
+    def place(self) -> tuple[Tensors, Tensors]:
+        """θ and φ."""
+        return self._theta, self._phi
+
     def start(self, start: Tensors | None) -> Tensor | None:
         """A warm start, flat."""
         return None if start is None else flat(start, self._theta) / self._unit
@@ -136,7 +151,19 @@ class ImplicitProblem:
     def product(self, vector: Tensor) -> Tensor:
         """H v, without damping, flat: (P,) -> (P,)."""
         self.num_products += 1
-        return flat(_contract(self._gradient, self._theta, unflat(vector, self._theta)), self._theta)
+        return flat(self._contracted(self._theta, vector), self._theta)
+
+    def _contracted(self, inputs: Tensors, vector: Tensor) -> Sequence[Tensor | None]:
+        """vᵀ ∂(∂L/∂θ)/∂inputs, None where the inner gradient does not depend on an input; the mean over batches."""
+        parts = unflat(vector, self._theta)
+        if not self._parts:
+            return _contract(self._gradient, inputs, parts)
+        total: list[Tensor | None] = [None] * len(inputs)
+        for loss in self._parts:
+            graph = _differentiable(inner_gradient(loss, self._theta, self._phi, create_graph=True)[1])
+            add(total, [None if each is None else each / len(self._parts) for each in _contract(graph, inputs, parts)])
+            del graph
+        return total
 
     @property
     def symmetric(self) -> bool:
@@ -163,7 +190,7 @@ class ImplicitProblem:
 
     def image_and_mixed(self, solution: Tensor) -> tuple[Tensor, Tensors]:
         """H v, flat, and (∂²L/∂φ∂θ) v, by one backward pass."""
-        both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
+        both = self._contracted(self._theta + self._phi, solution)
         self.num_products += 1
         mixed = all_reached(both[len(self._theta) :], self._phi, self._by_outer)
         return flat(both[: len(self._theta)], self._theta), mixed
@@ -326,6 +353,13 @@ def all_reached(by_phi: Sequence[Tensor | None], phi: Leaves, direct: Sequence[T
     return filled(by_phi, phi)
 
 
+def add(total: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:
+    """Adds to sums, in which None is zero, where they are."""
+    for index, part in enumerate(parts):
+        known = total[index]
+        total[index] = part if known is None else known if part is None else known + part
+
+
 def all_finite(gradient: Tensors) -> Tensors:
     """The hypergradient."""
     if not _finite(gradient):
@@ -352,6 +386,14 @@ def unflat(vector: Tensor, like: Tensors) -> Tensors:
 def _finite(tensors: Tensors) -> bool:
     """All of them, in one reading: many small ones would cost more in calls than in arithmetic."""
     return bool(torch.cat([t.detach().reshape(-1) for t in tensors]).isfinite().all())
+
+
+def _differentiable(gradients: Tensors) -> list[tuple[int, Tensor]]:
+    """The parts of ∂L/∂θ that can be differentiated again, each with its index in θ."""
+    again = [(i, g) for i, g in enumerate(gradients) if g.requires_grad]
+    if not again:
+        raise ValueError("inner_loss: expected a twice differentiable loss, got one whose gradient is constant")
+    return again
 
 
 def _contract(

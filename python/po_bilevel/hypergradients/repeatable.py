@@ -17,8 +17,7 @@ class Repeatable:
     """A loss under torch's default generators at one state, whatever was drawn before; these move on by nothing.
 
     Attributes:
-        draws: it has drawn from them.
-        problems: a sentence if two evaluations at the first point differed all the same.
+        parts: those of the loss, if it is a mean of several, each under the same state.
 
     Args:
         name: of the argument that the loss was.
@@ -28,12 +27,23 @@ class Repeatable:
     """
 
     def __init__(self, name: str, loss: Loss, seed: int, devices: list[int]) -> None:
-        self.draws = False
-        self.problems: tuple[str, ...] = ()
+        self._draws = False
+        self._problems: tuple[str, ...] = ()
         self._name, self._loss, self._seed = name, loss, seed
         self._devices = devices
         # What says that it is, need not be compared.
         self._compared = getattr(loss, "repeatable", False) is True
+        self.parts = [Repeatable(name, part, seed, devices) for part in getattr(loss, "parts", ())]
+
+    @property
+    def draws(self) -> bool:
+        """It has drawn from them."""
+        return self._draws or any(part.draws for part in self.parts)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """A sentence if two evaluations at the first point differed all the same."""
+        return self._problems or next((part.problems for part in self.parts if part.problems), ())
 
     def __call__(self, theta: Tensors, phi: Tensors) -> Tensor:
         if self._compared:
@@ -47,7 +57,7 @@ class Repeatable:
         if before is not None and after is not None and not math.isclose(
             before, after, rel_tol=torch.finfo(theta[0].dtype).eps ** 0.5
         ):  # fmt: skip
-            self.problems = (
+            self._problems = (
                 f"{self._name}: two evaluations at one point differ, {before:.6g} and {after:.6g}: it draws from other "
                 "generators than torch's default ones, or has a state; give it a fixed seed",
             )
@@ -60,7 +70,7 @@ class Repeatable:
                 generator.manual_seed(self._seed)
             states = [generator.get_state() for generator in generators]
             loss = self._loss(theta, phi)
-            self.draws |= any(not torch.equal(g.get_state(), s) for g, s in zip(generators, states, strict=True))
+            self._draws |= any(not torch.equal(g.get_state(), s) for g, s in zip(generators, states, strict=True))
             return loss
 
 

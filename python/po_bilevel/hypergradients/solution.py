@@ -74,6 +74,7 @@ def solve(
     learned = torch.is_grad_enabled() and any(isinstance(p, Tensor) and p.requires_grad for p in tree_leaves(phi))
     what = Structure("phi", phi, (lambda p: p.requires_grad) if learned else Tensor.is_floating_point)
     point = Point(where, what)
+    method = method.at(point)
     inner: Any = point.flat(problem) if equation is None else equation.flat(where, point)
     found, fixed = (tuple(t.detach() for t in each) for each in (where.leaves, what.leaves))
     with repeatable(point, problem=inner) as (same,):
@@ -131,9 +132,8 @@ class Solution(torch.autograd.Function):
         gradient = result.gradient
         if torch.is_grad_enabled():
             # v as the solution of a linear equation, and what it is multiplied with, as functions of θ*, φ and b.
-            v = Solution.apply(
-                _adjoint(ctx.inner, ctx.size, len(phi)), ctx.method, ctx.size, *result.solution, *theta, *phi, *given
-            )
+            adjoint, method = _adjoint(ctx.inner, ctx.size, len(phi)), ctx.method.elsewhere()
+            v = Solution.apply(adjoint, method, ctx.size, *result.solution, *theta, *phi, *given)
             # By φ alone, not by θ* as a function of it.
             held = tuple(p.view_as(p) for p in phi)
             _, equations = inner_gradient(ctx.inner, theta, held, create_graph=True)

@@ -123,7 +123,12 @@ class Point:
             return function(self._theta.filled(theta), self._phi.filled(phi))
 
         of_tuples.repeatable = getattr(function, "repeatable", False)  # type: ignore[attr-defined]
+        of_tuples.parts = [self.flat(part) for part in getattr(function, "parts", ())]  # type: ignore[attr-defined]
         return of_tuples
+
+    def map(self, function: Callable[[Tree], Tree]) -> Callable[[Tensors], Tensors]:
+        """A function from trees like θ to such trees as one of tuples."""
+        return lambda tensors: self._theta.taken("preconditioner", function(self._theta.alone(tensors)))
 
     def tree_of_phi(self, phi: Tensors) -> Tree:
         return self._phi.filled(phi)

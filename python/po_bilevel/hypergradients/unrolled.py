@@ -8,7 +8,7 @@ the steps converge. How far it is from that they cannot know (`converged` is Non
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from .interface import Hypergradient, Loss, Tensors
 from .method import Method, Start
-from .problem import all_finite, all_reached, filled, flat, inner_gradient, length, outer_gradients
+from .problem import add, all_finite, all_reached, filled, flat, inner_gradient, length, outer_gradients
 from .trees import Leaves, Point, Tree
 from .updates import OptimizerFactory, Rule, gradient_descent, rules
 
@@ -217,12 +217,6 @@ def _backward(
     by_phi: list[Tensor | None] = [None] * len(phi)
     end: Tensors = ()
 
-    def add(parts: Sequence[Tensor | None]) -> None:
-        for index, part in enumerate(parts):
-            if part is not None:
-                known = by_phi[index]
-                by_phi[index] = part if known is None else known + part
-
     with torch.enable_grad():
         for begin, number, count in zip(reversed(begins), reversed(numbers), reversed(lengths), strict=True):
             leaves = tuple(t.detach().requires_grad_() for t in begin)
@@ -234,10 +228,10 @@ def _backward(
                 adjoint = (*by_theta, *map(torch.zeros_like, reached[len(end) :]))
             pulled = torch.autograd.grad(reached, leaves + phi, adjoint, allow_unused=True)
             adjoint = filled(pulled[: len(leaves)], leaves)
-            add(pulled[len(leaves) :])
+            add(by_phi, pulled[len(leaves) :])
         learned = [(t, a) for t, a in zip(made, adjoint, strict=False) if t.requires_grad]
         if learned:
-            add(torch.autograd.grad([t for t, _ in learned], phi, [a for _, a in learned], allow_unused=True))
+            add(by_phi, torch.autograd.grad([t for t, _ in learned], phi, [a for _, a in learned], allow_unused=True))
     through = all_reached(by_phi, phi, direct)
     total = tuple(d + t for d, t in zip(filled(direct, phi), through, strict=True))
     inner, left = inner_gradient(steps.inner_loss, end, phi)
