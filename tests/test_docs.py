@@ -39,6 +39,22 @@ def test_examples_in_docstrings(name):
     assert failed == 0
 
 
+@pytest.mark.parametrize("page", ["hypergradients.md", "porting.md"])
+def test_examples_of_pages(page):
+    names: dict = {}
+    blocks = [b for b in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL) if "import" in b or names]
+    for block in blocks:
+        exec(block, names)
+    assert names
+
+
+def test_what_the_table_of_features_links_to_is_there():
+    links = re.findall(r"\]\(\.\./(tests/[^ )]*) \"(\w+)\"\)", (DOCS / "hypergradients.md").read_text())
+    assert len(links) > 20
+    for file, name in links:
+        assert f"def {name}(" in (DOCS.parent / file).read_text(), (file, name)
+
+
 def test_the_example_of_rewards_of_text(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "language.md").read_text(), re.DOTALL)
     exec(block, {})
