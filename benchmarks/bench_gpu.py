@@ -76,7 +76,7 @@ def cases(device: str, small: bool) -> list[Case]:
         def fused(*x: Tensor, backend: str | None) -> Tensor:
             return op(*x, entropy_coef=ENTROPY, estimator="dice", num_samples=group, seed=seed, backend=backend)
 
-        return fused, lambda *x: peer(*x, ENTROPY, group), lambda: make(rows, dim)
+        return fused, lambda *x: peer(*x, ENTROPY, group), on(device, lambda: make(rows, dim))
 
     def categorical(*x: Tensor, backend: str | None) -> Tensor:
         return pk.categorical_policy_loss(*x, entropy_coef=ENTROPY, backend=backend)
@@ -98,7 +98,7 @@ def cases(device: str, small: bool) -> list[Case]:
         Case(
             f"categorical_exact {(rows, classes)}", "categorical_policy_loss", categorical,
             lambda *x: peers.categorical_exact_to_compile(*x, ENTROPY),
-            lambda: categorical_inputs(rows, classes), gradients, lambda: buffers()[0].copy_(buffers()[1]),
+            on(device, lambda: categorical_inputs(rows, classes)), gradients, lambda: buffers()[0].copy_(buffers()[1]),
         )
     )  # fmt: skip
     return result + token_cases(device, shape(8192, 151_936))
@@ -132,6 +132,16 @@ def two_of(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Callable[
     return cache(
         lambda: (torch.zeros(shape, dtype=dtype, device=device), torch.ones(shape, dtype=dtype, device=device))
     )
+
+
+def on(device: str, make: Callable[[], list[Tensor]]) -> Callable[[], list[Tensor]]:
+    """`make` on a device, which is the default there alone: a default device makes every call of torch slower."""
+
+    def made() -> list[Tensor]:
+        with torch.device(device):
+            return make()
+
+    return made
 
 
 def random_numbers_only(rows: int, dim: int, group: int, seed: Tensor) -> Tensor:
@@ -253,7 +263,6 @@ def one_call(case: Case, backend: str | None) -> str:
 
 def compile_case(place: int) -> str:
     """One call of a case, in a process of its own."""
-    torch.set_default_device("cuda")
     return one_call(cases("cuda", small=False)[place], None)
 
 
@@ -292,7 +301,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file, or a folder for one with the device's name")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    torch.set_default_device(arguments.device)
     device = arguments.device
     found = cases(device, arguments.once or device == "cpu")
     if arguments.compile:

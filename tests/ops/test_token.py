@@ -8,16 +8,17 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import po_kernels as pk
 from po_kernels import dispatch
-from po_kernels.backends.contract import IGNORED, OPS, OpConfig
+from po_kernels.backends.contract import IGNORED, NUM_TOKEN_STATS, OPS, OpConfig
 
 from .bounds import near
-from .cases import draw, fused, largest, serving
+from .cases import DEVICE, draw, fused, largest, serving
 
 F64 = {"dtype": torch.float64}
 INF = float("inf")
 ROWS = pytest.mark.parametrize("backend", serving("token_log_prob"))
 HEAD = pytest.mark.parametrize("backend", serving("linear_token_log_prob"))
 HALF = (torch.bfloat16, torch.float16)
+ONLY_1 = [False, True, False]
 # Roundings of a row of V logits: a sum of V terms, each of a dozen operations, and as many to put a result together.
 # What multiplies exp z errs by |z| in place of 1.
 A_FEW = 24
@@ -95,6 +96,11 @@ def test_masks(backend, classes):
 def test_all_masked_and_ids_out_of_range(backend):
     logits = torch.zeros(3, 4)
     logits[1] = -INF
+    if DEVICE != "cpu":  # where values are not read
+        assert every(logits, torch.zeros(3, dtype=torch.int64), backend=backend)[:2].isnan().any(0).tolist() == ONLY_1
+        found = every(torch.zeros(3, 4), torch.tensor([0, -1, 3]), backend=backend)
+        assert found[:2].isnan().all(0).tolist() == ONLY_1
+        return
     with pytest.raises(ValueError, match=r"token_log_prob: logits: expected a logit above -inf .* row 1"):
         pk.token_log_prob(logits, torch.zeros(3, dtype=torch.int64), backend=backend)
     for bad in (-1, 4, -(2**63)):
@@ -286,6 +292,27 @@ def test_tied_weights(backend):
         near(x, y, 2 * (5 + 12 + A_FEW))
 
 
+@pytest.mark.parametrize("backend", fused("token_log_prob"))
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_backward_pass_that_knows_the_value(backend, softcap, dtype):
+    """It has the gradient of one that finds the value again, also of rows whose logits have much in common."""
+    row, kernel = OPS["token_log_prob"], dispatch.kernel("token_log_prob", backend)
+    logits = 3 * torch.randn(5, 700, dtype=dtype) + torch.tensor([0, 100, -1000, 0, 0], dtype=dtype)[:, None]
+    logits[1, :600] = -INF
+    ids, config = torch.tensor([3, 650, 699, IGNORED, 0]), OpConfig(temperature=0.7, softcap=softcap)
+    cotangent = torch.randn(NUM_TOKEN_STATS, 5, dtype=dtype)
+
+    def gradient(known):
+        return list(kernel(row.request([logits], [ids, known], None, cotangent, None, [True], False, config)))
+
+    value, _, right = gradient(None)
+    again, _, found = gradient(value)
+    assert torch.equal(value[:3], again[:3])
+    largest = cotangent.abs().sum() * (1 + value[1].abs().max()) / 0.7
+    near(found, right, 100, largest.item())
+
+
 @pytest.mark.skipif("native" not in fused("token_log_prob"), reason="the extension was not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_a_gradient_takes_the_place_of_logits_as_they_lie(dtype):
@@ -295,7 +322,7 @@ def test_a_gradient_takes_the_place_of_logits_as_they_lie(dtype):
         logits, beyond = memory[:, :classes], memory[:, classes:].clone()
         ids = torch.tensor([0, IGNORED, classes - 1])
         right, found = (
-            kernel(row.request([logits], [ids], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[2]
+            kernel(row.request([logits], [ids, None], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[2]
             for overwrite in (False, True)
         )
         assert found.data_ptr() == memory.data_ptr()
@@ -323,6 +350,7 @@ def test_a_row_of_a_linear_head_depends_on_no_other(backend, dtype, size, classe
 
 
 @HEAD
+@pytest.mark.skipif(DEVICE != "cpu", reason="values on a device are not read")
 def test_a_linear_head_names_rows(backend):
     hidden, weight, bias = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(4)
     with pytest.raises(ValueError, match=r"linear_token_log_prob: token_ids: .* from 0 to 3, .*got 4 in row 3"):
