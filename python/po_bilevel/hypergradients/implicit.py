@@ -57,9 +57,7 @@ class ImplicitCG(ImplicitMethod):
         return replace(self, preconditioner=made.elsewhere()) if isinstance(made, Preconditioner) else self
 
     def _inverse(self, problem: ImplicitProblem) -> Callable[[Tensor], Tensor]:
-        made = self.preconditioner
-        if made is None:
-            return _same
+        made: Any = self.preconditioner
         if isinstance(made, Preconditioner):
             return made.inverse(problem, self.damping)
         return lambda vector: flat(made(unflat(vector, problem.place[0])), problem.place[0])
@@ -73,7 +71,8 @@ class ImplicitCG(ImplicitMethod):
         solution, residual = _begin(problem, problem.start(start), self.damping)
         goal = self.tolerance * problem.scale
         # A start that will do needs no preconditioner.
-        inverse = self._inverse(problem) if float(residual.norm()) > goal else _same
+        needless = self.preconditioner is None or float(residual.norm()) <= goal
+        inverse = _same if needless else self._inverse(problem)
         problems: list[str] = []
         shaped, squared, along = self._shaped(inverse, residual)
         direction = shaped.clone()

@@ -13,13 +13,14 @@ Tree = Any
 
 
 class Leaves(tuple[Tensor, ...]):
-    """Tensors that know their names.
+    """The variables of a `Structure`, which know their names."""
 
-    Attributes:
-        names: such as phi[0] or theta['layer']['weight'].
-    """
+    structure: "Structure"
 
-    names: tuple[str, ...]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Such as phi[0] or theta['layer']['weight']."""
+        return self.structure.names
 
 
 class Structure:
@@ -45,25 +46,32 @@ class Structure:
         self, name: str, tree: Tree, variable: Callable[[Tensor], bool] = lambda tensor: tensor.requires_grad
     ) -> None:  # fmt: skip
         tree = _tuple(tree)
-        found, self._form = _pytree.tree_flatten_with_path(tree)
-        if not found:
+        self._name, self._tree = name, tree
+        self._all, self._form = _pytree.tree_flatten(tree)
+        if not self._all:
             raise ValueError(f"{name}: expected at least one tensor, got none")
-        for path, leaf in found:
+        for place, leaf in enumerate(self._all):
             if not isinstance(leaf, Tensor):
-                raise TypeError(f"{name}{_pytree.keystr(path)}: expected a tensor, got {type(leaf).__name__}")
-        self._name, self._all = name, [leaf for _, leaf in found]
+                raise TypeError(f"{self._named(place)}: expected a tensor, got {type(leaf).__name__}")
         self._places = [place for place, leaf in enumerate(self._all) if variable(leaf)]
         if not self._places:
             raise ValueError(
-                f"{name}{_pytree.keystr(found[0][0])}: expected a tensor that requires grad, got one that does not, as "
-                "all of them"
+                f"{self._named(0)}: expected a tensor that requires grad, got one that does not, as all of them"
             )
         # What is a tuple already needs no making.
         self._plain = (
             type(tree) is tuple and len(self._places) == len(tree) and all(isinstance(t, Tensor) for t in tree)
         )  # fmt: skip
         self.leaves = Leaves(self._all[place] for place in self._places)
-        self.leaves.names = tuple(name + _pytree.keystr(found[place][0]) for place in self._places)
+        self.leaves.structure = self
+
+    def _named(self, place: int) -> str:
+        return self._name + _pytree.keystr(_pytree.tree_flatten_with_path(self._tree)[0][place][0])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the variables."""
+        return tuple(map(self._named, self._places))
 
     def filled(self, tensors: Tensors) -> Tree:
         """The tree with other tensors in place of the variables."""
