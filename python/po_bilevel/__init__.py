@@ -25,6 +25,7 @@ from .hypergradients import (
     NormalCG,
     Nystrom,
     Penalty,
+    QuasiNewton,
     Recompute,
     RootProblem,
     SampledObjective,
@@ -80,10 +81,10 @@ __all__ = [
     "MLPCategorical", "MLPFullGaussian", "MLPGaussian", "MLPReward", "MahalanobisReward", "MatrixReward", "Minibatches",
     "MissingDependencyError", "MomentMatching", "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG",
     "Nystrom", "OneHotMahalanobisReward", "OuterStep", "Penalty", "Policy", "PolicyGradient", "PositivePrecision",
-    "Recompute", "Reward", "RootProblem", "SampledObjective", "SampledReward", "SingleLoop", "TableReward",
-    "TabularReward", "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases", "completion_credit",
-    "iterated_precision", "marginal_covariance", "one_hot_table", "optimal_precision", "residual_covariance", "solve",
-    "train", "train_ensemble", "train_nll", "train_policy_gradient",
+    "QuasiNewton", "Recompute", "Reward", "RootProblem", "SampledObjective", "SampledReward", "SingleLoop",
+    "TableReward", "TabularReward", "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases",
+    "completion_credit", "iterated_precision", "marginal_covariance", "one_hot_table", "optimal_precision",
+    "residual_covariance", "solve", "train", "train_ensemble", "train_nll", "train_policy_gradient",
 ]  # fmt: skip
 
 

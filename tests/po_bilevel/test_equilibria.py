@@ -183,6 +183,19 @@ def test_a_minimum_that_is_not_quadratic_is_differentiable_twice():
     assert gradgradcheck(found, (penalty,))
 
 
+def test_a_damped_solve_has_the_derivative_of_the_damped_system():
+    """To second order: the first derivative is −B (H + δI)⁻¹ b, and its own derivative is of that, with no warning."""
+    p = torch.tensor([1.5, 0.7], dtype=torch.float64, requires_grad=True)
+    method = ImplicitCG(0.4, tolerance=1e-13)
+    t = solve(lambda t, p: (0.5 * p * t.square() - t).sum(), (1.0 / p).detach(), p, method=method)
+    (first,) = torch.autograd.grad(t.sum(), p, create_graph=True)
+    torch.testing.assert_close(first, -(1.0 / p) / (p + 0.4))
+    # θ* moves by the damped system there, too.
+    (second,) = torch.autograd.grad(first.sum(), p)
+    theta, by_p = 1.0 / p.detach(), -(1.0 / p.detach()) / (p.detach() + 0.4)
+    torch.testing.assert_close(second, -by_p / (p.detach() + 0.4) + theta / (p.detach() + 0.4) ** 2)
+
+
 def test_a_root_that_is_no_contraction():
     problem = RootProblem(lambda theta, phi: (theta[0].square() - phi[0], theta[1] ** 3 - phi[1] * theta[0]))
     phi = tuple(double(2, seed=seed).exp().requires_grad_() for seed in (35, 36))

@@ -10,6 +10,7 @@ import torch
 from po_bilevel import (
     Dense,
     FixedPointProblem,
+    Identity,
     ImplicitCG,
     Jacobi,
     LinearSolver,
@@ -17,6 +18,7 @@ from po_bilevel import (
     Neumann,
     NonFiniteError,
     Nystrom,
+    QuasiNewton,
     solve,
 )
 from problems import EXACT, SOLVERS, Quadratic, bilevel, double, every_method, graphs_held, name, positive
@@ -119,6 +121,41 @@ def test_derivatives_of_a_solution_through_a_preconditioned_solve(preconditioner
     (first,) = torch.autograd.grad(found(phi).sum(), phi, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), phi)
     torch.testing.assert_close((first, second), (-(phi**-2), 2.0 * phi.detach() ** -3))
+
+
+def test_the_inverse_that_the_inner_optimiser_has_made():
+    (inner, outer, theta, _), _ = quadratic(positive(10, seed=6))
+    phi = double(10, seed=56).requires_grad_()
+    optimizer = torch.optim.LBFGS([theta], max_iter=100, tolerance_grad=1e-12, tolerance_change=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = inner(theta, phi.detach())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    # What the optimiser itself makes of its last gradient.
+    state = optimizer.state[theta]
+    last = state["prev_flat_grad"]
+    own = Identity(inverse=QuasiNewton(optimizer))(inner, lambda t, p: t @ last, theta, phi)
+    torch.testing.assert_close(own.gradient, -state["d"], rtol=1e-9, atol=1e-15)
+    result = Identity(inverse=QuasiNewton(optimizer))(inner, outer, theta, phi)
+    assert result.num_products == 1
+    assert result.residual_norm < Identity()(inner, outer, theta, phi).residual_norm
+    # As the inverse that conjugate gradients refine.
+    refined = ImplicitCG(tolerance=1e-10, preconditioner=QuasiNewton(optimizer))(inner, outer, theta, phi)
+    torch.testing.assert_close(refined.gradient, torch.linalg.solve(positive(10, seed=6), double(10, seed=50)))
+    with pytest.raises(ValueError, match="QuasiNewton: optimizer: expected an LBFGS that has taken steps on 10"):
+        Identity(inverse=QuasiNewton(torch.optim.LBFGS([theta])))(inner, outer, theta, phi)
+
+
+def test_the_inverse_of_a_sketch():
+    """Hataya and Yamada (2023): of full rank it is the damped inverse itself."""
+    problem = Quadratic(positive(10, seed=6))
+    theta = problem.solution()
+    result = Identity(inverse=Nystrom(10), damping=0.3)(problem.inner, problem.outer, theta, problem.phi)
+    torch.testing.assert_close(problem.flat(result.gradient), problem.dense(theta, 0.3), rtol=1e-9, atol=1e-9)
 
 
 SCIPY = [

@@ -14,7 +14,7 @@ from .first_order import BOME, EvolutionStrategies, FiniteDifference, Penalty
 from .implicit import Dense, FixedPoint, Identity, ImplicitCG, LinearSolver, Neumann, NormalCG, SingleLoop
 from .interface import Hypergradient, HypergradientMethod, Loss, Tensors
 from .minibatches import Minibatches
-from .preconditioners import Jacobi, Nystrom
+from .preconditioners import Jacobi, Nystrom, QuasiNewton
 from .sampled import FisherCG, MomentMatching, SampledObjective, completion_credit
 from .solution import solve
 from .unrolled import Recompute, Truncated, Unrolled
@@ -22,6 +22,6 @@ from .unrolled import Recompute, Truncated, Unrolled
 __all__ = [
     "BOME", "Dense", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint", "FixedPointProblem",
     "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG", "Jacobi", "LinearSolver", "Loss", "Minibatches",
-    "MomentMatching", "Neumann", "NormalCG", "Nystrom", "Penalty", "Recompute", "RootProblem", "SampledObjective",
-    "SingleLoop", "Tensors", "Truncated", "Unrolled", "completion_credit", "solve",
+    "MomentMatching", "Neumann", "NormalCG", "Nystrom", "Penalty", "QuasiNewton", "Recompute", "RootProblem",
+    "SampledObjective", "SingleLoop", "Tensors", "Truncated", "Unrolled", "completion_credit", "solve",
 ]  # fmt: skip

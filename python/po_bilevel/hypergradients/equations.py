@@ -22,10 +22,12 @@ class Residual(tuple[Tensor, ...]):
     Attributes:
         equation: which it is of.
         size: the norm of the function's value, (), which tells whether it is the same twice.
+        measured: how far θ is from a solution was measured where it was solved for, and needs no saying.
     """
 
     equation: "RootProblem"
     size: Tensor
+    measured = False
 
 
 @dataclass(frozen=True)

@@ -357,19 +357,28 @@ class _Operator:
 
 @dataclass(frozen=True)
 class Identity(ImplicitMethod):
-    """The Hessian taken as I/scale, v = scale · ∂F/∂θ: T1-T2 (Luketina et al. 2016).
+    """The Hessian taken as I/scale, v = scale · ∂F/∂θ: T1-T2 (Luketina et al. 2016), or as an approximation M.
 
     One backward pass. A descent direction as long as the Hessian is not far from a multiple of the identity, and zero
     where the hypergradient is zero only if it is one. `residual_norm` says how far from it.
 
     Attributes:
         scale: 1/curvature; the inner learning rate in the paper.
+        inverse: M⁻¹ in place of I, such as `Nystrom()` (Hataya and Yamada 2023) or `QuasiNewton(optimizer)`.
+        damping: δ that M has.
     """
 
     scale: float = 1.0
+    inverse: Preconditioner | None = None
+    damping: float = 0.0
+
+    def at(self, point: Point) -> Self:
+        """See `Method.at`."""
+        return self if self.inverse is None else replace(self, inverse=self.inverse.at(point))
 
     def solve(self, problem: ImplicitProblem, start: Start) -> Hypergradient:
-        return problem.result(self.scale * problem.right, tolerance=None)
+        inverse = _same if self.inverse is None else self.inverse.inverse(problem, self.damping)
+        return problem.result(self.scale * inverse(problem.right), tolerance=None)
 
 
 @dataclass(frozen=True)

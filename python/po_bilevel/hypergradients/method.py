@@ -17,7 +17,7 @@ from .trees import Leaves, Point, Structure, Tree
 Start = Tensors | None
 # Options that count something; the others are positive numbers, but for the seed, and a damping may be zero.
 FUNCTIONS = ("initial", "optimizer", "solver")
-UNCHECKED = ("seed", "warm_start", "preconditioner")
+UNCHECKED = ("seed", "warm_start", "preconditioner", "inverse")
 COUNTS = ("steps", "backward_steps", "terms", "max_iterations", "max_size", "pairs")
 
 

@@ -16,7 +16,7 @@ Inverse = Callable[[Tensor], Tensor]
 
 
 class Preconditioner(ABC):
-    """Makes a symmetric positive definite M⁻¹ near (H + δI)⁻¹, but for a factor."""
+    """Makes a symmetric positive definite M⁻¹ near (H + δI)⁻¹."""
 
     @abstractmethod
     def inverse(self, problem: ImplicitProblem, damping: float) -> Inverse:
@@ -71,9 +71,10 @@ class Nystrom(Preconditioner):
             return lambda vector: vector
         root = images @ (vectors[:, kept] / values[kept].sqrt())
         left, singular, _ = torch.linalg.svd(root, full_matrices=False)
-        # One along the last direction, as outside all of them.
-        shrunk = (singular[-1].square() + damping) / (singular.square() + damping) - 1.0
-        return lambda vector: vector + left @ (shrunk * (left.mT @ vector))
+        # Outside all directions as along the last of them.
+        beyond = 1.0 / (singular[-1].square() + damping)
+        more = 1.0 / (singular.square() + damping) - beyond
+        return lambda vector: beyond * vector + left @ (more * (left.mT @ vector))
 
 
 @dataclass(frozen=True)
@@ -132,3 +133,45 @@ class Jacobi(Preconditioner):
         # An entry that came out as nothing is not known to be smaller than rounding of the largest.
         estimate = estimate.clamp_min(torch.finfo(total.dtype).eps ** 0.5 * float(estimate.max()))
         return lambda vector: vector / estimate
+
+
+@dataclass(frozen=True)
+class QuasiNewton(Preconditioner):
+    """The inverse that L-BFGS has made of its steps while it solved the inner problem.
+
+    `Identity(inverse=QuasiNewton(optimizer))` takes it for H⁻¹, for no product at all (SHINE, Ramzi et al. 2022);
+    `ImplicitCG(preconditioner=...)` refines it. It knows H only along the steps that were taken.
+
+    Attributes:
+        optimizer: a `torch.optim.LBFGS` of the tensors of θ, in the order of its tree, that has taken steps.
+    """
+
+    optimizer: torch.optim.LBFGS
+
+    def inverse(self, problem: ImplicitProblem, damping: float) -> Inverse:
+        """See `Preconditioner.inverse`; the damping is none of its.
+
+        Raises:
+            ValueError: an optimiser that has taken no steps, or is of other parameters.
+        """
+        held = self.optimizer.param_groups[0]["params"]
+        state = self.optimizer.state[held[0]]
+        gradients, steps = state.get("old_dirs", ()), state.get("old_stps", ())
+        if not gradients or gradients[0].shape != problem.right.shape:
+            raise ValueError(
+                "QuasiNewton: optimizer: expected an LBFGS that has taken steps on "
+                f"{problem.right.numel()} parameters, got one with {len(gradients)} steps on {sum(p.numel() for p in held)}"
+            )
+
+        def inverse(vector: Tensor) -> Tensor:
+            """The two loops of Nocedal and Wright (2006), algorithm 7.4."""
+            factors = []
+            for y, s in zip(reversed(gradients), reversed(steps), strict=True):
+                factors.append(s @ vector / (y @ s))
+                vector = vector - factors[-1] * y
+            vector = state["H_diag"] * vector
+            for y, s, factor in zip(gradients, steps, reversed(factors), strict=True):
+                vector = vector + s * (factor - y @ vector / (y @ s))
+            return vector
+
+        return inverse

@@ -115,6 +115,7 @@ class ImplicitProblem:
         self._inner_norm = length(flat(gradients, theta))
         if isinstance(gradients, Residual):
             self.equation = gradients.equation
+            self._inner_norm = None if gradients.measured else self._inner_norm
         self._pulled: tuple[Tensor, Tensor] | None = None
 
     def _part(self, loss: Loss) -> tuple[Tensor, Tensor]:

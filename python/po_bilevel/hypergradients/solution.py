@@ -149,6 +149,7 @@ def _adjoint(inner: Loss, size: int, count: int) -> Callable[[Tensors, Tensors],
         _, equations = inner_gradient(inner, theta, given[size : size + count], create_graph=True)
         pulled = _pulled(equations, theta, v)
         found = Residual(p - b for p, b in zip(pulled, given[size + count :], strict=True))
+        found.measured = True
         found.equation = equations.equation if isinstance(equations, Residual) else _HESSIAN
         return found
 
