@@ -333,5 +333,8 @@ def test_methods_that_equations_are_not_for():
     for method in (Penalty(10.0, 2, 0.1), BOME(2, 0.1, 0.1)):
         with pytest.raises(ValueError, match=rf"{name(method)}: inner_loss: expected a loss, got a FixedPointProblem"):
             method(problem, outer, z, phi)
+    start = {"z": torch.zeros(4, dtype=torch.float64)}
+    with pytest.raises(ValueError, match=r"solve: method: expected one that solves .* got SingleLoop"):
+        torch.autograd.grad(solve(problem, start, phi, method=SingleLoop(0.1))["z"].sum(), phi["bias"])
     with pytest.raises(TypeError, match="solve: method: expected one by the implicit function theorem, got Unrolled"):
         solve(problem, z, phi, method=Unrolled(2, 1.0))

@@ -159,8 +159,8 @@ class QuasiNewton(Preconditioner):
         gradients, steps = state.get("old_dirs", ()), state.get("old_stps", ())
         if not gradients or gradients[0].shape != problem.right.shape:
             raise ValueError(
-                "QuasiNewton: optimizer: expected an LBFGS that has taken steps on "
-                f"{problem.right.numel()} parameters, got one with {len(gradients)} steps on {sum(p.numel() for p in held)}"
+                f"QuasiNewton: optimizer: expected an LBFGS that has taken steps on {problem.right.numel()} numbers, "
+                f"got one that has taken {len(gradients)} on {sum(p.numel() for p in held)}"
             )
 
         def inverse(vector: Tensor) -> Tensor:

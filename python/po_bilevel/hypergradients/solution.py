@@ -46,7 +46,7 @@ def solve(
         TypeError: a method that is not by the implicit function theorem.
         ValueError: the map does not contract; a solver returns another shape; a part of φ that the problem does not
             depend on; the problem depends on a tensor that requires grad and is not in φ, whose derivative would be
-            lost; two evaluations at one point differ. In the backward pass: the linear solve is further off than zero.
+            lost; two evaluations at one point differ. In the backward pass: the linear solve is no better than zero.
         NonFiniteError: a solver or the problem returns what is infinite or not a number.
 
     Warns:
@@ -125,8 +125,12 @@ class Solution(torch.autograd.Function):
 
         at, by = (tuple(t.detach().requires_grad_() for t in each) for each in (theta, phi))
         result = ctx.method._at(ctx.inner, outer, at, Leaves(by), None)
-        if result.residual_norm > 1.0:
-            raise ValueError(f"solve: {'; '.join(result.problems)}")
+        if result.residual_norm >= 1.0:
+            raise ValueError(
+                "solve: method: expected one that solves the linear system of the backward pass, got "
+                f"{type(ctx.method).__name__} with a relative residual of {result.residual_norm:.1e}, no better than "
+                f"zero: {'; '.join(result.problems)}"
+            )
         for sentence in result.problems:
             warnings.warn(f"solve: {sentence}", RuntimeWarning, stacklevel=2)
         gradient = result.gradient

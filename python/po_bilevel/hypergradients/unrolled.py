@@ -45,12 +45,12 @@ class _Unrolling(Method):
         steps = _Steps(inner_loss, self.learning_rate, self.optimizer)
         with torch.enable_grad():
             made = self._initial(phi)
-        begins = [steps.take(steps.begin(made or theta, phi), phi, 0, self.steps - sum(lengths))]
-        numbers = [self.steps - sum(lengths)]
-        for each in lengths[:-1]:
-            begins.append(steps.take(begins[-1], phi, numbers[-1], each))
-            numbers.append(numbers[-1] + each)
-        return _backward(steps, outer_loss, made, begins, numbers, lengths, phi)
+        number, reached, pieces = 0, steps.begin(made or theta, phi), []
+        for before, each in zip([self.steps - sum(lengths), *lengths], lengths, strict=False):
+            reached = steps.take(reached, phi, number, before)
+            number += before
+            pieces.append((reached, number, each))
+        return _backward(steps, outer_loss, made, pieces, phi)
 
     def _initial(self, phi: Tensors) -> Tensors:
         """θ_0, if it is a function of φ."""
@@ -202,23 +202,19 @@ def descend(inner_loss: Loss, theta: Tensors, phi: Tensors, steps: int, learning
 
 
 def _backward(
-    steps: _Steps, outer_loss: Loss, made: Tensors, begins: list[Tensors], numbers: list[int], lengths: list[int],
-    phi: Leaves,
+    steps: _Steps, outer_loss: Loss, made: Tensors, pieces: list[tuple[Tensors, int, int]], phi: Leaves
 ) -> Hypergradient:  # fmt: skip
     """The hypergradient through consecutive pieces of a trajectory, of which one at a time has its graph.
 
     Args:
         made: θ_0 with its graph, if it is a function of φ.
-        begins: what is carried at the start of each piece.
-        numbers: of steps before each.
-        lengths: steps of each.
+        pieces: what is carried at the start of each, the number of steps before it, and that of its own.
     """
     adjoint: Tensors = ()
     by_phi: list[Tensor | None] = [None] * len(phi)
     end: Tensors = ()
-
     with torch.enable_grad():
-        for begin, number, count in zip(reversed(begins), reversed(numbers), reversed(lengths), strict=True):
+        for begin, number, count in reversed(pieces):
             leaves = tuple(t.detach().requires_grad_() for t in begin)
             reached = steps.take(leaves, phi, number, count, create_graph=True)
             if not adjoint:
@@ -237,5 +233,6 @@ def _backward(
     inner, left = inner_gradient(steps.inner_loss, end, phi)
     return Hypergradient(
         gradient=all_finite(total), inner_loss=float(inner.detach()), outer_loss=float(outer.detach()),
-        num_products=sum(lengths), theta=tuple(t.detach() for t in end), inner_gradient_norm=length(flat(left, end)),
+        num_products=sum(count for _, _, count in pieces), theta=tuple(t.detach() for t in end),
+        inner_gradient_norm=length(flat(left, end)),
     )  # fmt: skip
