@@ -265,6 +265,18 @@ def test_maps_that_do_not_contract():
     assert "FixedPointProblem: function: expected a map that contracts" in reported.problems[0]
 
 
+def test_single_precision_is_solved_to_its_rounding():
+    problem, _, phi = network()
+    single = {key: p.detach().float().requires_grad_() for key, p in phi.items()}
+    start = {"z": torch.zeros(4)}
+    for tolerance in (1e-4, 1e-6, 1e-12):
+        z = solve(problem, start, single, tolerance=tolerance)
+        gradient = torch.autograd.grad(outer(z, single), tuple(single.values()))
+        for got, want in zip(gradient, closed_form(at_equilibrium()[1], phi).values(), strict=True):
+            # The system's condition number is below (1 + 0.6)/(1 - 0.6).
+            torch.testing.assert_close(got.double(), want, rtol=1e-5 + 10 * tolerance, atol=1e-5 + 10 * tolerance)
+
+
 def test_solvers_that_return_something_else():
     problem, start, phi = network()
     with pytest.raises(ValueError, match=r"solve: solver: expected shapes \[\(4,\)\] like theta, got \[\(3,\)\]"):

@@ -229,7 +229,8 @@ class ImplicitProblem:
         residual_norm = length(residual) / self.scale if self.scale > 0 else 0.0
         if not math.isfinite(residual_norm):
             raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
-        solved = tolerance is None or residual_norm <= max(tolerance, self._rounding(solution))
+        # A recurrence that has reached the tolerance knows nothing of the rounding of what is measured.
+        solved = tolerance is None or residual_norm <= tolerance + self._rounding(solution)
         found = list(problems)
         if not solved and not found:
             found.append(

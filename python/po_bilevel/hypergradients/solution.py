@@ -192,6 +192,8 @@ def _iterated(
 ) -> Tensors:
     """The fixed point of a map by iterating it."""
     norms: list[float] = []
+    # Below a few roundings there is nothing to be had.
+    tolerance = max(tolerance, 4.0 * torch.finfo(theta[0].dtype).eps)
     with torch.no_grad():
         for _ in range(most):
             try:
