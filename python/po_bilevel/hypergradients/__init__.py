@@ -4,9 +4,10 @@
 
 A method is called with the two losses as functions of (θ, φ), any pytrees of tensors, and returns a `Hypergradient`:
 the gradient, and what there is to know about how it was come by. `solve` gives θ*(φ) as an operation of autograd. The
-losses have to be deterministic functions: a method that evaluates them more than once must see the same batch and the same
-random numbers each time. Fix the batch outside, and the seed of what draws from generators of its own (the sampled
-losses of `po_kernels` take one); torch's default generators, which dropout draws from, are put back at each evaluation.
+losses have to be deterministic functions: a method that evaluates them more than once must see the same batch and the
+same random numbers each time. Fix the batch outside, and the seed of what draws from generators of its own (the
+sampled losses of `po_kernels` take one); torch's default generators, which dropout draws from, are put back at each
+evaluation.
 docs/hypergradients.md compares the methods.
 """
 
