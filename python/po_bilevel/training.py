@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from .errors import NonFiniteError
 from .fused import Steps
 from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
+from .optimizers import Together
 from .policies import Policy
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
@@ -319,7 +320,7 @@ def check_norm(name: str, value: float | None) -> None:
         raise ValueError(f"{name}: expected a positive number or None, got {value}")
 
 
-def trained(optimizer: Optimizer) -> list[Tensor]:
+def trained(optimizer: Optimizer | Together) -> list[Tensor]:
     """What of an optimiser's parameters requires grad."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
