@@ -26,7 +26,7 @@ def _scaled(logits, row, inverse_temperature, softcap, z):
 
 @kernel
 def _token_kernel(chunks, logits, token_ids, inverse_temperature, softcap, cotangent, out, to_logits):
-    """cotangent and out (3, N)."""
+    """cotangent and out (5, N), of which it has no use for the last two."""
     classes, refused = logits.shape[1], False
     d, e = np.empty(classes), np.empty(classes)
     for row in range(chunks.first, chunks.last):
@@ -45,6 +45,7 @@ def _token_kernel(chunks, logits, token_ids, inverse_temperature, softcap, cotan
             d[v] = d[v] - top if e[v] != 0.0 else 0.0
         mass, product = total(e), dot(e, d)
         log_mass = math.log(mass)
+        out[3:, row] = 0.0
         out[0, row] = taken - top - log_mass
         out[1, row] = log_mass - product / mass
         out[2, row] = log_mass + top
