@@ -14,7 +14,8 @@ import torch
 import po_kernels
 from tests import derivative_table
 
-DOCS = Path(__file__).parent.parent / "docs"
+README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
 
 
 def test_the_derivative_table_is_what_the_operations_do():
@@ -43,3 +44,17 @@ def test_the_example_of_rewards_of_text(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "language.md").read_text(), re.DOTALL)
     exec(block, {})
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_readme_learns_a_reward_to_its_closed_form(capsys):
+    """Without a warning, which would be an error here."""
+    (block,) = (
+        code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "BilevelTrainer" in code
+    )
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    learned, closed = ([float(x) for x in re.findall(r"\d\.\d+", line)] for line in lines)
+    # As far as a hundred steps of Adam at a rate of 0.1 come to rest.
+    assert learned == pytest.approx(closed, rel=0.02)
+    for values in (learned, closed):
+        assert ", ".join(f"{value:.2f}" for value in values) in block

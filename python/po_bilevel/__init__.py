@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .callbacks import TensorBoard, WeightsAndBiases
-from .errors import MissingDependencyError, NonFiniteError, UsageError
+from .errors import HypergradientWarning, MissingDependencyError, NonFiniteError, UsageError
 from .heuristics import iterated_precision, marginal_covariance, optimal_precision, residual_covariance
 from .hypergradients import (
     BOME,
@@ -68,7 +68,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BOME", "Batch", "BatchStream", "BilevelTrainer", "CategoricalPolicy", "ConditionalMLPReward", "CosineReward",
     "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint",
-    "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientMethod", "Identity", "ImplicitCG",
+    "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientMethod",
+    "HypergradientWarning", "Identity", "ImplicitCG",
     "LinearCategorical", "LinearFullGaussian", "LinearGaussian", "MLPCategorical", "MLPFullGaussian", "MLPGaussian",
     "MLPReward", "MahalanobisReward", "MatrixReward", "MissingDependencyError", "MomentMatching",
     "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG", "OneHotMahalanobisReward", "OuterStep",

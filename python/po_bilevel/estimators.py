@@ -259,6 +259,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             # Half a nat, in all, is what one number learned from the rows gains by chance.
             if len(losses) > 1 and losses[-2] - losses[-1] < 0.5 / total:
                 break
+        else:
+            self._warn_of_reward(f"its last step still gained more than {0.5 / total:.1e} nats a row")
         if self.outer_steps > 0:
             self.outer_losses_ = losses
         _, (self.belief_share_, self.likelihood_share_) = self._scores_and_shares(phi, policy, rows, inside)
@@ -422,6 +424,8 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             # in all, if the reward was as far from its best as one number learned from these rows is anyway.
             if losses[-1] < 0.5 * outputs * (math.log(2.0 * math.pi) + 1.0) + _log_volume(policy) + 0.5 / total:
                 break
+        else:
+            self._warn_of_reward(f"its last step still gained more than {0.5 / total:.1e} nats a row")
         if self.outer_steps > 0:
             self.outer_losses_ = [loss - _log_volume(policy) for loss in losses]
         return phi

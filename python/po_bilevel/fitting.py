@@ -274,10 +274,14 @@ class BilevelEstimator(BaseEstimator, ABC):
                 prior=1.0 / (PRIOR**2 * total),
             )  # fmt: skip
         if left > OUTER_SOLVED:
+            self._warn_of_reward(f"its slope is {left:.1e} nats a row, tolerance {OUTER_SOLVED:.0e}")
+
+    def _warn_of_reward(self, how: str) -> None:
+        """Nobody asked for an optimum with outer_steps=0."""
+        if self.outer_steps > 0:
             warnings.warn(
                 f"{type(self).__name__}: the reward is not where the cross-validated likelihood is greatest after "
-                f"outer_steps={self.outer_steps}: its slope is {left:.1e} nats a row, tolerance {OUTER_SOLVED:.0e}; "
-                "raise outer_steps",
+                f"outer_steps={self.outer_steps}: {how}; raise outer_steps",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )

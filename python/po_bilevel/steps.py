@@ -1,5 +1,6 @@
 """What a trainer tells of its steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,3 +56,10 @@ class OuterStep:
             negative_curvature=result.negative_curvature, problems=result.problems,
             inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, **more,
         )  # fmt: skip
+
+
+def imperfect(history: Sequence[OuterStep]) -> str:
+    """How many hypergradients of these steps had not converged or met negative curvature, and why; empty if none."""
+    flawed = [step for step in history if step.problems and (step.negative_curvature or not step.converged)]
+    many = f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient"
+    return f"{many}; the last, step {flawed[-1].step}: {flawed[-1].problems[0]}" if flawed else ""

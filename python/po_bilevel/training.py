@@ -130,7 +130,7 @@ def train(
     parameters = trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
-    value, least, since = float("nan"), float("inf"), 0
+    value, waiting = float("nan"), Patience(patience, min_delta)
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
@@ -178,11 +178,8 @@ def train(
             check_finite(f"the gradient's norm at step {step}", float(norm))
             if norm <= tolerance:
                 return value, step + 1
-        if patience is not None:
-            since = 0 if value < least - min_delta else since + 1
-            least = min(least, value)
-            if since >= patience:
-                return value, step + 1
+        if waiting.over(value):
+            return value, step + 1
     _check_parameters(parameters)
     return value, steps
 
@@ -307,6 +304,20 @@ def check_loop(
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     check_norm("max_grad_norm", max_grad_norm)
+
+
+class Patience:
+    """Counts steps in a row whose loss did not fall, by more than min_delta, below the least before."""
+
+    def __init__(self, patience: int | None, min_delta: float) -> None:
+        self._patience, self._min_delta = patience, min_delta
+        self._least, self._since = math.inf, 0
+
+    def over(self, loss: float) -> bool:
+        """Whether the patience is at its end after a step of this loss."""
+        self._since = 0 if loss < self._least - self._min_delta else self._since + 1
+        self._least = min(self._least, loss)
+        return self._patience is not None and self._since >= self._patience
 
 
 def check_count(name: str, value: int, least: int) -> None:

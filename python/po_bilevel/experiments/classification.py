@@ -39,7 +39,7 @@ from ..steps import OuterStep
 from ..trainer import BilevelTrainer
 from ..training import train_nll, train_policy_gradient
 from . import data, metrics, plots, runs
-from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 
 Method = Literal[
     "nll", "nll_cv", "nll_early", "pg_identity", "pg_identity_cv", "pg_identity_early", "pg_heuristic",
@@ -365,7 +365,7 @@ class _Run:
             inner_tolerance=self.tolerance, keep_inner_state=self.optimizer == "adam", batch_size=config.batch_size,
             seed=self.seed, progress=config.progress, description=f"{self.name}, seed {self.seed}: reward",
         )  # fmt: skip
-        self._record_path(trainer.fit(config.outer_steps))
+        self._record_path(learn(trainer, config.outer_steps))
         return reward
 
     def _record_path(self, history: list[OuterStep]) -> None:

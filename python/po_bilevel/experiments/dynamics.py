@@ -30,7 +30,7 @@ from ..rewards import MahalanobisReward, PrecisionKind, as_matrix, diagonal
 from ..trainer import BilevelTrainer
 from ..training import BatchStream, InnerLoss, train, train_policy_gradient
 from . import planner, runs, transitions
-from .runs import Clock, Experiment, Once, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .runs import Clock, Experiment, Once, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 from .transitions import Behaviour, Transitions
 
 Method = Literal[
@@ -264,7 +264,7 @@ class _Problem:
             inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)), inner_tolerance=SOLVED,
             keep_inner_state=False, hypergradient=ImplicitCG(0.0, 1e-3, 50), seed=self.seed, progress=False,
         )  # fmt: skip
-        history = trainer.fit(config.outer_steps)
+        history = learn(trainer, config.outer_steps)
         where = f"{self.data.name}, seed {self.seed}, pg_learned_{kind}"
         outcome.warnings.extend(imperfect(where, history))
         if history[-1].gradient_norm > LEARNED:

@@ -6,6 +6,7 @@ import itertools
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -13,8 +14,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..errors import NonFiniteError, UsageError
+from .. import steps
+from ..errors import HypergradientWarning, NonFiniteError, UsageError
 from ..files import alone
+from ..resumable import Resumable, Step
 from ..steps import OuterStep
 from . import plots, results
 from .results import Row
@@ -270,8 +273,14 @@ def named(*parts: object) -> Iterator[None]:
         raise NonFiniteError(f"{', '.join(map(str, parts))}: {error}") from error
 
 
+def learn(trainer: Resumable[Step], outer_steps: int) -> list[Step]:
+    """`fit`, whose warning of imperfect hypergradients an experiment gives by `imperfect`, beside the run's name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HypergradientWarning)
+        return trainer.fit(outer_steps)
+
+
 def imperfect(where: str, history: Sequence[OuterStep]) -> list[str]:
     """A warning if there were problems with hypergradients of these outer steps, or none; where says of what run."""
-    flawed = [step for step in history if step.problems]
-    many = f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient"
-    return [f"{where}: {many}; the last: {flawed[-1].problems[0]}"] if flawed else []
+    found = steps.imperfect(history)
+    return [f"{where}: {found}"] if found else []

@@ -27,7 +27,7 @@ from ..language.rollouts import grouped, rollout
 from ..rewards import diagonal
 from . import corpus, enumerable, plots, runs
 from .corpus import Corpus
-from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 
 Method = Literal[
     "base", "sft", "pg_identity", "pg_identity_standardized", "pg_trace_standardized", "pg_trace", "pg_diagonal",
@@ -227,7 +227,7 @@ class Task:
                 )
             elif method != "base":
                 reward, trainer = self._policy_gradient(policy, method)
-                history = trainer.fit(self.config.outer_steps)
+                history = learn(trainer, self.config.outer_steps)
                 path = [diagonal(step.reward).tolist() for step in history if step.reward is not None]
                 losses = {key: [getattr(s, key) for s in history] for key in ("outer_loss", "reward_mean", "kl")}
                 outcome.curves["steps"].append({"method": method, "seed": self.seed, "u": path, **losses})

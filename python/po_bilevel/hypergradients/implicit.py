@@ -43,6 +43,7 @@ class ImplicitCG(ImplicitMethod):
         problems: list[str] = []
         direction = residual.clone()
         squared = float(residual @ residual)
+        best = _Best(solution, squared**0.5)
         for _ in range(self.max_iterations):
             if squared**0.5 <= goal:
                 break
@@ -59,10 +60,12 @@ class ImplicitCG(ImplicitMethod):
             solution.add_(direction, alpha=step)
             residual.sub_(image, alpha=step).sub_(direction, alpha=step * self.damping)
             previous, squared = squared, float(residual @ residual)
+            best.offer(solution, squared**0.5)
             direction.mul_(squared / previous).add_(residual)
         else:
             if squared**0.5 > goal:
                 problems.append(_ran_out(squared**0.5 / problem.scale, self.max_iterations, self.tolerance))
+        solution = best.instead_of(solution, squared**0.5, problem.scale)
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
 
@@ -293,6 +296,22 @@ def _begin(problem: ImplicitProblem, start: Tensor | None, damping: float) -> tu
     return torch.zeros_like(problem.right), problem.right.clone()
 
 
+class _Best:
+    """The iterate with the least residual: what a solve gives where its last has a longer one than zero has."""
+
+    def __init__(self, solution: Tensor, residual: float) -> None:
+        self._solution, self._residual = solution.clone(), residual
+
+    def offer(self, solution: Tensor, residual: float) -> None:
+        if residual < self._residual:
+            self._solution.copy_(solution)
+            self._residual = residual
+
+    def instead_of(self, solution: Tensor, residual: float, zero: float) -> Tensor:
+        """The solution to give; `zero` is the residual of zero."""
+        return self._solution if residual > zero else solution
+
+
 def _richardson(
     problem: ImplicitProblem, start: Tensor | None, damping: float, learning_rate: float | None, tolerance: float,
     iterations: int,
@@ -301,6 +320,7 @@ def _richardson(
     solution, residual = _begin(problem, start, damping)
     step = _step(problem, damping) if learning_rate is None else learning_rate
     first = norm = float(residual.norm())
+    best = _Best(solution, norm)
     # Below rounding there is nothing to be had, and squares of what is left would underflow.
     goal = max(tolerance, torch.finfo(residual.dtype).eps) * problem.scale
     for remaining in reversed(range(iterations)):
@@ -313,14 +333,15 @@ def _richardson(
         curvature = problem.curvature.observe(residual, image)
         residual = residual - step * (image + damping * residual)
         norm = float(residual.norm())
+        best.offer(solution, norm)
         # Eigenvalues inside (0, 2/α) make the residual fall at every step.
         if not norm <= 10.0 * first:
-            return solution, [
+            return best.instead_of(solution, norm, problem.scale), [
                 f"the series diverges: learning_rate {step:.3g} with curvature {curvature:.3g}; it converges for "
                 "learning_rate · curvature between 0 and 2, so lower the learning rate, or raise the damping if the "
                 "curvature is negative"
             ]
-    return solution, []
+    return best.instead_of(solution, norm, problem.scale), []
 
 
 def _step(problem: ImplicitProblem, damping: float) -> float:

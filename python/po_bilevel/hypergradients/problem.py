@@ -165,6 +165,10 @@ class ImplicitProblem:
         self.curvature.observe(solution, image)
         residual = self.right - image - self._damping * solution
         residual_norm = length(residual) / self.scale if self.scale > 0 else 0.0
+        if tolerance is not None and 1.0 < residual_norm < math.inf:
+            # No answer to the system is a better one, as after one step of a series that diverges.
+            more = f"the solve ended at a relative residual of {residual_norm:.1e}, and zero took its place"
+            return self.result(torch.zeros_like(solution), tolerance=tolerance, problems=(*problems, more))
         if not math.isfinite(residual_norm):
             raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
         solved = tolerance is None or residual_norm <= max(tolerance, self._rounding(solution))
