@@ -82,7 +82,8 @@ def test_a_reward_that_is_not_the_best_is_named(iris):
     assert len(model.outer_losses_) < 30
     # 30 steps of Adam ended at 0.080, still falling.
     assert min(model.outer_losses_) < 0.065
-    for family, rows in ((BilevelClassifier, iris), (BilevelRegressor, make_regression(80, 4, noise=5.0, random_state=0))):
+    numbers = make_regression(80, 4, noise=5.0, random_state=0)
+    for family, rows in ((BilevelClassifier, iris), (BilevelRegressor, numbers)):
         network = family(hidden_layer_sizes=(4,), folds=3, outer_steps=1, random_state=0)
         with pytest.warns(ConvergenceWarning, match=r"after outer_steps=1: its last step still gained more") as said:
             network.fit(*rows)
