@@ -4,8 +4,6 @@ They sample, and compute log-probabilities, rewards, advantages, entropy, the lo
 pass. See `status()` for the backends that this installation can use.
 """
 
-from importlib.metadata import version as _version
-
 from .dispatch import use_backend
 from .ops import advantage as _advantage
 from .ops import categorical as _categorical
@@ -29,8 +27,7 @@ from .ops.policy import *
 from .ops.presets import *
 from .ops.token import *
 from .report import status
-
-__version__ = _version("po-kernels")
+from .version import __version__ as __version__
 
 __all__ = ["LossStats", "status", "use_backend"]
 __all__ += _advantage.__all__

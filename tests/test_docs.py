@@ -35,7 +35,8 @@ def test_examples_in_docstrings(name):
     torch.manual_seed(0)
     module = importlib.import_module(name)
     # Public names and those of the module itself are there, as for whoever reads them.
-    names = vars(po_kernels) | vars(po_bilevel) | vars(module) | {"torch": torch, "pk": po_kernels}
+    public = {each: getattr(po_bilevel, each) for each in po_bilevel.__all__}
+    names = vars(po_kernels) | public | vars(module) | {"torch": torch, "pk": po_kernels}
     failed, _ = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
 

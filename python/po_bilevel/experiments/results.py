@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+import po_kernels
+
 from ..errors import UsageError
 from ..files import atomic
 from ..optional import require
@@ -104,8 +106,8 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that a result depends on, None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("po-kernels", "torch", "numpy", "scikit-learn", "pandas", "gymnasium", "mujoco", "minari", "ray"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "po-kernels": po_kernels.__version__}
+    for package in ("torch", "numpy", "scikit-learn", "pandas", "gymnasium", "mujoco", "minari", "ray"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
