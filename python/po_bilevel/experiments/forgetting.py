@@ -28,7 +28,7 @@ from ..rewards import MahalanobisReward, OneHotMahalanobisReward
 from ..trainer import BilevelTrainer
 from ..training import train_nll, train_policy_gradient
 from . import data, runs
-from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
+from .runs import SKLEARN, Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 
 Name = Literal["digits", "regression"]
 Method = Literal["nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay"]
@@ -251,6 +251,6 @@ def _regression(seed: int) -> tuple[Task, Task]:
 
 
 EXPERIMENT = Experiment(
-    "forgetting", ForgettingConfig, check, run,
+    "forgetting", ForgettingConfig, check, run, needs=lambda config: SKLEARN if "digits" in config.tasks else (),
     reproduced={"forgetting": ({}, {"seeds": 1, "steps": 20, "outer_steps": 2, "inner_steps": 5})},
 )  # fmt: skip

@@ -53,14 +53,26 @@ class Options:
     """Draw the figure."""
     progress: bool = True
     """Show progress bars on a terminal."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+    overwrite: bool = False
+    """Replace what another run has left in --out."""
+    config: Path | None = None
+    """JSON file of options, which those of the command line go before: results.json of a run, which is repeated so, or
+    {"options": {...}}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptionsInParts(Options):
-    """The options of an experiment whose seeds can be run apart: a sweep makes a run of each."""
+    """The options of an experiment whose seeds can be run apart: a sweep makes a run of each.
+
+    Lists in the curves of an outcome are over seeds: those of the parts are put end to end.
+    """
 
     first_seed: int = 0
     """The number of the first, where they are run in parts."""
+    jobs: int = 1
+    """Seeds at a time, each in a process."""
 
 
 def _figure(config: Any, outcome: Outcome) -> Any:
@@ -80,6 +92,7 @@ class Experiment:
         figure: the figure of (config, outcome), see `plots`; means and intervals of all metrics as it stands.
         summary: what is printed of (config, outcome) under the table.
         baselines: methods whose differences to the others on the same seed are printed and kept, where they were run.
+        needs: the optional modules that a run of (config) imports, each with its extra.
         reproduced: its runs in `po-bilevel reproduce`: by folder, options, and what the quick version changes.
     """
 
@@ -91,6 +104,7 @@ class Experiment:
     figure: Callable[[Any, Outcome], Any] = _figure
     summary: Callable[[Any, Outcome], str] = lambda config, outcome: ""
     baselines: tuple[str, ...] = ("nll", "nll_cv")
+    needs: Callable[[Any], Sequence[tuple[str, str]]] = lambda config: ()
     reproduced: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def title_of(self, config: Options) -> str:
@@ -100,6 +114,8 @@ class Experiment:
 
 Names = tuple[str, ...]
 MOST = 2**31 - 1
+PROGRAM = "po-bilevel"
+SKLEARN = (("sklearn", "sklearn"),)
 
 
 def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free: Names = ()) -> None:
@@ -249,9 +265,14 @@ class Once(Generic[T]):
         return self._found[0]
 
 
+def progress_bar(config: Options, total: int, label: str) -> tqdm:
+    """A bar, if one is asked for and standard error is a terminal."""
+    return tqdm(total=total, desc=label, disable=None if config.progress else True, leave=False)
+
+
 def shown(config: Options, cases: Sequence[T], label: str = "runs") -> Iterator[T]:
-    """The cases behind a progress bar, if one is asked for and standard error is a terminal."""
-    with tqdm(total=len(cases), desc=label, disable=None if config.progress else True, leave=False) as bar:
+    """The cases behind a `progress_bar`."""
+    with progress_bar(config, len(cases), label) as bar:
         for case in cases:
             bar.set_postfix_str(", ".join(map(str, case)) if isinstance(case, tuple) else str(case))
             yield case

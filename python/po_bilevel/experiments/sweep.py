@@ -17,15 +17,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 import sys
-import threading
-import time
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -36,9 +30,11 @@ from ..errors import UsageError
 from ..files import atomic
 from ..optional import require
 from . import results
+from .parts import ASIDE
 from .registry import EXPERIMENTS
 from .results import Row
 from .runs import MOST, OptionsInParts, Outcome, check_options, folder
+from .workers import in_processes
 
 # A run, its rows, and what went wrong or None.
 Ended = tuple["Run", list[Row], str | None]
@@ -62,6 +58,8 @@ class SweepConfig:
     """GPUs of a run, also a fraction; with Ray."""
     progress: bool = True
     """Show a progress bar on a terminal."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +117,7 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
     """The runs of a sweep's file, each checked."""
     experiment = EXPERIMENTS[content["experiment"]]
     names = {field.name for field in dataclasses.fields(experiment.config)}
-    own = {"seeds", "first_seed", "out", "plot", "progress"}
+    own = {"seeds", "first_seed", *ASIDE}
     for option in (*content["options"], *content["grid"]):
         if option not in names - own:
             raise UsageError(f"config: expected options of {content['experiment']}, got {option!r}")
@@ -146,6 +144,9 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
 def configured(kind: type[Any], options: dict[str, Any]) -> Any:
     """The dataclass with options from JSON: lists are tuples, and what is no list is one of one; texts are paths."""
     hints = get_type_hints(kind)
+    for name in options:
+        if name not in hints:
+            raise UsageError(f"config: expected options of {kind.__name__}, which has no {name!r}")
     return kind(**{name: _typed(hints[name], value, name) for name, value in options.items()})
 
 
@@ -240,46 +241,8 @@ def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
 
 
 def _in_processes(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
-    """Runs in processes of this machine.
-
-    One that is killed takes its pool along, and all that ran in it. Whose fault it was shows when each of these has a
-    pool to itself.
-    """
-    waiting, suspects = list(reversed(runs)), list[Run]()
-    while waiting or suspects:
-        count = (config.workers or os.cpu_count() or 1) if waiting else 1
-        left = waiting or [suspects.pop()]
-        # A fork of a process that has run torch's threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, context, _end_with_parent, (os.getpid(),)) as pool:
-            tasks: dict[Future[list[Row]], Run] = {}
-            try:
-                while left or tasks:
-                    while left and len(tasks) < count:
-                        tasks[pool.submit(execute, left[-1])] = left[-1]
-                        left.pop()
-                    for done in wait(tasks, return_when=FIRST_COMPLETED).done:
-                        run, error = tasks.pop(done), done.exception()
-                        if isinstance(error, BrokenProcessPool) and count > 1:
-                            suspects.append(run)
-                        else:
-                            yield run, [] if error else done.result(), repr(error) if error else None
-            except BrokenProcessPool:
-                suspects.extend(tasks.values())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _end_with_parent(parent: int) -> None:
-    """In a worker: ends it when the process that started it has gone, as a killed one cannot say goodbye."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    for run, rows, error in in_processes(execute, runs, config.workers):
+        yield run, rows or [], repr(error) if error else None
 
 
 def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
