@@ -21,7 +21,7 @@ OTHERS = {
     "sweep": "experiments/sweep", "report": "experiments/report", "reproduce": "experiments/reproduce",
     "doctor": "doctor",
 }  # fmt: skip
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             return _fail(2, f"expected a command, got {command or 'none'}\n\n{usage()}")
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 2
+        return error.code if isinstance(error.code, int) else 2 * (error.code is not None)
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except NonFiniteError as error:

@@ -2,13 +2,13 @@
 
 import importlib
 from collections import UserDict
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from .runs import Experiment
 
 
-class Experiments(UserDict[str, "str | Experiment"]):
+class Experiments(UserDict[str, Any]):
     """Each by its name: an `Experiment`, or the module whose EXPERIMENT it is, imported when it is asked for."""
 
     def __getitem__(self, name: str) -> "Experiment":

@@ -26,7 +26,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
 from tqdm import tqdm
 
-from ..errors import UsageError
+from ..errors import MissingDependencyError, NonFiniteError, UsageError
 from ..files import atomic
 from ..optional import require
 from . import results
@@ -69,6 +69,7 @@ class Run:
     Attributes:
         id: of its options, the same in every sweep.
         options: all that are not defaults, as they stand in the sweep's file.
+        point: the grid's options and the seed, for people.
         label: what of the grid tells it from others besides the data set, and the methods if no two lists of them have
             one in common.
         config: the experiment's, of these options.
@@ -77,6 +78,7 @@ class Run:
 
     id: str
     options: dict[str, Any]
+    point: str
     label: str
     config: Any
     start: Callable[[Any], Outcome]
@@ -136,7 +138,9 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
             key = json.dumps([content["experiment"], options], sort_keys=True)
             config = configured(experiment.config, options | {"plot": False, "progress": False})
             experiment.check(config)
-            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], options, label, config, experiment.run)
+            which = chosen | ({"seed": seed["first_seed"]} if apart else {})
+            where = ", ".join(f"{name}={_text(value)}" for name, value in which.items()) or content["experiment"]
+            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], options, where, label, config, experiment.run)
             found[run.id] = run
     return list(found.values())
 
@@ -207,7 +211,7 @@ def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:
             if error is None:
                 results.write_run(paths[run.id], rows)
             else:
-                failures.append(f"{run.options}: {error}")
+                failures.append(f"{run.point}: {error}")
             bar.update()
     if not failures:
         parts = [results.read_run(path) for path in paths.values()]
@@ -242,7 +246,8 @@ def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
 
 def _in_processes(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
     for run, rows, error in in_processes(execute, runs, config.workers):
-        yield run, rows or [], repr(error) if error else None
+        told = isinstance(error, (UsageError, MissingDependencyError, NonFiniteError))
+        yield run, rows or [], (str(error) if told else repr(error)) if error else None
 
 
 def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
