@@ -153,6 +153,12 @@ def test_a_configuration_file_by_hand(tmp_path):
     assert (read(tmp_path)["config"]["seeds"], read(tmp_path)["config"]["bias"]) == (3, 0.75)
 
 
+def test_without_out_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["toss", "--no-plot"]) == 0
+    assert json.loads(Path("results/toss/results.json").read_text())["config"]["out"] == "results/toss"
+
+
 def test_quiet(tmp_path, capsys):
     assert start(tmp_path, "--quiet", "--seeds", "1") == 0
     printed = capsys.readouterr()

@@ -1,6 +1,7 @@
 """What the commands do, once their options are known."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -69,6 +70,7 @@ def start(command: str, config: Any) -> int:
 
 def run_experiment(experiment: Experiment, config: Options) -> None:
     """Runs an experiment: writes curves.json, its figure and results.json, and prints its table."""
+    config = dataclasses.replace(config, out=Path(str(config.out).replace("{title}", experiment.title_of(config))))
     experiment.check(config)
     # Better said now than after the run.
     require_all([*experiment.needs(config), *((("matplotlib", "plots"),) if config.plot else ())])

@@ -45,8 +45,8 @@ class Options:
 
     seeds: int = 10
     """How many random data sets, splits and initial weights, numbered from 0, or from --first-seed if there is one."""
-    out: Path = Path("results")
-    """Folder for results.json, curves.json and the figure; made if it is not there."""
+    out: Path = Path("results/{title}")
+    """Folder for results.json, curves.json and the figure, {title} standing for the run's; made if it is not there."""
     threads: int = 1
     """Threads of torch; problems of this size lose time with more, and a great deal on a busy machine."""
     plot: bool = True
