@@ -161,10 +161,11 @@ struct TokenLogProb : Call {
   MaybeNumber softcap;
   RowInput logits;
   const int64_t* token_ids = nullptr;  // (rows)
-  Input cotangent;                     // (3, rows)
-  void* out = nullptr;                 // (3, rows): log-probability, entropy, log-sum-exp
+  const void* known = nullptr;         // `out` of the same call, or null
+  Input cotangent;                     // (5, rows)
+  void* out = nullptr;                 // (5, rows): log-probability, entropy, log-sum-exp, and what `known` is for
 
-  PK_FIELDS((Call), half, classes, temperature, softcap, logits, token_ids, cotangent, out)
+  PK_FIELDS((Call), half, classes, temperature, softcap, logits, token_ids, known, cotangent, out)
 };
 
 struct GroupAdvantage : Call {

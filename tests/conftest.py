@@ -6,6 +6,7 @@ that this machine has passes where there are none.
 
 import importlib.util
 import os
+import sys
 import warnings
 
 # Read by the extension when its scratch memory is first allocated: fills it with NaN, so that a value
@@ -62,6 +63,18 @@ def torch_state(request):
                 yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """After an error of the device nothing works in a process: the worker ends, and another one goes on."""
+    report = yield
+    broken = "CUDA error" in str(call.excinfo.value) if call.excinfo else False
+    if broken and "PYTEST_XDIST_WORKER" in os.environ:
+        item.config.pluginmanager.getplugin("capturemanager").suspend_global_capture()
+        print(f"{item.nodeid}\n{report.longrepr}", file=sys.stderr, flush=True)
+        os._exit(1)
+    return report
 
 
 # Files that --fast leaves out whole: most of their time is that of a compiler, or of processes that start.

@@ -312,14 +312,18 @@ struct TokenRow {
   }
 };
 
-// (kTokenStats, rows), with their tangents on duals; ones if there are none.
+// One of (kTokenStats, rows).
+template <class T>
+double statistic(const TokenLogProb& call, const void* from, int64_t stat, int64_t row, double otherwise) {
+  return from ? double(static_cast<const T*>(from)[stat * call.rows + row]) : otherwise;
+}
+
+// The sums of a row that the forward pass has found.
 template <class S, class T>
-S cotangent(const TokenLogProb& call, int64_t stat, int64_t row) {
-  const int64_t at = stat * call.rows + row;
-  const auto read = [&](const void* from, double otherwise) {
-    return from ? double(static_cast<const T*>(from)[at]) : otherwise;
-  };
-  return scalar(S{}, read(call.cotangent.value, 1), read(call.cotangent.tangent, 0));
+TokenSums<S> known_sums(const TokenLogProb& call, int64_t row) {
+  const auto read = [&](int64_t stat) { return statistic<T>(call, call.known, stat, row, 0); };
+  const double mass = read(4);
+  return {1 / call.temperature, read(3), S{mass}, S{(::log(mass) - read(1)) * mass}};
 }
 
 template <class V, class Stored, bool capped>
@@ -342,13 +346,15 @@ Verdict run_row(const TokenLogProb& call, int64_t row) {
                  call.logits.tangent ? static_cast<const Stored*>(call.logits.tangent) + row * call.classes : nullptr,
                  call.classes,
                  {T(1 / call.temperature), T(call.softcap.given ? call.softcap.value : 0)}};
-  const TokenSums<S> sums = self.sums(1 / call.temperature);
+  const bool known = call.known && !is_dual<V>;
+  const TokenSums<S> sums = known ? known_sums<S, T>(call, row) : self.sums(1 / call.temperature);
   if (stop(sums.mass) == 0) return {kAllMasked, row};
   S stats[kTokenStats], cotangents[kTokenStats];
-  token_stats(sums, self.taken(token), stats);
+  if (!known) token_stats(sums, self.taken(token), stats);
   for (int i = 0; i < kTokenStats; ++i) {
-    out[i * call.rows] = T(output(stats[i]));
-    cotangents[i] = cotangent<S, T>(call, i, row);
+    out[i * call.rows] = known ? T(statistic<T>(call, call.known, i, row, 0)) : T(output(stats[i]));
+    cotangents[i] = scalar(S{}, statistic<T>(call, call.cotangent.value, i, row, 1),
+                           statistic<T>(call, call.cotangent.tangent, i, row, 0));
   }
   if (gradient) self.gradient(sums, TokenGradient<S>(sums, cotangents), token, gradient);
   return {};

@@ -99,7 +99,8 @@ class Kernel(ABC):
                 if tangent is not None:
                     arguments[name] = _address(tangent, keep)
         for name, position in self.constants:
-            arguments[name] = _address(tensors[position], keep)
+            if (constant := tensors[position]) is not None:
+                arguments[name] = _address(constant, keep)
         if self.draws:
             seed = constants.seed
             arguments["seed"] = 0 if seed is None else seed

@@ -38,8 +38,9 @@ SIZES = {
 }  # fmt: skip
 
 NUM_STATS = 5
-# Of a token: log-probability, entropy, log-sum-exp, in the order of the axis "S".
-NUM_TOKEN_STATS = 3
+# Of a token: log-probability, entropy, log-sum-exp, in the order of the axis "S"; then two that have no derivative, and
+# are for the same backend's backward pass: what sums over the vocabulary are relative to, and Σ exp relative to it.
+NUM_TOKEN_STATS = 5
 # The label of a row that is left out: its value and gradients are 0.
 IGNORED = -(2**63)
 
@@ -101,6 +102,8 @@ class Op:
         options: the fields of `OpConfig` that it has a use for.
         labels: the constant that holds classes of a categorical, None if it has none.
         leaves_out: labels may be IGNORED.
+        knows: its last constant, `known`, is the value: None in the forward pass, and what that has found in a backward
+            pass, which need not find it again.
         differentiable: False for labels that are drawn.
         reads_half: kernels are given tensors in half precision as they are; they compute in float32.
     """
@@ -136,6 +139,7 @@ class Op:
             self.options += ("num_samples", "row_offset")
         self.labels = labels
         self.leaves_out = leaves_out
+        self.knows = "known" in constants
         self.differentiable = differentiable
         self.reads_half = reads_half
         # Where each size is read: an axis of a tensor, or the configuration.
@@ -162,6 +166,10 @@ class Op:
             new(Inputs, inputs), new(self.Constants, constants), None if tangents is None else new(Inputs, tangents),
             cotangent, cotangent_tangent, new(Inputs, needs), want_stats, config,
         )  # fmt: skip
+
+    def knowing(self, constants: Sequence[Tensor | None], value: Tensor) -> list[Tensor | None]:
+        """The constants of a backward pass."""
+        return [*constants[:-1], value] if self.knows else [*constants]
 
     def problem(self, request: Request, index: int) -> Request:
         """One of a batch of problems, which the first axis of every tensor counts."""
@@ -226,9 +234,8 @@ _LOGITS = {"logits": "BC"}
 
 def _token_op(name: str, inputs: dict[str, str]) -> Op:
     options = ("temperature", "softcap") if "logits" in inputs else ("temperature", "softcap", "chunk_rows")
-    return Op(
-        name, inputs, {"token_ids": "B"}, "SB", options=options, labels="token_ids", leaves_out=True, reads_half=True
-    )
+    constants = {"token_ids": "B", "known": "SB"}
+    return Op(name, inputs, constants, "SB", options=options, labels="token_ids", leaves_out=True, reads_half=True)
 
 
 OPS = {

@@ -54,8 +54,9 @@ def kernel(row_kernel: Kernel) -> Kernel:
                 hidden=kept(hidden[part]),
                 moved=None if tangents is None or tangents.hidden is None else kept(tangents.hidden[part]),
                 ids=_padded(ids[part], size, IGNORED),
-                cotangents=[
-                    None if c is None else _padded(c[:, part].mT, size).mT for c in (cotangent, cotangent_tangent)
+                of_rows=[
+                    None if c is None else _padded(c[:, part].mT, size).mT.contiguous()
+                    for c in (cotangent, cotangent_tangent, request.constants.known)
                 ],
             )  # fmt: skip
             value[:, part] = chunk.run(found, part, needs)[:, : len(hidden) - first]
@@ -83,7 +84,7 @@ def _matrix(rows: int, like: Tensor) -> Tensor:
 
 class _Chunk(NamedTuple):
     """Rows of a request from `first` on, padded with rows that are left out, with memory for their logits; `moved` is
-    the tangent of `hidden`."""
+    the tangent of `hidden`, and `of_rows` are the cotangent, its tangent and what is known, each (S, rows)."""
 
     row_kernel: Kernel
     inputs: Any
@@ -94,7 +95,7 @@ class _Chunk(NamedTuple):
     hidden: Tensor
     moved: Tensor | None
     ids: Tensor
-    cotangents: list[Tensor | None]
+    of_rows: list[Tensor | None]
 
     def run(self, found: list[Tensor | None], part: slice, needs: Any) -> Tensor:
         """The value; adds the chunk's gradients to `found`."""
@@ -137,10 +138,10 @@ class _Chunk(NamedTuple):
         return out
 
     def _row(self, z: Tensor, along: Tensor | None, needed: bool, overwrite: bool = False) -> list[Any]:
-        cotangent, cotangent_tangent = self.cotangents
+        cotangent, cotangent_tangent, known = self.of_rows
         tangents = None if along is None else [along]
         request = OPS[ROW_OP].request(
-            [z], [self.ids], tangents, cotangent, cotangent_tangent if along is not None else None, [needed], False,
+            [z], [self.ids, known], tangents, cotangent, cotangent_tangent if along is not None else None, [needed], False,
             self.config._replace(overwrite=overwrite),
         )  # fmt: skip
         try:

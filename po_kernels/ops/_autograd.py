@@ -227,7 +227,7 @@ class _PlainValue(torch.autograd.Function):
         value, stats, *known = _direct(call, inputs, constants, None, None, None, early, call.want_stats)
         ctx.call, ctx.known = call, known
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *constants)
+        ctx.save_for_backward(*inputs, *row.knowing(constants, value))
         if _modes.in_forward_mode():
             ctx.save_for_forward(*inputs, *constants)
         if stats is not None:
@@ -249,8 +249,11 @@ class _PlainValue(torch.autograd.Function):
                     if k is not None:
                         k.mul_(_library.along(cotangent, None, k.ndim, bool(call.problems)))
             return (None, None, None, *known)
+        tensors = ctx.saved_tensors
+        if OPS[call.op].knows:
+            tensors = *tensors[:-1], tensors[-1].detach()
         gradient = _modes.applied(_Gradient) if differentiated else _gradient
-        found = gradient(call, needs, cotangent, *ctx.saved_tensors, *(known or [None] * len(needs)))
+        found = gradient(call, needs, cotangent, *tensors, *(known or [None] * len(needs)))
         found = [g if needed else None for g, needed in zip(found, needs, strict=True)]
         if known is not None:
             ctx.known = known

@@ -59,6 +59,8 @@ def _define(op: Op) -> None:
         tensors, constants, ctx.tangents, cotangent, _, ctx.needs, _, ctx.backend, *ctx.options = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
+        if not ctx.tangents:
+            constants = op.knowing(constants, output[0].detach())
         ctx.save_for_backward(*tensors, *constants, cotangent, *output[2:])
 
     def backward(ctx: Any, cotangents: list[Tensor | None]) -> tuple[Any, ...]:
@@ -86,7 +88,8 @@ def _define(op: Op) -> None:
             known = known if g is None else [None] * count
             found = gradient(op, needs, inputs, moved, known, lambda missing: again([], moved, None, missing)[2:])
         found = [x if needed else None for x, needed in zip(found, needs, strict=True)]
-        empty = [None] * len(constants) if all(isinstance(x, Tensor) for x in constants) else None
+        absent = op.knows or any(x is None for x in constants)  # then torch takes no list
+        empty = None if absent else [None] * len(constants)
         along = along if ctx.needs_input_grad[3] else None
         return (found, empty, [], along, None, None, None, None, *[None] * len(ctx.options))
 

@@ -81,7 +81,7 @@ def token_log_prob(
     lead = logits.shape[:-1]
     ids, config = _options(op, logits, token_ids, lead, temperature, softcap, ignore_index)
     rows = _check.rows(logits, math.prod(lead), logits.shape[-1])
-    value, _ = evaluate(op, backend, (rows,), (ids,), config)
+    value, _ = evaluate(op, backend, (rows,), (ids, None), config)
     return _stats(op, value, lead, entropy, return_lse)
 
 
@@ -148,7 +148,7 @@ def linear_token_log_prob(
     chunk_rows = 0 if chunk_rows is None else _check.integer(op, "chunk_rows", chunk_rows, 1)
     ids, config = _options(op, hidden, token_ids, lead, temperature, softcap, ignore_index)
     rows = _check.rows(hidden, math.prod(lead), size)
-    value, _ = evaluate(op, backend, (rows, weight, bias), (ids,), config._replace(chunk_rows=chunk_rows))
+    value, _ = evaluate(op, backend, (rows, weight, bias), (ids, None), config._replace(chunk_rows=chunk_rows))
     return _stats(op, value, lead, entropy, return_lse)
 
 
@@ -183,6 +183,6 @@ def _scale(op: str, name: str, given: Any, like: Tensor) -> float:
 
 
 def _stats(op: str, value: Tensor, lead: Any, entropy: bool, return_lse: bool) -> TokenStats:
-    log_prob, h, lse = (_check.rows(x, *lead) for x in value.unbind(0))
+    log_prob, h, lse = (_check.rows(x, *lead) for x in value.unbind(0)[:3])
     wanted = _check.flag(op, "entropy", entropy), _check.flag(op, "return_lse", return_lse)
     return TokenStats(log_prob, h if wanted[0] else None, lse if wanted[1] else None)

@@ -194,7 +194,7 @@ def draw(
     tensors: dict[str, Tensor] = {}
     constants: dict[str, Tensor] = {}
     for name, letters in row.axes.items():
-        if name in ("seed", "gamma", "lam"):
+        if name in ("seed", "gamma", "lam", "known"):
             continue
         extra = pick(((), (1,), (3,), (2, 2))) if "N" in letters else ()
         sizes = {

@@ -8,7 +8,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import po_kernels as pk
 from po_kernels import dispatch
-from po_kernels.backends.contract import IGNORED, OPS, OpConfig
+from po_kernels.backends.contract import IGNORED, NUM_TOKEN_STATS, OPS, OpConfig
 
 from .bounds import near
 from .cases import draw, fused, largest, serving
@@ -286,6 +286,27 @@ def test_tied_weights(backend):
         near(x, y, 2 * (5 + 12 + A_FEW))
 
 
+@pytest.mark.parametrize("backend", fused("token_log_prob"))
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_backward_pass_that_knows_the_value(backend, softcap, dtype):
+    """It has the gradient of one that finds the value again, also of rows whose logits have much in common."""
+    row, kernel = OPS["token_log_prob"], dispatch.kernel("token_log_prob", backend)
+    logits = 3 * torch.randn(5, 700, dtype=dtype) + torch.tensor([0, 100, -1000, 0, 0], dtype=dtype)[:, None]
+    logits[1, :600] = -INF
+    ids, config = torch.tensor([3, 650, 699, IGNORED, 0]), OpConfig(temperature=0.7, softcap=softcap)
+    cotangent = torch.randn(NUM_TOKEN_STATS, 5, dtype=dtype)
+
+    def gradient(known):
+        return list(kernel(row.request([logits], [ids, known], None, cotangent, None, [True], False, config)))
+
+    value, _, right = gradient(None)
+    again, _, found = gradient(value)
+    assert torch.equal(value[:3], again[:3])
+    largest = cotangent.abs().sum() * (1 + value[1].abs().max()) / 0.7
+    near(found, right, 100, largest.item())
+
+
 @pytest.mark.skipif("native" not in fused("token_log_prob"), reason="the extension was not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_a_gradient_takes_the_place_of_logits_as_they_lie(dtype):
@@ -295,7 +316,7 @@ def test_a_gradient_takes_the_place_of_logits_as_they_lie(dtype):
         logits, beyond = memory[:, :classes], memory[:, classes:].clone()
         ids = torch.tensor([0, IGNORED, classes - 1])
         right, found = (
-            kernel(row.request([logits], [ids], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[2]
+            kernel(row.request([logits], [ids, None], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[2]
             for overwrite in (False, True)
         )
         assert found.data_ptr() == memory.data_ptr()

@@ -46,14 +46,17 @@ struct TokenSums {
   }
 };
 
-// Of a token log p, H and s, in the order of the axis of the value.
-constexpr int kTokenStats = 3;
+// Of a token log p, H and s, in the order of the axis of the value; then the top and the mass of its sums, which have no
+// derivative.
+constexpr int kTokenStats = 5;
 template <class S>
 PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
   const S log_mass = log(sums.mass);
   stats[2] = log_mass + sums.top * sums.inverse_temperature;
   stats[0] = (taken * 0.5 - 0.5 * sums.top) * (2 * sums.inverse_temperature) - log_mass;
   stats[1] = log_mass - sums.product / sums.mass;
+  stats[3] = S{sums.top};
+  stats[4] = S{stop(sums.mass)};
 }
 
 // The gradient in a capped logit for cotangents of the three: e (offset - factor d), and of the taken one α more.

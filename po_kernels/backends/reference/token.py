@@ -10,7 +10,7 @@ from ..contract import IGNORED, OpConfig, computed
 
 
 def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
-    """(3, N): log-probability, entropy, log-sum-exp; 0 where the token is ignored."""
+    """(5, N): log-probability, entropy, log-sum-exp, and nothing twice; 0 where the token is ignored."""
     left_out = token_ids == IGNORED
     z = logits.to(computed(logits.dtype)).masked_fill(left_out.unsqueeze(-1), 0.0)
     if config.softcap is not None:
@@ -22,7 +22,8 @@ def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
     # Torch's derivative, exp(z - lse), has the rounding of lse, which is that of the logits' common offset.
     top = z.detach().amax(dim=-1, keepdim=True)
     lse = torch.logsumexp(z - top, dim=-1) + top.squeeze(-1)
-    return torch.stack([taken, entropy, lse]).masked_fill(left_out, 0.0)
+    nothing = torch.zeros_like(lse)
+    return torch.stack([taken, entropy, lse, nothing, nothing]).masked_fill(left_out, 0.0)
 
 
 def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
