@@ -71,6 +71,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/user.py
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .

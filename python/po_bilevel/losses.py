@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import po_kernels as pk
+
 from . import fused
 from .policies import Policy
 from .rewards import MatrixReward, TabularReward
@@ -130,7 +132,7 @@ class PolicyGradient:
     entropy_coef: float = 1.0
     estimator: str | None = None
     num_samples: int | None = None
-    advantage: str = "loo"
+    advantage: pk.Advantage = "loo"
     l2: float = 0.0
 
     def __post_init__(self) -> None:

@@ -247,7 +247,8 @@ class Task:
         )  # fmt: skip
         with torch.no_grad():
             found = [drawn.rewards(reward).mT for reward in rewards]
-            standardized, loo = ([pk.group_advantage(r, kind) for r in found] for kind in ("standardized", "loo"))
+            standardized = [pk.group_advantage(rewards, "standardized") for rewards in found]
+            loo = [pk.group_advantage(rewards, "loo") for rewards in found]
         apart = (standardized[1] - standardized[0]).norm() / standardized[0].norm()
         return {"seed": self.seed, "standardized": float(apart), "loo": float(loo[1].norm() / loo[0].norm())}
 
