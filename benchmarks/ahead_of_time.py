@@ -54,7 +54,8 @@ def request(
             return torch.zeros(dim, dtype=dtype)
         if letters == "BDD":
             return torch.eye(dim, dtype=dtype).repeat(rows, 1, 1)
-        kind = {row.labels: torch.int64, "seed": torch.int64, "dones": torch.uint8}.get(name, dtype)
+        kinds = {row.labels: torch.int64, "seed": torch.int64, "dones": torch.uint8, "known": row.value_dtype(dtype)}
+        kind = kinds.get(name, dtype)
         return torch.zeros([sizes[letter] for letter in letters], dtype=kind)
 
     inputs = row.Inputs(*(tensor(name, row.axes[name]) for name in row.Inputs._fields))

@@ -15,10 +15,23 @@ def sample(logits: Tensor, seed: Tensor, config: OpConfig) -> Tensor:
     return philox.categorical(logits, seed, config.num_samples, config.row_offset)
 
 
+def indices(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Labels that index, and what to add to what they index: nan for one that is none.
+
+    Only on a device, where values are not checked, may there be such a label, and after an index out of range nothing
+    works there any more.
+    """
+    if labels.device.type == "cpu":
+        return labels, torch.zeros((), device="cpu")
+    known = (labels >= 0) & (labels < classes)
+    return labels.where(known, 0), torch.zeros(labels.shape, device=labels.device).masked_fill(~known, float("nan"))
+
+
 def log_prob(logits: Tensor, value: Tensor) -> Tensor:
     """(..., B) labels -> (..., B)."""
     normalised = torch.log_softmax(logits, dim=-1)
-    return normalised.expand(*value.shape, -1).gather(-1, value.unsqueeze(-1)).squeeze(-1)
+    index, wrong = indices(value, logits.shape[-1])
+    return normalised.expand(*value.shape, -1).gather(-1, index.unsqueeze(-1)).squeeze(-1) + wrong
 
 
 def _probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +50,8 @@ def policy_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
     (logits, reward_table), target = inputs, constants.target
     target_log_prob = log_prob(logits, target).detach()
     # (B, C): the reward of each class given the row's label. In float64, in which autograd then adds up the rows.
-    column = reward_table.t().double()[target].to(reward_table.dtype)
+    index, wrong = indices(target, logits.shape[-1])
+    column = reward_table.t().double()[index].to(reward_table.dtype) + wrong.unsqueeze(-1)
     h = entropy(logits)
     if config.estimator == "exact":
         rewards = transform_rewards(column, config.rbf_gamma)

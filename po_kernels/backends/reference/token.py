@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import checks, linear_head
 from ..contract import IGNORED, OpConfig, computed
+from .categorical import indices
 
 
 def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
@@ -17,13 +18,14 @@ def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
         z = config.softcap * torch.tanh(z / config.softcap)
     z = z / config.temperature
     log_p = torch.log_softmax(z, dim=-1)
-    taken = log_p.gather(-1, token_ids.masked_fill(left_out, 0).unsqueeze(-1)).squeeze(-1)
+    index, wrong = indices(token_ids.masked_fill(left_out, 0), logits.shape[-1])
+    taken = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
     entropy = -(log_p.exp() * torch.where(torch.isneginf(log_p), 0.0, log_p)).sum(dim=-1)
     # Torch's derivative, exp(z - lse), has the rounding of lse, which is that of the logits' common offset.
     top = z.detach().amax(dim=-1, keepdim=True)
     lse = torch.logsumexp(z - top, dim=-1) + top.squeeze(-1)
     nothing = torch.zeros_like(lse)
-    return torch.stack([taken, entropy, lse, nothing, nothing]).masked_fill(left_out, 0.0)
+    return (torch.stack([taken, entropy, lse, nothing, nothing]) + wrong).masked_fill(left_out, 0.0)
 
 
 def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:

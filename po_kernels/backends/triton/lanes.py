@@ -302,6 +302,15 @@ def load(x, offsets, mask, OTHER: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
+def load_whole(x, offsets, K: tl.constexpr):
+    """`load` where all is inside."""
+    if K.DUAL:
+        return tl.load(x.value + offsets), tl.load(x.tangent + offsets)
+    else:
+        return tl.load(x.value + offsets)
+
+
+@triton.jit
 def dimensions(SHAPE: tl.constexpr):
     """The number of its dimension for each entry of a tile."""
     return tl.arange(0, SHAPE[0])[:, None, None] + tl.zeros(SHAPE, tl.int32)

@@ -28,6 +28,7 @@ _LARGEST_GROUP = 2**16
 # Programs whose sums over rows are added up afterwards, and numbers that these sums may take together.
 _USUAL_PROGRAMS = 2048
 _MOST_SUMS = 2**24
+_SUMS_REDUCED = 16  # of these numbers, by a program that reads those of many others at once
 _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
 
 MOST_IN_REGISTERS = 64  # rows of a matrix of sums
@@ -285,11 +286,11 @@ def loss(
         rows=rows, blocks=each, entropy_coef=config.entropy_coef, rbf_gamma=config.rbf_gamma or 0.0, share=1.0 / rows,
     )  # fmt: skip
     if reduced or sums.numel():
-        block = min(128, triton.next_power_of_2(size))
+        at_once, warps = (256, 8) if programs > 64 else (32, 1)
         call.run(
-            tally.reduce, (triton.cdiv(size, block),), 4,
+            tally.reduce, (triton.cdiv(size, _SUMS_REDUCED),), warps,
             partial=partial, programs=programs, size=size, loss=value, stats=stats, shared=sums,
-            K=_constants(**reported, T=call.known["T"], BLOCK_P=1024 // block, BLOCK=block),
+            K=_constants(**reported, T=call.known["T"], BLOCK_P=at_once, BLOCK=_SUMS_REDUCED),
         )  # fmt: skip
     return value, stats, sums
 

@@ -20,6 +20,7 @@ from .lanes import (
     constant,
     inverse,
     load,
+    load_whole,
     log,
     masked,
     mul,
@@ -77,8 +78,13 @@ def scaled(x, inverse_temperature, softcap, K: tl.constexpr):
 
 
 @triton.constexpr_function
-def of_dtype(numbers, K):
-    return numbers.value[1 if tl.float64 == K.T else 0]
+def least(K):
+    return _LEAST.value[1 if tl.float64 == K.T else 0]
+
+
+@triton.constexpr_function
+def vanishing(K):
+    return _VANISHING.value[1 if tl.float64 == K.T else 0]
 
 
 @triton.jit
@@ -89,7 +95,7 @@ def not_below(x, low):
 
 @triton.jit
 def exp(d, K: tl.constexpr):
-    """exp d, where d is not below `of_dtype(_VANISHING)`; that of a float32 which is no normal number is 0."""
+    """exp d, where d is not below `vanishing`; that of a float32 which is no normal number is 0."""
     if isinstance(d, tl.tensor):
         return tl.exp(d) if tl.float64 == K.T else tl.exp2(d * _LOG2_E)
     else:
@@ -100,7 +106,8 @@ def exp(d, K: tl.constexpr):
 @triton.jit
 def centred(z, top, K: tl.constexpr):
     """z - top, as far down as its exp is not 0 (where that has no derivative), and exp(z - top)."""
-    d, LOW: tl.constexpr = plus(z, -top), of_dtype(_VANISHING, K)
+    LOW: tl.constexpr = vanishing(K)
+    d = plus(z, -top)
     if isinstance(d, tl.tensor):
         d = not_below(d, LOW)
     else:
@@ -112,7 +119,7 @@ def centred(z, top, K: tl.constexpr):
 def read(logits, start, v, classes, WHOLE: tl.constexpr, K: tl.constexpr):
     """Columns v of a row that begins at `start`, in K.T; -inf beyond the last."""
     if WHOLE:
-        return rounded(load(logits, start + v, None, None, K), K)
+        return rounded(load_whole(logits, start + v, K), K)
     else:
         return rounded(load(logits, start + v, v < classes, float("-inf"), K), K)
 
@@ -134,7 +141,7 @@ def together(a):
 @triton.jit
 def risen(top, higher, mass, product, K: tl.constexpr):
     """Σ e and Σ e d, e = exp d and d = z - top, relative to a higher top."""
-    shift = not_below(top - higher, of_dtype(_VANISHING, K))
+    shift = not_below(top - higher, vanishing(K))
     factor = exp(shift, K)
     return times(mass, factor), times(mul_add(mass, shift, product), factor)
 
@@ -170,10 +177,10 @@ def add_gradient(
 
 @triton.jit(do_not_specialize=["rows"])
 def token_log_prob(
-    logits, logits_stride: tl.int64, token_ids, known, cotangent, out, to, rows: tl.int64, classes,
+    logits, logits_stride: tl.int64, token_ids, found, cotangent, out, to, rows: tl.int64, classes,
     temperature: tl.float64, softcap: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
-    """cotangent, out and known (5, rows). An id that is out of range makes its row nan, one that is IGNORED zero."""
+    """cotangent, out and found (5, rows). An id that is out of range makes its row nan, one that is IGNORED zero."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     there = row < rows
     start = tl.program_id(0).to(tl.int64) * logits_stride
@@ -186,11 +193,12 @@ def token_log_prob(
     cap = number(softcap, K)
     last = (classes - 1) // K.BLOCK_D * K.BLOCK_D  # the block that may not be whole
     if K.KNOWN:
-        entropy = tl.load(known + rows + row, there, 0)
-        top, mass = tl.load(known + 3 * rows + row, there, 0), tl.load(known + 4 * rows + row, there, 1)
+        entropy = tl.load(found + rows + row, there, 0)
+        top = tl.load(found + 3 * rows + row, there, 0)
+        mass = tl.load(found + 4 * rows + row, there & counted, 1)
         log_mass = log(mass)
     else:
-        tops = tl.full((K.BLOCK_D // K.NEAR,), of_dtype(_LEAST, K), K.T)
+        tops = tl.full((K.BLOCK_D // K.NEAR,), least(K), K.T)
         masses, products = zeros((K.BLOCK_D // K.NEAR,), K), zeros((K.BLOCK_D // K.NEAR,), K)
         for first in range(0, last, K.BLOCK_D):
             x = read(logits, start, first + columns, classes, True, K)
@@ -247,13 +255,14 @@ def _token_log_prob(call: Call) -> tuple[Tensor, Tensor]:
         return out, call.no_rows()
     known = call.constants.known
     use = known is not None and not call.dual
-    block = min(_LARGEST_BLOCK // (2 if call.dual else 1), triton.next_power_of_2(classes))
+    numbers = (2 if call.dual else 1) * (2 if dtype == torch.float64 else 1)
+    block = min(_LARGEST_BLOCK // numbers, triton.next_power_of_2(classes))
     tile = launch.Tile(1, 1, 1, block, max(1, min(8, block // 256)))
     near = min(16 // call.inputs.logits.element_size(), block)  # what a thread reads at once
     call.run_tiles(
         token_log_prob, (rows,), tile, {"CAPPED": call.config.softcap is not None, "NEAR": near, "KNOWN": use},
         **call.rows("logits"), token_ids=call.constants.token_ids.contiguous(),
-        known=known.contiguous() if use else out, cotangent=call.cotangent, out=out, to=call.gradients, rows=rows,
+        found=known.contiguous() if use else out, cotangent=call.cotangent, out=out, to=call.gradients, rows=rows,
         classes=classes, temperature=call.config.temperature, softcap=call.config.softcap or 1.0,
     )  # fmt: skip
     return known if use else out, call.empty(0)
