@@ -1,6 +1,7 @@
 # What `import po_bilevel` offers, and where it is: type checkers read it, and `__init__.py` does.
 
 from .callbacks import TensorBoard, WeightsAndBiases
+from .displays import HypergradientDisplay, RewardDisplay
 from .errors import HypergradientWarning, MissingDependencyError, NonFiniteError, UsageError
 from .estimators import BilevelClassifier as BilevelClassifier
 from .estimators import BilevelRegressor as BilevelRegressor
@@ -65,14 +66,13 @@ __version__: str
 __all__ = [
     "BOME", "Batch", "BatchStream", "BilevelTrainer", "CategoricalPolicy", "ConditionalMLPReward", "CosineReward",
     "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint",
-    "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientMethod",
-    "HypergradientWarning", "Identity", "ImplicitCG",
-    "LinearCategorical", "LinearFullGaussian", "LinearGaussian", "MLPCategorical", "MLPFullGaussian", "MLPGaussian",
-    "MLPReward", "MahalanobisReward", "MatrixReward", "MissingDependencyError", "MomentMatching",
-    "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG", "OneHotMahalanobisReward", "OuterStep",
-    "Penalty", "Policy", "PolicyGradient", "PositivePrecision", "Recompute", "Reward", "SampledObjective",
-    "SampledReward", "SingleLoop", "TableReward", "TabularReward", "TensorBoard", "Truncated", "Unrolled",
-    "UsageError", "WeightsAndBiases", "completion_credit", "iterated_precision", "marginal_covariance",
-    "one_hot_table", "optimal_precision", "residual_covariance", "train", "train_ensemble", "train_nll",
-    "train_policy_gradient",
+    "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientDisplay", "HypergradientMethod",
+    "HypergradientWarning", "Identity", "ImplicitCG", "LinearCategorical", "LinearFullGaussian", "LinearGaussian",
+    "MLPCategorical", "MLPFullGaussian", "MLPGaussian", "MLPReward", "MahalanobisReward", "MatrixReward",
+    "MissingDependencyError", "MomentMatching", "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG",
+    "OneHotMahalanobisReward", "OuterStep", "Penalty", "Policy", "PolicyGradient", "PositivePrecision", "Recompute",
+    "Reward", "RewardDisplay", "SampledObjective", "SampledReward", "SingleLoop", "TableReward", "TabularReward",
+    "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases", "completion_credit",
+    "iterated_precision", "marginal_covariance", "one_hot_table", "optimal_precision", "residual_covariance",
+    "train", "train_ensemble", "train_nll", "train_policy_gradient",
 ]  # fmt: skip

@@ -229,6 +229,7 @@ def check_one_at_a_time(name: str, optimizer: torch.optim.Optimizer) -> None:
 
 def check_learned(policy: nn.Module, reward: nn.Module, outer_optimizer: torch.optim.Optimizer) -> None:
     """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
+    training.check_optimizer("outer_optimizer", outer_optimizer)
     check_one_at_a_time("outer_optimizer", outer_optimizer)
     moved = {id(p) for p in training.trained(outer_optimizer)}
     phi = {id(p): name for name, p in reward.named_parameters() if p.requires_grad}

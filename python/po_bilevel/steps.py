@@ -23,8 +23,8 @@ class OuterStep:
         reward: `Reward.shown`; None of a module that is no `Reward`.
         reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
-        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
-            `Hypergradient`.
+        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity,
+            min_curvature: as in `Hypergradient`.
         native: the inner loop ran in native calls, see `train`, but for an optimiser's first step.
     """
 
@@ -43,6 +43,7 @@ class OuterStep:
     inner_gradient_norm: float | None = None
     stationarity: float | None = None
     native: bool = False
+    min_curvature: float | None = None
 
     @classmethod
     def of(cls, number: int, result: Hypergradient, reward: nn.Module, **more: Any) -> Self:
@@ -54,7 +55,8 @@ class OuterStep:
             gradient_norm=norm_of(result.gradient), residual_norm=result.residual_norm,
             num_products=result.num_products, converged=result.converged,
             negative_curvature=result.negative_curvature, problems=result.problems,
-            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, **more,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity,
+            min_curvature=result.min_curvature, **more,
         )  # fmt: skip
 
 

@@ -21,6 +21,18 @@ def threads_for(multiplications: int, parallel: int = 10**7) -> AbstractContextM
     return one_thread() if multiplications < parallel else nullcontext()
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch and BLAS have so many inside."""
+    before = torch.get_num_threads()
+    with _libraries().limit(limits=count, user_api="blas") if _libraries() is not None else nullcontext():
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
 @functools.cache
 def _libraries() -> Any:
     """What limits the threads of BLAS, or None without scikit-learn, which brings it."""

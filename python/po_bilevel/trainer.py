@@ -74,7 +74,8 @@ class BilevelTrainer(Resumable[OuterStep]):
 
     Raises:
         ValueError: a reward without parameters to learn, an outer optimiser of other parameters than those, parameters
-            that are the policy's and the reward's, or an argument out of range.
+            that are the policy's and the reward's, data that do not fit the policy, or an argument out of range.
+        TypeError: data that are no `Batch` of tensors, or an optimiser that is none.
     """
 
     def __init__(
@@ -90,6 +91,15 @@ class BilevelTrainer(Resumable[OuterStep]):
     ) -> None:  # fmt: skip
         training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
+        for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
+            if not isinstance(data, Batch):
+                raise TypeError(f"{name}: expected a Batch of inputs and targets, got {type(data).__name__}")
+            data.check(name).check_for(policy, name)
+        if not callable(inner_optimizer):
+            raise TypeError(
+                "inner_optimizer: expected a function that makes an optimiser of parameters, such as lambda p: "
+                f"torch.optim.Adam(p), got {type(inner_optimizer).__name__}"
+            )
         self.policy = policy
         self.reward = reward
         self._phi = learned_names(reward)
@@ -97,7 +107,7 @@ class BilevelTrainer(Resumable[OuterStep]):
         check_learned(policy, reward, outer_optimizer)
         self._stream = BatchStream(inner_data, batch_size, seed)
         self._inner_data = inner_data
-        self._outer_data = outer_data.check("outer_data")
+        self._outer_data = outer_data
         self._inner_optimizer = inner_optimizer
         self._outer_optimizer = outer_optimizer
         self._inner_steps = inner_steps

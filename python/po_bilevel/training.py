@@ -122,11 +122,15 @@ def train(
         the loss at the start of the last step, and the number of steps taken.
 
     Raises:
-        ValueError: an option out of range, or an optimiser of parameters that the loss does not depend on.
+        ValueError: an option out of range, inputs that do not fit the policy, or an optimiser of parameters that the
+            loss does not depend on.
+        TypeError: an optimiser that is none.
         NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
             device not to be waited for at each step, unless one of the other options asks for each.
     """
     check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
+    check_optimizer("optimizer", optimizer)
+    stream.data.check_for(policy, "data")
     parameters = trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
@@ -328,6 +332,11 @@ def check_count(name: str, value: int, least: int) -> None:
 def check_norm(name: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise ValueError(f"{name}: expected a positive number or None, got {value}")
+
+
+def check_optimizer(name: str, optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"{name}: expected an optimiser of torch, got {type(optimizer).__name__}")
 
 
 def trained(optimizer: Optimizer) -> list[Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from po_bilevel import (
     BilevelTrainer,
+    CategoricalPolicy,
     Dense,
     FixedPoint,
     HypergradientWarning,
@@ -16,6 +17,7 @@ from po_bilevel import (
     OneHotMahalanobisReward,
     PolicyGradient,
     UsageError,
+    train_nll,
 )
 from problems import lbfgs, seeded
 
@@ -25,13 +27,12 @@ def trainer(batch, **options):
     reward = OneHotMahalanobisReward(3).double()
     given = {
         "inner_loss": PolicyGradient(l2=1e-2), "hypergradient": ImplicitCG(1e-4), "inner_steps": 50,
-        "inner_optimizer": lbfgs,
+        "inner_optimizer": lbfgs, "inner_data": batch, "outer_data": batch,
+        "outer_optimizer": torch.optim.Adam(reward.parameters(), lr=0.1),
     }  # fmt: skip
     return BilevelTrainer(
-        seeded(LinearCategorical, 2, 3), reward, inner_data=batch, outer_data=batch,
-        outer_optimizer=torch.optim.Adam(reward.parameters(), lr=0.1), keep_inner_state=False, progress=False,
-        **given | options,
-    )  # fmt: skip
+        seeded(LinearCategorical, 2, 3), reward, keep_inner_state=False, progress=False, **given | options
+    )
 
 
 def test_imperfect_hypergradients_are_warned_of_once(classes):
@@ -105,3 +106,48 @@ def test_no_solve_is_worse_than_zero(method):
     assert max(residuals) <= 1.0
     # Those that have found something keep it; steps that are too long find nothing.
     assert min(residuals) < 1.0 or getattr(method, "learning_rate", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "part"),
+    [
+        ({"inner_data": "numpy"}, TypeError, "inner_data: expected inputs that are a tensor, got numpy.ndarray"),
+        ({"outer_data": "tuple"}, TypeError, "outer_data: expected a Batch of inputs and targets, got tuple"),
+        ({"outer_data": "float"}, ValueError, "outer_data: expected inputs of torch.float64 as the policy has, got t"),
+        (
+            {"inner_data": "narrow"},
+            ValueError,
+            "inner_data: expected inputs of the policy's 2 features, got shape (90",
+        ),
+        ({"outer_optimizer": None}, TypeError, "outer_optimizer: expected an optimiser of torch, got NoneType"),
+        ({"inner_optimizer": None}, TypeError, "inner_optimizer: expected a function that makes an optimiser"),
+    ],
+    ids=str,
+)
+def test_what_a_trainer_cannot_use_is_named(change, error, part, classes):
+    x, y = classes
+    others = {
+        "numpy": classes._replace(inputs=x.numpy()), "tuple": (x, y), "float": classes._replace(inputs=x.float()),
+        "narrow": classes._replace(inputs=x[:, :1]),
+    }  # fmt: skip
+    with pytest.raises(error) as caught:
+        trainer(classes, **{name: others.get(value, value) for name, value in change.items()})
+    assert part in str(caught.value)
+
+
+def test_what_a_loop_cannot_use_is_named(classes):
+    policy = seeded(LinearCategorical, 2, 3)
+    with pytest.raises(TypeError, match="optimizer: expected an optimiser of torch, got NoneType"):
+        train_nll(policy, classes, None, 3)
+    optimizer = torch.optim.Adam(policy.parameters())
+    with pytest.raises(ValueError, match=r"data: expected inputs of torch\.float64 as the policy has, got torch\.f"):
+        train_nll(policy, classes._replace(inputs=classes.inputs.float()), optimizer, 3)
+    # A network's own casts are not known, so that nothing is refused.
+    cast = torch.nn.Sequential(Double(), torch.nn.Linear(2, 3).double())
+    policy = CategoricalPolicy(cast)
+    train_nll(policy, classes._replace(inputs=classes.inputs.float()), torch.optim.Adam(policy.parameters()), 3)
+
+
+class Double(torch.nn.Module):
+    def forward(self, x):
+        return x.double()
