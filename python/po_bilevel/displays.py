@@ -85,9 +85,10 @@ class RewardDisplay:
             options: keyword arguments of `Axes.imshow`.
         """
         wanted = [each is not None for each in (self.reward, self.path)]
-        axes = iter(_axes(ax, sum(wanted)))
-        self.ax_, self.path_ax_ = (next(axes, None) if each else None for each in wanted)
-        self.figure_ = (self.ax_ or self.path_ax_).figure
+        axes = _axes(ax, sum(wanted))
+        places = iter(axes)
+        self.ax_, self.path_ax_ = (next(places, None) if each else None for each in wanted)
+        self.figure_ = axes[0].figure
         if self.ax_ is not None and self.reward is not None:
             self.im_ = self.ax_.imshow(self.reward, **options)
             self.figure_.colorbar(self.im_, ax=self.ax_)

@@ -91,6 +91,11 @@ class BilevelTrainer(Resumable[OuterStep]):
     ) -> None:  # fmt: skip
         training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
+        self.policy = policy
+        self.reward = reward
+        self._phi = learned_names(reward)
+        self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
+        check_learned(policy, reward, outer_optimizer)
         for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
             if not isinstance(data, Batch):
                 raise TypeError(f"{name}: expected a Batch of inputs and targets, got {type(data).__name__}")
@@ -100,11 +105,6 @@ class BilevelTrainer(Resumable[OuterStep]):
                 "inner_optimizer: expected a function that makes an optimiser of parameters, such as lambda p: "
                 f"torch.optim.Adam(p), got {type(inner_optimizer).__name__}"
             )
-        self.policy = policy
-        self.reward = reward
-        self._phi = learned_names(reward)
-        self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
-        check_learned(policy, reward, outer_optimizer)
         self._stream = BatchStream(inner_data, batch_size, seed)
         self._inner_data = inner_data
         self._outer_data = outer_data
