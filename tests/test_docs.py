@@ -41,6 +41,16 @@ def test_examples_in_docstrings(name):
     assert failed == 0
 
 
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_the_example_of_estimators(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["model"].coef_.shape == (1, 30)
+    names["RewardDisplay"].from_estimator(names["model"]).figure_.clear()
+
+
 def test_the_example_of_rewards_of_text(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "language.md").read_text(), re.DOTALL)
     exec(block, {})

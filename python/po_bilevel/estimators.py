@@ -12,7 +12,7 @@ from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -136,13 +136,14 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         if missing:
             raise UsageError(f"BilevelClassifier: y: expected labels, got None in row {missing[0][0]}")
 
-    def _class_weights(self, y: np.ndarray) -> Any:
-        return 1.0 if self.class_weight is None else compute_sample_weight(self.class_weight, y)
+    def _of_class(self, columns: np.ndarray) -> np.ndarray:
+        return self._class_weight[columns[:, 0].astype(np.int64)]
 
     def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
-        present = len(np.unique(labels[weight > 0]))
+        self._class_weight = compute_class_weight(self.class_weight, classes=classes, y=y)
+        present = len(np.unique(labels[weight * self._class_weight[labels] > 0]))
         if present < 2:
             raise UsageError(f"BilevelClassifier: y: expected at least two classes with weight, got {present} class")
         if self.warm_start and hasattr(self, "policy_") and not np.array_equal(classes, self.classes_):

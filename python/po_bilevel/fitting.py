@@ -8,8 +8,8 @@ the reward from what they reached instead, and their policy trains beside the fo
 
 Rows that occur more than once are put together and their weights added, and the rest of the fit sees the rows in an
 order of their own. So an integer weight is that many copies to the last bit, and the order of the rows does not matter.
-Folds share out the weight, a unit at a time: copies are observations of their own, and a fold that had all of them
-would take from the others what they know of that x.
+Folds share out the copies: they are observations of their own, and a fold that had all of them would take from the
+others what they know of that x. Weights that are no whole numbers stay with their row.
 
 The entropy weight λ is 1: rewards and λ matter through their ratio only.
 """
@@ -123,8 +123,9 @@ class BilevelEstimator(BaseEstimator, ABC):
         X, y = validate_data(self, X, y, dtype=np.float64, **self._target_options)
         weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
         columns = self._columns(y, weight)
-        X, target, weight = crossfit.distinct(X, columns, weight * self._class_weights(y))
+        X, target, weight = crossfit.distinct(X, columns, weight * (self._of_class(columns) > 0))
         target, outputs, strata = self._standardised(target, weight)
+        weight = weight * self._of_class(strata[:, None])
         self._scaler = StandardScaler().fit(X, sample_weight=weight)
         inputs = self._scaler.transform(X)
         widths = [inputs.shape[1], *self._hidden(), outputs]
@@ -154,9 +155,9 @@ class BilevelEstimator(BaseEstimator, ABC):
         sizes = self.hidden_layer_sizes
         return tuple(sizes) if isinstance(sizes, Sequence | np.ndarray) else (int(sizes),)
 
-    def _class_weights(self, y: np.ndarray) -> Any:
-        """Of each row, by its class."""
-        return 1.0
+    def _of_class(self, columns: np.ndarray) -> np.ndarray:
+        """The factor of each row's weight that is its class's, (N,), from y as numbers."""
+        return np.ones(len(columns))
 
     def _check_target(self, y: Any) -> None:
         """Refuses what scikit-learn would let pass."""
@@ -253,7 +254,14 @@ class BilevelEstimator(BaseEstimator, ABC):
         seed = int(random.randint(2**31 - 1))
         early = len(self._hidden()) > 0
         some, strata = (rows, strata) if early else self._for_reward(rows, strata, random)
-        inside = torch.from_numpy(crossfit.deal(strata, some.weight.numpy(), self.folds, random))
+        # Only whole numbers are copies, which folds share out. Of a row whose weight, or its class's, is something else
+        # part would be held out from policies that see the rest.
+        factor = self._of_class(strata[:, None])
+        weight = some.weight.numpy() / factor
+        copies = weight.round()
+        if (np.abs(weight - copies) > 1e-9 * weight).any():
+            factor, copies = some.weight.numpy(), np.ones_like(copies)
+        inside = torch.from_numpy(crossfit.deal(strata, copies, self.folds, random) * factor)
         if early:
             # What the last fit ended with has seen the rows that are to be held out, and would stop at once.
             warm = False
