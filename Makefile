@@ -17,7 +17,7 @@ VERL := codetiming dill hydra-core orjson tensordict
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
-	$(BIN)/po-bilevel classify --dataset wine --seeds 10 --out demo
+	$(BIN)/po-bilevel classify --dataset wine --seeds 10 --out demo --overwrite
 
 # Installs with the test extras, then runs all tests.
 test: $(VENV)/installed-test

@@ -221,6 +221,15 @@ def test_all_missing_extras_are_named_at_once():
     )
 
 
+def test_a_command_names_all_that_it_lacks(tmp_path, capsys, monkeypatch):
+    for name in ("sklearn", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["classify", "--out", str(tmp_path)]) == 2
+    assert "sklearn, matplotlib are needed here and are not installed: pip install '.[sklearn,plots]'" in (
+        capsys.readouterr().err
+    )
+
+
 def test_every_command_but_the_doctor_has_its_options_in_a_dataclass():
     from po_bilevel.experiments.commands import kind_of
 
