@@ -82,7 +82,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             is likely, and the reward, are then those of data with these shares.
         warm_start: the next `fit` starts from the policy and the reward of the last.
         random_state: of the folds, and of a network's initial weights.
-        n_jobs: threads, -1 for one on each processor; None for one where the data are small, else those that torch has.
+        n_jobs: the most threads, -1 for one on each processor, None for those that torch has; small data have one.
         verbose: 1 for a progress bar.
 
     Attributes:

@@ -42,7 +42,7 @@ from .hypergradients import Tensors
 from .members import Learned, Members
 from .policies import Policy
 from .rewards import TabularReward
-from .threads import threads, threads_for
+from .threads import threads_for
 
 E = TypeVar("E", bound="BilevelEstimator")
 
@@ -130,7 +130,8 @@ class BilevelEstimator(BaseEstimator, ABC):
         inputs = self._scaler.transform(X)
         widths = [inputs.shape[1], *self._hidden(), outputs]
         work = self.folds * len(inputs) * sum(a * b for a, b in pairwise(widths))
-        with threads_for(work, PARALLEL) if self.n_jobs is None else threads(effective_n_jobs(self.n_jobs)):
+        most = None if self.n_jobs is None else effective_n_jobs(self.n_jobs)
+        with threads_for(work, PARALLEL, most):
             self._fit(Rows(*map(torch.from_numpy, (inputs, target, weight))), outputs, strata)
         with torch.no_grad():
             self._publish()

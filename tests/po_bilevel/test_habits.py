@@ -149,9 +149,11 @@ def test_jobs_are_threads(two_classes, monkeypatch):
         fitting.BilevelEstimator, "_begin", lambda *given: (seen.append(torch.get_num_threads()), begin(*given))[1]
     )
     before = torch.get_num_threads()
+    BilevelClassifier(**QUICK, n_jobs=3).fit(*two_classes)
+    monkeypatch.setattr(fitting, "PARALLEL", 0)
     for jobs in (None, 1, 3):
         BilevelClassifier(**QUICK, n_jobs=jobs).fit(*two_classes)
-    assert seen == [1, 1, 3]
+    assert seen == [1, before, 1, 3]
     assert torch.get_num_threads() == before
 
 

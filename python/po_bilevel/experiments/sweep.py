@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..errors import MissingDependencyError, NonFiniteError, UsageError
 from ..files import atomic
-from ..optional import require
+from ..optional import require, require_all
 from . import results
 from .parts import ASIDE
 from .registry import EXPERIMENTS
@@ -179,10 +179,10 @@ def sweep(config: SweepConfig) -> list[str]:
         for people, one sentence for each run that failed; those are tried again next time.
     """
     runs = check(config)
+    experiment = EXPERIMENTS[read(config.config)["experiment"]]
+    needed = [("pandas", "sklearn"), ("pyarrow", "sklearn"), *experiment.needs(runs[0].config)]
+    require_all([*needed, *((("ray", "ray"),) if config.engine == "ray" else ())])
     pandas = require("pandas", "sklearn")
-    require("pyarrow", "sklearn")
-    if config.engine == "ray":
-        require("ray", "ray")
     with folder(config.out):
         (config.out / "runs").mkdir(exist_ok=True)
         _manifest(config.out / "manifest.json", read(config.config), runs)
