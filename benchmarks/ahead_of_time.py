@@ -22,6 +22,7 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: dict[str, Any]
     warps: int
+    registers: int | None = None
 
 
 class Resources(NamedTuple):
@@ -80,9 +81,11 @@ def launches_of(op: str, call: Request) -> list[Launch]:
     """The launches of a call; none of them runs."""
     found: list[Launch] = []
 
-    def record(self: Any, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
+    def record(
+        self: Any, kernel: Any, grid: tuple[int, ...], warps: int, registers: int | None = None, **arguments: Any
+    ) -> None:
         assert all(0 < size < most for size, most in zip(grid, (2**31, 2**16, 2**16), strict=False))
-        found.append(Launch(kernel, arguments, warps))
+        found.append(Launch(kernel, arguments, warps, registers))
 
     with unittest.mock.patch.object(launch.Call, "run", record):
         backend.KERNELS[op](call)
@@ -102,7 +105,7 @@ def source_of(launched: Launch, capability: int) -> ASTSource:
 def compiled(launched: Launch, capability: int) -> tuple[Any, Resources]:
     """The kernel as cubin for a compute capability, and what it takes; a kernel is compiled once in a process."""
     source = source_of(launched, capability)
-    key = (source.hash(), launched.warps, capability)
+    key = (source.hash(), launched.warps, launched.registers, capability)
     if key in _compiled:
         return _compiled[key]
     log = io.StringIO()
@@ -120,4 +123,4 @@ _compiled: dict[Any, tuple[Any, Resources]] = {}
 
 
 def options_of(launched: Launch) -> dict[str, Any]:
-    return {"num_warps": launched.warps, "enable_fp_fusion": False}
+    return {"num_warps": launched.warps, "maxnreg": launched.registers, "enable_fp_fusion": False}

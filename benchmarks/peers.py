@@ -15,7 +15,7 @@ def gaussian_dice(
 ) -> Tensor:
     """`gaussian_policy_loss(estimator="dice", advantage="loo")` in eager torch, as lean as it gets."""
     std = log_std.exp()
-    samples = (mean + std * torch.randn(group, *mean.shape)).detach()
+    samples = (mean + std * torch.randn(group, *mean.shape, device=mean.device)).detach()
     residual = samples - target
     rewards = -((residual @ precision) * residual).sum(-1)
     log_prob = (-0.5 * ((samples - mean) / std).square() - log_std - HALF_LOG_2PI).sum(-1)
@@ -48,7 +48,7 @@ def authors_gaussian(
 def mvn_dice(
     mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor, entropy_coef: float, group: int
 ) -> Tensor:
-    noise = torch.randn(group, *mean.shape)
+    noise = torch.randn(group, *mean.shape, device=mean.device)
     samples = (mean + torch.einsum("bij,gbj->gbi", scale_tril, noise)).detach()
     residual = samples - target
     rewards = -((residual @ precision) * residual).sum(-1)

@@ -69,6 +69,21 @@ def select(op: str, device_type: str, dtype: torch.dtype, backend: str | None) -
     return name
 
 
+def by_shape(op: str, name: str, backend: str | None, inputs: Sequence[torch.Tensor], num_samples: int) -> str:
+    """The backend for a call on a device that `select` gave to `name`: another one if nobody asked for that, and shapes
+    are of a class for which the other has been measured to be faster."""
+    head = inputs[0]
+    if name != "triton" or head.dtype != torch.float32 or head.ndim != 2 or requested(op, backend)[1] is not None:
+        return name
+    faster = module("cuda").is_faster(op, *head.shape, num_samples) and _cuda_serves(op)
+    return "cuda" if faster else name
+
+
+@cache
+def _cuda_serves(op: str) -> bool:
+    return refusal(op, "cuda", "cuda", torch.float32) is None
+
+
 def requested(op: str, backend: str | None) -> tuple[str, str | None]:
     """What asks for a backend, the argument before the context and the environment, and the name that it asks for."""
     source, name = "backend", backend
@@ -132,6 +147,24 @@ stream_key = philox.stream_key
 def serve_natively(op: str, device_type: str, dtype: torch.dtype) -> None:
     """Remembers that the native backend, which alone has the op, serves it."""
     _decisions.setdefault((op, device_type, dtype), Decision("native", {}))
+
+
+def rescale(tensors: Sequence[torch.Tensor], factor: torch.Tensor) -> bool:
+    """Multiplies all in place by a factor on a device, if a kernel there can, and says so."""
+    if not factor.is_cuda or not tensors or not all(x.is_contiguous() for x in tensors):
+        return False
+    kernel = _rescale()
+    if kernel is not None:
+        kernel(tensors, factor)
+    return kernel is not None
+
+
+@cache
+def _rescale() -> Any:
+    """Triton's kernel, which reads the factor on the device and mostly has nothing to do; None without Triton."""
+    if module("triton").unavailable() is not None:
+        return None
+    return importlib.import_module("po_kernels.backends.triton.rescale").in_place
 
 
 def decisions() -> dict[tuple[str, str, torch.dtype], Decision]:

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 from pathlib import Path
@@ -49,6 +50,24 @@ def test_the_example_of_estimators(monkeypatch):
     exec(block, names)
     assert names["model"].coef_.shape == (1, 30)
     names["RewardDisplay"].from_estimator(names["model"]).figure_.clear()
+
+
+@pytest.mark.parametrize("page", ["hypergradients.md", "porting.md"])
+def test_examples_of_pages(page):
+    """All blocks of a page, in one name space, from the first that imports."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    run = list(itertools.dropwhile(lambda block: "import" not in block, blocks))
+    names: dict = {}
+    for block in run:
+        exec(block, names)
+    assert len(run) >= 2
+
+
+def test_what_the_table_of_features_links_to_is_there():
+    links = re.findall(r"\]\(\.\./(tests/[^ )]*) \"(\w+)\"\)", (DOCS / "hypergradients.md").read_text())
+    assert len(links) > 20
+    for file, name in links:
+        assert f"def {name}(" in (DOCS.parent / file).read_text(), (file, name)
 
 
 def test_the_example_of_rewards_of_text(capsys):

@@ -101,6 +101,12 @@ def test_po_bilevel_uses_what_is_public():
         assert used <= public, path
 
 
+def test_po_bilevel_imports_nothing_of_its_peers():
+    for path in files(ROOT / "python" / "po_bilevel"):
+        peers = ("hypergrad", "betty", "torchopt", "jaxopt", "jax")
+        assert not {name for name in imports_of(path, ROOT / "python") if within(name, *peers)}, path
+
+
 def includes_of(path: Path) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
 

@@ -140,8 +140,10 @@ class _Chunk(NamedTuple):
     def _row(self, z: Tensor, along: Tensor | None, needed: bool, overwrite: bool = False) -> list[Any]:
         cotangent, cotangent_tangent, known = self.of_rows
         tangents = None if along is None else [along]
+        if along is None:
+            cotangent_tangent = None
         request = OPS[ROW_OP].request(
-            [z], [self.ids, known], tangents, cotangent, cotangent_tangent if along is not None else None, [needed], False,
+            [z], [self.ids, known], tangents, cotangent, cotangent_tangent, [needed], False,
             self.config._replace(overwrite=overwrite),
         )  # fmt: skip
         try:

@@ -244,10 +244,11 @@ class _PlainValue(torch.autograd.Function):
         differentiated = _modes.is_differentiated()
         whole = call.config.reduction != "none" and not _modes.is_legacy_batch(cotangent)
         if known is not None and whole and not differentiated:
-            if not cotangent.is_cpu or not _is_one(cotangent):
-                for k in known:
-                    if k is not None:
-                        k.mul_(_library.along(cotangent, None, k.ndim, bool(call.problems)))
+            there = [k for k in known if k is not None]
+            one = cotangent.is_cpu and _is_one(cotangent)
+            if not one and (call.problems or not dispatch.rescale(there, cotangent)):
+                for k in there:
+                    k.mul_(_library.along(cotangent, None, k.ndim, bool(call.problems)))
             return (None, None, None, *known)
         tensors = ctx.saved_tensors
         if OPS[call.op].knows:

@@ -34,6 +34,8 @@ def evaluate(
     row = OPS[op]
     name = _select(op, head.device.type, computed(head.dtype), backend)
     compiling = torch.compiler.is_compiling()
+    if head.is_cuda and not compiling:
+        name = dispatch.by_shape(op, name, backend, inputs, config.num_samples)
     if problems and (compiling or name == "reference" or not _modes.may_call_directly(*inputs, *constants)):
         one = partial(evaluate, op, backend, config=config, want_stats=want_stats)
         places = [[None if x is None else 0 for x in tensors] for tensors in (inputs, constants)]

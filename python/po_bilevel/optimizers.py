@@ -1,7 +1,8 @@
-"""Optimisers with the settings that the deterministic problems of this package need."""
+"""Optimisers with the settings that the deterministic problems of this package need, and several as one."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -30,3 +31,32 @@ def lbfgs(
         tolerance_grad=0.1 * tolerance / math.sqrt(sum(p.numel() for p in held)), tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
+
+
+class Together:
+    """Optimisers of groups of parameters, each with a state of its own, as one.
+
+    Raises:
+        ValueError: a parameter that two of them have.
+    """
+
+    def __init__(self, name: str, optimizers: Sequence[Optimizer]) -> None:
+        self.each = tuple(optimizers)
+        held = [id(p) for group in self.param_groups for p in group["params"]]
+        if len(set(held)) < len(held):
+            raise ValueError(f"{name}: expected optimisers of different parameters, got some that share one")
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.each for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.each:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"each": [optimizer.state_dict() for optimizer in self.each]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, part in zip(self.each, state["each"], strict=True):
+            optimizer.load_state_dict(part)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import checkpoints, fingerprints, training
 from .errors import HypergradientWarning, UsageError
+from .optimizers import Together
 from .rewards import diagonal
 from .steps import OuterStep, imperfect
 
@@ -221,13 +222,13 @@ def learned_names(reward: nn.Module) -> list[str]:
     return names
 
 
-def check_one_at_a_time(name: str, optimizer: torch.optim.Optimizer) -> None:
+def check_one_at_a_time(name: str, optimizer: torch.optim.Optimizer | Together) -> None:
     """Refuses an optimiser that asks for losses."""
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if any(isinstance(each, torch.optim.LBFGS) for each in getattr(optimizer, "each", [optimizer])):
         raise ValueError(f"{name}: expected one that takes a gradient at a time, got LBFGS")
 
 
-def check_learned(policy: nn.Module, reward: nn.Module, outer_optimizer: torch.optim.Optimizer) -> None:
+def check_learned(policy: nn.Module, reward: nn.Module, outer_optimizer: torch.optim.Optimizer | Together) -> None:
     """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
     training.check_optimizer("outer_optimizer", outer_optimizer)
     check_one_at_a_time("outer_optimizer", outer_optimizer)
@@ -247,7 +248,8 @@ def check_learned(policy: nn.Module, reward: nn.Module, outer_optimizer: torch.o
 
 
 def update_reward(
-    phi: Sequence[nn.Parameter], gradient: Sequence[Tensor], optimizer: torch.optim.Optimizer, max_norm: float | None
+    phi: Sequence[nn.Parameter], gradient: Sequence[Tensor], optimizer: torch.optim.Optimizer | Together,
+    max_norm: float | None,
 ) -> None:  # fmt: skip
     """One step of the outer optimiser along a hypergradient, which is scaled down where it is longer than max_norm."""
     for parameter, part in zip(phi, gradient, strict=True):

@@ -1,7 +1,7 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import training
 from .errors import NonFiniteError
-from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Tensors
+from .hypergradients import Hypergradient, HypergradientMethod, ImplicitCG, Minibatches, Tensors
 from .hypergradients.sampled import SampledMethod
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .objectives import sampled_objective
+from .optimizers import Together
 from .policies import Policy
 from .resumable import Resumable, check_learned, described, learned_names, named, update_reward
 from .rewards import MahalanobisReward, OneHotMahalanobisReward, TableReward
@@ -48,7 +49,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         outer_data: rows of the outer loss. Rows that the inner loss does not see keep a policy that can memorise
             its data from passing for a sharp reward.
         inner_optimizer: makes the policy's optimiser from its parameters.
-        outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time, not LBFGS.
+        outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time, not LBFGS. A
+            sequence of them is for groups of φ with optimisers of their own.
         inner_steps: the most optimiser steps on the policy for each outer step; 0 for a hypergradient method that
             moves θ itself, as `Unrolled` and `BOME` do.
         inner_loss: (policy, reward, batch, seed) -> ().
@@ -59,11 +61,14 @@ class BilevelTrainer(Resumable[OuterStep]):
             untrained policy can be so long that an adaptive optimiser's averages remember little else.
         inner_scheduler: makes the inner loop's scheduler from the policy's optimiser, anew at each outer step, which
             starts from the optimiser's first learning rates: each is a problem of its own.
-        outer_scheduler: of the outer optimiser's learning rates, stepped after each outer step; `ReduceLROnPlateau` is
-            given the outer loss.
+        outer_scheduler: of the outer optimiser's learning rates, or of those of one of them, stepped after each outer
+            step; `ReduceLROnPlateau` is given the outer loss.
         keep_inner_state: keep the policy's optimiser from one outer step to the next. Quasi-Newton methods should
             not: what they remember of the curvature belongs to the reward of before.
-        batch_size: rows of a batch of the inner loss; None for all. The outer loss reads all its rows.
+        batch_size: rows of a batch of the inner loss; None for all.
+        outer_batch_size: rows of the outer loss in each outer step; None for all.
+        product_batches: how many batches of the inner loss a hypergradient averages its products over, one at a time
+            in memory, see `Minibatches`; they are drawn apart from those of the inner steps.
         seed: of batches and samples.
         checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
             before, never in between. The history is beside it, in a file of that name and eight characters and
@@ -80,12 +85,13 @@ class BilevelTrainer(Resumable[OuterStep]):
 
     def __init__(
         self, policy: Policy, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
-        inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer, inner_steps: int,
+        inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer | Sequence[Optimizer], inner_steps: int,
         inner_loss: InnerLoss | None = None, outer_loss: OuterLoss | None = None,
         hypergradient: HypergradientMethod | None = None, inner_tolerance: float = 0.0, patience: int | None = None,
         min_delta: float = 0.0, max_grad_norm: float | None = None, max_outer_grad_norm: float | None = None,
         inner_scheduler: SchedulerFactory | None = None, outer_scheduler: LRScheduler | None = None,
-        keep_inner_state: bool = True, batch_size: int | None = None, seed: int = 0,
+        keep_inner_state: bool = True, batch_size: int | None = None, outer_batch_size: int | None = None,
+        product_batches: int = 1, seed: int = 0,
         checkpoint: Path | str | None = None, checkpoint_every: int = 1, progress: bool = True,
         description: str = "outer steps",
     ) -> None:  # fmt: skip
@@ -93,9 +99,13 @@ class BilevelTrainer(Resumable[OuterStep]):
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
         self.policy = policy
         self.reward = reward
+        if isinstance(outer_optimizer, Sequence):
+            self._outer_optimizer: Optimizer | Together = Together("outer_optimizer", outer_optimizer)
+        else:
+            self._outer_optimizer = outer_optimizer
         self._phi = learned_names(reward)
         self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
-        check_learned(policy, reward, outer_optimizer)
+        check_learned(policy, reward, self._outer_optimizer)
         for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
             if not isinstance(data, Batch):
                 raise TypeError(f"{name}: expected a Batch of inputs and targets, got {type(data).__name__}")
@@ -106,10 +116,12 @@ class BilevelTrainer(Resumable[OuterStep]):
                 f"torch.optim.Adam(p), got {type(inner_optimizer).__name__}"
             )
         self._stream = BatchStream(inner_data, batch_size, seed)
+        training.check_count("product_batches", product_batches, 1)
+        self._product_batches = product_batches
         self._inner_data = inner_data
         self._outer_data = outer_data
+        self._outer_stream = None if outer_batch_size is None else BatchStream(outer_data, outer_batch_size, seed + 1)
         self._inner_optimizer = inner_optimizer
-        self._outer_optimizer = outer_optimizer
         self._inner_steps = inner_steps
         self._inner_loss: InnerLoss = PolicyGradient() if inner_loss is None else inner_loss
         self._outer_loss: OuterLoss = NegativeLogLikelihood() if outer_loss is None else outer_loss
@@ -121,9 +133,12 @@ class BilevelTrainer(Resumable[OuterStep]):
         self._inner_scheduler = inner_scheduler
         self._outer_scheduler = outer_scheduler
         self._sampling = {"batch_size": batch_size, "seed": seed}
+        # As they stand they are no part of what a checkpoint remembers, as before there were any.
+        self._sampling |= {"outer_batch_size": outer_batch_size} if outer_batch_size is not None else {}
+        self._sampling |= {"product_batches": product_batches} if product_batches > 1 else {}
         # Before they take a step.
         self._start = described(
-            outer_optimizer=outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
+            outer_optimizer=self._outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
             outer_loss=self._outer_loss, hypergradient=self._hypergradient,
         )  # fmt: skip
         self._keep_inner_state = keep_inner_state
@@ -145,6 +160,7 @@ class BilevelTrainer(Resumable[OuterStep]):
             "outer_scheduler": None if self._outer_scheduler is None else self._outer_scheduler.state_dict(),
             "stream": self._stream.state(),
             "solution": self._solution,
+            "outer_stream": None if self._outer_stream is None else self._outer_stream.state(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -159,6 +175,8 @@ class BilevelTrainer(Resumable[OuterStep]):
             self._optimizer.load_state_dict(state["inner_optimizer"])
         self._stream.restore(state["stream"])
         self._solution = state["solution"]
+        if self._outer_stream is not None:
+            self._outer_stream.restore(state["outer_stream"])
 
     @functools.cached_property
     def _configuration(self) -> dict[str, str]:
@@ -216,21 +234,26 @@ class BilevelTrainer(Resumable[OuterStep]):
         """The hypergradient where the policy is, which moves if the method moves it."""
         theta, phi = named(self.policy, self._theta), named(self.reward, self._phi)
         substituted = Substitution(self.policy, self._theta, self.reward, self._phi)
-        # One batch and one seed for everything the method evaluates.
-        batch, seed = self._stream.next()
+        # The same batches and seeds for everything the method evaluates, and drawn apart from those of the inner steps.
+        drawn = [self._stream.next() for _ in range(self._product_batches)]
+        batch, seed = drawn[0]
+        outer_data = self._outer_data if self._outer_stream is None else self._outer_stream.next()[0]
+
+        def of(theta: Tensors, phi: Tensors, each: tuple[Batch, int]) -> Tensor:
+            return substituted(theta, phi, self._inner_loss, self.policy, self.reward, *each)
 
         def inner(theta: Tensors, phi: Tensors) -> Tensor:
-            return substituted(theta, phi, self._inner_loss, self.policy, self.reward, batch, seed)
+            return of(theta, phi, drawn[0])
 
         def outer(theta: Tensors, phi: Tensors) -> Tensor:
             with evaluating(self.policy):
-                return substituted(theta, phi, self._outer_loss, self.policy, self._outer_data)
+                return substituted(theta, phi, self._outer_loss, self.policy, outer_data)
 
         if self.policy.fused_network() is not None and type(self.reward) in _REPEATABLE_REWARDS:
             # Linear layers, and losses that are given their seed: nothing is drawn.
             inner.repeatable = type(self._inner_loss) is PolicyGradient  # type: ignore[attr-defined]
             outer.repeatable = type(self._outer_loss) is NegativeLogLikelihood  # type: ignore[attr-defined]
-        problem: Any = inner
+        problem: Any = inner if len(drawn) == 1 else Minibatches(of, drawn)
         if isinstance(self._hypergradient, SampledMethod):
             problem = sampled_objective(
                 self.policy, self.reward, self._inner_loss, batch, seed, substituted, theta, phi

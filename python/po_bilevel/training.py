@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from .errors import NonFiniteError
 from .fused import Steps
 from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
+from .optimizers import Together
 from .policies import Policy
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
@@ -335,11 +336,11 @@ def check_norm(name: str, value: float | None) -> None:
 
 
 def check_optimizer(name: str, optimizer: object) -> None:
-    if not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer | Together):
         raise TypeError(f"{name}: expected an optimiser of torch, got {type(optimizer).__name__}")
 
 
-def trained(optimizer: Optimizer) -> list[Tensor]:
+def trained(optimizer: Optimizer | Together) -> list[Tensor]:
     """What of an optimiser's parameters requires grad."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 

@@ -367,8 +367,7 @@ def test_the_hessian_in_log_std_has_the_right_sign(backend):
 @pytest.mark.parametrize("backend", ["native", "numba", "reference"])
 def test_views_that_are_to_be_negated(backend):
     """The imaginary part of a conjugate shares memory with that of the number, and has its sign elsewhere."""
-    generator = torch.Generator().manual_seed(0)
-    lazy = torch.view_as_complex(torch.randn(6, 3, 2, dtype=torch.float64, generator=generator)).conj().imag
+    lazy = torch.view_as_complex(torch.randn(6, 3, 2, dtype=torch.float64)).conj().imag
     assert lazy.is_neg()
     target, scale = torch.zeros(6, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     results = []

@@ -11,6 +11,7 @@ import po_kernels as pk
 from po_kernels.ops.policy import DIVERGENCES, PLACEMENTS, RATIOS
 
 from .bounds import near
+from .cases import DEVICE
 from .test_policy import CU_SEQLENS, MASK, B, T, batch, valid
 
 # Roundings of a loss: a sum over all tokens, of terms with up to ten operations and the sum over a sequence in their
@@ -155,7 +156,7 @@ def test_the_ratio_times_k3_has_the_gradient_of_the_divergence():
 
 
 # Strings of three letters over an alphabet of three, whose policy has a row of logits for each prefix.
-STRINGS = torch.tensor(list(itertools.product(range(3), repeat=3)))
+STRINGS = torch.tensor(list(itertools.product(range(3), repeat=3)), device=DEVICE)
 # Roundings: a sum over 27 strings, of products of a weight and three letters' derivatives, all below 1.
 STRING_TERMS = 27 + 3 * 4
 PREFIX = torch.stack([0 * STRINGS[:, 0], 1 + STRINGS[:, 0], 4 + 3 * STRINGS[:, 0] + STRINGS[:, 1]], 1)
@@ -167,9 +168,9 @@ def log_probs(logits):
 
 
 def policy_and_rewards():
-    generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(13, 3, dtype=torch.float64, generator=generator)
-    return logits, torch.randn(27, dtype=torch.float64, generator=generator)
+    generator, kind = torch.Generator("cpu").manual_seed(5), {"dtype": torch.float64, "device": "cpu"}
+    logits = torch.randn(13, 3, generator=generator, **kind)
+    return logits.to(DEVICE), torch.randn(27, generator=generator, **kind).to(DEVICE)
 
 
 def expected_reward(logits, rewards):

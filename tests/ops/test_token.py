@@ -167,8 +167,12 @@ def test_every_number_in_half_precision(backend, dtype):
             found = every(x, ids, backend=backend)
             gradients.append((found, *grad(found, x, torch.full_like(found, 1.7))))
         (found, first), (right, first_in_float32) = gradients
-        assert torch.equal(found, right)
-        assert torch.equal(first, first_in_float32.to(dtype))
+        if DEVICE == "cpu":
+            assert torch.equal(found, right)
+            assert torch.equal(first, first_in_float32.to(dtype))
+        else:  # a thread reads twice as many halves at once, so that sums are in another order
+            near(found, right, len(row) + A_FEW)
+            near(first, first_in_float32, torch.finfo(dtype).eps / torch.finfo(torch.float32).eps)
 
 
 @ROWS
@@ -181,7 +185,7 @@ def test_vocabularies(backend, classes):
     # Of equal numbers two halves of an ulp, for log and sum; in plain torch log p, about 12, is rounded by half an ulp
     # of 8 eps, which is an error of all p, twice. As much again where numbers differ.
     rel = (8 if backend == "reference" else 2) * torch.finfo(torch.float32).eps
-    assert found[1, 0] == pytest.approx(math.log(classes), rel=rel)
+    assert found[1, 0].item() == pytest.approx(math.log(classes), rel=rel)
     assert torch.allclose(found.double(), right, rtol=2 * rel, atol=0)
 
 
@@ -207,6 +211,8 @@ def test_logits_as_far_apart_as_numbers_can_be(backend):
 
 @ROWS
 def test_a_row_depends_on_no_other(backend):
+    if DEVICE != "cpu" and backend == "reference":
+        pytest.skip("of torch's own kernels there a row may depend on how many there are")
     logits, ids = torch.randn(37, 1100), torch.randint(1100, (37,))
     together = every(logits, ids, backend=backend)
     for row in (0, 17, 36):
@@ -322,7 +328,9 @@ def test_a_gradient_takes_the_place_of_logits_as_they_lie(dtype):
         logits, beyond = memory[:, :classes], memory[:, classes:].clone()
         ids = torch.tensor([0, IGNORED, classes - 1])
         right, found = (
-            kernel(row.request([logits], [ids, None], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[2]
+            kernel(row.request([logits], [ids, None], None, None, None, [True], False, OpConfig(overwrite=overwrite)))[
+                2
+            ]
             for overwrite in (False, True)
         )
         assert found.data_ptr() == memory.data_ptr()
@@ -364,7 +372,11 @@ BAD = {
     "temperature": ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap: expected a positive number, got -1.0"),
     "ids": ({"token_ids": torch.zeros(2)}, TypeError, "token_ids: expected an integer tensor, got torch.float32"),
-    "shape": ({"token_ids": torch.tensor([1])}, ValueError, r"token_ids: expected shape \(2,\), got \(1,\)"),
+    "shape": (
+        {"token_ids": torch.tensor([1], device=DEVICE)},
+        ValueError,
+        r"token_ids: expected shape \(2,\), got \(1,\)",
+    ),
     "logits": ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "logits: expected a floating tensor"),
     "empty": ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: expected shape \(\*, V\) with V of at least 1"),
     "ignore_index": ({"ignore_index": 1.5}, TypeError, "ignore_index: expected an integer"),

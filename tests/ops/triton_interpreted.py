@@ -7,7 +7,7 @@ import triton
 import po_kernels as pk
 from po_kernels import dispatch
 from po_kernels.backends.contract import OPS
-from po_kernels.backends.triton import categorical, launch, token
+from po_kernels.backends.triton import categorical, launch, rescale, token
 
 from . import bounds, test_long_sums, test_numbers, test_tiny, test_token, test_token_pitfalls
 from .cases import (
@@ -263,3 +263,11 @@ def test_samples_of_one_class():
     loss = pk.categorical_surrogate_loss(logits, labels, rewards, advantage="none", backend=BACKEND)
     (found,) = torch.autograd.grad(loss, logits)
     has_all_terms(-found[:, 1], rewards / (2 * COUNT))
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5, float("nan")])
+def test_gradients_times_a_cotangent(factor):
+    tensors = [torch.randn(shape) for shape in ((7,), (70, 70), ())]
+    right = [factor * x for x in tensors]
+    rescale.in_place(tensors, torch.tensor(factor))
+    assert all(torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in zip(tensors, right, strict=True))

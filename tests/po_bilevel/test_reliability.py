@@ -25,7 +25,7 @@ from po_bilevel import (
     Truncated,
     Unrolled,
 )
-from problems import Quadratic, categorical_problem, double, every_method, name, positive
+from problems import EXACT, Quadratic, categorical_problem, double, every_method, name, positive
 from test_hypergradients import gaussian_problem
 from torch import Tensor, nn
 
@@ -217,11 +217,40 @@ def test_float32_gradients_in_small_units(method, scale):
     assert result.problems == ()
 
 
-def test_a_bare_tensor_is_refused():
-    """It would be taken apart, and a loss of (θ, φ) would see its first number only."""
+def nested(tree):
+    """A tensor of a tuple of one, in a tree with a constant."""
+    return {"a": [tree[0]], "b": {"constant": torch.ones(2, dtype=torch.int64)}}
+
+
+@pytest.mark.parametrize("method", every_method(), ids=name)
+def test_any_pytree_gives_what_a_tuple_does(method):
     inner, outer, theta, phi = categorical_problem("exact")
-    for method in every_method():
-        with pytest.raises(TypeError, match=r"theta: expected a sequence of tensors, got a tensor; give \(theta,\)"):
-            method(inner, outer, theta[0], phi)
-        with pytest.raises(TypeError, match="phi: expected a sequence"):
-            method(inner, outer, theta, phi[0])
+    torch.manual_seed(0)
+    expected = method(inner, outer, theta, phi)
+
+    def of(loss, pick):
+        return lambda theta, phi: loss((pick(theta),), (pick(phi),))
+
+    for form, pick in ((lambda tree: tree[0], lambda tree: tree), (nested, lambda tree: tree["a"][0])):
+        torch.manual_seed(0)
+        result = method(of(inner, pick), of(outer, pick), form(theta), form(phi))
+        assert torch.equal(pick(result.gradient), expected.gradient[0])
+        if expected.solution is not None:
+            assert torch.equal(pick(result.solution), expected.solution[0])
+            method(of(inner, pick), of(outer, pick), form(theta), form(phi), start=result.solution)
+        if expected.theta is not None:
+            assert torch.equal(pick(result.theta), expected.theta[0])
+    # What does not require grad is handed on as it is and has no derivative.
+    assert result.gradient["b"]["constant"] is None
+    assert torch.equal((result.theta or nested(theta))["b"]["constant"], torch.ones(2, dtype=torch.int64))
+
+
+def test_leaves_of_trees_are_named():
+    inner, outer, theta, phi = categorical_problem("exact")
+    with pytest.raises(TypeError, match=r"phi\['a'\]\[1\]: expected a tensor, got float"):
+        EXACT(inner, outer, theta, {"a": (phi[0], 1.0)})
+    with pytest.raises(ValueError, match=r"phi\['b'\]: expected a tensor that .* does not reach"):
+        EXACT(
+            lambda theta, phi: inner(theta, (phi["a"],)), outer, theta,
+            {"a": phi[0], "b": torch.ones(2, requires_grad=True)},
+        )  # fmt: skip

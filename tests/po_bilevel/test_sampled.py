@@ -219,6 +219,18 @@ def test_log_probabilities_that_draw_are_refused():
         FisherCG()(drawing, problem.outer, problem.solution(), problem.phi)
 
 
+def test_any_pytree_gives_what_a_tuple_does():
+    problem, method = Strings(), FisherCG(damping=1e-3)
+    objective = problem.objective()
+    trees = dataclasses.replace(
+        objective, log_prob=lambda t: objective.log_prob((t["t"],)), reward=lambda p: objective.reward((p,))
+    )
+    expected = method(objective, problem.outer, problem.solution(), problem.phi)
+    found = method(trees, lambda t, p: problem.outer((t["t"],), (p,)), {"t": problem.solution()[0]}, problem.phi[0])
+    assert torch.equal(found.gradient, expected.gradient[0])
+    assert torch.equal(found.solution["t"], expected.solution[0])
+
+
 def test_bad_input():
     problem = Strings()
     theta = problem.solution()

@@ -38,9 +38,11 @@ class Measured(TritonCalls):
         super().__init__(capability)
         self.launched: list[ahead_of_time.Launch] = []
 
-    def run(self, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
-        self.launched.append(ahead_of_time.Launch(kernel, dict(arguments), warps))
-        super().run(kernel, grid, warps, **arguments)
+    def run(
+        self, kernel: Any, grid: tuple[int, ...], warps: int, registers: int | None = None, **arguments: Any
+    ) -> None:
+        self.launched.append(ahead_of_time.Launch(kernel, dict(arguments), warps, registers))
+        super().run(kernel, grid, warps, registers, **arguments)
 
     def resources(self) -> dict[str, int]:
         """The most that a launch takes of each."""

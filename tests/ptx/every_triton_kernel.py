@@ -12,7 +12,7 @@ from tests.ops.cases import ADVANTAGES, DIFFERENTIABLE, ESTIMATORS, LOSSES, REDU
 pytest.importorskip("triton", reason="triton is not installed")
 
 from po_kernels.backends import triton as backend
-from po_kernels.backends.triton import lanes, launch, mvn, token
+from po_kernels.backends.triton import lanes, launch, mvn, rescale, token
 from tests.ops import triton_interpreted as interpreted
 
 from .calls import simulated
@@ -132,3 +132,14 @@ def test_copies_of_sums_in_memory_are_not_used(op, monkeypatch):
     options = {"precision_kind": "diagonal", "advantage": "standardized", "estimator": "dice", "reduction": "mean"}
     agrees(draw(op, 2, torch.float32, lead=(ROWS,), dim=2, group=3, mask=False, **options), 90)
     assert spoiled > 0
+
+
+def test_gradients_times_a_cotangent():
+    x, y = torch.randn(5000), torch.randn(3)
+    right = 1.7 * x, 1.7 * y
+    TritonCalls(80).run(
+        rescale.rescale, (2,), 4, x0=x, x1=y, x2=x, x3=x, n0=len(x), n1=len(y), n2=0, n3=0, factor=torch.tensor(1.7),
+        BLOCK=4096,
+    )  # fmt: skip
+    assert torch.equal(x, right[0])
+    assert torch.equal(y, right[1])

@@ -69,8 +69,10 @@ class TritonCalls(Calls):
         with mock.patch.object(launch.Call, "run", run), mock.patch.object(torch, "empty", self.as_fresh(torch.empty)):
             return backend.KERNELS[op](request)
 
-    def run(self, kernel: Any, grid: tuple[int, ...], warps: int, **arguments: Any) -> None:
-        launched = ahead_of_time.Launch(kernel, arguments, warps)
+    def run(
+        self, kernel: Any, grid: tuple[int, ...], warps: int, registers: int | None = None, **arguments: Any
+    ) -> None:
+        launched = ahead_of_time.Launch(kernel, arguments, warps, registers)
         text, shared = compiled(launched, self.capability)
         source = ahead_of_time.source_of(launched, self.capability)
         memory, packed = Memory(), b""

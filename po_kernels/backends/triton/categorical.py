@@ -339,7 +339,7 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
         {"CLOSED_FORM": exact, "IN_REGISTERS": in_registers, "LONG": _is_long(count)},
         **call.rows("logits"), target=call.constants.target.contiguous(),
         # By label first, for the rewards of a row to be neighbours.
-        table=launch.Pair(*(x.t().contiguous() for x in call.pairs.reward_table)),
+        table=call.pairs.reward_table.of(lambda x: x.t().contiguous()),
         seed=call.seed, row_offset=call.config.row_offset, classes=classes, count=count,
     )  # fmt: skip
     if need:

@@ -300,7 +300,7 @@ def _policy_loss(call: Call) -> tuple[Tensor, Tensor]:
          "IN_MEMORY": tile.dim > launch.MOST_IN_REGISTERS},
         turns, launch.run_of_products(tile) if kind == 2 else 0,
         **call.rows("mean"), **call.rows("scale"), **call.rows("target"),
-        precision=launch.Pair(*(_symmetric(x) for x in call.pairs.precision)), seed=call.seed,
+        precision=call.pairs.precision.of(_symmetric), seed=call.seed,
         row_offset=call.config.row_offset,
     )  # fmt: skip
     if call.needs.precision:

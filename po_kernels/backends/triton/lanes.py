@@ -8,6 +8,7 @@ Names in capitals are compile-time constants, and K is all of those of a launch,
 dtype that is computed with, and K.DUAL says whether numbers are pairs.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
@@ -27,6 +28,11 @@ class Pair(NamedTuple):
 
     value: Any
     tangent: Any
+
+    def of(self, change: Callable[[Any], Any]) -> "Pair":
+        """Both as they are to lie in memory, once where they are the same."""
+        value = change(self.value)
+        return Pair(value, value if self.tangent is self.value else change(self.tangent))
 
 
 @triton.jit

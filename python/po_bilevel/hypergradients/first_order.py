@@ -20,9 +20,9 @@ from .problem import (
     no_minimum,
     outer_gradients,
     scalar,
-    started,
     unflat,
 )
+from .trees import Leaves
 from .unrolled import descend
 
 
@@ -42,7 +42,7 @@ class FiniteDifference(Method):
     scale: float = 1.0
     radius: float = 1e-2
 
-    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         outer, by_theta, direct = outer_gradients(outer_loss, theta, phi)
         norm = length(flat(by_theta, theta))
         gradient = list(filled(direct, phi))
@@ -63,7 +63,7 @@ class FiniteDifference(Method):
         stationarity, far = no_minimum(theta, inner_norm, 1.0 / self.scale)
         return dataclasses.replace(
             _first_order(gradient, 0.5 * sum(values), outer), inner_gradient_norm=inner_norm, stationarity=stationarity,
-            problems=(*far, *(_unmoved(*ends) if norm > 0 else ())),
+            problems=(*far, *(_unmoved(phi, *ends) if norm > 0 else ())),
         )  # fmt: skip
 
 
@@ -89,8 +89,8 @@ class Penalty(Method):
     learning_rate: float
     tolerance: float = 1e-1
 
-    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
-        y = tuple(t.detach().requires_grad_() for t in (theta if start is None else started(start, theta)))
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
+        y = tuple(t.detach().requires_grad_() for t in (theta if start is None else start))
 
         def penalised(theta: Tensors, phi: Tensors) -> Tensor:
             return inner_loss(theta, phi) + outer_loss(theta, phi) / self.multiplier
@@ -121,7 +121,7 @@ class Penalty(Method):
             )
         return dataclasses.replace(
             _first_order(gradient, inner, outer), residual_norm=residual, converged=not problems,
-            problems=(*problems, *_unmoved(at_y, at_theta)), solution=tuple(t.detach() for t in y),
+            problems=(*problems, *_unmoved(phi, at_y, at_theta)), solution=tuple(t.detach() for t in y),
             inner_gradient_norm=inner_norm, stationarity=stationarity,
         )  # fmt: skip
 
@@ -148,7 +148,7 @@ class BOME(Method):
     step: float
     control: float = 0.5
 
-    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         outer, f_theta, direct = outer_gradients(outer_loss, theta, phi)
         f_phi = filled(direct, phi)
         inner, q_theta, here = _gradients(inner_loss, theta, phi, direct)
@@ -161,7 +161,7 @@ class BOME(Method):
         direction = unflat(f + weight * q, phi + theta)
         moved = tuple(t.detach() - self.step * d for t, d in zip(theta, direction[len(phi) :], strict=True))
         return dataclasses.replace(
-            _first_order(direction[: len(phi)], inner, outer), theta=moved, problems=_unmoved(here, there),
+            _first_order(direction[: len(phi)], inner, outer), theta=moved, problems=_unmoved(phi, here, there),
             inner_gradient_norm=length(flat(q_theta, theta)),
         )  # fmt: skip
 
@@ -191,7 +191,7 @@ class EvolutionStrategies(Method):
     learning_rate: float
     seed: int | None = None
 
-    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
+    def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         outer, _, direct = outer_gradients(outer_loss, theta, phi)
         inner = self._checked(inner_loss, theta, phi, direct)
         centre = flat(tuple(p.detach() for p in phi), phi)
@@ -206,7 +206,7 @@ class EvolutionStrategies(Method):
             total += direction * (ends[0] - ends[1])
         return _first_order(unflat(total / (2.0 * self.radius * self.pairs), phi), inner, outer)
 
-    def _checked(self, inner_loss: Loss, theta: Tensors, phi: Tensors, direct: Sequence[Tensor | None]) -> float:
+    def _checked(self, inner_loss: Loss, theta: Tensors, phi: Leaves, direct: Sequence[Tensor | None]) -> float:
         """L, where all of φ makes a difference to it or F; differences of F would make nothing of one that does not."""
         with torch.enable_grad():
             loss = inner_loss(theta, phi)
@@ -234,7 +234,7 @@ class EvolutionStrategies(Method):
 
 
 def _gradients(
-    inner_loss: Loss, theta: Tensors, phi: Tensors, direct: Sequence[Tensor | None]
+    inner_loss: Loss, theta: Tensors, phi: Leaves, direct: Sequence[Tensor | None]
 ) -> tuple[float, Tensors, Sequence[Tensor | None]]:  # fmt: skip
     """L, ∂L/∂θ and ∂L/∂φ, at θ as a constant; None for a part of φ that only the outer loss depends on."""
     leaves = tuple(t.detach().requires_grad_() for t in theta)
@@ -247,11 +247,13 @@ def _gradients(
     return float(loss.detach()), depends(found[: len(leaves)], leaves), by_phi
 
 
-def _unmoved(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> tuple[str, ...]:
+def _unmoved(
+    phi: Leaves, first: Sequence[Tensor | None], second: Sequence[Tensor | None]
+) -> tuple[str, ...]:  # fmt: skip
     """What it means where ∂L/∂φ is the same, to the bit, at two θ."""
     return tuple(
-        f"phi[{index}]: ∂L/∂φ does not change with θ, so that φ may not reach the minimum of the inner loss"
-        for index, (a, b) in enumerate(zip(first, second, strict=True))
+        f"{name}: ∂L/∂φ does not change with θ, so that φ may not reach the minimum of the inner loss"
+        for name, a, b in zip(phi.names, first, second, strict=True)
         if a is not None and b is not None and torch.equal(a, b)
     )
 

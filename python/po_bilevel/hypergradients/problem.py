@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
+from .equations import Residual, RootProblem
 from .interface import Hypergradient, Loss, Tensors
+from .trees import Leaves
 
 Average = Callable[[Tensor], Tensor]
 
@@ -94,15 +96,35 @@ class ImplicitProblem:
         scale: ‖b‖.
         num_products: with H, so far.
         curvature: of what was multiplied so far.
+        equation: that takes the place of ∂L/∂θ = 0, if one does; H is (∂g/∂θ)ᵀ then.
     """
 
-    def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float) -> None:
+    equation: RootProblem | None = None
+
+    def __init__(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, damping: float) -> None:
         self.begin(outer_loss, theta, phi, damping)
-        self._inner, self._gradient, norm = _differentiable_gradient(inner_loss, self._theta, self._phi)
-        self._inner_norm: float | None = norm
+        self._parts = getattr(inner_loss, "parts", ())
+        if self._parts:
+            # Of many batches no graph outlives its use.
+            found = [self._part(part) for part in self._parts]
+            self._inner = torch.stack([loss for loss, _ in found]).mean()
+            self._inner_norm: float | None = length(torch.stack([gradient for _, gradient in found]).mean(0))
+            return
+        self._inner, gradients = inner_gradient(inner_loss, theta, phi, create_graph=True)
+        self._gradient = _differentiable(gradients)
+        self._inner_norm = length(flat(gradients, theta))
+        if isinstance(gradients, Residual):
+            self.equation = gradients.equation
+            self._inner_norm = None if gradients.measured else self._inner_norm
+        self._pulled: tuple[Tensor, Tensor] | None = None
+
+    def _part(self, loss: Loss) -> tuple[Tensor, Tensor]:
+        """The value of one and its gradient, flat."""
+        value, gradients = inner_gradient(loss, self._theta, self._phi)
+        return value.detach(), flat(gradients, self._theta)
 
     def begin(
-        self, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float, average: Average = same
+        self, outer_loss: Loss, theta: Tensors, phi: Leaves, damping: float, average: Average = same
     ) -> None:  # fmt: skip
         """What does not depend on how the Hessian is come by; the outer loss is the average over processes."""
         self._theta, self._phi = theta, phi
@@ -118,18 +140,58 @@ class ImplicitProblem:
         self.num_products = 0
         self.curvature = Curvature()
 
+    @property
+    def place(self) -> tuple[Tensors, Tensors]:
+        """θ and φ."""
+        return self._theta, self._phi
+
     def start(self, start: Tensors | None) -> Tensor | None:
         """A warm start, flat."""
-        return None if start is None else flat(started(start, self._theta), self._theta) / self._unit
+        return None if start is None else flat(start, self._theta) / self._unit
 
     def product(self, vector: Tensor) -> Tensor:
         """H v, without damping, flat: (P,) -> (P,)."""
         self.num_products += 1
-        return flat(_contract(self._gradient, self._theta, unflat(vector, self._theta)), self._theta)
+        return flat(self._contracted(self._theta, vector), self._theta)
+
+    def _contracted(self, inputs: Tensors, vector: Tensor) -> Sequence[Tensor | None]:
+        """vᵀ ∂(∂L/∂θ)/∂inputs, None where the inner gradient does not depend on an input; the mean over batches."""
+        parts = unflat(vector, self._theta)
+        if not self._parts:
+            return _contract(self._gradient, inputs, parts)
+        total: list[Tensor | None] = [None] * len(inputs)
+        for loss in self._parts:
+            graph = _differentiable(inner_gradient(loss, self._theta, self._phi, create_graph=True)[1])
+            add(total, [None if each is None else each / len(self._parts) for each in _contract(graph, inputs, parts)])
+            del graph
+        return total
+
+    @property
+    def symmetric(self) -> bool:
+        """H is."""
+        return self.equation is None or self.equation.symmetric
+
+    @property
+    def matrix(self) -> str:
+        """For people."""
+        return "the Hessian of the inner loss" if self.equation is None else "the Jacobian of the inner equation"
+
+    def transposed(self, vector: Tensor) -> Tensor:
+        """Hᵀ v, without damping, flat: the derivative of Hu along v by u, which is twice a product's work."""
+        if self.symmetric:
+            return self.product(vector)
+        self.num_products += 1
+        if self._pulled is None:
+            at = torch.zeros_like(vector, requires_grad=True)
+            with torch.enable_grad():
+                pulled = _contract(self._gradient, self._theta, unflat(at, self._theta), create_graph=True)
+                self._pulled = at, flat(pulled, self._theta)
+        at, image = self._pulled
+        return torch.autograd.grad(image, at, vector, retain_graph=True)[0]
 
     def image_and_mixed(self, solution: Tensor) -> tuple[Tensor, Tensors]:
         """H v, flat, and (∂²L/∂φ∂θ) v, by one backward pass."""
-        both = _contract(self._gradient, self._theta + self._phi, unflat(solution, self._theta))
+        both = self._contracted(self._theta + self._phi, solution)
         self.num_products += 1
         mixed = all_reached(both[len(self._theta) :], self._phi, self._by_outer)
         return flat(both[: len(self._theta)], self._theta), mixed
@@ -138,7 +200,7 @@ class ImplicitProblem:
         """How far θ is from a minimum of L, None where its gradient is not known, and the problem if it is one."""
         if self._inner_norm is None:
             return None, ()
-        return no_minimum(self._theta, self._inner_norm, self.curvature.most)
+        return no_minimum(self._theta, self._inner_norm, self.curvature.most, self.equation is not None)
 
     def _rounding(self, solution: Tensor) -> float:
         """The relative residual that the rounding of one product leaves, with a few roundings for each entry."""
@@ -171,7 +233,8 @@ class ImplicitProblem:
             return self.result(torch.zeros_like(solution), tolerance=tolerance, problems=(*problems, more))
         if not math.isfinite(residual_norm):
             raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
-        solved = tolerance is None or residual_norm <= max(tolerance, self._rounding(solution))
+        # A recurrence that has reached the tolerance knows nothing of the rounding of what is measured.
+        solved = tolerance is None or residual_norm <= tolerance + self._rounding(solution)
         found = list(problems)
         if not solved and not found:
             found.append(
@@ -182,10 +245,10 @@ class ImplicitProblem:
         if next_step is None and self.curvature.most > 0:
             stationarity, far = self.stationarity()
             found.extend(far)
-        least = self.curvature.least
+        least = self.curvature.least if self.symmetric else None
         if least is not None and least < 0:
             found.append(
-                f"the inner Hessian has curvature {least:.3g} along a direction, without the damping "
+                f"{self.matrix} has curvature {least:.3g} along a direction, without the damping "
                 f"{self._damping:.3g}: θ is not at a minimum"
             )
         if next_step is not None:
@@ -204,40 +267,24 @@ class ImplicitProblem:
 STATIONARY = 5e-3
 
 
-def no_minimum(theta: Tensors, norm: float, curvature: float) -> tuple[float, tuple[str, ...]]:
+def no_minimum(
+    theta: Tensors, norm: float, curvature: float, equation: bool = False
+) -> tuple[float, tuple[str, ...]]:  # fmt: skip
     """`Hypergradient.stationarity` at θ with ‖∂L/∂θ‖ = norm and a positive curvature, and the problem if it is one."""
     relative = norm / (curvature * max(length(flat(theta, theta)), 1.0))
     if relative <= STATIONARY:
         return relative, ()
-    sentence = f"θ is no minimum of the inner loss, whose gradient has norm {norm:.2g} there, {relative:.1e} relative"
+    what = "solution of the inner equation, whose residual" if equation else "minimum of the inner loss, whose gradient"
+    sentence = f"θ is no {what} has norm {norm:.2g} there, {relative:.1e} relative"
     return relative, (
         f"{sentence} to its curvature and θ, where {STATIONARY:.0e} will do; train the inner "
         "problem further, or take more rows and samples",
     )
 
 
-def inner_parameters(theta: Sequence[Tensor]) -> Tensors:
-    """θ as leaves: how it was come by, maybe from φ, is no part of the losses. Raises as `parameters`."""
-    return tuple(t if t.is_leaf else t.detach().requires_grad_() for t in parameters("theta", theta))
-
-
 def length(vector: Tensor) -> float:
     """The Euclidean norm, of squares that neither underflow nor overflow in float32."""
     return float(torch.linalg.vector_norm(vector.detach(), dtype=torch.float64))
-
-
-def parameters(name: str, tensors: Sequence[Tensor]) -> Tensors:
-    """The tensors as a tuple."""
-    if isinstance(tensors, Tensor):
-        # It would be taken apart into its rows.
-        raise TypeError(f"{name}: expected a sequence of tensors, got a tensor; give ({name},)")
-    tensors = tuple(tensors)
-    if not tensors:
-        raise ValueError(f"{name}: expected at least one tensor, got none")
-    for index, tensor in enumerate(tensors):
-        if not tensor.requires_grad:
-            raise ValueError(f"{name}[{index}]: expected a tensor that requires grad, got one that does not")
-    return tensors
 
 
 def outer_gradients(
@@ -260,9 +307,12 @@ def outer_gradients(
 def inner_gradient(
     inner_loss: Loss, theta: Tensors, phi: Tensors, *, create_graph: bool = False
 ) -> tuple[Tensor, Tensors]:
-    """L and ∂L/∂θ, with zeros where L does not depend on it."""
+    """L and ∂L/∂θ, with zeros where L does not depend on it; of an equation ½‖g‖² and g."""
     with torch.enable_grad():
         loss = inner_loss(theta, phi)
+        if isinstance(loss, Residual):
+            value = 0.5 * flat(loss, theta).detach().square().sum()
+            return value, loss if create_graph else tuple(g.detach() for g in loss)
         scalar("inner_loss", loss)
         gradients = torch.autograd.grad(loss, theta, create_graph=create_graph, allow_unused=True)
     return loss, depends(gradients, theta)
@@ -290,7 +340,7 @@ def scalar(name: str, loss: Tensor) -> None:
         raise NonFiniteError(f"{name} is not finite: {float(loss.detach())}")
 
 
-def all_reached(by_phi: Sequence[Tensor | None], phi: Tensors, direct: Sequence[Tensor | None]) -> Tensors:
+def all_reached(by_phi: Sequence[Tensor | None], phi: Leaves, direct: Sequence[Tensor | None]) -> Tensors:
     """Derivatives by φ of the inner problem, with zeros for what only the outer loss depends on.
 
     Args:
@@ -303,10 +353,17 @@ def all_reached(by_phi: Sequence[Tensor | None], phi: Tensors, direct: Sequence[
     for index, parts in enumerate(zip(by_phi, direct, strict=True)):
         if parts == (None, None):
             raise ValueError(
-                f"phi[{index}]: expected a tensor that the gradient of the inner loss, or the outer loss, depends on, "
-                "got one that does not reach either; look for a detach() or a no_grad() between the reward and the loss"
+                f"{phi.names[index]}: expected a tensor that the gradient of the inner loss, or the outer loss, "
+                "depends on, got one that does not reach either; look for a detach() or a no_grad() on the way"
             )
     return filled(by_phi, phi)
+
+
+def add(total: list[Tensor | None], parts: Sequence[Tensor | None]) -> None:
+    """Adds to sums, in which None is zero, where they are."""
+    for index, part in enumerate(parts):
+        known = total[index]
+        total[index] = part if known is None else known if part is None else known + part
 
 
 def all_finite(gradient: Tensors) -> Tensors:
@@ -314,14 +371,6 @@ def all_finite(gradient: Tensors) -> Tensors:
     if not _finite(gradient):
         raise NonFiniteError("the hypergradient is not finite")
     return gradient
-
-
-def started(start: Tensors, theta: Tensors) -> Tensors:
-    """A warm start."""
-    expected, came = ([tuple(t.shape) for t in tensors] for tensors in (theta, start))
-    if came != expected:
-        raise ValueError(f"start: expected shapes {expected} like theta, got {came}")
-    return start
 
 
 def flat(tensors: Sequence[Tensor | None], like: Tensors) -> Tensor:
@@ -345,19 +394,19 @@ def _finite(tensors: Tensors) -> bool:
     return bool(torch.cat([t.detach().reshape(-1) for t in tensors]).isfinite().all())
 
 
-def _differentiable_gradient(
-    inner_loss: Loss, theta: Tensors, phi: Tensors
-) -> tuple[Tensor, list[tuple[int, Tensor]], float]:
-    """L, the parts of ∂L/∂θ that can be differentiated again, each with its index in θ, and ‖∂L/∂θ‖."""
-    loss, gradients = inner_gradient(inner_loss, theta, phi, create_graph=True)
+def _differentiable(gradients: Tensors) -> list[tuple[int, Tensor]]:
+    """The parts of ∂L/∂θ that can be differentiated again, each with its index in θ."""
     again = [(i, g) for i, g in enumerate(gradients) if g.requires_grad]
     if not again:
         raise ValueError("inner_loss: expected a twice differentiable loss, got one whose gradient is constant")
-    return loss, again, length(flat(gradients, theta))
+    return again
 
 
-def _contract(gradient: list[tuple[int, Tensor]], inputs: Tensors, vector: Tensors) -> tuple[Tensor | None, ...]:
+def _contract(
+    gradient: list[tuple[int, Tensor]], inputs: Tensors, vector: Tensors, *, create_graph: bool = False
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """vᵀ ∂(∂L/∂θ)/∂inputs, None where the inner gradient does not depend on an input."""
     return torch.autograd.grad(
-        [g for _, g in gradient], inputs, [vector[i] for i, _ in gradient], retain_graph=True, allow_unused=True
-    )
+        [g for _, g in gradient], inputs, [vector[i] for i, _ in gradient], retain_graph=True,
+        create_graph=create_graph, allow_unused=True,
+    )  # fmt: skip

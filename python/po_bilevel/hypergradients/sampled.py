@@ -11,10 +11,9 @@ derivative is missing or dear, such as transformers with fused attention, serve.
 differentiation; the Fisher matrix stands for the Hessian as in natural gradients (Amari 1998).
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -33,14 +32,13 @@ from .problem import (
     all_reached,
     filled,
     flat,
-    inner_parameters,
     length,
     outer_gradients,
-    parameters,
     same,
     unflat,
 )
 from .repeatable import repeatable
+from .trees import Leaves, Point, Structure, Tree
 
 How = Literal["forward mode", "differences"]
 
@@ -100,6 +98,15 @@ class SampledObjective:
             raise ValueError(f"SampledObjective: coefficient: expected a positive number, got {self.coefficient}")
         if self.weight is not None and self.advantage != "none":
             raise ValueError(f"SampledObjective: advantage: expected 'none' with a weight, got {self.advantage!r}")
+
+    def flat(self, theta: Structure, phi: Structure) -> "SampledObjective":
+        """The same with functions of tuples."""
+        data = self.data_reward
+        return replace(
+            self, log_prob=lambda tensors: self.log_prob(theta.filled(tensors)),
+            reward=lambda tensors: self.reward(phi.filled(tensors)),
+            data_reward=None if data is None else lambda tensors: data(phi.filled(tensors)),
+        )  # fmt: skip
 
     def weights(self, like: Tensor) -> Tensor:
         """Of completions whose log-probabilities or rewards are `like`, (G, *)."""
@@ -184,7 +191,7 @@ class FisherProblem(ImplicitProblem):
     """β Fisher in place of the inner Hessian: a product is one derivative along v and one backward pass."""
 
     def __init__(
-        self, objective: SampledObjective, outer_loss: Loss, theta: Tensors, phi: Tensors, damping: float
+        self, objective: SampledObjective, outer_loss: Loss, theta: Tensors, phi: Leaves, damping: float
     ) -> None:  # fmt: skip
         self.begin(outer_loss, theta, phi, damping, objective.average)
         self._objective = objective
@@ -264,9 +271,8 @@ class SampledMethod(Method):
     """A method whose inner loss is a `SampledObjective`, which `BilevelTrainer` makes of a `PolicyGradient`."""
 
     def __call__(
-        self, inner_loss: Loss, outer_loss: Loss, theta: Sequence[Tensor], phi: Sequence[Tensor],
-        *, start: Start = None,
-    ) -> Hypergradient:  # fmt: skip
+        self, inner_loss: Any, outer_loss: Loss, theta: Tree, phi: Tree, *, start: Tree = None
+    ) -> Hypergradient:
         """See `HypergradientMethod.__call__`.
 
         Raises:
@@ -276,9 +282,10 @@ class SampledMethod(Method):
             raise TypeError(
                 f"{type(self).__name__}: inner_loss: expected a SampledObjective, got {type(inner_loss).__name__}"
             )
-        theta, phi = inner_parameters(theta), parameters("phi", phi)
-        with repeatable(theta + phi, outer_loss=outer_loss) as (outer,):
-            return self._at(inner_loss, outer, theta, phi, start)
+        point = Point(where := Structure("theta", theta), what := Structure("phi", phi))
+        with repeatable(point, outer_loss=point.flat(outer_loss)) as (outer,):
+            found = self._at(inner_loss.flat(where, what), outer, point.theta, point.phi, point.start(start))
+            return point.result(found)
 
 
 @dataclass(frozen=True)
@@ -310,13 +317,13 @@ class FisherCG(SampledMethod):
     tolerance: float = 1e-6
     max_iterations: int = 100
 
-    def _at(self, inner_loss: Any, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
+    def _at(self, inner_loss: Any, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         problem = FisherProblem(inner_loss, outer_loss, theta, phi, self.damping)
         result = ImplicitCG(self.damping, self.tolerance, self.max_iterations).solve(problem, start)
         if problem.how == {"forward mode"}:
             return result
         by_differences = "log-probabilities have no derivative in forward mode: differences took its place"
-        return dataclasses.replace(result, problems=(*result.problems, by_differences))
+        return replace(result, problems=(*result.problems, by_differences))
 
 
 @dataclass(frozen=True)
@@ -328,7 +335,7 @@ class MomentMatching(SampledMethod):
     of an energy-based model's likelihood (Ackley, Hinton and Sejnowski 1985).
     """
 
-    def _at(self, inner_loss: Any, outer_loss: Loss, theta: Tensors, phi: Tensors, start: Start) -> Hypergradient:
+    def _at(self, inner_loss: Any, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         if inner_loss.data_reward is None:
             raise ValueError("MomentMatching: SampledObjective.data_reward: expected rewards of the data, got None")
         outer, _, direct = outer_gradients(outer_loss, theta, phi)
