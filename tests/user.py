@@ -81,9 +81,10 @@ def functions() -> list[Tensor]:
     residual = data.target - policy(data.inputs)[0].detach()
     covariance = pb.residual_covariance(residual)
     best, _ = pb.iterated_precision(lambda _: residual, torch.ones(()), 1.0, "diagonal", rounds=2)
+    point: Tensor = pb.solve(pb.FixedPointProblem(lambda x, a: torch.cos(a * x)), torch.ones(()), torch.tensor(0.5))
     credit, _ = pb.completion_credit(lambda theta: theta[0].square(), [torch.ones(2)], [torch.ones(2)])
     return [
-        torch.tensor(loss[0]), covariance, pb.marginal_covariance(data.target), reward.precision(), credit, best,
+        torch.tensor(loss[0]), covariance, pb.marginal_covariance(data.target), reward.precision(), credit, best, point,
         pb.optimal_precision(covariance, 1.0, "diagonal"), pb.one_hot_table(torch.ones(3), 3),
     ]  # fmt: skip
 

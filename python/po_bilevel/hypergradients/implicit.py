@@ -16,7 +16,7 @@ from ..errors import NonFiniteError
 from .interface import Hypergradient
 from .method import ImplicitMethod, Start
 from .preconditioners import Preconditioner
-from .problem import ImplicitProblem, flat, length, unflat
+from .problem import Best, ImplicitProblem, flat, length, unflat
 from .trees import Point, Tree
 
 
@@ -76,7 +76,7 @@ class ImplicitCG(ImplicitMethod):
         problems: list[str] = []
         shaped, squared, along = self._shaped(inverse, residual)
         direction = shaped.clone()
-        best = _Best(solution, squared**0.5)
+        best = Best(solution, squared**0.5)
         for _ in range(self.max_iterations):
             if squared**0.5 <= goal:
                 break
@@ -426,22 +426,6 @@ def _begin(problem: ImplicitProblem, start: Tensor | None, damping: float) -> tu
     return torch.zeros_like(problem.right), problem.right.clone()
 
 
-class _Best:
-    """The iterate with the least residual: what a solve gives where its last has a longer one than zero has."""
-
-    def __init__(self, solution: Tensor, residual: float) -> None:
-        self._solution, self._residual = solution.clone(), residual
-
-    def offer(self, solution: Tensor, residual: float) -> None:
-        if residual < self._residual:
-            self._solution.copy_(solution)
-            self._residual = residual
-
-    def instead_of(self, solution: Tensor, residual: float, zero: float) -> Tensor:
-        """The solution to give; `zero` is the residual of zero."""
-        return self._solution if residual > zero else solution
-
-
 def _richardson(
     problem: ImplicitProblem, start: Tensor | None, damping: float, learning_rate: float | None, tolerance: float,
     iterations: int,
@@ -450,7 +434,7 @@ def _richardson(
     solution, residual = _begin(problem, start, damping)
     step = _step(problem, damping) if learning_rate is None else learning_rate
     first = norm = float(residual.norm())
-    best = _Best(solution, norm)
+    best = Best(solution, norm)
     # Below rounding there is nothing to be had, and squares of what is left would underflow.
     goal = max(tolerance, torch.finfo(residual.dtype).eps) * problem.scale
     for remaining in reversed(range(iterations)):

@@ -83,6 +83,22 @@ class Curvature:
         return self._most
 
 
+class Best:
+    """The iterate with the least residual: what a solve gives where its last has a longer one than zero has."""
+
+    def __init__(self, solution: Tensor, residual: float) -> None:
+        self._solution, self._residual = solution.clone(), residual
+
+    def offer(self, solution: Tensor, residual: float) -> None:
+        if residual < self._residual:
+            self._solution.copy_(solution)
+            self._residual = residual
+
+    def instead_of(self, solution: Tensor, residual: float, zero: float) -> Tensor:
+        """The solution to give; `zero` is the residual of zero."""
+        return self._solution if residual > zero else solution
+
+
 class ImplicitProblem:
     """(H + δI) v = ∂F/∂θ and dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v at one point, matrix-free.
 
