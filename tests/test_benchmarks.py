@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import po_kernels as pk
-from benchmarks import count, replay, report
+from benchmarks import bench_gpu, count, replay, report
 from po_kernels import extension
 
 BASELINE = {"bench_loss: eager": [10.0, 0.0], "bench_update: over_network": [2.0, 0.0]}
@@ -84,3 +84,23 @@ def test_recorded_calls_run_without_torch(tmp_path):
     path = tmp_path / "calls.pickle"
     path.write_bytes(pickle.dumps([calls, calls]))
     subprocess.run([sys.executable, "-S", replay.__file__, extension.module.__file__, path], check=True)
+
+
+def test_classes_of_shapes_where_cuda_is_faster():
+    """In both orders, by over 5%, and for all that is as large."""
+
+    def case(name, op, size):
+        return bench_gpu.Case(name, op, None, None, None, None, size=size)
+
+    cases = [
+        case("few", "a", (64, 3, 4)), case("many", "a", (4096, 3, 4)), case("many, second", "a", (4096, 3, 4)),
+        case("many samples", "a", (4096, 3, 64)), case("slow", "b", (4096, 3, 4)), case("no class", "c", ()),
+    ]  # fmt: skip
+    seconds = {"few": 1.2, "many": 0.9, "many, second": 0.97, "many samples": 0.5, "slow": 0.96, "no class": 0.1}
+    results = [
+        {"case": name, "backend": backend, "graph": {"seconds": taken if backend == "cuda" else 1.0}}
+        for name, taken in seconds.items()
+        for backend in ("triton", "cuda")
+    ]
+    assert bench_gpu.faster_in_cuda(cases, results) == {"a": {"rows": 4096, "num_samples": 64, "dim": 3}}
+    assert bench_gpu.faster_in_cuda(cases, [{**each, "graph": {"error": "none"}} for each in results]) == {}

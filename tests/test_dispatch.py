@@ -174,3 +174,24 @@ def test_the_extension_needs_no_torch():
     """
     level = run("-c", textwrap.dedent(program), extension.module.__file__).strip()
     assert level == extension.module.simd_level()
+
+
+def test_shapes_for_which_cuda_was_measured_to_be_faster(monkeypatch):
+    """Nobody asked for a backend, and the call is of a class that was measured: its op, dtype and size."""
+    monkeypatch.setattr(dispatch, "_cuda_serves", lambda op: True)
+    least = dispatch.module("cuda").MEASURED["faster"]["gaussian_policy_loss"]
+    size, group = (least["rows"], least["dim"]), least["num_samples"]
+
+    def chosen(op="gaussian_policy_loss", size=size, group=group, backend=None, dtype=torch.float32, name="triton"):
+        return dispatch.by_shape(op, name, backend, [torch.empty(size, dtype=dtype, device="meta")], group)
+
+    assert chosen() == "cuda"
+    others = (
+        {"op": "gaussian_log_prob"}, {"size": (size[0] - 1, size[1])}, {"size": (size[0], size[1] + 1)},
+        {"group": group - 1}, {"backend": "triton"}, {"dtype": torch.float64},
+    )  # fmt: skip
+    for changes in others:
+        assert chosen(**changes) == "triton", changes
+    assert chosen(name="reference") == "reference"
+    monkeypatch.setattr(dispatch, "_cuda_serves", lambda op: False)
+    assert chosen() == "triton"

@@ -16,9 +16,9 @@ or None unless wanted; only losses have them, and only without tangents. A kerne
 (request, problems) there, with one more axis ahead in every tensor, and returns the same with that axis; the others are
 called problem by problem.
 
-Dispatch knows op, device and dtype, and on a device the shapes for which `cuda` was measured to be faster than `triton`.
-A limit of shapes, such as the shared memory of a GPU, is refused by the call itself, with a ValueError; but for those
-shapes a backend with such limits has to be asked for by name.
+Dispatch knows op, device and dtype, and on a device the shapes for which `cuda` was measured to be faster than
+`triton`. A limit of shapes, such as the shared memory of a GPU, is refused by the call itself, with a ValueError; but
+for those shapes a backend with such limits has to be asked for by name.
 """
 
 from collections import namedtuple

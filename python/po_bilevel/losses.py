@@ -99,7 +99,8 @@ class Batch(NamedTuple):
             raise ValueError(f"fraction: expected a number between 0 and 1, got {fraction}")
         if count < 2:
             raise ValueError(f"split: expected at least two rows, got {count}")
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(self.inputs.device)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed), device="cpu")
+        order = order.to(self.inputs.device)
         size = min(max(round(fraction * count), 1), count - 1)
         return self.rows(order[size:].sort().values), self.rows(order[:size].sort().values)
 

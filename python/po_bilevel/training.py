@@ -48,11 +48,11 @@ class RowStream:
 
     def draw(self) -> tuple[Tensor | None, int]:
         """The rows of the next batch, None for all, and its seed."""
-        seed = int(torch.randint(2**62, (), generator=self._generator))
+        seed = int(torch.randint(2**62, (), generator=self._generator, device="cpu"))
         if self._batch_size is None:
             return None, seed
         if not self._order:
-            rows = torch.randperm(self._count, generator=self._generator)
+            rows = torch.randperm(self._count, generator=self._generator, device="cpu")
             self._order = list(rows.to(self._device).split(self._batch_size))
             if self._drop_last and self._count > self._batch_size and self._count % self._batch_size:
                 del self._order[-1]
@@ -62,7 +62,8 @@ class RowStream:
         """`draw` so many times; the seeds at once where nothing else is drawn between them."""
         if self._batch_size is not None:
             return [self.draw() for _ in range(count)]
-        return [(None, seed) for seed in torch.randint(2**62, (count,), generator=self._generator).tolist()]
+        seeds = torch.randint(2**62, (count,), generator=self._generator, device="cpu")
+        return [(None, seed) for seed in seeds.tolist()]
 
     def state(self) -> dict[str, Any]:
         """Where the stream is, for `restore`."""

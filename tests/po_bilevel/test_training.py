@@ -195,3 +195,18 @@ def test_data_that_are_not_finite_are_refused_with_their_place(regression):
     regression.target[7, 1] = float("nan")
     with pytest.raises(ValueError, match=r"data: expected finite numbers, got nan at target\[7, 1\]"):
         BatchStream(regression, None, 0)
+
+
+def test_what_is_drawn_under_another_default_device(classes):
+    """Generators are of the CPU, whatever device torch takes for new tensors."""
+
+    def drawn():
+        stream = training_module.RowStream(7, 3, seed=1, device=torch.device("cpu"))
+        return [(rows.tolist(), seed) for rows, seed in stream.draw_several(4)]
+
+    expected, (rest, part) = drawn(), classes.split(0.3, seed=2)
+    with torch.device("meta"):
+        assert drawn() == expected
+        again = classes.split(0.3, seed=2)
+    assert torch.equal(again[0].inputs, rest.inputs)
+    assert torch.equal(again[1].inputs, part.inputs)

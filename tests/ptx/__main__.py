@@ -2,6 +2,7 @@
 
     python -m tests.ptx [--part OP]     a table of what each op takes
     python -m tests.ptx --check         fails if a kernel takes over 5% more than benchmarks/baselines/gpu.json says
+    python -m tests.ptx --check --quick of float32 and bfloat16, and of sm_90, alone
     python -m tests.ptx --renew         makes this code the baseline
 
 Of first order with all gradients: instructions of a warp, bytes of global memory, and passes over the banks of shared
@@ -11,6 +12,7 @@ kernels for sm_80 and sm_90, those in CUDA C++ for the one that `cuda_calls` com
 
 import argparse
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,15 +61,15 @@ def row(op: str, dtype: torch.dtype, calls: Calls, name: str) -> dict[str, float
     return {field: sum(getattr(each, field) for _, each in calls.counts) / ROWS for field in COUNTED}
 
 
-def measured(part: str) -> Iterator[tuple[str, dict[str, float]]]:
-    """Every kernel, by its name, dtype and architecture."""
+def measured(part: str, quick: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
+    """Every kernel, by its name, dtype and architecture; the quick ones without float64 and sm_80."""
     for op in DIFFERENTIABLE:
         if part not in op:
             continue
         half = (torch.bfloat16,) if op.endswith("token_log_prob") else ()
-        for dtype in (torch.float32, torch.float64, *half):
+        for dtype in (torch.float32, *half) if quick else (torch.float32, torch.float64, *half):
             kind = str(dtype).removeprefix("torch.")
-            for capability in (80, 90):
+            for capability in (90,) if quick else (80, 90):
                 calls = Measured(capability)
                 yield f"{op} triton {kind} sm_{capability}", row(op, dtype, calls, "triton") | calls.resources()
             served = op.startswith(cuda_calls.FAMILIES) and dtype != torch.bfloat16
@@ -93,12 +95,13 @@ def worse(found: dict[str, dict[str, float]], baseline: dict[str, Any], part: st
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="", help="part of the ops' names")
+    parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--renew", action="store_true")
     arguments = parser.parse_args()
     found, names = {}, (*COUNTED, *ahead_of_time.Resources._fields)
     print("| | " + " | ".join(names) + " |\n|---" * 1 + "|---" * len(names) + "|")
-    for name, each in measured(arguments.part):
+    for name, each in measured(arguments.part, arguments.quick):
         found[name] = each
         print(
             f"| {name} | " + " | ".join(f"{each[what]:,.0f}" if what in each else "-" for what in names) + " |",
@@ -114,6 +117,9 @@ def main() -> int:
         if (reason := cuda_calls.missing()) is not None:
             print(f"not counted: kernels in CUDA C++, for {reason}")
             baseline["kernels"] = {name: each for name, each in baseline["kernels"].items() if " cuda " not in name}
+        if arguments.quick:
+            kernels = baseline["kernels"].items()
+            baseline["kernels"] = {name: each for name, each in kernels if not re.search("float64|sm_80", name)}
         problems = worse(found, baseline, arguments.part)
     print(*problems, sep="\n")
     return int(bool(problems))

@@ -224,11 +224,13 @@ class EvolutionStrategies(Method):
     def _directions(self, like: Tensor) -> Tensor:
         """(N, P)."""
         size = like.numel()
-        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        seed = int(torch.randint(2**62, (), device="cpu")) if self.seed is None else self.seed
         generator = torch.Generator().manual_seed(seed)
         blocks = []
         for begin in range(0, self.pairs, size):
-            gaussian = torch.randn(size, min(size, self.pairs - begin), dtype=torch.float64, generator=generator)
+            gaussian = torch.randn(
+                size, min(size, self.pairs - begin), dtype=torch.float64, generator=generator, device="cpu"
+            )
             blocks.append(torch.linalg.qr(gaussian).Q.mT)
         return size**0.5 * torch.cat(blocks).to(like)
 

@@ -59,7 +59,9 @@ class Nystrom(Preconditioner):
         """See `Preconditioner.inverse`."""
         like = problem.right
         generator = torch.Generator().manual_seed(self.seed)
-        drawn = torch.randn(like.numel(), min(self.rank, like.numel()), dtype=torch.float64, generator=generator)
+        drawn = torch.randn(
+            like.numel(), min(self.rank, like.numel()), dtype=torch.float64, generator=generator, device="cpu"
+        )
         basis = torch.linalg.qr(drawn).Q.to(like)
         images = torch.stack([problem.product(column) for column in basis.mT], dim=1)
         core = basis.mT @ images
@@ -127,7 +129,7 @@ class Jacobi(Preconditioner):
         generator = torch.Generator().manual_seed(self.seed)
         total = torch.zeros_like(problem.right)
         for _ in range(self.probes):
-            signs = (2.0 * torch.randint(2, total.shape, generator=generator) - 1.0).to(total)
+            signs = (2.0 * torch.randint(2, total.shape, generator=generator, device="cpu") - 1.0).to(total)
             total += signs * problem.product(signs)
         estimate = (total / self.probes).abs() + damping
         # An entry that came out as nothing is not known to be smaller than rounding of the largest.

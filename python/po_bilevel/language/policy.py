@@ -208,7 +208,7 @@ class TokenPolicy(nn.Module):
         if not 0 < top_p <= 1:
             raise ValueError(f"TokenPolicy.generate: top_p: expected a number above 0 and at most 1, got {top_p}")
         prompts = self._checked(prompts, max_tokens)
-        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         rows = len(prompts.ids) * num_samples
         alive = torch.ones(rows, dtype=torch.bool, device=prompts.ids.device)
         mask = prompts.mask
