@@ -27,8 +27,8 @@ def gaussian_sample(
     """Draws ŷ = mean + exp(log_std) ε, ε ~ N(0, I), differentiable along the path.
 
     Random numbers are counter-based (Philox4x32-10, Salmon et al. 2011, and Box-Muller): the same seed
-    gives the same samples on every backend and device, to rounding (1e-6 of them in float32), for any number of threads,
-    batch or shard; on one backend to the bit.
+    gives the same samples on every backend and device, to rounding (1e-6 of them in float32), for any number of
+    threads, batch or shard; on one backend to the bit.
 
     Args:
         mean: (*, D), one policy a row.
