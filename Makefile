@@ -6,7 +6,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 BENCH = mkdir -p build && $(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' \
   -o python_functions='bench_*' --benchmark-enable -W default -q
 SOURCES := $(shell find csrc -type f)
-EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(SOURCES)
+# With the folders, whose times say that a file was removed.
+EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(shell find csrc)
 
 # The libraries that people train in, and whatever of verl its losses import: it asks for a cluster's worth.
 INTEGRATIONS := .venv-integrations
@@ -16,7 +17,7 @@ VERL := codetiming dill hydra-core orjson tensordict
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
-	$(BIN)/po-bilevel classify --dataset wine --seeds 10 --out demo
+	$(BIN)/po-bilevel classify --dataset wine --seeds 10 --out demo --overwrite
 
 # Installs with the test extras, then runs all tests.
 test: $(VENV)/installed-test
@@ -72,6 +73,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/user.py
 
 format: $(VENV)/installed-lint
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """GRPO by TRL on our ops, and the reward learned beside it: a random model of two layers, in half a minute on a CPU.
 
-pip install 'po-kernels[trl]'
+pip install '.[trl]'
 python examples/trl_grpo.py
 """
 

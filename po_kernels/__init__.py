@@ -4,8 +4,6 @@ They sample, and compute log-probabilities, rewards, advantages, entropy, the lo
 pass. See `status()` for the backends that this installation can use.
 """
 
-from importlib.metadata import version as _version
-
 from .dispatch import use_backend
 from .ops import advantage as _advantage
 from .ops import categorical as _categorical
@@ -18,6 +16,7 @@ from .ops import policy as _policy
 from .ops import presets as _presets
 from .ops import token as _token
 from .ops._loss import LossStats
+from .ops._types import Advantage
 from .ops.advantage import *
 from .ops.categorical import *
 from .ops.gae import *
@@ -29,10 +28,9 @@ from .ops.policy import *
 from .ops.presets import *
 from .ops.token import *
 from .report import status
+from .version import __version__ as __version__
 
-__version__ = _version("po-kernels")
-
-__all__ = ["LossStats", "status", "use_backend"]
+__all__ = ["Advantage", "LossStats", "status", "use_backend"]
 __all__ += _advantage.__all__
 __all__ += _categorical.__all__
 __all__ += _gae.__all__

@@ -1,12 +1,12 @@
 """What is built, what can be used on this machine, and why the rest cannot."""
 
 import platform
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from . import dispatch, extension
+from .version import __version__
 
 
 def status() -> dict[str, Any]:
@@ -23,7 +23,7 @@ def status() -> dict[str, Any]:
             chosen and why those before it were not.
     """
     return {
-        "version": version("po-kernels"),
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "build": dict(extension.build),

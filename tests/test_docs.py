@@ -15,7 +15,8 @@ import torch
 import po_kernels
 from tests import derivative_table
 
-DOCS = Path(__file__).parent.parent / "docs"
+README = Path(__file__).parent.parent / "README.md"
+DOCS = README.parent / "docs"
 
 
 def test_the_derivative_table_is_what_the_operations_do():
@@ -35,9 +36,20 @@ def test_examples_in_docstrings(name):
     torch.manual_seed(0)
     module = importlib.import_module(name)
     # Public names and those of the module itself are there, as for whoever reads them.
-    names = vars(po_kernels) | vars(po_bilevel) | vars(module) | {"torch": torch, "pk": po_kernels}
+    public = {each: getattr(po_bilevel, each) for each in po_bilevel.__all__}
+    names = vars(po_kernels) | public | vars(module) | {"torch": torch, "pk": po_kernels}
     failed, _ = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
+
+
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_the_example_of_estimators(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "estimators.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    assert names["model"].coef_.shape == (1, 30)
+    names["RewardDisplay"].from_estimator(names["model"]).figure_.clear()
 
 
 @pytest.mark.parametrize("page", ["hypergradients.md", "porting.md"])
@@ -62,3 +74,17 @@ def test_the_example_of_rewards_of_text(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "language.md").read_text(), re.DOTALL)
     exec(block, {})
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_readme_learns_a_reward_to_its_closed_form(capsys):
+    """Without a warning, which would be an error here."""
+    (block,) = (
+        code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "BilevelTrainer" in code
+    )
+    exec(block, {})
+    lines = capsys.readouterr().out.splitlines()
+    learned, closed = ([float(x) for x in re.findall(r"\d\.\d+", line)] for line in lines)
+    # As far as a hundred steps of Adam at a rate of 0.1 come to rest.
+    assert learned == pytest.approx(closed, rel=0.02)
+    for values in (learned, closed):
+        assert ", ".join(f"{value:.2f}" for value in values) in block

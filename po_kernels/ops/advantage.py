@@ -10,19 +10,20 @@ from ..backends.advantages import ADVANTAGES, STANDARDIZED_EPS
 from ..backends.contract import OpConfig
 from . import _check, _modes, _segments
 from ._evaluate import evaluate
+from ._types import Advantage, Backend
 
 __all__ = ["group_advantage"]
 
 
 def group_advantage(
     rewards: Tensor,
-    kind: str = "loo",
+    kind: Advantage = "loo",
     *,
     rbf_gamma: float | None = None,
     index: Tensor | None = None,
     std_ddof: int = 0,
     std_eps: float = STANDARDIZED_EPS,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Advantages of samples against a baseline from their own group, of one of these kinds.
 

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import dispatch
 from ..backends.contract import OPS, OpConfig
 from . import _check, _loss
 from ._evaluate import evaluate
 from ._loss import LossStats
+from ._types import Advantage, Backend, CategoricalEstimator, PolicyOptions, Reduction, SurrogateOptions
 
 __all__ = ["categorical_log_prob", "categorical_policy_loss", "categorical_sample", "categorical_surrogate_loss"]
 
@@ -22,7 +24,7 @@ def categorical_sample(
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Draws labels by inversion of the distribution function, random numbers as in `gaussian_sample`.
 
@@ -51,14 +53,14 @@ def categorical_sample(
 
 @overload
 def categorical_log_prob(
-    logits: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: str | None = None
+    logits: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: Backend | None = None
 ) -> Tensor: ...
 @overload
 def categorical_log_prob(
-    logits: Tensor, value: Tensor, *, entropy: Literal[True], backend: str | None = None
+    logits: Tensor, value: Tensor, *, entropy: Literal[True], backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]: ...
 def categorical_log_prob(
-    logits: Tensor, value: Tensor, *, entropy: bool = False, backend: str | None = None
+    logits: Tensor, value: Tensor, *, entropy: bool = False, backend: Backend | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log p(value), in nats.
 
@@ -87,23 +89,42 @@ def categorical_log_prob(
     return found, dispatch.entropy(OPS[op].Inputs(logits), "none").reshape(lead)
 
 
+@overload
+def categorical_policy_loss(
+    logits: Tensor, target: Tensor, reward_table: Tensor, *,
+    estimator: CategoricalEstimator = "exact", return_stats: Literal[False] = False,
+    **options: Unpack[PolicyOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def categorical_policy_loss(
+    logits: Tensor, target: Tensor, reward_table: Tensor, *,
+    estimator: CategoricalEstimator = "exact", return_stats: Literal[True], **options: Unpack[PolicyOptions],
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    ...
+@overload
+def categorical_policy_loss(
+    logits: Tensor, target: Tensor, reward_table: Tensor, *,
+    estimator: CategoricalEstimator = "exact", return_stats: bool, **options: Unpack[PolicyOptions],
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    ...
 def categorical_policy_loss(
     logits: Tensor,
     target: Tensor,
     reward_table: Tensor,
     *,
     entropy_coef: float | Tensor = 0.0,
-    estimator: str = "exact",
+    estimator: CategoricalEstimator = "exact",
     num_samples: int | None = None,
-    advantage: str = "loo",
+    advantage: Advantage = "loo",
     rbf_gamma: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
     batch_dims: int = 0,
     return_stats: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Entropy-regularised policy-gradient loss of a categorical under a table of rewards.
 
@@ -147,18 +168,38 @@ def categorical_policy_loss(
     return _loss.loss(op, chosen, lead, (logits, reward_table), constants, batch)
 
 
+@overload
+def categorical_surrogate_loss(
+    logits: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Literal["dice", "reinforce"] = "dice", return_stats: Literal[False] = False,
+    **options: Unpack[SurrogateOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def categorical_surrogate_loss(
+    logits: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Literal["dice", "reinforce"] = "dice", return_stats: Literal[True],
+    **options: Unpack[SurrogateOptions],
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    ...
+@overload
+def categorical_surrogate_loss(
+    logits: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Literal["dice", "reinforce"] = "dice", return_stats: bool, **options: Unpack[SurrogateOptions],
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    ...
 def categorical_surrogate_loss(
     logits: Tensor,
     samples: Tensor,
     rewards: Tensor,
     *,
     entropy_coef: float | Tensor = 0.0,
-    estimator: str = "dice",
-    advantage: str = "loo",
+    estimator: Literal["dice", "reinforce"] = "dice",
+    advantage: Advantage = "loo",
     rbf_gamma: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of `categorical_policy_loss` from given samples and rewards: the way in for any reward.
 

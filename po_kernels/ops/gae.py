@@ -8,6 +8,7 @@ from torch import Tensor
 from ..backends.contract import TRUNCATED, OpConfig
 from . import _check
 from ._evaluate import evaluate
+from ._types import Backend
 
 __all__ = ["gae"]
 
@@ -20,7 +21,7 @@ def gae(
     gamma: float,
     lam: float,
     truncated: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2015, arXiv 1506.02438, eq. 16).
 

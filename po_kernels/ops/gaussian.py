@@ -3,9 +3,11 @@
 from typing import Literal, overload
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import _gaussian_family
 from ._loss import LossStats
+from ._types import Advantage, Backend, GaussianEstimator, PolicyOptions, Reduction, Sampled, SurrogateOptions
 
 __all__ = ["gaussian_log_prob", "gaussian_policy_loss", "gaussian_sample", "gaussian_surrogate_loss"]
 
@@ -20,12 +22,13 @@ def gaussian_sample(
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Draws ŷ = mean + exp(log_std) ε, ε ~ N(0, I), differentiable along the path.
 
     Random numbers are counter-based (Philox4x32-10, Salmon et al. 2011, and Box-Muller): the same seed
-    gives the same samples on every backend and device, for any number of threads, batch or shard.
+    gives the same samples on every backend and device, to rounding (1e-6 of them in float32), for any number of
+    threads, batch or shard; on one backend to the bit.
 
     Args:
         mean: (*, D), one policy a row.
@@ -50,14 +53,14 @@ def gaussian_sample(
 
 @overload
 def gaussian_log_prob(
-    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: str | None = None
+    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: Backend | None = None
 ) -> Tensor: ...
 @overload
 def gaussian_log_prob(
-    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: Literal[True], backend: str | None = None
+    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: Literal[True], backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]: ...
 def gaussian_log_prob(
-    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: bool = False, backend: str | None = None
+    mean: Tensor, log_std: Tensor, value: Tensor, *, entropy: bool = False, backend: Backend | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Joint log-density of `value`, in nats: a sum over the D dimensions.
 
@@ -79,6 +82,25 @@ def gaussian_log_prob(
     return _gaussian_family.log_prob(_FAMILY, mean, log_std, value, entropy, backend)
 
 
+@overload
+def gaussian_policy_loss(
+    mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor | float, *,
+    estimator: GaussianEstimator = "analytic", return_stats: Literal[False] = False,
+    **options: Unpack[PolicyOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def gaussian_policy_loss(
+    mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor | float, *,
+    estimator: GaussianEstimator = "analytic", return_stats: Literal[True], **options: Unpack[PolicyOptions],
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    ...
+@overload
+def gaussian_policy_loss(
+    mean: Tensor, log_std: Tensor, target: Tensor, precision: Tensor | float, *,
+    estimator: GaussianEstimator = "analytic", return_stats: bool, **options: Unpack[PolicyOptions],
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    ...
 def gaussian_policy_loss(
     mean: Tensor,
     log_std: Tensor,
@@ -86,17 +108,17 @@ def gaussian_policy_loss(
     precision: Tensor | float,
     *,
     entropy_coef: float | Tensor = 0.0,
-    estimator: str = "analytic",
+    estimator: GaussianEstimator = "analytic",
     num_samples: int | None = None,
-    advantage: str = "loo",
+    advantage: Advantage = "loo",
     rbf_gamma: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
     batch_dims: int = 0,
     return_stats: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Entropy-regularised policy-gradient loss of a diagonal Gaussian under a Mahalanobis reward.
 
@@ -159,6 +181,24 @@ def gaussian_policy_loss(
     )  # fmt: skip
 
 
+@overload
+def gaussian_surrogate_loss(
+    mean: Tensor, log_std: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Sampled = "dice", return_stats: Literal[False] = False, **options: Unpack[SurrogateOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def gaussian_surrogate_loss(
+    mean: Tensor, log_std: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Sampled = "dice", return_stats: Literal[True], **options: Unpack[SurrogateOptions],
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    ...
+@overload
+def gaussian_surrogate_loss(
+    mean: Tensor, log_std: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Sampled = "dice", return_stats: bool, **options: Unpack[SurrogateOptions],
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    ...
 def gaussian_surrogate_loss(
     mean: Tensor,
     log_std: Tensor,
@@ -166,12 +206,12 @@ def gaussian_surrogate_loss(
     rewards: Tensor,
     *,
     entropy_coef: float | Tensor = 0.0,
-    estimator: str = "dice",
-    advantage: str = "loo",
+    estimator: Sampled = "dice",
+    advantage: Advantage = "loo",
     rbf_gamma: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """The loss of `gaussian_policy_loss` from given samples and rewards: the way in for any reward.
 

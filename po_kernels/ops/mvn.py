@@ -3,9 +3,11 @@
 from typing import Literal, overload
 
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import _gaussian_family
 from ._loss import LossStats
+from ._types import Advantage, Backend, GaussianEstimator, PolicyOptions, Reduction, Sampled, SurrogateOptions
 
 __all__ = ["mvn_log_prob", "mvn_policy_loss", "mvn_sample", "mvn_surrogate_loss"]
 
@@ -20,7 +22,7 @@ def mvn_sample(
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Draws ŷ = mean + L ε, ε ~ N(0, I), differentiable along the path; random numbers as in `gaussian_sample`.
 
@@ -42,14 +44,14 @@ def mvn_sample(
 
 @overload
 def mvn_log_prob(
-    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: str | None = None
+    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: Literal[False] = False, backend: Backend | None = None
 ) -> Tensor: ...
 @overload
 def mvn_log_prob(
-    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: Literal[True], backend: str | None = None
+    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: Literal[True], backend: Backend | None = None
 ) -> tuple[Tensor, Tensor]: ...
 def mvn_log_prob(
-    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: bool = False, backend: str | None = None
+    mean: Tensor, scale_tril: Tensor, value: Tensor, *, entropy: bool = False, backend: Backend | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Joint log-density of `value`, in nats.
 
@@ -71,6 +73,25 @@ def mvn_log_prob(
     return _gaussian_family.log_prob(_FAMILY, mean, scale_tril, value, entropy, backend)
 
 
+@overload
+def mvn_policy_loss(
+    mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor | float, *,
+    estimator: GaussianEstimator = "analytic", return_stats: Literal[False] = False,
+    **options: Unpack[PolicyOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def mvn_policy_loss(
+    mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor | float, *,
+    estimator: GaussianEstimator = "analytic", return_stats: Literal[True], **options: Unpack[PolicyOptions],
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    ...
+@overload
+def mvn_policy_loss(
+    mean: Tensor, scale_tril: Tensor, target: Tensor, precision: Tensor | float, *,
+    estimator: GaussianEstimator = "analytic", return_stats: bool, **options: Unpack[PolicyOptions],
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    ...
 def mvn_policy_loss(
     mean: Tensor,
     scale_tril: Tensor,
@@ -78,17 +99,17 @@ def mvn_policy_loss(
     precision: Tensor | float,
     *,
     entropy_coef: float | Tensor = 0.0,
-    estimator: str = "analytic",
+    estimator: GaussianEstimator = "analytic",
     num_samples: int | None = None,
-    advantage: str = "loo",
+    advantage: Advantage = "loo",
     rbf_gamma: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     seed: int | Tensor | None = None,
     stream: int = 0,
     row_offset: int = 0,
     batch_dims: int = 0,
     return_stats: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`gaussian_policy_loss` for a policy N(mean, L Lᵀ).
 
@@ -113,6 +134,24 @@ def mvn_policy_loss(
     )  # fmt: skip
 
 
+@overload
+def mvn_surrogate_loss(
+    mean: Tensor, scale_tril: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Sampled = "dice", return_stats: Literal[False] = False, **options: Unpack[SurrogateOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def mvn_surrogate_loss(
+    mean: Tensor, scale_tril: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Sampled = "dice", return_stats: Literal[True], **options: Unpack[SurrogateOptions],
+) -> tuple[Tensor, LossStats]:  # fmt: skip
+    ...
+@overload
+def mvn_surrogate_loss(
+    mean: Tensor, scale_tril: Tensor, samples: Tensor, rewards: Tensor, *,
+    estimator: Sampled = "dice", return_stats: bool, **options: Unpack[SurrogateOptions],
+) -> Tensor | tuple[Tensor, LossStats]:  # fmt: skip
+    ...
 def mvn_surrogate_loss(
     mean: Tensor,
     scale_tril: Tensor,
@@ -120,12 +159,12 @@ def mvn_surrogate_loss(
     rewards: Tensor,
     *,
     entropy_coef: float | Tensor = 0.0,
-    estimator: str = "dice",
-    advantage: str = "loo",
+    estimator: Sampled = "dice",
+    advantage: Advantage = "loo",
     rbf_gamma: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     return_stats: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`gaussian_surrogate_loss` for a policy N(mean, L Lᵀ).
 

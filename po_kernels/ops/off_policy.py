@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from . import _check
+from ._types import Direction, Level, Mode
 
 __all__ = ["importance_weights", "token_kl"]
 
@@ -16,8 +17,8 @@ def importance_weights(
     sampler_log_prob: Tensor,
     mask: Tensor | None,
     *,
-    level: str,
-    mode: str,
+    level: Level,
+    mode: Mode,
     bounds: tuple[float | None, float | None],
     log_support: Tensor | None = None,
 ) -> Tensor:
@@ -89,7 +90,9 @@ def importance_weights(
     return weight if valid is None else torch.where(valid, weight, torch.nan)
 
 
-def token_kl(logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, direction: str = "reverse") -> Tensor:
+def token_kl(
+    logits: Tensor, ref_logits: Tensor, *, temperature: float = 1.0, direction: Direction = "reverse"
+) -> Tensor:
     """Kullback-Leibler divergence between two distributions over a vocabulary, exact, in nats.
 
     Plain torch, differentiable in both, twice. A token that the first distribution does not have adds 0; one that it

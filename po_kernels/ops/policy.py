@@ -4,14 +4,16 @@ Plain torch. What is computed here is smaller than the log-probabilities' own wo
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .. import dispatch
 from . import _check, _first_order, _modes, _policy_terms
 from ._policy_terms import PolicyStats, Sequences, Surrogate
+from ._types import ActionOptions, Aggregation, Divergence, Placement, Ratio, SurrogateName
 
 __all__ = ["PolicyStats", "policy_loss"]
 
@@ -37,6 +39,24 @@ _FIRST_ORDER = {
 }
 
 
+@overload
+def policy_loss(
+    log_prob: Tensor, advantages: Tensor, *,
+    return_stats: Literal[False] = False, **options: Unpack[ActionOptions],
+) -> Tensor:  # fmt: skip
+    ...
+@overload
+def policy_loss(
+    log_prob: Tensor, advantages: Tensor, *,
+    return_stats: Literal[True], **options: Unpack[ActionOptions],
+) -> tuple[Tensor, PolicyStats]:  # fmt: skip
+    ...
+@overload
+def policy_loss(
+    log_prob: Tensor, advantages: Tensor, *,
+    return_stats: bool, **options: Unpack[ActionOptions],
+) -> Tensor | tuple[Tensor, PolicyStats]:  # fmt: skip
+    ...
 def policy_loss(
     log_prob: Tensor,
     advantages: Tensor,
@@ -46,17 +66,17 @@ def policy_loss(
     entropy: Tensor | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    ratio: str = "token",
-    surrogate: str = "clip",
+    ratio: Ratio = "token",
+    surrogate: SurrogateName = "clip",
     clip: tuple[float | None, float] = (0.2, 0.2),
     dual_clip: float | None = None,
     tau: tuple[float, float] = (1.0, 1.05),
     log_ratio_max: float | None = None,
-    kl: str = "k3",
+    kl: Divergence = "k3",
     kl_coef: float = 0.0,
-    kl_placement: str = "loss_times_ratio",
+    kl_placement: Placement = "loss_times_ratio",
     entropy_coef: float | Tensor = 0.0,
-    aggregation: str = "token_mean",
+    aggregation: Aggregation = "token_mean",
     normalizer: float | Tensor | None = None,
     max_length: int | None = None,
     cu_seqlens: Tensor | None = None,

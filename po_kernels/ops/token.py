@@ -9,6 +9,7 @@ from torch import Tensor
 from ..backends.contract import IGNORED, OpConfig, computed
 from . import _check
 from ._evaluate import evaluate
+from ._types import Backend
 
 __all__ = ["TokenStats", "linear_token_log_prob", "token_log_prob"]
 
@@ -36,7 +37,7 @@ def token_log_prob(
     ignore_index: int | None = None,
     entropy: bool = False,
     return_lse: bool = False,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> TokenStats:
     """log p of tokens under z = logits / temperature, and the entropy of p = softmax z, with two derivatives.
 
@@ -97,7 +98,7 @@ def linear_token_log_prob(
     entropy: bool = False,
     return_lse: bool = False,
     chunk_rows: int | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> TokenStats:
     """`token_log_prob` of logits = hidden · weightᵀ + bias, of which there are only `chunk_rows` rows at a time.
 

@@ -1,98 +1,36 @@
-"""Training with the fused operations of `po_kernels`: rewards learned from data by bilevel optimisation."""
+"""Training with the fused operations of `po_kernels`: rewards learned from data by bilevel optimisation.
 
-from typing import TYPE_CHECKING, Any
+What is public is in `__init__.pyi`, once for type checkers and for this file, which imports it when it is first asked
+for: `po-bilevel --help` need not wait for torch.
+"""
 
-from .callbacks import TensorBoard, WeightsAndBiases
-from .errors import MissingDependencyError, NonFiniteError, UsageError
-from .heuristics import iterated_precision, marginal_covariance, optimal_precision, residual_covariance
-from .hypergradients import (
-    BOME,
-    Dense,
-    EvolutionStrategies,
-    FiniteDifference,
-    FisherCG,
-    FixedPoint,
-    FixedPointProblem,
-    Hypergradient,
-    HypergradientMethod,
-    Identity,
-    ImplicitCG,
-    Jacobi,
-    LinearSolver,
-    Minibatches,
-    MomentMatching,
-    Neumann,
-    NormalCG,
-    Nystrom,
-    Penalty,
-    QuasiNewton,
-    Recompute,
-    RootProblem,
-    SampledObjective,
-    SingleLoop,
-    Truncated,
-    Unrolled,
-    completion_credit,
-    solve,
-)
-from .losses import Batch, NegativeLogLikelihood, PolicyGradient
-from .optional import require
-from .policies import (
-    CategoricalPolicy,
-    FullGaussianPolicy,
-    GaussianPolicy,
-    LinearCategorical,
-    LinearFullGaussian,
-    LinearGaussian,
-    MLPCategorical,
-    MLPFullGaussian,
-    MLPGaussian,
-    Policy,
-)
-from .rewards import (
-    ConditionalMLPReward,
-    CosineReward,
-    EmbeddingMahalanobisReward,
-    MahalanobisReward,
-    MatrixReward,
-    MLPReward,
-    OneHotMahalanobisReward,
-    PositivePrecision,
-    Reward,
-    SampledReward,
-    TableReward,
-    TabularReward,
-    one_hot_table,
-)
-from .steps import OuterStep
-from .trainer import BilevelTrainer
-from .training import BatchStream, train, train_ensemble, train_nll, train_policy_gradient
+import ast
+import importlib
+from pathlib import Path
+from typing import Any
 
-if TYPE_CHECKING:
-    from .estimators import BilevelClassifier as BilevelClassifier
-    from .estimators import BilevelRegressor as BilevelRegressor
-
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")).body
+_HOMES = {alias.name: node.module for node in _STUB if isinstance(node, ast.ImportFrom) for alias in node.names}
 # The estimators are not among these: `from po_bilevel import *` has to work without scikit-learn.
-__all__ = [
-    "BOME", "Batch", "BatchStream", "BilevelTrainer", "CategoricalPolicy", "ConditionalMLPReward", "CosineReward",
-    "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint",
-    "FixedPointProblem", "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientMethod", "Identity",
-    "ImplicitCG", "Jacobi", "LinearCategorical", "LinearFullGaussian", "LinearGaussian", "LinearSolver",
-    "MLPCategorical", "MLPFullGaussian", "MLPGaussian", "MLPReward", "MahalanobisReward", "MatrixReward", "Minibatches",
-    "MissingDependencyError", "MomentMatching", "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG",
-    "Nystrom", "OneHotMahalanobisReward", "OuterStep", "Penalty", "Policy", "PolicyGradient", "PositivePrecision",
-    "QuasiNewton", "Recompute", "Reward", "RootProblem", "SampledObjective", "SampledReward", "SingleLoop",
-    "TableReward", "TabularReward", "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases",
-    "completion_credit", "iterated_precision", "marginal_covariance", "one_hot_table", "optimal_precision",
-    "residual_covariance", "solve", "train", "train_ensemble", "train_nll", "train_policy_gradient",
-]  # fmt: skip
+__all__ = next(
+    ast.literal_eval(node.value)
+    for node in _STUB
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+)
 
 
 def __getattr__(name: str) -> Any:
-    """The scikit-learn estimators, imported when they are first asked for."""
-    if name not in ("BilevelClassifier", "BilevelRegressor"):
+    if name == "__version__":
+        return importlib.import_module("po_kernels").__version__
+    if name in _HOMES.values():
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    require("sklearn", "sklearn")
-    from . import estimators
+    if _HOMES[name] == "estimators":
+        importlib.import_module(f"{__name__}.optional").require("sklearn", "sklearn")
+    found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return found
 
-    return getattr(estimators, name)
+
+def __dir__() -> list[str]:
+    return sorted({*_HOMES, "__version__"})

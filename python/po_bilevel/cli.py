@@ -1,51 +1,51 @@
 """The command line: `po-bilevel classify --dataset wine --seeds 10 --out DIR`, `po-bilevel sweep FILE`, ...
 
 Exit codes: 0 done; 1 training diverged; 2 something about the command, a file or the installation is wrong;
-130 interrupted. The functions of the commands raise, and `main` makes a line of that.
+130 interrupted. The functions of the commands raise, and `main` makes a line of that. What needs torch is imported once
+a command is known to need it.
 """
 
-import contextlib
-import dataclasses
-import io
+import ast
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from .errors import MissingDependencyError, NonFiniteError, UsageError
-from .experiments import plots, results
 from .experiments.registry import EXPERIMENTS
-from .experiments.report import ReportConfig, report
-from .experiments.reproduce import ReproduceConfig, plan
-from .experiments.runs import Experiment, Options, Outcome, folder
-from .experiments.sweep import SweepConfig, sweep
-from .optional import require
 
 PROGRAM = "po-bilevel"
+# Commands that are no experiments, and where they are.
+OTHERS = {
+    "sweep": "experiments/sweep", "report": "experiments/report", "reproduce": "experiments/reproduce",
+    "doctor": "doctor",
+}  # fmt: skip
+SHELLS = ("bash", "zsh")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; `arguments` are those of the process if None."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     try:
-        commands: dict[str, Callable[..., Any]] = {name: each.config for name, each in EXPERIMENTS.items()}
-        commands |= {"sweep": SweepConfig, "report": ReportConfig, "reproduce": ReproduceConfig}
-        config = tyro.extras.subcommand_cli_from_dict(
-            commands, prog=PROGRAM, description="Learn rewards from data.", args=arguments
-        )
-        if isinstance(config, SweepConfig):
-            return run_sweep(config)
-        if isinstance(config, ReportConfig):
-            write_report(config)
-        elif isinstance(config, ReproduceConfig):
-            reproduce(config)
+        if command in ("-h", "--help"):
+            print(usage())
+        elif command == "--version":
+            from . import __version__
+
+            print(f"{PROGRAM} {__version__}")
+        elif command == "completion":
+            print_completion(rest)
+        elif command == "doctor" and not rest:
+            from .doctor import examine
+
+            print(examine(), flush=True)
+        elif command in EXPERIMENTS or command in OTHERS:
+            return _run(command, rest)
         else:
-            run_experiment(next(each for each in EXPERIMENTS.values() if type(config) is each.config), config)
+            return _fail(2, f"expected a command, got {command or 'none'}\n\n{usage()}")
     except SystemExit as error:
-        return error.code if isinstance(error.code, int) else 2
+        return error.code if isinstance(error.code, int) else 2 * (error.code is not None)
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except NonFiniteError as error:
@@ -66,78 +66,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_experiment(experiment: Experiment, config: Options) -> None:
-    """Runs an experiment: writes curves.json, its figure and results.json, and prints its table."""
-    experiment.check(config)
-    if config.plot:
-        # Better said now than after the run.
-        require("matplotlib", "plots")
-    with folder(config.out):
-        _write(experiment, config, experiment.run(config))
+def usage() -> str:
+    """The commands, each with the first sentence of what its module says of itself."""
+    lines = {name: _about(name) for name in (*EXPERIMENTS, *OTHERS)}
+    lines["completion"] = f'Completion for {", ".join(SHELLS)}: eval "$({PROGRAM} completion bash)".'
+    width = max(map(len, lines))
+    return "\n".join([
+        f"usage: {PROGRAM} COMMAND [OPTIONS]", "", "Learn rewards from data.", "",
+        *(f"  {name:<{width}}  {about}" for name, about in lines.items()), "",
+        f"{PROGRAM} COMMAND --help has the options of a command, {PROGRAM} --version the version.",
+    ])  # fmt: skip
 
 
-def _write(experiment: Experiment, config: Options, outcome: Outcome) -> None:
-    """Writes what a run found and prints its table, whatever becomes of the files."""
-    title, curves = experiment.title_of(config), outcome.curves
-    if experiment.baselines:
-        paired = [line for each in experiment.baselines for line in results.paired(outcome.rows, each)]
-        curves = curves | {"paired": paired}
-    options = {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(config).items()
-    }
-    document = results.document(title, options, outcome.rows)
-    written, trouble = [config.out / "curves.json", config.out / "results.json"], None
-    try:
-        results.write_json(written[0], curves)
-        if config.plot:
-            written.insert(1, config.out / f"{title}.png")
-            plots.save(experiment.figure(config, outcome), written[1])
-        results.write_json(written[-1], document)
-    except OSError as error:
-        trouble = error
-    # Last, so that no trouble with the terminal costs the run.
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    differences = results.table(curves["paired"]) if curves.get("paired") else ""
-    for text in (results.table(document["summary"]), differences, experiment.summary(config, outcome)):
-        if text:
-            print(text)
-    for warning in outcome.warnings:
-        print(f"{PROGRAM}: warning: {warning}", file=sys.stderr)
-    if trouble is not None:
-        sys.stdout.flush()
-        kept = Path(tempfile.mkdtemp(prefix=f"{PROGRAM}-")) / "results.json"
-        with contextlib.suppress(OSError):
-            results.write_json(kept, document)
-        where = f"results.json is in {kept.parent}" if kept.exists() else "the table above is all there is"
-        raise OSError(f"{config.out}: cannot be written to: {trouble}; {where}") from trouble
-    print("wrote " + ", ".join(map(str, written)), flush=True)
+def print_completion(arguments: Sequence[str]) -> None:
+    """Prints what makes a shell complete commands and their options."""
+    if len(arguments) != 1 or arguments[0] not in SHELLS:
+        raise UsageError(f"completion: expected one of {', '.join(SHELLS)}, got {' '.join(arguments) or 'none'}")
+    import tyro
+
+    from .experiments.commands import kind_of
+
+    commands = {name: kind_of(name) for name in (*EXPERIMENTS, *OTHERS) if name != "doctor"}
+    tyro.extras.subcommand_cli_from_dict(
+        commands | {"doctor": _nothing}, prog=PROGRAM, args=["--tyro-print-completion", arguments[0]]
+    )
 
 
-def run_sweep(config: SweepConfig) -> int:
-    """Runs a sweep; returns 1 if a run failed."""
-    failures = sweep(config)
-    for failure in failures:
-        print(f"{PROGRAM}: error: {failure}", file=sys.stderr)
-    if failures:
-        return 1
-    print(f"wrote {config.out / 'results.parquet'}", flush=True)
-    return 0
+def _nothing() -> None:
+    """Say what is installed."""
 
 
-def write_report(config: ReportConfig) -> None:
-    """Writes the report of a folder."""
-    if config.plot:
-        require("matplotlib", "plots")
-    print(f"wrote {report(config)}", flush=True)
+def _run(command: str, arguments: Sequence[str]) -> int:
+    import tyro
+
+    from .experiments import commands
+
+    def parsed(**default: Any) -> Any:
+        name = f"{PROGRAM} {command}"
+        return tyro.cli(commands.kind_of(command), prog=name, args=list(arguments), **default)
+
+    config = parsed()
+    if getattr(config, "config", None) is not None and command != "sweep":
+        config = parsed(default=commands.from_file(command, config.config))
+    return commands.start(command, config)
 
 
-def reproduce(config: ReproduceConfig) -> None:
-    """Runs every experiment of docs/experiments.md into a folder of its own, then reports on all."""
-    for experiment, options in plan(config):
-        print(f"{options.out.name}:", flush=True)
-        run_experiment(experiment, options)
-    write_report(ReportConfig(config.out, plot=config.plot))
+def _about(command: str) -> str:
+    module = EXPERIMENTS.data[command] if command in EXPERIMENTS else OTHERS[command]
+    if not isinstance(module, str):
+        return module.config.__doc__ or ""
+    folder = Path(__file__).parent / ("experiments" if command in EXPERIMENTS else "")
+    text = ast.get_docstring(ast.parse((folder / f"{module}.py").read_text(encoding="utf-8"))) or ""
+    return text.splitlines()[0]
 
 
 def _fail(code: int, message: str) -> int:

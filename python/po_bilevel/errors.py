@@ -9,5 +9,9 @@ class MissingDependencyError(ImportError):
     """An optional dependency is not installed: names the extra that brings it."""
 
 
+class HypergradientWarning(UserWarning):
+    """Hypergradients that the reward was moved along are less than they should be: says how many, why, what to do."""
+
+
 class NonFiniteError(FloatingPointError):
     """A loss, a parameter or a gradient became infinite or not a number."""

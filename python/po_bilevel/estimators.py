@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from numbers import Integral, Number
 from typing import Any, ClassVar, cast, get_args
 
@@ -10,6 +11,8 @@ import torch
 from sklearn.base import ClassifierMixin, MultiOutputMixin, RegressorMixin
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
@@ -17,9 +20,8 @@ from torch import Tensor, nn
 from . import crossfit
 from .crossfit import Rows, likelihood, network_of
 from .errors import UsageError
-from .fitting import OUTER_ENOUGH, OUTER_SOLVED, PRIOR, BilevelEstimator
+from .fitting import OUTER_ENOUGH, BilevelEstimator, fit_to
 from .heuristics import residual_covariance
-from .hypergradients import Tensors
 from .linear import Ridge, Softmax
 from .losses import Batch
 from .members import Learned, Members, Networks
@@ -76,8 +78,11 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         outer_steps: the most rewards to try, which warns if none is the best; 0 keeps the one that it starts from.
         max_iter: the most Newton steps in one training of a policy, L-BFGS iterations with hidden layers.
         tol: Euclidean norm of the gradient, in nats a row, at which a training ends.
+        class_weight: factors of the rows' weights by their class, or "balanced" for n / (C · rows of the class): what
+            is likely, and the reward, are then those of data with these shares.
         warm_start: the next `fit` starts from the policy and the reward of the last.
         random_state: of the folds, and of a network's initial weights.
+        n_jobs: the most threads, -1 for one on each processor, None for those that torch has; small data have one.
         verbose: 1 for a progress bar.
 
     Attributes:
@@ -90,13 +95,21 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             for "auto"; the rest is the policy itself. See docs/estimators.md.
         outer_losses_: cross-validated NLL of the policies under each reward that was tried, nats a row; the least is
             the one that was taken, but for a prior.
+        coef_, intercept_: of a linear policy, (C, F) and (C,), or (1, F) and (1,) of two classes: logits, or the
+            log-odds of the second class. They are the policy's own, whose share in the probabilities is the rest of
+            those above.
         policy_: the trained policy, on standardised inputs.
         n_iter_: steps or iterations of its training.
         n_features_in_, feature_names_in_: of the inputs, as everywhere in scikit-learn.
     """
 
     _learns_l2 = True
-    _rewards = ("auto", *get_args(PrecisionKind), "table")
+    _parameter_constraints: ClassVar = BilevelEstimator._parameter_constraints | {
+        "reward": [StrOptions({"auto", *get_args(PrecisionKind), "table"})],
+        "l2": [*BilevelEstimator._parameter_constraints["l2"], StrOptions({"auto"})],
+        "reward_rows": [None, Interval(Integral, 2, None, closed="left")],
+        "class_weight": [None, dict, StrOptions({"balanced"})],
+    }
     classes_: np.ndarray
     belief_share_: float
     likelihood_share_: float
@@ -104,28 +117,33 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     _likely: Policy
 
     def __init__(
-        self, reward: str = "auto", *, hidden_layer_sizes: tuple[int, ...] = (), l2: float | str = "auto",
+        self, reward: str = "auto", *, hidden_layer_sizes: int | Sequence[int] = (), l2: float | str = "auto",
         folds: int = 5, reward_rows: int | None = 20_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
-        warm_start: bool = False, random_state: Any = None, verbose: int = 0,
+        class_weight: dict[Any, float] | str | None = None, warm_start: bool = False, random_state: Any = None,
+        n_jobs: int | None = None, verbose: int = 0,
     ) -> None:  # fmt: skip
         self.reward_rows = reward_rows
+        self.class_weight = class_weight
         super().__init__(
             reward, hidden_layer_sizes=hidden_layer_sizes, l2=l2, folds=folds, outer_steps=outer_steps,
-            max_iter=max_iter, tol=tol, warm_start=warm_start, random_state=random_state, verbose=verbose,
+            max_iter=max_iter, tol=tol, warm_start=warm_start, random_state=random_state, n_jobs=n_jobs,
+            verbose=verbose,
         )  # fmt: skip
 
-    def _check_parameters(self) -> None:
-        super()._check_parameters()
-        value = self.reward_rows
-        if value is not None and (not isinstance(value, Integral) or value < 2):
-            raise UsageError(
-                f"BilevelClassifier: reward_rows: expected None or an integer of at least 2, got {value!r}"
-            )
+    def _check_target(self, y: Any) -> None:
+        values = np.atleast_1d(np.asarray([] if y is None else y))
+        missing = [place for place, value in np.ndenumerate(values) if value is None] if values.dtype == object else []
+        if missing:
+            raise UsageError(f"BilevelClassifier: y: expected labels, got None in row {missing[0][0]}")
+
+    def _of_class(self, columns: np.ndarray) -> np.ndarray:
+        return self._class_weight[columns[:, 0].astype(np.int64)]
 
     def _columns(self, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
         check_classification_targets(y)
         classes, labels = np.unique(y, return_inverse=True)
-        present = len(np.unique(labels[weight > 0]))
+        self._class_weight = compute_class_weight(self.class_weight, classes=classes, y=y)
+        present = len(np.unique(labels[weight * self._class_weight[labels] > 0]))
         if present < 2:
             raise UsageError(f"BilevelClassifier: y: expected at least two classes with weight, got {present} class")
         if self.warm_start and hasattr(self, "policy_") and not np.array_equal(classes, self.classes_):
@@ -203,6 +221,11 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         self.reward_ = cast(TabularReward, self._phi.reward).table().numpy()
         if isinstance(self._phi.reward, OneHotMahalanobisReward):
             self.precision_ = self._phi.reward.precision().numpy()
+        if not self._hidden():
+            coefficients, intercept = self._linear()
+            if len(intercept) == 2:
+                coefficients, intercept = np.diff(coefficients, axis=0), np.diff(intercept)
+            self.coef_, self.intercept_ = coefficients, intercept
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities of the classes, (N, C), in nats."""
@@ -226,7 +249,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         return self.classes_[answer]
 
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> CategoricalPolicy:
-        return CategoricalPolicy(crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed))
+        return CategoricalPolicy(crossfit.Stack(members, [features, *self._hidden(), outputs], seed))
 
     def _members(self, policy: Policy, rows: Rows, inside: Tensor) -> Members:
         return Softmax(cast(CategoricalPolicy, policy), rows, inside, tol=self.tol, max_iter=self.max_iter)
@@ -248,9 +271,9 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             believed = torch.softmax(self._likely(rows.inputs), dim=-1)
         policy.load_state_dict(start)
         losses: list[float] = []
-        for _ in range(max(1, self.outer_steps)):
+        for _ in self._bar_over(losses):
             if self.outer_steps > 0:
-                _fit_to(phi, believed, rows, inside)
+                fit_to(phi, believed, rows, inside)
             loss, steps = networks.train(phi.reward, l2, OUTER_ENOUGH)
             self.n_iter_ = max(self.n_iter_, steps)
             losses.append(loss)
@@ -259,6 +282,8 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
             # Half a nat, in all, is what one number learned from the rows gains by chance.
             if len(losses) > 1 and losses[-2] - losses[-1] < 0.5 / total:
                 break
+        else:
+            self._warn_of_reward(f"its last step still gained more than {0.5 / total:.1e} nats a row")
         if self.outer_steps > 0:
             self.outer_losses_ = losses
         _, (self.belief_share_, self.likelihood_share_) = self._scores_and_shares(phi, policy, rows, inside)
@@ -289,20 +314,22 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
     Args:
         reward: form of U: "isotropic" (one number in units of each output's standard deviation), "diagonal", or "full",
             which comes with a full Σ.
-        hidden_layer_sizes, folds, outer_steps, max_iter, tol, warm_start, random_state: as in
+        hidden_layer_sizes, folds, outer_steps, max_iter, tol, warm_start, random_state, n_jobs, verbose: as in
             `BilevelClassifier`.
-        verbose: 1 for a progress bar.
         l2: penalty (l2/2) ‖weights‖² beside the sum of the losses over rows, of standardised inputs and outputs: a
             Gaussian prior of variance 1/l2. Intercepts are free.
 
     Attributes:
         precision_: U, (D,) or, for "full", (D, D), in units of 1/y²; y (N,) is D = 1.
         outer_losses_: cross-validated NLL under each reward that was tried, nats a row.
+        coef_, intercept_: of a linear model, (F,) and (), or (D, F) and (D,): the mean is X @ coef_.T + intercept_.
         policy_: the trained policy, on standardised inputs and outputs.
         n_iter_, n_features_in_, feature_names_in_: as in `BilevelClassifier`.
     """
 
-    _rewards = get_args(PrecisionKind)
+    _parameter_constraints: ClassVar = BilevelEstimator._parameter_constraints | {
+        "reward": [StrOptions(set(get_args(PrecisionKind)))],
+    }
     _target_options: ClassVar = {"multi_output": True, "y_numeric": True, "ensure_min_samples": 2}
     _output_scaler: StandardScaler
 
@@ -335,6 +362,11 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             self.outer_losses_ = [loss + float(np.log(unit.diagonal()).sum()) for loss in self.outer_losses_]
         u, inverse = cast(MatrixReward, self._phi.reward).precision().numpy(), np.linalg.inv(unit)
         self.precision_ = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
+        if not self._hidden():
+            coefficients, intercept = self._linear()
+            coefficients, intercept = unit @ coefficients, self._output_scaler.mean_ + unit @ intercept
+            self.coef_ = coefficients[0] if self._one_output else coefficients
+            self.intercept_ = self._shaped(intercept)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """The mean of y, (N,) or (N, D); with return_std also the standard deviations, of the same shape."""
@@ -378,7 +410,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         return values[..., 0] if self._one_output else values
 
     def _policy(self, members: int, features: int, outputs: int, seed: int) -> Policy:
-        network = crossfit.Stack(members, [features, *self.hidden_layer_sizes, outputs], seed)
+        network = crossfit.Stack(members, [features, *self._hidden(), outputs], seed)
         if self.reward == "full":
             return crossfit.FullStack(network, members, outputs)
         return GaussianPolicy(network, crossfit.LogStd(members, outputs), outputs)
@@ -404,7 +436,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         losses: list[float] = []
         outputs, total = rows.target.shape[1], float(rows.weight.sum())
         self.n_iter_ = 0
-        for _ in range(max(1, self.outer_steps)):
+        for _ in self._bar_over(losses):
             here = rows._replace(target=crossfit.in_units(rows.target, network_of(policy).unit))
             networks = Networks(
                 policy, here, inside, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
@@ -422,6 +454,8 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             # in all, if the reward was as far from its best as one number learned from these rows is anyway.
             if losses[-1] < 0.5 * outputs * (math.log(2.0 * math.pi) + 1.0) + _log_volume(policy) + 0.5 / total:
                 break
+        else:
+            self._warn_of_reward(f"its last step still gained more than {0.5 / total:.1e} nats a row")
         if self.outer_steps > 0:
             self.outer_losses_ = [loss - _log_volume(policy) for loss in losses]
         return phi
@@ -448,21 +482,6 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
             unit = torch.linalg.cholesky(covariance + RIDGE * torch.eye(len(variance), dtype=torch.float64))
         network = network_of(policy)
         network.measure_in(torch.linalg.solve_triangular(network.unit, unit, upper=False))
-
-
-def _fit_to(phi: Learned, believed: Tensor, rows: Rows, inside: Tensor) -> None:
-    """Moves the reward to where policies that are optimal for the beliefs (M, N, C) are likeliest inside the folds."""
-    total, labels = float(rows.weight.sum()), rows.target.expand(len(inside), -1)[..., None]
-
-    def evaluate() -> tuple[float, Tensors]:
-        own = torch.log_softmax(believed @ cast(TabularReward, phi.reward).table().mT, dim=-1)
-        loss = -(inside * own.gather(-1, labels)[..., 0]).sum() / total
-        return float(loss.detach()), torch.autograd.grad(loss, list(phi.parameters()))
-
-    crossfit.quasi_newton(
-        phi, evaluate, lambda: None, 30, tolerance=OUTER_SOLVED, enough=0.1 * OUTER_ENOUGH,
-        prior=1.0 / (PRIOR**2 * total),
-    )  # fmt: skip
 
 
 def _log_volume(policy: Policy) -> float:

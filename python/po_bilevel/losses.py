@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import po_kernels as pk
+
 from . import fused
 from .policies import Policy
 from .rewards import MatrixReward, TabularReward
@@ -31,8 +33,13 @@ class Batch(NamedTuple):
         """Itself, if it has rows, a target for each, and no number that is not finite.
 
         Raises:
+            TypeError: what it has are no tensors.
             ValueError: it has not; names the argument `name`, and the place of such a number.
         """
+        for field, values in zip(self._fields, self, strict=True):
+            if not isinstance(values, Tensor):
+                kind = f"{type(values).__module__}.{type(values).__name__}".removeprefix("builtins.")
+                raise TypeError(f"{name}: expected {field} that are a tensor, got {kind}; torch.as_tensor makes one")
         if self.inputs.ndim < 1 or len(self.inputs) < 1:
             raise ValueError(f"{name}: expected at least one row, got inputs of shape {tuple(self.inputs.shape)}")
         if self.target.ndim < 1 or self.target.shape[self.row_axis] != len(self.inputs):
@@ -46,6 +53,27 @@ class Batch(NamedTuple):
                 value = float(values[tuple(place)])
                 raise ValueError(f"{name}: expected finite numbers, got {value} at {field}{place}")
         return self
+
+    def check_for(self, policy: Policy, name: str) -> None:
+        """Refuses inputs of another type or size than a policy of linear layers takes.
+
+        Raises:
+            ValueError: they are: names the argument `name`, and what to do.
+        """
+        network = policy.fused_network()
+        if network is None or torch.is_autocast_enabled(self.inputs.device.type):
+            return
+        weight = network.layers[0][0]
+        if self.inputs.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{name}: expected inputs of the policy's {weight.shape[1]} features, got shape "
+                f"{tuple(self.inputs.shape)}"
+            )
+        if self.inputs.dtype != weight.dtype:
+            raise ValueError(
+                f"{name}: expected inputs of {weight.dtype} as the policy has, got {self.inputs.dtype}; give "
+                f"x.to({weight.dtype}), and y likewise, or policy.to({self.inputs.dtype})"
+            )
 
     def rows(self, index: Tensor) -> "Batch":
         """The rows at the integer positions index (M,)."""
@@ -131,7 +159,7 @@ class PolicyGradient:
     entropy_coef: float = 1.0
     estimator: str | None = None
     num_samples: int | None = None
-    advantage: str = "loo"
+    advantage: pk.Advantage = "loo"
     l2: float = 0.0
 
     def __post_init__(self) -> None:

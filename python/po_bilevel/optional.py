@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from .errors import MissingDependencyError
@@ -25,8 +26,29 @@ def require(module: str, extra: str | None) -> Any:
         if error.name is None or error.name.partition(".")[0] != package:
             raise
         raise MissingDependencyError(
-            f"{package} is needed here and is not installed: pip install {_requirement(package, extra)}"
+            f"{package} is needed here and is not installed: {_remedy(package, extra)}"
         ) from error
+
+
+def require_all(needed: Iterable[tuple[str, str]]) -> None:
+    """Refuses to begin where any of several is not installed.
+
+    Args:
+        needed: modules, each with the extra that installs it.
+
+    Raises:
+        MissingDependencyError: names all that are not installed, and the extras that bring them.
+    """
+    missing: dict[str, str] = {}
+    for module, extra in needed:
+        try:
+            require(module, extra)
+        except MissingDependencyError:
+            missing[module.partition(".")[0]] = extra
+    if missing:
+        names, extras = ", ".join(missing), ",".join(dict.fromkeys(missing.values()))
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingDependencyError(f"{names} {verb} needed here and {verb} not installed: {_remedy('', extras)}")
 
 
 def require_version(package: str, extra: str | None, least: tuple[int, int], below: tuple[int, int]) -> None:
@@ -46,10 +68,10 @@ def require_version(package: str, extra: str | None, least: tuple[int, int], bel
     if not least <= tuple(int(x) for x in re.findall(r"\d+", installed)[:2]) < below:
         expected = f"{package}>={'.'.join(map(str, least))},<{'.'.join(map(str, below))}"
         raise MissingDependencyError(
-            f"{package} {installed} is installed, but {expected} is needed here: pip install "
-            f"{_requirement(expected, extra)}"
+            f"{package} {installed} is installed, but {expected} is needed here: {_remedy(expected, extra)}"
         )
 
 
-def _requirement(package: str, extra: str | None) -> str:
-    return f"'{package}'" if extra is None else f"'po-kernels[{extra}]'"
+def _remedy(package: str, extra: str | None) -> str:
+    # No index has po-kernels yet.
+    return f"pip install '{package}'" if extra is None else f"pip install '.[{extra}]' in a clone of po-kernels"

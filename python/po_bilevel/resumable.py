@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoints, fingerprints, training
-from .errors import UsageError
+from .errors import HypergradientWarning, UsageError
 from .optimizers import Together
 from .rewards import diagonal
-from .steps import OuterStep
+from .steps import OuterStep, imperfect
 
 Step = TypeVar("Step", bound=OuterStep)
 
@@ -67,14 +67,23 @@ class Resumable(ABC, Generic[Step]):
 
     def fit(
         self, outer_steps: int, callback: Callable[[Step], Any] | Sequence[Callable[[Step], Any]] = (),
-        *, keep_best: bool = False,
+        *, keep_best: bool = False, patience: int | None = None, min_delta: float = 0.0,
+        resume: Path | str | None = None,
     ) -> list[Step]:  # fmt: skip
         """Takes outer steps; calling it again goes on from there.
 
+        Warns at its end, once, with a `HypergradientWarning` if hypergradients of these steps had not converged or met
+        negative curvature.
+
         Args:
-            outer_steps: the most to take.
+            outer_steps: the most to take; with `resume` it counts those before, too.
             callback: called after each, one or several; True from one of them stops. See `callbacks` for TensorBoard
                 and Weights & Biases.
+            patience: stop after so many steps in a row whose outer loss did not fall below the least before; None for
+                never.
+            min_delta: by how much it has to fall below that to count.
+            resume: go on from this checkpoint, as `resume` does, to `outer_steps` in all. If it is the file that this
+                trainer writes to, it need not be there yet: the same script begins a run and goes on with it.
             keep_best: leave the reward at the end as it was where the outer loss was least in these steps. A
                 checkpoint has it as the last step left it.
 
@@ -84,16 +93,27 @@ class Resumable(ABC, Generic[Step]):
         Raises:
             NonFiniteError: a loss, a gradient or a parameter is infinite or not a number; names the last good
                 checkpoint.
-            ValueError, RuntimeError: as the hypergradient method; keep_best without a reward that is learned.
+            ValueError, RuntimeError: as the hypergradient method; keep_best without a reward that is learned, or an
+                argument out of range.
+            UsageError: as `resume`.
             OSError: the checkpoint cannot be written. The steps taken are in the history, the last checkpoint is as it
                 was, and another call goes on.
         """
-        training.check_count("outer_steps", outer_steps, 0)
+        training.check_loop(outer_steps, 0.0, patience, min_delta, None, prefix="outer_")
+        waiting = training.Patience(patience, min_delta)
+        if resume is not None:
+            path = Path(resume)
+            if path.exists() or path != self._checkpoint:
+                self.resume(path)
+            outer_steps = max(0, outer_steps - len(self.history))
+            if True in [waiting.over(step.outer_loss) for step in self.history]:
+                outer_steps = 0
         callbacks = [callback] if callable(callback) else list(callback)
         phi = self._learned()
         if keep_best and not phi:
             raise ValueError("keep_best: expected False where no reward is learned, got True")
         best, least, stopped = [p.detach().clone() for p in phi], float("inf"), False
+        first = len(self.history)
         # disable=None is tqdm's own test for a terminal.
         with tqdm(
             total=outer_steps, desc=self._description, disable=None if self._progress else True, leave=False
@@ -105,7 +125,8 @@ class Resumable(ABC, Generic[Step]):
                     best, least = before, done.outer_loss
                 bar.set_postfix_str(_summary(done), refresh=False)
                 bar.update()
-                stopped = True in [each(done) is True for each in callbacks]
+                asked = [each(done) is True for each in callbacks]
+                stopped = waiting.over(done.outer_loss) or True in asked
                 last = stopped or index == outer_steps - 1
                 if self._checkpoint is not None and (last or len(self.history) % self._checkpoint_every == 0):
                     self.save(self._checkpoint)
@@ -115,6 +136,8 @@ class Resumable(ABC, Generic[Step]):
             with torch.no_grad():
                 for parameter, value in zip(phi, best, strict=True):
                     parameter.copy_(value)
+        if problem := imperfect(self.history[first:]):
+            warnings.warn(problem, HypergradientWarning, stacklevel=2)
         return self.history
 
     def save(self, path: Path) -> None:
@@ -207,6 +230,7 @@ def check_one_at_a_time(name: str, optimizer: torch.optim.Optimizer | Together) 
 
 def check_learned(policy: nn.Module, reward: nn.Module, outer_optimizer: torch.optim.Optimizer | Together) -> None:
     """Refuses an outer optimiser that would leave some of φ as it is or move something else, and a φ that is θ too."""
+    training.check_optimizer("outer_optimizer", outer_optimizer)
     check_one_at_a_time("outer_optimizer", outer_optimizer)
     moved = {id(p) for p in training.trained(outer_optimizer)}
     phi = {id(p): name for name, p in reward.named_parameters() if p.requires_grad}

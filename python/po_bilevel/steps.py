@@ -1,5 +1,6 @@
 """What a trainer tells of its steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ class OuterStep:
         reward: `Reward.shown`; None of a module that is no `Reward`.
         reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
-        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity: as in
-            `Hypergradient`.
+        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity,
+            min_curvature: as in `Hypergradient`.
         native: the inner loop ran in native calls, see `train`, but for an optimiser's first step.
     """
 
@@ -42,6 +43,7 @@ class OuterStep:
     inner_gradient_norm: float | None = None
     stationarity: float | None = None
     native: bool = False
+    min_curvature: float | None = None
 
     @classmethod
     def of(cls, number: int, result: Hypergradient, reward: nn.Module, **more: Any) -> Self:
@@ -53,5 +55,13 @@ class OuterStep:
             gradient_norm=norm_of(result.gradient), residual_norm=result.residual_norm,
             num_products=result.num_products, converged=result.converged,
             negative_curvature=result.negative_curvature, problems=result.problems,
-            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity, **more,
+            inner_gradient_norm=result.inner_gradient_norm, stationarity=result.stationarity,
+            min_curvature=result.min_curvature, **more,
         )  # fmt: skip
+
+
+def imperfect(history: Sequence[OuterStep]) -> str:
+    """How many hypergradients of these steps had not converged or met negative curvature, and why; empty if none."""
+    flawed = [step for step in history if step.problems and (step.negative_curvature or not step.converged)]
+    many = f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient"
+    return f"{many}; the last, step {flawed[-1].step}: {flawed[-1].problems[0]}" if flawed else ""

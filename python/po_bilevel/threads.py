@@ -13,12 +13,28 @@ _inside = 0
 _outermost = ExitStack()
 
 
-def threads_for(multiplications: int, parallel: int = 10**7) -> AbstractContextManager[None]:
-    """One thread inside where a pass over the data has fewer than `parallel` multiplications.
+def threads_for(
+    multiplications: int, parallel: int = 10**7, most: int | None = None
+) -> AbstractContextManager[None]:  # fmt: skip
+    """One thread inside where a pass over the data has fewer than `parallel` multiplications, else as many as `most`.
 
     Those of a network's layers at that size take some fifty microseconds each.
     """
-    return one_thread() if multiplications < parallel else nullcontext()
+    if multiplications < parallel:
+        return one_thread()
+    return nullcontext() if most is None else threads(most)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch and BLAS have so many inside."""
+    before = torch.get_num_threads()
+    with _libraries().limit(limits=count, user_api="blas") if _libraries() is not None else nullcontext():
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 @functools.cache

@@ -79,7 +79,8 @@ class BilevelTrainer(Resumable[OuterStep]):
 
     Raises:
         ValueError: a reward without parameters to learn, an outer optimiser of other parameters than those, parameters
-            that are the policy's and the reward's, or an argument out of range.
+            that are the policy's and the reward's, data that do not fit the policy, or an argument out of range.
+        TypeError: data that are no `Batch` of tensors, or an optimiser that is none.
     """
 
     def __init__(
@@ -105,11 +106,20 @@ class BilevelTrainer(Resumable[OuterStep]):
         self._phi = learned_names(reward)
         self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
         check_learned(policy, reward, self._outer_optimizer)
+        for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
+            if not isinstance(data, Batch):
+                raise TypeError(f"{name}: expected a Batch of inputs and targets, got {type(data).__name__}")
+            data.check(name).check_for(policy, name)
+        if not callable(inner_optimizer):
+            raise TypeError(
+                "inner_optimizer: expected a function that makes an optimiser of parameters, such as lambda p: "
+                f"torch.optim.Adam(p), got {type(inner_optimizer).__name__}"
+            )
         self._stream = BatchStream(inner_data, batch_size, seed)
         training.check_count("product_batches", product_batches, 1)
         self._product_batches = product_batches
         self._inner_data = inner_data
-        self._outer_data = outer_data.check("outer_data")
+        self._outer_data = outer_data
         self._outer_stream = None if outer_batch_size is None else BatchStream(outer_data, outer_batch_size, seed + 1)
         self._inner_optimizer = inner_optimizer
         self._inner_steps = inner_steps

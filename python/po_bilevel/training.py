@@ -124,15 +124,19 @@ def train(
         the loss at the start of the last step, and the number of steps taken.
 
     Raises:
-        ValueError: an option out of range, or an optimiser of parameters that the loss does not depend on.
+        ValueError: an option out of range, inputs that do not fit the policy, or an optimiser of parameters that the
+            loss does not depend on.
+        TypeError: an optimiser that is none.
         NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
             device not to be waited for at each step, unless one of the other options asks for each.
     """
     check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
+    check_optimizer("optimizer", optimizer)
+    stream.data.check_for(policy, "data")
     parameters = trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
-    value, least, since = float("nan"), float("inf"), 0
+    value, waiting = float("nan"), Patience(patience, min_delta)
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
@@ -180,11 +184,8 @@ def train(
             check_finite(f"the gradient's norm at step {step}", float(norm))
             if norm <= tolerance:
                 return value, step + 1
-        if patience is not None:
-            since = 0 if value < least - min_delta else since + 1
-            least = min(least, value)
-            if since >= patience:
-                return value, step + 1
+        if waiting.over(value):
+            return value, step + 1
     _check_parameters(parameters)
     return value, steps
 
@@ -311,6 +312,20 @@ def check_loop(
     check_norm("max_grad_norm", max_grad_norm)
 
 
+class Patience:
+    """Counts steps in a row whose loss did not fall, by more than min_delta, below the least before."""
+
+    def __init__(self, patience: int | None, min_delta: float) -> None:
+        self._patience, self._min_delta = patience, min_delta
+        self._least, self._since = math.inf, 0
+
+    def over(self, loss: float) -> bool:
+        """Whether the patience is at its end after a step of this loss."""
+        self._since = 0 if loss < self._least - self._min_delta else self._since + 1
+        self._least = min(self._least, loss)
+        return self._patience is not None and self._since >= self._patience
+
+
 def check_count(name: str, value: int, least: int) -> None:
     if value < least or value != int(value):
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
@@ -319,6 +334,11 @@ def check_count(name: str, value: int, least: int) -> None:
 def check_norm(name: str, value: float | None) -> None:
     if value is not None and not value > 0:
         raise ValueError(f"{name}: expected a positive number or None, got {value}")
+
+
+def check_optimizer(name: str, optimizer: object) -> None:
+    if not isinstance(optimizer, Optimizer | Together):
+        raise TypeError(f"{name}: expected an optimiser of torch, got {type(optimizer).__name__}")
 
 
 def trained(optimizer: Optimizer | Together) -> list[Tensor]:

@@ -190,3 +190,38 @@ def test_tracing_by_torch_jit_is_refused(op, backend):
     head = next(iter(case.tensors.values()))
     with pytest.raises(RuntimeError, match=rf"{op}: torch.jit.trace .*use torch.export"):
         torch.jit.trace(lambda x: case(x, backend=backend), (head,), check_trace=False)
+
+
+@TRACED
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("family", ["gaussian", "categorical"])
+def test_a_network_under_bf16_autocast_with_targets_in_float32(family, traced):
+    """Loss, statistics and gradients are those of the network's bfloat16 outputs in float32."""
+    network = torch.nn.Linear(3, 4)
+    x, y = torch.randn(32, 3), torch.randn(32, 2)
+    labels, table = torch.arange(32) % 4, -torch.eye(4)
+
+    def of_outputs(out):
+        if family == "categorical":
+            return pk.categorical_policy_loss(
+                out, labels, table, estimator="dice", num_samples=4, seed=0, return_stats=True
+            )
+        mean, log_std = out.chunk(2, dim=-1)
+        return pk.gaussian_policy_loss(
+            mean, log_std, y, 2.0, estimator="dice", num_samples=4, entropy_coef=0.5, seed=0, return_stats=True
+        )
+
+    def step(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return of_outputs(network(x))
+
+    loss, stats = (compiled(step) if traced else step)(x)
+    found = torch.autograd.grad(loss, network.weight)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = network(x)
+    assert out.dtype == torch.bfloat16
+    expected_loss, expected = of_outputs(out.float())
+    assert loss.dtype == stats.reward_mean.dtype == torch.float32
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(tuple(stats), tuple(expected))
+    torch.testing.assert_close(found, torch.autograd.grad(expected_loss, network.weight)[0])

@@ -1,11 +1,19 @@
 """These problems are tiny: a second thread costs them time, and much of it where others use the processor too."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from po_bilevel import Batch
 from problems import NOISE, ROWS
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A few steps of a few iterations are what most tests take: that hypergradients are imperfect there is no news."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    for item in here:
+        item.add_marker(pytest.mark.filterwarnings("ignore::po_bilevel.HypergradientWarning"))
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -47,7 +47,7 @@ def test_end_to_end_on_iris(tmp_path, capsys):
     assert classify(tmp_path, "--dataset", "iris", *SMALL) == 0
     printed = capsys.readouterr().out
     result = read(tmp_path)
-    assert list(result) == ["experiment", "config", "versions", "rows", "summary"]
+    assert list(result) == ["experiment", "command", "config", "versions", "rows", "summary"]
     assert result["experiment"] == "classification"
     assert result["config"]["outer_steps"] == 3
     assert [(row["seed"], row["method"]) for row in result["rows"]] == [(s, m) for s in range(2) for m in METHODS]
@@ -184,7 +184,7 @@ def test_missing_dependency_names_its_extra(tmp_path, capsys, monkeypatch, packa
 
     monkeypatch.setattr(sys, "meta_path", [Hidden, *sys.meta_path])
     options = ["--dataset", csv(tmp_path, rows()), "--target", "kind"] if package == "pandas" else ["--dataset", "iris"]
-    refused(capsys, classify(tmp_path, *options), f"pip install 'po-kernels[{extra}]'")
+    refused(capsys, classify(tmp_path, *options), f"pip install '.[{extra}]' in a clone of po-kernels")
 
 
 def test_interrupt_leaves_nothing_behind(tmp_path, capsys, monkeypatch):

@@ -111,7 +111,7 @@ def test_every_method_through_the_command_line(tmp_path, capsys):
     # An episode of 40 steps has no error after 50.
     assert all(row["rmse_50"] is None for row in found)
     curves = json.loads((tmp_path / "curves.json").read_text())
-    assert np.array(curves["per_dimension"]["nll"]["rmse"]).shape == (8,)
+    assert np.array(curves["per_dimension"]["nll"][0]["rmse"]).shape == (8,)
     assert (tmp_path / "dynamics.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -136,7 +136,7 @@ def test_models_find_mean_and_noise(monkeypatch, method):
     # 0.02 nats each; of a coverage, 0.009; of a standard deviation, 1/√1200 of it.
     assert row["nll_per_dim"] == pytest.approx(np.log(std).mean() + 0.5 * np.log(2 * np.pi * np.e), abs=0.1)
     assert row["coverage_90"] == pytest.approx(0.9, abs=0.05)
-    rmse = outcome.curves["per_dimension"][method]["rmse"]
+    rmse = outcome.curves["per_dimension"][method][0]["rmse"]
     np.testing.assert_allclose(rmse, std, rtol=0.15)
 
 

@@ -42,7 +42,7 @@ def run(config: TossConfig) -> Outcome:
         {"dataset": "coin", "method": side, "seed": seed, "heads": config.bias * seed + (side == "pg"), "seconds": 0.0}
         for seed, side in each_run(config, config.sides)
     ]
-    return Outcome(rows, {"tossed": len(rows)}, ["the coin is a toy"])
+    return Outcome(rows, {"tossed": [len(rows)]}, ["the coin is a toy"])
 
 
 TOSS = Experiment("toss", TossConfig, check, run, reproduced={"tosses": ({"bias": 0.25}, {"seeds": 1})})
@@ -66,7 +66,7 @@ def test_a_command(tmp_path, capsys):
     }  # fmt: skip
     assert [row["heads"] for row in document["rows"]] == [0.0, 1.0, 0.5, 1.5, 1.0, 2.0]
     curves = json.loads((tmp_path / "curves.json").read_text())
-    assert curves["tossed"] == 6
+    assert curves["tossed"] == [2, 2, 2]
     assert curves["paired"][0]["heads"]["mean"] == 1.0
     assert (tmp_path / "toss.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["toss", "--bias", "-1", "--out", str(tmp_path)]) == 2

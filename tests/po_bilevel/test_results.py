@@ -40,9 +40,9 @@ def test_summary():
 
 def test_document_is_json(tmp_path):
     path = tmp_path / "results.json"
-    results.write_json(path, results.document("classification", {"seeds": 2}, ROWS))
+    results.write_json(path, results.document("classification", "classify", {"seeds": 2}, ROWS))
     read = json.loads(path.read_text())
-    assert list(read) == ["experiment", "config", "versions", "rows", "summary"]
+    assert list(read) == ["experiment", "command", "config", "versions", "rows", "summary"]
     assert read["rows"] == ROWS
     assert {"python", "torch", "po-kernels"} <= set(read["versions"])
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from po_bilevel import UsageError, cli
-from po_bilevel.experiments import sweep
+from po_bilevel.experiments import sweep, workers
 from po_bilevel.experiments.report import ReportConfig, report
 from po_bilevel.experiments.runs import folder
 from po_bilevel.experiments.sweep import read, runs_of
@@ -120,7 +120,7 @@ def test_of_the_runs_of_a_broken_pool_only_the_one_that_breaks_it_fails(monkeypa
             return self.tasks[-1][0]
 
     counts = []
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", Pool)
     runs = runs_of(CONTENT | {"grid": {}})
     ended = list(sweep._in_processes(runs, sweep.SweepConfig(tmp_path, workers=2)))
     assert {run.options["first_seed"]: (rows, error) for run, rows, error in ended} == {
@@ -151,7 +151,7 @@ def test_a_missing_dependency_is_named(tmp_path, capsys, monkeypatch, package, e
     file = written(tmp_path)
     code = cli.main([file if each == "FILE" else each for each in arguments] + ["--out", str(tmp_path / "out")])
     assert code == 2
-    assert f"pip install 'po-kernels[{extra}]'" in capsys.readouterr().err
+    assert f"pip install '.[{extra}]'" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_here")
@@ -160,7 +160,10 @@ def test_a_run_that_fails_is_said_and_tried_again(tmp_path, capsys):
     config = written(tmp_path, CONTENT | {"seeds": 1, "grid": {"dataset": ["iris", str(tmp_path / "none.csv")]}})
     for _ in range(2):
         assert cli.main(["sweep", config, "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
-        assert "none.csv" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        # The point of the grid, and what is wrong with it; not all options.
+        assert f"error: dataset={tmp_path}/none.csv, seed=0: " in said
+        assert "steps" not in said
     assert len(finished(tmp_path / "out")) == 1
 
 

@@ -39,7 +39,7 @@ from ..steps import OuterStep
 from ..trainer import BilevelTrainer
 from ..training import train_nll, train_policy_gradient
 from . import data, metrics, plots, runs
-from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .runs import SKLEARN, Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 
 Method = Literal[
     "nll", "nll_cv", "nll_early", "pg_identity", "pg_identity_cv", "pg_identity_early", "pg_heuristic",
@@ -365,7 +365,7 @@ class _Run:
             inner_tolerance=self.tolerance, keep_inner_state=self.optimizer == "adam", batch_size=config.batch_size,
             seed=self.seed, progress=config.progress, description=f"{self.name}, seed {self.seed}: reward",
         )  # fmt: skip
-        self._record_path(trainer.fit(config.outer_steps))
+        self._record_path(learn(trainer, config.outer_steps))
         return reward
 
     def _record_path(self, history: list[OuterStep]) -> None:
@@ -422,7 +422,7 @@ _FIXED = ("nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_heuristic_cv", "pg
 _FORMS = ("pg_learned_isotropic", "pg_learned_diagonal", "pg_learned_full", "pg_learned_table", "pg_learned_cv")
 
 EXPERIMENT = Experiment(
-    "classify", ClassifyConfig, check, run, "classification",
+    "classify", ClassifyConfig, check, run, "classification", needs=lambda config: SKLEARN,
     figure=lambda config, outcome: plots.figure_of_classification(outcome),
     reproduced={
         "classification": (_SETS | {"methods": (*_FIXED, *_FORMS)}, _QUICK),

@@ -4,6 +4,7 @@ What cannot be used is a UsageError that names the option, what was expected and
 is not installed a MissingDependencyError.
 """
 
+import functools
 import math
 import re
 import warnings
@@ -77,6 +78,13 @@ def load(dataset: str, target: str | None = None) -> Table:
             f"--dataset: expected one of {', '.join((*BUILT_IN, *OPENML))} or the path of a CSV or Parquet file, "
             f"got {dataset!r}"
         )
+    found = path.stat() if path.is_file() else None
+    return _file(path, target, found and (found.st_mtime_ns, found.st_size))
+
+
+@functools.lru_cache(maxsize=8)
+def _file(path: Path, target: str | None, version: object) -> Table:
+    """Read once, for a run may be in parts, as long as the file's version stays."""
     pandas = require("pandas", "sklearn")
     frame = _parquet(pandas, path) if path.suffix.lower() == ".parquet" else _csv(pandas, path, target)
     return _from_frame(pandas, path.stem, str(path), frame, target)
@@ -144,6 +152,7 @@ def _built_in(name: str) -> Table:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def _openml(name: str) -> Table:
     datasets = require("sklearn.datasets", "sklearn")
     pandas = require("pandas", "sklearn")

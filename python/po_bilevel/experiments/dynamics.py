@@ -30,7 +30,7 @@ from ..rewards import MahalanobisReward, PrecisionKind, as_matrix, diagonal
 from ..trainer import BilevelTrainer
 from ..training import BatchStream, InnerLoss, train, train_policy_gradient
 from . import planner, runs, transitions
-from .runs import Clock, Experiment, Once, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .runs import Clock, Experiment, Once, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 from .transitions import Behaviour, Transitions
 
 Method = Literal[
@@ -122,11 +122,10 @@ def run(config: DynamicsConfig) -> Outcome:
     Returns:
         rows with "rmse" (of one step, in standard deviations of s' - s), "nll_per_dim", "coverage_50", "coverage_90",
         "rmse_k" (k steps open loop, in standard deviations of s), "u", "seconds" and, if asked for, "return"; curves
-        with "per_dimension" {method: {"rmse", "nll"}}, means over seeds.
+        with "per_dimension" {method: [{"rmse", "nll"}, ...]}, a list over seeds.
     """
     check(config)
     outcome = Outcome([], {"per_dimension": {}}, [])
-    found: dict[str, list[dict[str, list[float]]]] = {}
     recorded = None if config.minari is None else transitions.load_minari(config.minari, config.transitions)
     controller = None if config.controller is None else transitions.load_controller(config.controller)
     with threads(config.threads):
@@ -143,12 +142,7 @@ def run(config: DynamicsConfig) -> Outcome:
             with named(data.name, f"seed {seed}", method):
                 row, per_dimension = problem.evaluate(method, outcome)
             outcome.rows.append(row)
-            found.setdefault(method, []).append(per_dimension)
-    for method, seeds in found.items():
-        if len({len(each["rmse"]) for each in seeds}) == 1:
-            outcome.curves["per_dimension"][method] = {
-                metric: np.mean([each[metric] for each in seeds], axis=0).tolist() for metric in ("rmse", "nll")
-            }
+            outcome.curves["per_dimension"].setdefault(method, []).append(per_dimension)
     return outcome
 
 
@@ -264,7 +258,7 @@ class _Problem:
             inner_loss=cast(InnerLoss, PolicyGradient(config.entropy_coef)), inner_tolerance=SOLVED,
             keep_inner_state=False, hypergradient=ImplicitCG(0.0, 1e-3, 50), seed=self.seed, progress=False,
         )  # fmt: skip
-        history = trainer.fit(config.outer_steps)
+        history = learn(trainer, config.outer_steps)
         where = f"{self.data.name}, seed {self.seed}, pg_learned_{kind}"
         outcome.warnings.extend(imperfect(where, history))
         if history[-1].gradient_norm > LEARNED:
@@ -422,6 +416,7 @@ _QUICK = {"seeds": 1, "transitions": 600, "steps": 50, "outer_steps": 2}
 
 EXPERIMENT = Experiment(
     "dynamics", DynamicsConfig, check, run,
+    needs=lambda config: (("minari" if config.minari else "gymnasium", "mbrl"),),
     reproduced={
         "dynamics": ({}, _QUICK | {"horizon": 60, "inner_steps": 5}),
         "planning": (

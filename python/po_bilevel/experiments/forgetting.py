@@ -28,7 +28,7 @@ from ..rewards import MahalanobisReward, OneHotMahalanobisReward
 from ..trainer import BilevelTrainer
 from ..training import train_nll, train_policy_gradient
 from . import data, runs
-from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, named, threads
+from .runs import SKLEARN, Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 
 Name = Literal["digits", "regression"]
 Method = Literal["nll", "nll_cv", "pg_identity", "pg_heuristic", "pg_learned", "nll_replay"]
@@ -186,12 +186,14 @@ class _Run:
         reward = self._of_precision(start)
         if self.method == "pg_learned":
             outer = torch.optim.Adam(reward.parameters(), lr=self.config.outer_learning_rate)
-            BilevelTrainer(
+            trainer = BilevelTrainer(
                 copy.deepcopy(policy), reward, inner_data=task.fit, outer_data=task.held_out,
                 inner_optimizer=self._optimizer, outer_optimizer=outer, inner_steps=self.config.inner_steps,
                 inner_loss=PolicyGradient(), outer_loss=NegativeLogLikelihood(),
                 hypergradient=ImplicitCG(DAMPING, 1e-2, 10), seed=self.seed, progress=False,
-            ).fit(self.config.outer_steps)  # fmt: skip
+            )  # fmt: skip
+            history = learn(trainer, self.config.outer_steps)
+            self.outcome.warnings.extend(imperfect(f"{self.name}, seed {self.seed}", history))
         return reward
 
     def _of_precision(self, u: Tensor) -> nn.Module:
@@ -249,6 +251,6 @@ def _regression(seed: int) -> tuple[Task, Task]:
 
 
 EXPERIMENT = Experiment(
-    "forgetting", ForgettingConfig, check, run,
+    "forgetting", ForgettingConfig, check, run, needs=lambda config: SKLEARN if "digits" in config.tasks else (),
     reproduced={"forgetting": ({}, {"seeds": 1, "steps": 20, "outer_steps": 2, "inner_steps": 5})},
 )  # fmt: skip

@@ -29,7 +29,7 @@ from ..trainer import BilevelTrainer
 from ..training import train_nll, train_policy_gradient
 from . import plots, runs
 from .results import Row
-from .runs import Clock, Experiment, Options, Outcome, imperfect, named, shown, threads
+from .runs import Clock, Experiment, Options, Outcome, imperfect, learn, named, shown, threads
 
 Method = Literal["nll", "pg_identity", "pg_other", "pg_optimal"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -297,7 +297,7 @@ def _learn(config: GaussianConfig, seed: int, outcome: Outcome) -> None:
     reward = cast(MahalanobisReward, learner.reward)
     outer_data = draw(config, seed)[1]
     with Clock() as clock:
-        history = learner.fit(config.outer_steps)
+        history = learn(learner, config.outer_steps)
     with torch.no_grad():
         residual = outer_data.target - learner.policy(outer_data.inputs)[0]
         nll = float(learner.policy.log_prob(*outer_data).mean().neg())

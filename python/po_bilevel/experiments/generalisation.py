@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..losses import Batch
 from . import classification, data, runs
 from .classification import ClassifyConfig, Method
-from .runs import Experiment, OptionsInParts, Outcome, each_run, threads
+from .runs import SKLEARN, Experiment, OptionsInParts, Outcome, each_run, threads
 
 # The least rows of a class that a training fraction keeps, in the fitted and in the held-out part.
 LEAST = {"fit": 2, "held_out": 1}
@@ -167,7 +167,7 @@ _NETWORK = {
 _QUICK = {"dataset": "iris", "seeds": 1, "outer_steps": 2, "steps": 20, "noise": (0.2,)}
 
 EXPERIMENT = Experiment(
-    "generalise", GeneraliseConfig, check, run, "generalisation",
+    "generalise", GeneraliseConfig, check, run, "generalisation", needs=lambda config: SKLEARN,
     reproduced={
         "generalisation": ({}, _QUICK | {"fractions": (0.5,), "shifts": (1.0,)}),
         "generalisation_linear": (_NOISE | _LINEAR, _QUICK),

@@ -24,6 +24,8 @@ class ReportConfig:
     """Method that the others are compared with, on the same data set and seed."""
     plot: bool = True
     """Draw the figures."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
 
 def report(config: ReportConfig) -> Path:

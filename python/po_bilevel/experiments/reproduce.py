@@ -19,11 +19,15 @@ class ReproduceConfig:
     """Draw the figures."""
     progress: bool = True
     """Show progress bars on a terminal."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+    overwrite: bool = False
+    """Replace what other runs have left in these folders."""
 
 
 def plan(config: ReproduceConfig) -> list[tuple[Experiment, Options]]:
     """The experiments and their options, in the order in which they are run."""
-    common = {"plot": config.plot, "progress": config.progress}
+    common = {"plot": config.plot, "progress": config.progress, "overwrite": config.overwrite}
     return [
         (each, each.config(out=config.out / folder, **(common | full | (quick if config.quick else {}))))
         for each in EXPERIMENTS.values()

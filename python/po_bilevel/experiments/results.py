@@ -1,15 +1,19 @@
 """What a run leaves behind: results.json and the table on the terminal."""
 
+import functools
 import hashlib
 import json
 import math
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import po_kernels
 
 from ..errors import UsageError
 from ..files import atomic
@@ -19,18 +23,19 @@ Row = dict[str, Any]
 KEYS = ("dataset", "method", "seed")
 
 
-def document(experiment: str, config: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+def document(experiment: str, command: str, config: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """The contents of results.json.
 
     Args:
-        experiment: its name.
+        experiment: its title.
+        command: of `po-bilevel`, to repeat it with: `po-bilevel COMMAND --config results.json --out AGAIN`.
         config: the options of the run.
         rows: one dictionary a run: "dataset", "method", "seed" and metrics, None where one does not apply.
 
     Returns:
-        {"experiment", "config", "versions", "rows", "summary"}, see `summarise`.
+        {"experiment", "command", "config", "versions", "rows", "summary"}, see `summarise`.
     """
-    parts = {"experiment": experiment, "config": dict(config), "versions": versions()}
+    parts = {"experiment": experiment, "command": command, "config": dict(config), "versions": versions()}
     return parts | {"rows": list(rows), "summary": summarise(rows)}
 
 
@@ -103,14 +108,30 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that a result depends on, None for one that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("po-kernels", "torch", "numpy", "scikit-learn", "pandas", "gymnasium", "mujoco", "minari", "ray"):
+    """Versions of Python and of the packages that a result depends on, None for one that is not installed.
+
+    And the commit, where this is a repository's tree: with "-dirty" if it has changes that are not committed.
+    """
+    found: dict[str, str | None] = {"python": platform.python_version(), "po-kernels": po_kernels.__version__}
+    for package in ("torch", "numpy", "scikit-learn", "pandas", "gymnasium", "mujoco", "minari", "ray"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return found
+    return found | {"commit": commit()}
+
+
+@functools.cache
+def commit() -> str | None:
+    """Of the tree that this file is in, None if it is in none of its own."""
+    root = Path(__file__).parents[3]
+    if not ((root / ".git").exists() and (root / "pyproject.toml").exists()):
+        return None
+    try:
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def write_json(path: Path, content: Any) -> None:

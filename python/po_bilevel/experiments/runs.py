@@ -6,6 +6,7 @@ import itertools
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -13,8 +14,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from ..errors import NonFiniteError, UsageError
+from .. import steps
+from ..errors import HypergradientWarning, NonFiniteError, UsageError
 from ..files import alone
+from ..resumable import Resumable, Step
 from ..steps import OuterStep
 from . import plots, results
 from .results import Row
@@ -42,22 +45,34 @@ class Options:
 
     seeds: int = 10
     """How many random data sets, splits and initial weights, numbered from 0, or from --first-seed if there is one."""
-    out: Path = Path("results")
-    """Folder for results.json, curves.json and the figure; made if it is not there."""
+    out: Path = Path("results/{title}")
+    """Folder for results.json, curves.json and the figure, {title} standing for the run's; made if it is not there."""
     threads: int = 1
     """Threads of torch; problems of this size lose time with more, and a great deal on a busy machine."""
     plot: bool = True
     """Draw the figure."""
     progress: bool = True
     """Show progress bars on a terminal."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+    overwrite: bool = False
+    """Replace what another run has left in --out."""
+    config: Path | None = None
+    """JSON file of options, which those of the command line go before: results.json of a run, which is repeated so, or
+    {"options": {...}}."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptionsInParts(Options):
-    """The options of an experiment whose seeds can be run apart: a sweep makes a run of each."""
+    """The options of an experiment whose seeds can be run apart: a sweep makes a run of each.
+
+    Lists in the curves of an outcome are over seeds: those of the parts are put end to end.
+    """
 
     first_seed: int = 0
     """The number of the first, where they are run in parts."""
+    jobs: int = 1
+    """Seeds at a time, each in a process."""
 
 
 def _figure(config: Any, outcome: Outcome) -> Any:
@@ -77,6 +92,7 @@ class Experiment:
         figure: the figure of (config, outcome), see `plots`; means and intervals of all metrics as it stands.
         summary: what is printed of (config, outcome) under the table.
         baselines: methods whose differences to the others on the same seed are printed and kept, where they were run.
+        needs: the optional modules that a run of (config) imports, each with its extra.
         reproduced: its runs in `po-bilevel reproduce`: by folder, options, and what the quick version changes.
     """
 
@@ -88,6 +104,7 @@ class Experiment:
     figure: Callable[[Any, Outcome], Any] = _figure
     summary: Callable[[Any, Outcome], str] = lambda config, outcome: ""
     baselines: tuple[str, ...] = ("nll", "nll_cv")
+    needs: Callable[[Any], Sequence[tuple[str, str]]] = lambda config: ()
     reproduced: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
     def title_of(self, config: Options) -> str:
@@ -97,6 +114,8 @@ class Experiment:
 
 Names = tuple[str, ...]
 MOST = 2**31 - 1
+PROGRAM = "po-bilevel"
+SKLEARN = (("sklearn", "sklearn"),)
 
 
 def check_options(config: Any, *, zero: Names = (), fractions: Names = (), free: Names = ()) -> None:
@@ -246,9 +265,14 @@ class Once(Generic[T]):
         return self._found[0]
 
 
+def progress_bar(config: Options, total: int, label: str) -> tqdm:
+    """A bar, if one is asked for and standard error is a terminal."""
+    return tqdm(total=total, desc=label, disable=None if config.progress else True, leave=False)
+
+
 def shown(config: Options, cases: Sequence[T], label: str = "runs") -> Iterator[T]:
-    """The cases behind a progress bar, if one is asked for and standard error is a terminal."""
-    with tqdm(total=len(cases), desc=label, disable=None if config.progress else True, leave=False) as bar:
+    """The cases behind a `progress_bar`."""
+    with progress_bar(config, len(cases), label) as bar:
         for case in cases:
             bar.set_postfix_str(", ".join(map(str, case)) if isinstance(case, tuple) else str(case))
             yield case
@@ -270,8 +294,14 @@ def named(*parts: object) -> Iterator[None]:
         raise NonFiniteError(f"{', '.join(map(str, parts))}: {error}") from error
 
 
+def learn(trainer: Resumable[Step], outer_steps: int) -> list[Step]:
+    """`fit`, whose warning of imperfect hypergradients an experiment gives by `imperfect`, beside the run's name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", HypergradientWarning)
+        return trainer.fit(outer_steps)
+
+
 def imperfect(where: str, history: Sequence[OuterStep]) -> list[str]:
     """A warning if there were problems with hypergradients of these outer steps, or none; where says of what run."""
-    flawed = [step for step in history if step.problems]
-    many = f"{len(flawed)} of the last {len(history)} outer steps had an imperfect hypergradient"
-    return [f"{where}: {many}; the last: {flawed[-1].problems[0]}"] if flawed else []
+    found = steps.imperfect(history)
+    return [f"{where}: {found}"] if found else []

@@ -17,28 +17,24 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 import sys
-import threading
-import time
 import types
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tyro
 from tqdm import tqdm
 
-from ..errors import UsageError
+from ..errors import MissingDependencyError, NonFiniteError, UsageError
 from ..files import atomic
-from ..optional import require
+from ..optional import require, require_all
 from . import results
+from .parts import ASIDE
 from .registry import EXPERIMENTS
 from .results import Row
 from .runs import MOST, OptionsInParts, Outcome, check_options, folder
+from .workers import in_processes
 
 # A run, its rows, and what went wrong or None.
 Ended = tuple["Run", list[Row], str | None]
@@ -62,6 +58,8 @@ class SweepConfig:
     """GPUs of a run, also a fraction; with Ray."""
     progress: bool = True
     """Show a progress bar on a terminal."""
+    quiet: bool = False
+    """Print warnings and errors only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +69,7 @@ class Run:
     Attributes:
         id: of its options, the same in every sweep.
         options: all that are not defaults, as they stand in the sweep's file.
+        point: the grid's options and the seed, for people.
         label: what of the grid tells it from others besides the data set, and the methods if no two lists of them have
             one in common.
         config: the experiment's, of these options.
@@ -79,6 +78,7 @@ class Run:
 
     id: str
     options: dict[str, Any]
+    point: str
     label: str
     config: Any
     start: Callable[[Any], Outcome]
@@ -119,7 +119,7 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
     """The runs of a sweep's file, each checked."""
     experiment = EXPERIMENTS[content["experiment"]]
     names = {field.name for field in dataclasses.fields(experiment.config)}
-    own = {"seeds", "first_seed", "out", "plot", "progress"}
+    own = {"seeds", "first_seed", *ASIDE}
     for option in (*content["options"], *content["grid"]):
         if option not in names - own:
             raise UsageError(f"config: expected options of {content['experiment']}, got {option!r}")
@@ -138,7 +138,9 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
             key = json.dumps([content["experiment"], options], sort_keys=True)
             config = configured(experiment.config, options | {"plot": False, "progress": False})
             experiment.check(config)
-            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], options, label, config, experiment.run)
+            which = chosen | ({"seed": seed["first_seed"]} if apart else {})
+            where = ", ".join(f"{name}={_text(value)}" for name, value in which.items()) or content["experiment"]
+            run = Run(hashlib.sha256(key.encode()).hexdigest()[:16], options, where, label, config, experiment.run)
             found[run.id] = run
     return list(found.values())
 
@@ -146,6 +148,9 @@ def runs_of(content: dict[str, Any]) -> list[Run]:
 def configured(kind: type[Any], options: dict[str, Any]) -> Any:
     """The dataclass with options from JSON: lists are tuples, and what is no list is one of one; texts are paths."""
     hints = get_type_hints(kind)
+    for name in options:
+        if name not in hints:
+            raise UsageError(f"config: expected options of {kind.__name__}, which has no {name!r}")
     return kind(**{name: _typed(hints[name], value, name) for name, value in options.items()})
 
 
@@ -174,10 +179,10 @@ def sweep(config: SweepConfig) -> list[str]:
         for people, one sentence for each run that failed; those are tried again next time.
     """
     runs = check(config)
+    experiment = EXPERIMENTS[read(config.config)["experiment"]]
+    needed = [("pandas", "sklearn"), ("pyarrow", "sklearn"), *experiment.needs(runs[0].config)]
+    require_all([*needed, *((("ray", "ray"),) if config.engine == "ray" else ())])
     pandas = require("pandas", "sklearn")
-    require("pyarrow", "sklearn")
-    if config.engine == "ray":
-        require("ray", "ray")
     with folder(config.out):
         (config.out / "runs").mkdir(exist_ok=True)
         _manifest(config.out / "manifest.json", read(config.config), runs)
@@ -206,7 +211,7 @@ def _finish(config: SweepConfig, runs: list[Run], pandas: Any) -> list[str]:
             if error is None:
                 results.write_run(paths[run.id], rows)
             else:
-                failures.append(f"{run.options}: {error}")
+                failures.append(f"{run.point}: {error}")
             bar.update()
     if not failures:
         parts = [results.read_run(path) for path in paths.values()]
@@ -240,46 +245,9 @@ def _manifest(path: Path, content: dict[str, Any], runs: list[Run]) -> None:
 
 
 def _in_processes(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:
-    """Runs in processes of this machine.
-
-    One that is killed takes its pool along, and all that ran in it. Whose fault it was shows when each of these has a
-    pool to itself.
-    """
-    waiting, suspects = list(reversed(runs)), list[Run]()
-    while waiting or suspects:
-        count = (config.workers or os.cpu_count() or 1) if waiting else 1
-        left = waiting or [suspects.pop()]
-        # A fork of a process that has run torch's threads may hang.
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, context, _end_with_parent, (os.getpid(),)) as pool:
-            tasks: dict[Future[list[Row]], Run] = {}
-            try:
-                while left or tasks:
-                    while left and len(tasks) < count:
-                        tasks[pool.submit(execute, left[-1])] = left[-1]
-                        left.pop()
-                    for done in wait(tasks, return_when=FIRST_COMPLETED).done:
-                        run, error = tasks.pop(done), done.exception()
-                        if isinstance(error, BrokenProcessPool) and count > 1:
-                            suspects.append(run)
-                        else:
-                            yield run, [] if error else done.result(), repr(error) if error else None
-            except BrokenProcessPool:
-                suspects.extend(tasks.values())
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-
-def _end_with_parent(parent: int) -> None:
-    """In a worker: ends it when the process that started it has gone, as a killed one cannot say goodbye."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    for run, rows, error in in_processes(execute, runs, config.workers):
+        told = isinstance(error, (UsageError, MissingDependencyError, NonFiniteError))
+        yield run, rows or [], (str(error) if told else repr(error)) if error else None
 
 
 def _on_ray(runs: list[Run], config: SweepConfig) -> Iterator[Ended]:

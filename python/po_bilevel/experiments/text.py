@@ -27,7 +27,7 @@ from ..language.rollouts import grouped, rollout
 from ..rewards import diagonal
 from . import corpus, enumerable, plots, runs
 from .corpus import Corpus
-from .runs import Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, named, threads
+from .runs import SKLEARN, Clock, Experiment, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 
 Method = Literal[
     "base", "sft", "pg_identity", "pg_identity_standardized", "pg_trace_standardized", "pg_trace", "pg_diagonal",
@@ -47,7 +47,7 @@ DAMPING = 10.0
 # Tokens of a prompt with an answer, at most: attention's memory is their square.
 LONGEST = 1024
 # The options that --exact has a use for.
-EXACT_TOO = ("seeds", "first_seed", "coefficient", "exact", "out", "threads", "plot", "progress")
+EXACT_TOO = (*(field.name for field in dataclasses.fields(OptionsInParts)), "coefficient", "exact")
 # What a run with --quick has less of.
 QUICK: dict[str, Any] = {
     "seeds": 1, "width": 32, "layers": 1, "vocabulary": 400, "first_steps": 20, "form_steps": 10, "sft_steps": 10,
@@ -227,7 +227,7 @@ class Task:
                 )
             elif method != "base":
                 reward, trainer = self._policy_gradient(policy, method)
-                history = trainer.fit(self.config.outer_steps)
+                history = learn(trainer, self.config.outer_steps)
                 path = [diagonal(step.reward).tolist() for step in history if step.reward is not None]
                 losses = {key: [getattr(s, key) for s in history] for key in ("outer_loss", "reward_mean", "kl")}
                 outcome.curves["steps"].append({"method": method, "seed": self.seed, "u": path, **losses})
@@ -247,7 +247,8 @@ class Task:
         )  # fmt: skip
         with torch.no_grad():
             found = [drawn.rewards(reward).mT for reward in rewards]
-            standardized, loo = ([pk.group_advantage(r, kind) for r in found] for kind in ("standardized", "loo"))
+            standardized = [pk.group_advantage(rewards, "standardized") for rewards in found]
+            loo = [pk.group_advantage(rewards, "loo") for rewards in found]
         apart = (standardized[1] - standardized[0]).norm() / standardized[0].norm()
         return {"seed": self.seed, "standardized": float(apart), "loo": float(loo[1].norm() / loo[0].norm())}
 
@@ -360,5 +361,6 @@ def _summary(config: TextConfig, outcome: Outcome) -> str:
 
 EXPERIMENT = Experiment(
     name="text", config=TextConfig, check=check, run=run, figure=_figure, summary=_summary, baselines=("sft",),
+    needs=lambda config: () if config.exact else (*SKLEARN, ("tokenizers", "text")),
     reproduced={"text": ({}, {"quick": True}), "text-exact": ({"exact": True}, {})},
 )  # fmt: skip

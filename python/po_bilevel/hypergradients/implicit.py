@@ -16,7 +16,7 @@ from ..errors import NonFiniteError
 from .interface import Hypergradient
 from .method import ImplicitMethod, Start
 from .preconditioners import Preconditioner
-from .problem import ImplicitProblem, flat, length, unflat
+from .problem import Best, ImplicitProblem, flat, length, unflat
 from .trees import Point, Tree
 
 
@@ -76,6 +76,7 @@ class ImplicitCG(ImplicitMethod):
         problems: list[str] = []
         shaped, squared, along = self._shaped(inverse, residual)
         direction = shaped.clone()
+        best = Best(solution, squared**0.5)
         for _ in range(self.max_iterations):
             if squared**0.5 <= goal:
                 break
@@ -93,10 +94,12 @@ class ImplicitCG(ImplicitMethod):
             residual.sub_(image, alpha=step).sub_(direction, alpha=step * self.damping)
             before = along
             shaped, squared, along = self._shaped(inverse, residual)
+            best.offer(solution, squared**0.5)
             direction.mul_(along / before).add_(shaped)
         else:
             if squared**0.5 > goal:
                 problems.append(_ran_out(squared**0.5 / problem.scale, self.max_iterations, self.tolerance))
+        solution = best.instead_of(solution, squared**0.5, problem.scale)
         return problem.result(solution, tolerance=self.tolerance, problems=problems)
 
     def _shaped(self, inverse: Callable[[Tensor], Tensor], residual: Tensor) -> tuple[Tensor, float, float]:
@@ -431,6 +434,7 @@ def _richardson(
     solution, residual = _begin(problem, start, damping)
     step = _step(problem, damping) if learning_rate is None else learning_rate
     first = norm = float(residual.norm())
+    best = Best(solution, norm)
     # Below rounding there is nothing to be had, and squares of what is left would underflow.
     goal = max(tolerance, torch.finfo(residual.dtype).eps) * problem.scale
     for remaining in reversed(range(iterations)):
@@ -443,20 +447,21 @@ def _richardson(
         curvature = problem.curvature.observe(residual, image)
         residual = residual - step * (image + damping * residual)
         norm = float(residual.norm())
+        best.offer(solution, norm)
         # Eigenvalues inside (0, 2/α) make the residual fall at every step.
         if not norm <= 10.0 * first:
             if problem.equation is not None:
-                return solution, [
+                return best.instead_of(solution, norm, problem.scale), [
                     f"the series diverges: {problem.equation.noun}: expected a map that contracts, got one whose "
                     f"transposed Jacobian made {norm / first:.1e} of a vector; "
                     "NormalCG and Dense solve the system all the same"
                 ]
-            return solution, [
+            return best.instead_of(solution, norm, problem.scale), [
                 f"the series diverges: learning_rate {step:.3g} with curvature {curvature:.3g}; it converges for "
                 "learning_rate · curvature between 0 and 2, so lower the learning rate, or raise the damping if the "
                 "curvature is negative"
             ]
-    return solution, []
+    return best.instead_of(solution, norm, problem.scale), []
 
 
 def _step(problem: ImplicitProblem, damping: float) -> float:

@@ -83,6 +83,22 @@ class Curvature:
         return self._most
 
 
+class Best:
+    """The iterate with the least residual: what a solve gives where its last has a longer one than zero has."""
+
+    def __init__(self, solution: Tensor, residual: float) -> None:
+        self._solution, self._residual = solution.clone(), residual
+
+    def offer(self, solution: Tensor, residual: float) -> None:
+        if residual < self._residual:
+            self._solution.copy_(solution)
+            self._residual = residual
+
+    def instead_of(self, solution: Tensor, residual: float, zero: float) -> Tensor:
+        """The solution to give; `zero` is the residual of zero."""
+        return self._solution if residual > zero else solution
+
+
 class ImplicitProblem:
     """(H + δI) v = ∂F/∂θ and dF/dφ = ∂F/∂φ - (∂²L/∂φ∂θ) v at one point, matrix-free.
 
@@ -227,6 +243,10 @@ class ImplicitProblem:
         self.curvature.observe(solution, image)
         residual = self.right - image - self._damping * solution
         residual_norm = length(residual) / self.scale if self.scale > 0 else 0.0
+        if tolerance is not None and 1.0 < residual_norm < math.inf:
+            # No answer to the system is a better one, as after one step of a series that diverges.
+            more = f"the solve ended at a relative residual of {residual_norm:.1e}, and zero took its place"
+            return self.result(torch.zeros_like(solution), tolerance=tolerance, problems=(*problems, more))
         if not math.isfinite(residual_norm):
             raise NonFiniteError("a product with the Hessian of the inner loss is not finite")
         # A recurrence that has reached the tolerance knows nothing of the rounding of what is measured.

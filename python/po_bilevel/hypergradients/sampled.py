@@ -85,7 +85,7 @@ class SampledObjective:
     log_prob: Callable[[Tensors], Tensor]
     reward: Callable[[Tensors], Tensor]
     coefficient: float
-    advantage: str = "loo"
+    advantage: pk.Advantage = "loo"
     reference: Tensor | None = None
     weight: Tensor | None = None
     data_reward: Callable[[Tensors], Tensor] | None = field(default=None)

@@ -19,7 +19,7 @@ PRESETS = (
     "ppo_verl", "ppo", "gspo_verl", "gspo", "cispo_verl", "sapo_verl", "gmpo", "gpg", "vespo", "dice",
 )  # fmt: skip
 # Kinds of `group_advantage`; "standardized" with the estimate of the deviation that verl has.
-ADVANTAGES: dict[str, dict[str, Any]] = {
+ADVANTAGES: dict[pk.Advantage, dict[str, Any]] = {
     "loo": {}, "mean": {}, "none": {}, "standardized": {"std_ddof": 1, "std_eps": 1e-6},
 }  # fmt: skip
 AGGREGATIONS = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
@@ -92,7 +92,7 @@ def _options(preset: str, config: Any) -> dict[str, Any]:
     return options
 
 
-def _aggregation(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[str, Any, float]:
+def _aggregation(mode: str, mask: Tensor, info: dict[str, Any]) -> tuple[Any, Any, float]:
     """An aggregation, what it divides by, and a factor: so that the mean over ranks is that of the whole batch."""
     if mode not in AGGREGATIONS:
         known = ", ".join(map(repr, AGGREGATIONS))
@@ -122,7 +122,7 @@ def _of_sequences(advantages: Tensor, mask: Tensor, preset: str) -> Tensor:
     return torch.where(mask.any(1), first[:, 0], 0.0)
 
 
-def _advantages(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _advantages(kind: pk.Advantage) -> Callable[..., tuple[Tensor, Tensor]]:
     def po_kernels_advantages(
         token_level_rewards: Tensor, response_mask: Tensor, index: np.ndarray, config: Any = None, **others: Any
     ) -> tuple[Tensor, Tensor]:

@@ -126,7 +126,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
         self, policy: nn.Module, tokenizer: Tokenizer, pairs: Pairs, optimizer: OptimizerFactory, *,
         reward: TextReward | None = None, outer_pairs: Pairs | None = None, learning: Learning | None = None,
         inner_steps: int = 10, preset: str = "rloo", options: dict[str, Any] | None = None, coefficient: float = 0.05,
-        reference: TokenPolicy | None = None, advantage: str = "loo", sampling: Sampling | None = None,
+        reference: TokenPolicy | None = None, advantage: pk.Advantage = "loo", sampling: Sampling | None = None,
         num_prompts: int = 16, updates: int = 1, accumulation: int = 1, max_grad_norm: float | None = 1.0,
         scheduler: SchedulerFactory | None = None, seed: int = 0, checkpoint: Path | str | None = None,
         checkpoint_every: int = 1, progress: bool = True, description: str = "steps",
@@ -398,7 +398,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
         return self._start
 
 
-def _advantages(rewards: Tensor, keep: Tensor, kind: str) -> Tensor:
+def _advantages(rewards: Tensor, keep: Tensor, kind: pk.Advantage) -> Tensor:
     """(B · G,) from rewards (B, G), of those that are kept; 0 of the others."""
     if keep.all():
         return pk.group_advantage(rewards.mT, kind).mT.reshape(-1)
