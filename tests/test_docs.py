@@ -88,3 +88,12 @@ def test_the_readme_learns_a_reward_to_its_closed_form(capsys):
     assert learned == pytest.approx(closed, rel=0.02)
     for values in (learned, closed):
         assert ", ".join(f"{value:.2f}" for value in values) in block
+
+
+def test_one_version():
+    """In the metadata, in how to cite it, and at the top of what has changed."""
+    places = {"pyproject.toml": 'version = "(.*)"', "CITATION.cff": "version: (.*)", "CHANGELOG.md": "## (.*)"}
+    found = {
+        name: re.search(f"(?m)^{pattern}$", (README.parent / name).read_text())[1] for name, pattern in places.items()
+    }
+    assert len(set(found.values())) == 1, found
