@@ -13,7 +13,7 @@ EXTENSION := CMakeLists.txt $(wildcard cmake/*) $(shell find csrc)
 INTEGRATIONS := .venv-integrations
 VERL := codetiming dill hydra-core orjson tensordict
 
-.PHONY: demo test test-fast test-ptx test-integrations fuzz bench bench-check bench-quick count count-gpu sanitize lint format clean
+.PHONY: demo test test-fast test-ptx test-integrations fuzz bench bench-check bench-quick count count-gpu docs sanitize lint format clean
 
 # Learns a reward on the wine data: installs, then prints the table and writes demo/ (JSON and PNG).
 demo: $(VENV)/installed
@@ -63,6 +63,10 @@ count: $(VENV)/installed-test
 count-gpu: $(VENV)/installed-test
 	$(BIN)/python -m tests.ptx --check $(if $(QUICK),--quick)
 
+# The documentation as a site, build/site; a warning fails. `build/site/index.html` opens in a browser.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet
+
 # The op tests on extensions built with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 sanitize: $(VENV)/installed-test
 	tests/sanitize.sh $(BIN)/python
@@ -94,6 +98,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt $(EXTENSION
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml constraints.txt $(EXTENSION)
 	$(INSTALL) '.[test]'
 	touch $@ $(VENV)/installed
+
+$(VENV)/installed-docs: $(VENV)/installed-lint
+	$(INSTALL) '.[docs]'
+	touch $@
 
 $(VENV)/installed-lint: $(VENV)/installed-test
 	$(PIP) install --constraint constraints.txt ruff mypy clang-format

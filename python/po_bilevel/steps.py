@@ -23,8 +23,8 @@ class OuterStep:
         reward: `Reward.shown`; None of a module that is no `Reward`.
         reward_norm: ‖φ‖.
         gradient_norm: ‖dF/dφ‖.
-        residual_norm, num_products, converged, negative_curvature, problems, inner_gradient_norm, stationarity,
-            min_curvature: as in `Hypergradient`.
+        residual_norm, num_products, converged, negative_curvature: as in `Hypergradient`.
+        problems, inner_gradient_norm, stationarity, min_curvature: as there.
         native: the inner loop ran in native calls, see `train`, but for an optimiser's first step.
     """
 

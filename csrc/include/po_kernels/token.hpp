@@ -46,8 +46,8 @@ struct TokenSums {
   }
 };
 
-// Of a token log p, H and s, in the order of the axis of the value; then the top and the mass of its sums, which have no
-// derivative.
+// Of a token log p, H and s, in the order of the axis of the value; then the top and the mass of its sums, which have
+// no derivative.
 constexpr int kTokenStats = 5;
 template <class S>
 PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
