@@ -1,4 +1,4 @@
-"""PPO on CartPole in the manner of CleanRL: `python examples/ppo_cartpole.py`, and with --eager the same in plain torch."""
+"""PPO on CartPole in the manner of CleanRL: `python examples/ppo_cartpole.py`; with --eager the same in plain torch."""
 
 import argparse
 import time
