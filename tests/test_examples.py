@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 @pytest.fixture
 def load(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+    torch.set_num_threads(1)  # of so small networks more only wait for each other
     names = []
 
     def loaded(name):
