@@ -269,7 +269,7 @@ def one_call(case: Case, backend: str | None) -> str:
 
 def compile_case(place: int) -> str:
     """One call of a case, in a process of its own."""
-    return one_call(cases("cuda", small=False)[place], None)
+    return one_call(cases("cuda", small=False)[place], "triton")
 
 
 def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
@@ -281,18 +281,17 @@ def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
 
 def faster_in_cuda(found: Sequence[Case], results: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """By op the least shape from which on CUDA C++ takes 5% less time on the device than Triton in all that was
-    measured."""
+    measured, in both orders."""
     seconds = {(each["case"], each["backend"]): each["graph"].get("seconds") for each in results if "graph" in each}
-    wins: dict[str, dict[tuple[int, ...], bool]] = {}
+    wins: dict[str, dict[tuple[int, ...], list[bool]]] = {}
     for case in found:
         triton, cuda = (seconds.get((case.name, name)) for name in ("triton", "cuda"))
         if case.size and triton and cuda:
-            shapes = wins.setdefault(case.op, {})
-            shapes[case.size] = shapes.get(case.size, True) and 1.05 * cuda <= triton
+            wins.setdefault(case.op, {}).setdefault(case.size, []).append(1.05 * cuda <= triton)
     table = {}
     for op, shapes in wins.items():
         for rows, dim, group in sorted(shapes):
-            if all(won for size, won in shapes.items() if size[0] >= rows and size[2] >= group):
+            if all(won == [True, True] for size, won in shapes.items() if size[0] >= rows and size[2] >= group):
                 table[op] = {"rows": rows, "num_samples": group, "dim": dim}
                 break
     return table
@@ -312,8 +311,14 @@ def about(device: str) -> dict[str, Any]:
             "triton": triton.__version__,
         }  # fmt: skip
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split()[:1]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     return found
+
+
+def write(document: dict[str, Any], path: Path) -> None:
+    if path.is_dir():
+        path = path / f"{re.sub(r'[^a-z0-9]+', '-', document['device'].lower())}.json"
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main() -> None:
@@ -324,6 +329,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="one call of each case in a process of its own")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument("--out", type=Path, help="a file, or a folder for one with the device's name")
+    parser.add_argument("--renew", action="store_true", help="makes the package choose by what is measured here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = arguments.device
@@ -336,12 +342,15 @@ def main() -> None:
                 print(line, flush=True)
         return
     pairs = [(case, backend) for case in found for backend in backends(case, device, arguments.backend)]
+    if arguments.renew and not {"triton", "cuda"} <= {backend for _, backend in pairs}:
+        parser.error("--renew compares triton and cuda, which both have to be here, on a GPU")
     if arguments.once:
         for case, backend in pairs:
             print(one_call(case, backend))
         return
     budget = 0.0 if device == "cpu" else arguments.seconds
     results, wrong = [], []
+    document = {**about(device), "complete": False, "wrong": wrong, "results": results}
     for case, backend in pairs:
         try:
             results.append(measure(case, device, backend, budget))
@@ -349,15 +358,12 @@ def main() -> None:
         except (AssertionError, RuntimeError) as error:
             wrong.append(f"{case.name} {backend or ''}: {error}")
             print(wrong[-1], flush=True)
-    if arguments.out:
-        document = {**about(device), **({"wrong": wrong} if wrong else {}), "results": results}
-        path = arguments.out
-        if device == "cuda":
-            table = {"device": document["device"], "faster": faster_in_cuda(found, results)}
-            MEASURED.write_text(json.dumps(table, indent=1) + "\n")
-        if path.is_dir():
-            path = path / f"{re.sub(r'[^a-z0-9]+', '-', document['device'].lower())}.json"
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        document["complete"] = len(results) + len(wrong) == len(pairs)
+        if arguments.out:  # each time, for a limit of time may end this
+            write(document, arguments.out)
+    if arguments.renew:
+        table = {"device": document["device"], "faster": faster_in_cuda(found, results)}
+        MEASURED.write_text(json.dumps(table, indent=1) + "\n")
     if wrong:
         raise SystemExit("\n".join(wrong))
 

@@ -246,7 +246,8 @@ class _PlainValue(torch.autograd.Function):
         if known is not None and whole and not differentiated:
             there = [k for k in known if k is not None]
             one = cotangent.is_cpu and _is_one(cotangent)
-            if not one and (call.problems or not dispatch.rescale(there, cotangent)):
+            plain = not call.problems and _modes.may_call_directly(cotangent)
+            if not one and not (plain and dispatch.rescale(there, cotangent)):
                 for k in there:
                     k.mul_(_library.along(cotangent, None, k.ndim, bool(call.problems)))
             return (None, None, None, *known)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import po_kernels as pk
+from po_kernels import dispatch
 from po_kernels.backends.contract import OPS
 from po_kernels.backends.reference import philox
 
@@ -428,3 +429,30 @@ def test_what_a_transform_left_behind(backend):
     right = pk.gaussian_log_prob(torch.ones(3), log_std, torch.zeros(3), backend=backend)
     assert torch.equal(found, right)
     assert torch.equal(torch.autograd.grad(found, log_std)[0], torch.autograd.grad(right, log_std)[0])
+
+
+@pytest.mark.skipif("native" not in fused("gaussian_policy_loss"), reason="the extension was not built")
+def test_the_kernel_that_multiplies_known_gradients_gets_a_cotangent_as_it_lies(monkeypatch):
+    """Not one that is to be negated when it is read, as complex numbers make them."""
+    given = []
+
+    def rescale(tensors, factor):
+        given.append(factor.item())
+        for x in tensors:
+            x.mul_(factor)
+        return True
+
+    monkeypatch.setattr(dispatch, "rescale", rescale)
+
+    def gradient(of_loss):
+        mean = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(3, 2).requires_grad_()
+        loss = pk.gaussian_policy_loss(mean, 0 * mean.detach(), torch.ones_like(mean), 2.0, backend="native")
+        return torch.autograd.grad(of_loss(loss), mean)[0]
+
+    right = gradient(lambda loss: loss)
+    assert given == []
+    assert torch.equal(gradient(lambda loss: 2.0 * loss), 2.0 * right)
+    assert given == [2.0]
+    negated = gradient(lambda loss: (torch.complex(0 * loss.detach(), loss).conj() * (1 + 2j)).real)
+    torch.testing.assert_close(negated, 2.0 * right)
+    assert given == [2.0]

@@ -84,6 +84,8 @@ def compiled(node, op: str, estimator: str, shape: tuple[int, int], *capabilitie
 
 # Below its limit of 255 registers a thread ptxas may put a few bytes aside for more threads to fit a multiprocessor.
 FEW_BYTES = 16
+# Where a bound on registers, for more warps to wait at once, was measured to be worth more.
+BOUNDED = {("categorical_policy_loss", "exact"): 640}
 
 
 @pytest.mark.parametrize(("op", "estimator"), CALLS)
@@ -94,7 +96,8 @@ def test_first_order_compiles_without_spills(op, estimator, request):
         shapes = (FEW[policy],)
     for shape in shapes:
         for resources in compiled(request.node, op, estimator, shape, 80, 90, want_stats=OPS[op].is_loss):
-            assert resources.spills <= (FEW_BYTES if resources.registers < 255 else 0), (shape, resources)
+            allowed = BOUNDED.get((op, estimator), FEW_BYTES if resources.registers < 255 else 0)
+            assert resources.spills <= allowed, (shape, resources)
 
 
 @pytest.mark.parametrize(
@@ -132,4 +135,4 @@ def test_a_row_more_takes_no_new_kernel(op, estimator):
     for rows in (1, 2, 16, 1000, 4096, 2**16 + 1):
         for each in ahead_of_time.launches_of(op, request_of(op, estimator, (5, 4), rows)):
             keys.add((ahead_of_time.source_of(each, 90).hash(), each.warps))
-    assert len(keys) == (2 if OPS[op].is_loss else 1)  # the loss, and the sum over programs
+    assert len(keys) == (3 if OPS[op].is_loss else 1)  # the loss, and the sums over few programs and over many

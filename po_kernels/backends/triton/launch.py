@@ -29,9 +29,6 @@ _LARGEST_GROUP = 2**16
 _USUAL_PROGRAMS = 2048
 _MOST_SUMS = 2**24
 _SUMS_REDUCED = 16  # of these numbers, by a program that reads those of many others at once
-# A warp that waits for its rows leaves a multiprocessor idle unless there are 16 of them: by a third faster on an H100,
-# in spite of registers that go to memory.
-_REGISTERS_OF_FEW_CLASSES = 128
 _MOST_CHUNKS = 2**16 - 1  # of a launch, along its second axis
 
 MOST_IN_REGISTERS = 64  # rows of a matrix of sums
@@ -106,9 +103,7 @@ def expected_tile(classes: int, table: bool) -> Tile:
     """
     block_c = triton.next_power_of_2(max(classes, _LEAST_MULTIPLIED if table else 2))
     rows = max(1, _SMALLEST_TILE // block_c)
-    if block_c > 32:
-        return Tile(rows, 1, 1, block_c, _warps(rows * block_c))
-    return Tile(rows, 1, 1, block_c, 1, registers=_REGISTERS_OF_FEW_CLASSES if table else None)
+    return Tile(rows, 1, 1, block_c, 1 if block_c <= 32 else _warps(rows * block_c))
 
 
 def _warps(elements: int) -> int:

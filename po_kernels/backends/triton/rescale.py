@@ -25,6 +25,7 @@ def rescale(x0, x1, x2, x3, n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int
 
 def in_place(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """x ← factor x for at most MOST contiguous tensors on a device, in one launch that does not wait for it."""
+    assert len(tensors) <= MOST
     sizes = [x.numel() for x in tensors]
     absent = MOST - len(sizes)
     grid = (triton.cdiv(max(sizes), _BLOCK),)
