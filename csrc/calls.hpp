@@ -162,8 +162,8 @@ struct TokenLogProb : Call {
   RowInput logits;
   const int64_t* token_ids = nullptr;  // (rows)
   const void* known = nullptr;         // `out` of the same call, or null
-  Input cotangent;                     // (5, rows)
-  void* out = nullptr;                 // (5, rows): log-probability, entropy, log-sum-exp, and what `known` is for
+  Input cotangent;                     // (6, rows)
+  void* out = nullptr;                 // (6, rows): log-probability, entropy, log-sum-exp, and what `known` is for
 
   PK_FIELDS((Call), half, classes, temperature, softcap, logits, token_ids, known, cotangent, out)
 };

@@ -322,8 +322,7 @@ double statistic(const TokenLogProb& call, const void* from, int64_t stat, int64
 template <class S, class T>
 TokenSums<S> known_sums(const TokenLogProb& call, int64_t row) {
   const auto read = [&](int64_t stat) { return statistic<T>(call, call.known, stat, row, 0); };
-  const double mass = read(4);
-  return {1 / call.temperature, read(3), S{mass}, S{(::log(mass) - read(1)) * mass}};
+  return {1 / call.temperature, read(3), S{read(4)}, S{read(5) * read(4)}};
 }
 
 template <class V, class Stored, bool capped>

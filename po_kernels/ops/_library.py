@@ -59,6 +59,7 @@ def _define(op: Op) -> None:
         tensors, constants, ctx.tangents, cotangent, _, ctx.needs, _, ctx.backend, *ctx.options = inputs
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
+        ctx.absent = any(x is None for x in constants)
         if not ctx.tangents:
             constants = op.knowing(constants, output[0].detach())
         ctx.save_for_backward(*tensors, *constants, cotangent, *output[2:])
@@ -88,8 +89,7 @@ def _define(op: Op) -> None:
             known = known if g is None else [None] * count
             found = gradient(op, needs, inputs, moved, known, lambda missing: again([], moved, None, missing)[2:])
         found = [x if needed else None for x, needed in zip(found, needs, strict=True)]
-        absent = op.knows or any(x is None for x in constants)  # then torch takes no list
-        empty = None if absent else [None] * len(constants)
+        empty = None if ctx.absent else [None] * len(constants)  # torch takes no list where one was None
         along = along if ctx.needs_input_grad[3] else None
         return (found, empty, [], along, None, None, None, None, *[None] * len(ctx.options))
 
@@ -120,7 +120,8 @@ def gradient(
     result: list[Any] = list(compute(missing)) if any(missing) else [None] * len(missing)
     for i, axis in enumerate(op.row_axis):
         if needs[i] and not missing[i]:
-            result[i] = known[i] * along(cotangent, axis, inputs[i].ndim, lead)
+            # Nothing, such as a bias that is absent, has the gradient that it is.
+            result[i] = known[i] * along(cotangent, axis, inputs[i].ndim, lead) if inputs[i].numel() else known[i]
     return result
 
 

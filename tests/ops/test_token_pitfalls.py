@@ -129,3 +129,76 @@ def test_logits_whose_difference_is_out_of_range(backend, dtype):
     near(found.entropy, -(p * p.log() + (1 - p) * (1 - p).log()).to(dtype)[None], 16, 1.0)
     (slope,) = torch.autograd.grad(found.log_prob * (0.2 * largest), logits)
     near(slope[0], torch.stack([p - 1, 1 - p]).to(dtype), 8, 1.0)
+
+
+@pytest.mark.parametrize("backend", fused("token_log_prob"))
+def test_the_entropy_of_what_is_almost_certain(backend):
+    """What a backward pass is given is as accurate as what it would find: the top's gradient is a small difference."""
+    if backend == "numba" or DEVICE != "cpu":
+        pytest.skip("it is not given anything, or sums in float32")
+    logits = torch.tensor([[0.0, -15.2, -16.1, -15.7]], requires_grad=True)
+    right = logits.detach().double().requires_grad_()
+    found, expected = (
+        grad(pk.token_log_prob(x, torch.tensor([0]), entropy=True, backend=name).entropy.sum(), x)[0]
+        for x, name in ((logits, backend), (right, "reference"))
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("op", ["token_log_prob", "linear_token_log_prob"])
+def test_a_second_derivative_of_a_compiled_function(op):
+    x, weight, ids = (
+        torch.randn(4, 13, dtype=torch.float64).requires_grad_(),
+        torch.randn(9, 13, dtype=torch.float64),
+        torch.tensor([0, 3, 8, 5]),
+    )
+
+    def f(x):
+        found = pk.token_log_prob(x, ids, entropy=True) if op == "token_log_prob" else pk.linear_token_log_prob(
+            x, weight, ids, entropy=True
+        )  # fmt: skip
+        return (found.log_prob * found.entropy).sum()
+
+    products = []
+    for function in (f, torch.compile(f, backend="eager")):
+        (first,) = grad(function(x), x, create_graph=True)
+        products.append(grad((first * torch.arange(52, dtype=torch.float64).view(4, 13)).sum(), x)[0])
+    torch.testing.assert_close(*products, rtol=1e-10, atol=1e-10)
+
+
+def test_results_that_are_changed_in_place_change_no_gradient():
+    """A backward pass reads nothing that a caller has: log-probabilities of a rollout are often normalised in place."""
+    logits, ids = torch.randn(4, 13, dtype=torch.float64).requires_grad_(), torch.tensor([0, 3, 12, 5])
+    gradients = []
+    for factor in (1, 5):
+        found = pk.token_log_prob(logits, ids, entropy=True)
+        values = found.entropy.detach().numpy(), found.log_prob.detach().numpy()
+        for value in values:
+            value *= factor
+        gradients.append(grad(found.log_prob.sum() + found.entropy.sum(), logits)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("backend", serving("linear_token_log_prob"))
+def test_forward_then_reverse_through_a_head_without_bias(backend):
+    hidden, weight, ids = (
+        torch.randn(4, 3, dtype=torch.float64),
+        torch.randn(5, 3, dtype=torch.float64),
+        torch.randint(5, (4,)),
+    )
+
+    def slope(w):
+        def f(w):
+            found = pk.linear_token_log_prob(hidden, w, ids, entropy=True, backend=backend)
+            return (found.log_prob * found.entropy).sum()
+
+        return torch.func.jvp(f, (w,), (torch.ones_like(w),))[1]
+
+    def plain(logits, ids):
+        log_p = torch.log_softmax(logits, -1)
+        return (log_p.gather(-1, ids[:, None])[:, 0] * -(log_p.exp() * log_p).sum(-1)).sum()
+
+    def right(w):
+        return torch.func.jvp(lambda w: plain(hidden @ w.mT, ids), (w,), (torch.ones_like(w),))[1]
+
+    torch.testing.assert_close(torch.func.grad(slope)(weight), torch.func.grad(right)(weight), rtol=1e-10, atol=1e-10)

@@ -46,9 +46,9 @@ struct TokenSums {
   }
 };
 
-// Of a token log p, H and s, in the order of the axis of the value; then the top and the mass of its sums, which have
-// no derivative.
-constexpr int kTokenStats = 5;
+// Of a token log p, H and s, in the order of the axis of the value; then the top, the mass and the mean of its sums,
+// which have no derivative.
+constexpr int kTokenStats = 6;
 template <class S>
 PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
   const S log_mass = log(sums.mass);
@@ -57,6 +57,7 @@ PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats
   stats[1] = log_mass - sums.product / sums.mass;
   stats[3] = S{sums.top};
   stats[4] = S{stop(sums.mass)};
+  stats[5] = S{stop(sums.product) / stop(sums.mass)};
 }
 
 // The gradient in a capped logit for cotangents of the three: e (offset - factor d), and of the taken one α more.

@@ -26,7 +26,7 @@ def _scaled(logits, row, inverse_temperature, softcap, z):
 
 @kernel
 def _token_kernel(chunks, logits, token_ids, inverse_temperature, softcap, cotangent, out, to_logits):
-    """cotangent and out (5, N), of which it has no use for the last two."""
+    """cotangent and out (6, N), of which it has no use for the last three."""
     classes, refused = logits.shape[1], False
     d, e = np.empty(classes), np.empty(classes)
     for row in range(chunks.first, chunks.last):

@@ -11,7 +11,7 @@ from .categorical import indices
 
 
 def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
-    """(5, N): log-probability, entropy, log-sum-exp, and nothing twice; 0 where the token is ignored."""
+    """(6, N): log-probability, entropy, log-sum-exp, and nothing; 0 where the token is ignored."""
     left_out = token_ids == IGNORED
     z = logits.to(computed(logits.dtype)).masked_fill(left_out.unsqueeze(-1), 0.0)
     if config.softcap is not None:
@@ -25,7 +25,7 @@ def statistics(logits: Tensor, token_ids: Tensor, config: OpConfig) -> Tensor:
     top = z.detach().amax(dim=-1, keepdim=True)
     lse = torch.logsumexp(z - top, dim=-1) + top.squeeze(-1)
     nothing = torch.zeros_like(lse)
-    return (torch.stack([taken, entropy, lse, nothing, nothing]) + wrong).masked_fill(left_out, 0.0)
+    return (torch.stack([taken, entropy, lse, nothing, nothing, nothing]) + wrong).masked_fill(left_out, 0.0)
 
 
 def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:

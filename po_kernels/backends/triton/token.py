@@ -40,6 +40,7 @@ from .launch import Call
 
 _LARGEST_BLOCK = 4096  # columns
 _IGNORED = tl.constexpr(IGNORED)
+_STATS = tl.constexpr(NUM_TOKEN_STATS)
 _LEAST = tl.constexpr((-3.4028234663852886e38, -1.7976931348623157e308))  # finite numbers
 _VANISHING = tl.constexpr((-104.0, -746.0))  # whose exp is 0
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -180,7 +181,7 @@ def token_log_prob(
     logits, logits_stride: tl.int64, token_ids, found, cotangent, out, to, rows: tl.int64, classes,
     temperature: tl.float64, softcap: tl.float64, K: tl.constexpr,
 ):  # fmt: skip
-    """cotangent, out and found (5, rows). An id that is out of range makes its row nan, one that is IGNORED zero."""
+    """cotangent, out and found (6, rows). An id that is out of range makes its row nan, one that is IGNORED zero."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     there = row < rows
     start = tl.program_id(0).to(tl.int64) * logits_stride
@@ -193,10 +194,11 @@ def token_log_prob(
     cap = number(softcap, K)
     last = (classes - 1) // K.BLOCK_D * K.BLOCK_D  # the block that may not be whole
     if K.KNOWN:
-        entropy = tl.load(found + rows + row, there, 0)
+        for i in tl.static_range(_STATS):
+            tl.store(out + i * rows + row, tl.load(found + i * rows + row, there, 0), there)
         top = tl.load(found + 3 * rows + row, there, 0)
         mass = tl.load(found + 4 * rows + row, there & counted, 1)
-        log_mass = log(mass)
+        mean = tl.load(found + 5 * rows + row, there, 0)
     else:
         tops = tl.full((K.BLOCK_D // K.NEAR,), least(K), K.T)
         masses, products = zeros((K.BLOCK_D // K.NEAR,), K), zeros((K.BLOCK_D // K.NEAR,), K)
@@ -215,18 +217,20 @@ def token_log_prob(
         log_mass = log(mass)
         x = rounded(load(logits, start + tl.where(in_range, token, 0), in_range, 0.0, K), K)
         taken, _ = scaled(x, inverse_temperature, cap, K)
-        entropy = sub(log_mass, mul(product, inverse(mass)))
+        mean = mul(product, inverse(mass))
+        entropy = sub(log_mass, mean)
         log_prob = plus(sub(plus(taken, -top), log_mass), wrong)
         tl.store(out + row, output(masked(counted, log_prob), K), there)
         tl.store(out + rows + row, output(masked(counted, plus(entropy, wrong)), K), there)
         tl.store(out + 2 * rows + row, output(masked(counted, plus(plus(log_mass, top), wrong)), K), there)
         tl.store(out + 3 * rows + row, output(constant(top, K), K), there)
         tl.store(out + 4 * rows + row, output(constant(value(mass), K), K), there)
+        tl.store(out + 5 * rows + row, output(constant(value(mean), K), K), there)
     if K.HAS_COTANGENT and K.NEED_LOGITS:
         alpha = masked(counted, load(cotangent, row, there, 0.0, K))
         beta = masked(counted, load(cotangent, rows + row, there, 0.0, K))
         gamma = masked(counted, load(cotangent, 2 * rows + row, there, 0.0, K))
-        offset = add(sub(gamma, alpha), mul(beta, sub(log_mass, entropy)))
+        offset = add(sub(gamma, alpha), mul(beta, mean))
         offset = plus(mul(offset, inverse(mass)), wrong)
         factor = mul(beta, inverse(mass))
         if not K.CAPPED:  # the slope is that of all columns
@@ -265,7 +269,7 @@ def _token_log_prob(call: Call) -> tuple[Tensor, Tensor]:
         found=known.contiguous() if use else out, cotangent=call.cotangent, out=out, to=call.gradients, rows=rows,
         classes=classes, temperature=call.config.temperature, softcap=call.config.softcap or 1.0,
     )  # fmt: skip
-    return known if use else out, call.empty(0)
+    return out, call.empty(0)
 
 
 KERNELS = {linear_head.ROW_OP: launch.served(linear_head.ROW_OP, _token_log_prob)}
