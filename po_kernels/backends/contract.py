@@ -39,8 +39,8 @@ SIZES = {
 }  # fmt: skip
 
 NUM_STATS = 5
-# Of a token: log-probability, entropy, log-sum-exp, in the order of the axis "S". Then three that have no derivative and
-# are for the backward pass of the same backend, which reads no other: the largest logit, to which sums over the
+# Of a token: log-probability, entropy, log-sum-exp, in the order of the axis "S"; then three that have no derivative
+# and are for the backward pass of the same backend, which reads no other: the largest logit, to which sums over the
 # vocabulary are relative, Σ exp, and the mean.
 NUM_TOKEN_STATS = 6
 # The label of a row that is left out: its value and gradients are 0.
