@@ -82,7 +82,7 @@ def _compile() -> str:
         torch.compile(torch.sin)(torch.zeros(2))
     except Exception as error:
         # Whatever a compiler and what calls it raise.
-        return f"does not serve: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"does not serve: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return "serves"
 
 

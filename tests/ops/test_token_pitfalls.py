@@ -134,8 +134,8 @@ def test_logits_whose_difference_is_out_of_range(backend, dtype):
 @pytest.mark.parametrize("backend", fused("token_log_prob"))
 def test_the_entropy_of_what_is_almost_certain(backend):
     """What a backward pass is given is as accurate as what it would find: the top's gradient is a small difference."""
-    if backend == "numba" or DEVICE != "cpu":
-        pytest.skip("it is not given anything, or sums in float32")
+    if DEVICE != "cpu":
+        pytest.skip("sums on a device are in float32, whose rounding is as large as such an entropy")
     logits = torch.tensor([[0.0, -15.2, -16.1, -15.7]], requires_grad=True)
     right = logits.detach().double().requires_grad_()
     found, expected = (

@@ -267,7 +267,7 @@ def test_samples_of_one_class():
 
 @pytest.mark.parametrize("factor", [1.0, -2.5, float("nan")])
 def test_gradients_times_a_cotangent(factor):
-    tensors = [torch.randn(shape) for shape in ((7,), (70, 70), ())]
+    tensors = [torch.randn(shape) for shape in ((7,), (70, 70), (), (3,), (2, 5))]
     right = [factor * x for x in tensors]
     rescale.in_place(tensors, torch.tensor(factor))
     assert all(torch.allclose(x, y, rtol=0, atol=0, equal_nan=True) for x, y in zip(tensors, right, strict=True))

@@ -65,6 +65,7 @@ def scales():
 def test_a_third_of_the_products_on_a_condition_number_of_a_hundred_thousand(hessian, preconditioner):
     """Those that make the preconditioner included."""
     problem, exact = quadratic(hessian)
+    # What the name says, nearly: where a bulk of eigenvalues begins near one, its least is not one.
     assert float(torch.linalg.cond(hessian)) == pytest.approx(1e5, rel=0.1)
     plain = CG(*problem)
     result = dataclasses.replace(CG, preconditioner=preconditioner)(*problem)

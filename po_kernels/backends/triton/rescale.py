@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 4096
-MOST = 4  # tensors
+_TOGETHER = 4  # tensors, as the kernel takes them
 
 
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3"])
@@ -24,10 +24,11 @@ def rescale(x0, x1, x2, x3, n0: tl.int64, n1: tl.int64, n2: tl.int64, n3: tl.int
 
 
 def in_place(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """x ← factor x for at most MOST contiguous tensors on a device, in one launch that does not wait for it."""
-    assert len(tensors) <= MOST
-    sizes = [x.numel() for x in tensors]
-    absent = MOST - len(sizes)
-    grid = (triton.cdiv(max(sizes), _BLOCK),)
-    with torch.cuda.device_of(factor):
-        rescale[grid](*tensors, *[tensors[0]] * absent, *sizes, *[0] * absent, factor, BLOCK=_BLOCK)
+    """x ← factor x for contiguous tensors on a device, _TOGETHER in each launch; nothing waits for it."""
+    for first in range(0, len(tensors), _TOGETHER):
+        some = tensors[first : first + _TOGETHER]
+        sizes = [x.numel() for x in some]
+        absent = _TOGETHER - len(sizes)
+        grid = (triton.cdiv(max(sizes), _BLOCK),)
+        with torch.cuda.device_of(factor):
+            rescale[grid](*some, *[some[0]] * absent, *sizes, *[0] * absent, factor, BLOCK=_BLOCK)
