@@ -11,7 +11,6 @@ from po_bilevel import (
     ImplicitCG,
     LinearGaussian,
     NonFiniteError,
-    NormalCG,
     OneHotMahalanobisReward,
     PolicyGradient,
     Unrolled,
