@@ -118,6 +118,14 @@ class MatrixReward(Reward):
     def precision(self) -> Tensor:
         """U of shape (), (D,) or (D, D), positive definite, differentiable in the parameters."""
 
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of answers (..., D) for targets that broadcast with them, (...)."""
+        residual = answer - target
+        u = self.precision()
+        if u.ndim == 2:
+            return -(residual @ u * residual).sum(dim=-1)
+        return -(residual.square() * u).sum(dim=-1)
+
 
 class TabularReward(Reward):
     """A reward that a categorical policy's fused loss takes as a table."""
@@ -129,6 +137,10 @@ class TabularReward(Reward):
     @abstractmethod
     def table(self) -> Tensor:
         """R of shape (C, C): R[i, j] rewards the answer i where the label is j. Differentiable."""
+
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
+        return self.table()[answer, target]
 
 
 class SampledReward(Reward):
@@ -249,14 +261,6 @@ class MahalanobisReward(MatrixReward):
         """U: () isotropic, (D,) diagonal, (D, D) full."""
         return self.matrix()
 
-    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The reward of answers (..., D) for targets that broadcast with them, (...)."""
-        residual = answer - target
-        u = self.precision()
-        if u.ndim == 2:
-            return -(residual @ u * residual).sum(dim=-1)
-        return -(residual.square() * u).sum(dim=-1)
-
 
 class OneHotMahalanobisReward(TabularReward):
     """The Mahalanobis reward of one-hot labels: R[i, j] = -(e_i-e_j)ᵀ U (e_i-e_j), 0 for the right answer.
@@ -285,10 +289,6 @@ class OneHotMahalanobisReward(TabularReward):
         """R, (C, C)."""
         return one_hot_table(self.precision(), self.matrix.dim)
 
-    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
-        return self.table()[answer, target]
-
 
 class TableReward(TabularReward):
     """A free table of rewards: every entry is a parameter.
@@ -311,10 +311,6 @@ class TableReward(TabularReward):
     def table(self) -> Tensor:
         """R, (C, C)."""
         return self.values
-
-    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
-        return self.values[answer, target]
 
 
 def _beside(*parts: Tensor) -> Tensor:
