@@ -35,6 +35,11 @@ class PositivePrecision(nn.Module):
 
     Raises:
         ValueError: an unknown kind, a start of another shape, or one that is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> PositivePrecision(2, "diagonal", start=torch.tensor([1.0, 3.0]))().detach().round()
+        tensor([1., 3.])
     """
 
     def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
@@ -100,7 +105,13 @@ def _relative(dtype: torch.dtype) -> float:
 
 
 class Reward(nn.Module, ABC):
-    """What rewards have in common."""
+    """What rewards have in common.
+
+    Example:
+        >>> reward = MahalanobisReward(2)
+        >>> isinstance(reward, Reward), reward.shown().round()
+        (True, tensor([1., 1.]))
+    """
 
     def shown(self) -> Tensor | None:
         """What the reward is, as a detached tensor: its precision, or else its table; None if it has neither."""
@@ -128,7 +139,20 @@ class MatrixReward(Reward):
 
 
 class TabularReward(Reward):
-    """A reward that a categorical policy's fused loss takes as a table."""
+    """A reward that a categorical policy's fused loss takes as a table.
+
+    Example:
+        >>> import torch
+        >>> class Ordinal(TabularReward):  # an answer costs its distance on an ordered scale, times what is learned
+        ...     def __init__(self, num_classes):
+        ...         super().__init__()
+        ...         self.log_price, self.levels = torch.nn.Parameter(torch.zeros(())), torch.arange(num_classes)
+        ...
+        ...     def table(self):
+        ...         return -self.log_price.exp() * (self.levels[:, None] - self.levels).abs()
+        >>> Ordinal(3)(torch.tensor(0), torch.tensor(2)).item()
+        -2.0
+    """
 
     def shown(self) -> Tensor:
         """R."""
@@ -175,6 +199,11 @@ class MLPReward(SampledReward):
     Args:
         dim: D, of ŷ and of y; the number of classes for labels.
         hidden: widths of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> MLPReward(2, hidden=(8,))(torch.zeros(5, 4, 2), torch.ones(4, 2), torch.zeros(4, 3)).shape
+        torch.Size([5, 4])
     """
 
     def __init__(self, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
@@ -193,6 +222,11 @@ class ConditionalMLPReward(SampledReward):
         in_features: size of x.
         dim: D, of ŷ and of y; the number of classes for labels.
         hidden: widths of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> ConditionalMLPReward(3, 2, hidden=(8,))(torch.zeros(5, 4, 2), torch.ones(4, 2), torch.zeros(4, 3)).shape
+        torch.Size([5, 4])
     """
 
     uses_inputs = True
@@ -213,6 +247,11 @@ class CosineReward(SampledReward):
         dim: D, of ŷ and of y; the number of classes for labels.
         embedding: size of e.
         hidden: widths of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> CosineReward(2)(torch.ones(4, 2), torch.ones(4, 2), torch.zeros(4, 3)).detach().round(decimals=3)
+        tensor([1., 1., 1., 1.])
     """
 
     def __init__(self, dim: int, *, embedding: int = 16, hidden: Sequence[int] = (64,)) -> None:
@@ -232,6 +271,11 @@ class EmbeddingMahalanobisReward(SampledReward):
         embedding: size of e.
         hidden: widths of the hidden layers.
         kind: of U, as in `PositivePrecision`.
+
+    Example:
+        >>> import torch
+        >>> EmbeddingMahalanobisReward(2)(torch.ones(4, 2), torch.ones(4, 2), torch.zeros(4, 3)).abs().max().item()
+        0.0
     """
 
     def __init__(
@@ -251,6 +295,12 @@ class MahalanobisReward(MatrixReward):
 
     Args:
         dim, kind, start: as in `PositivePrecision`.
+
+    Example:
+        >>> import torch
+        >>> reward = MahalanobisReward(2, "diagonal", start=torch.tensor([1.0, 3.0]))
+        >>> round(reward(torch.ones(2), torch.zeros(2)).item(), 3)
+        -4.0
     """
 
     def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
@@ -271,6 +321,12 @@ class OneHotMahalanobisReward(TabularReward):
     Args:
         num_classes: C, the dimension of U.
         kind, start: as in `PositivePrecision`.
+
+    Example:
+        >>> OneHotMahalanobisReward(3).table().detach().round()
+        tensor([[ 0., -2., -2.],
+                [-2.,  0., -2.],
+                [-2., -2.,  0.]])
     """
 
     def __init__(self, num_classes: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
@@ -298,6 +354,11 @@ class TableReward(TabularReward):
 
     Raises:
         TypeError, ValueError: no floating tensor, or one of another shape.
+
+    Example:
+        >>> import torch
+        >>> TableReward(torch.eye(3))(torch.tensor([0, 1]), torch.tensor([0, 2])).tolist()
+        [1.0, 0.0]
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -331,6 +392,12 @@ def one_hot_table(precision: Tensor, num_classes: int) -> Tensor:
 
     Raises:
         ValueError: a precision of another shape.
+
+    Example:
+        >>> import torch
+        >>> one_hot_table(torch.tensor([1.0, 3.0]), 2)
+        tensor([[ 0., -4.],
+                [-4.,  0.]])
     """
     if tuple(precision.shape) not in ((), (num_classes,), (num_classes, num_classes)):
         raise ValueError(

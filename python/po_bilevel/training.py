@@ -81,6 +81,13 @@ class BatchStream(RowStream):
     Args:
         data: all rows.
         batch_size, seed: as in `RowStream`.
+
+    Example:
+        >>> import torch
+        >>> data = Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> batch, seed = BatchStream(data, batch_size=16, seed=0).next()
+        >>> batch.inputs.shape
+        torch.Size([16, 3])
     """
 
     def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
@@ -129,6 +136,14 @@ def train(
         TypeError: an optimiser that is none.
         NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
             device not to be waited for at each step, unless one of the other options asks for each.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        >>> loss = lambda policy, batch, seed: -policy.log_prob(*batch).mean()
+        >>> train(policy, loss, BatchStream(data, None, 0), optimizer, 500, tolerance=1e-3)[1] < 500
+        True
     """
     check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
     check_optimizer("optimizer", optimizer)
@@ -194,7 +209,15 @@ def train_nll(
     policy: Policy, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
     batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> loss, steps = train_nll(policy, data, torch.optim.Adam(policy.parameters(), lr=0.1), 20)
+        >>> steps
+        20
+    """
     objective = NegativeLogLikelihood() if loss is None else loss
     return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
@@ -203,7 +226,16 @@ def train_policy_gradient(
     policy: Policy, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
     loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
+    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        >>> loss = PolicyGradient(entropy_coef=0.5, estimator="dice", num_samples=16)
+        >>> train_policy_gradient(policy, MahalanobisReward(2), data, optimizer, 200, loss=loss)[1]
+        200
+    """
     objective = PolicyGradient() if loss is None else loss
     with under(reward, objective) as fixed:
         return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
