@@ -73,14 +73,17 @@ def content_of(path: str) -> str:
 
 
 def reference(name: str) -> str:
-    """Every public name of a package; the estimators too, which `import *` leaves out."""
+    """Every public name of a package, with its docstring; a link to where it is used if that has no example."""
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     try:
+        from tests.pages import public, used_on
+
         package = importlib.import_module(name)
+        lines = [f"# {name}", ""]
+        for each in public(package):
+            lines += [f"::: {name}.{each}", ""]
+            if ">>>" not in (getattr(package, each).__doc__ or "") and (pages := used_on(each)):
+                lines += ["Used in " + ", ".join(f"[{title}](../{shown(page)})" for page, title in pages.items()), ""]
     finally:
         del sys.path[:2]
-    lines = [f"# {name}", ""]
-    estimators = ["BilevelClassifier", "BilevelRegressor"] if name == "po_bilevel" else []
-    for each in sorted([*package.__all__, *estimators]):
-        lines += [f"::: {name}.{each}", ""]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,3 +22,14 @@ def pages() -> list[str]:
     """Those with blocks."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
     return [page for page in sorted(path.relative_to(ROOT).as_posix() for path in found) if blocks(page)]
+
+
+def used_on(name: str) -> dict[str, str]:
+    """The titles of pages whose blocks have the name, by page."""
+    found = [page for page in pages() if any(re.search(rf"\b{name}\b", code) for _, code in blocks(page))]
+    return {page: re.findall(r"(?m)^# (.*)$", (ROOT / page).read_text())[0] for page in found}
+
+
+def public(package: Any) -> list[str]:
+    """The names that a package offers: the estimators too, which `from po_bilevel import *` leaves out."""
+    return sorted({*package.__all__, *(name for name in dir(package) if name in ("BilevelClassifier", "BilevelRegressor"))})

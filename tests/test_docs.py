@@ -14,7 +14,7 @@ import torch
 
 import po_kernels
 from tests import derivative_table
-from tests.pages import ROOT, blocks, pages
+from tests.pages import ROOT, blocks, pages, public, used_on
 
 DOCS = ROOT / "docs"
 
@@ -95,6 +95,17 @@ def test_every_fence_is_of_a_known_language():
     """So that no block of Python goes by another name, and is not run."""
     for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "examples" / "README.md"]:
         assert set(re.findall(r"(?m)^ *```+ *([^`\n]*)$", page.read_text())) <= {"", "python", "json"}, page
+
+
+@pytest.mark.parametrize("package", [po_kernels, po_bilevel, po_bilevel.hypergradients, po_bilevel.language])
+def test_every_public_name_has_an_example(package):
+    """In its own docstring or on a page; both are on the site, and run."""
+    finder = doctest.DocTestFinder()
+    for name in public(package):
+        found = getattr(package, name)
+        own = finder.find(found, name) if isinstance(found, type) or callable(found) else []
+        examples = "".join(each.source for test in own for each in test.examples)
+        assert re.search(rf"\b{name}\b", examples) or used_on(name), name
 
 
 def test_what_the_table_of_features_links_to_is_there():
