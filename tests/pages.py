@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 def blocks(page: str) -> list[tuple[str, str]]:
     """What has to be there, such as cuda, and the code, of each block of a page.
 
-    `<!-- needs cuda -->` in the line before a block says so; most need nothing. The code is on the lines of the page, for
-    tracebacks to tell.
+    `<!-- needs cuda -->` in the line before a block says so; most need nothing. The code is on the lines of the page,
+    for tracebacks to tell.
     """
     text = (ROOT / page).read_text()
     found = re.finditer(r"(?:<!-- needs (\w+) -->\n)?```python\n(.*?)```", text, re.DOTALL)
@@ -32,4 +32,4 @@ def used_on(name: str) -> dict[str, str]:
 
 def public(package: Any) -> list[str]:
     """The names that a package offers: the estimators too, which `from po_bilevel import *` leaves out."""
-    return sorted({*package.__all__, *(name for name in dir(package) if name in ("BilevelClassifier", "BilevelRegressor"))})
+    return sorted({*package.__all__, *{"BilevelClassifier", "BilevelRegressor"}.intersection(dir(package))})

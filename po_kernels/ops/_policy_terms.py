@@ -30,7 +30,8 @@ class PolicyStats(NamedTuple):
 
     Example:
         >>> import torch, po_kernels as pk
-        >>> loss, stats = pk.policy_loss(torch.zeros(5), torch.ones(5), return_stats=True, **pk.policy_loss_preset("ppo"))
+        >>> preset = pk.policy_loss_preset("ppo")
+        >>> loss, stats = pk.policy_loss(torch.zeros(5), torch.ones(5), return_stats=True, **preset)
         >>> isinstance(stats, pk.PolicyStats), stats.ratio_mean
         (True, tensor(1.))
     """

@@ -140,7 +140,8 @@ def mvn_policy_loss(
 
     Example:
         >>> import torch, po_kernels as pk
-        >>> pk.mvn_policy_loss(torch.zeros(6, 2), torch.eye(2), torch.ones(6, 2), torch.eye(2))  # |mean - target|² + tr U Σ
+        >>> mean, target = torch.zeros(6, 2), torch.ones(6, 2)
+        >>> pk.mvn_policy_loss(mean, torch.eye(2), target, torch.eye(2))  # |mean - target|² + tr U Σ
         tensor(4.)
     """
     return _gaussian_family.policy_loss(

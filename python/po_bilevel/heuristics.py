@@ -143,7 +143,7 @@ def iterated_precision(
 
     Example:
         >>> import torch
-        >>> fitted = lambda precision: torch.tensor([[0.5, 1.0], [-0.5, -1.0]])  # y less the mean of a policy under this U
+        >>> fitted = lambda precision: torch.tensor([[0.5, 1.0], [-0.5, -1.0]])  # of a policy under this U
         >>> iterated_precision(fitted, torch.ones(2), 0.5, kind="diagonal")
         (tensor([1.0000, 0.2500]), 2)
     """

@@ -16,7 +16,6 @@ from .bounds import near
 from .test_gae import loop, trajectories
 
 
-
 def table():
     """python -c "from tests.ops.test_recipes import table; print(table())" """
     lines = []

@@ -340,8 +340,8 @@ class MomentMatching(SampledMethod):
         >>> theta = phi.detach().clone().requires_grad_()  # logits: the optimum for β = 1
         >>> drawn = torch.tensor([0, 1, 1, 1])[:, None]
         >>> objective = SampledObjective(
-        ...     log_prob=lambda theta: torch.log_softmax(theta, 0)[drawn], reward=lambda phi: phi[drawn], coefficient=1.0,
-        ...     data_reward=lambda phi: phi[0],
+        ...     log_prob=lambda theta: torch.log_softmax(theta, 0)[drawn], coefficient=1.0,
+        ...     reward=lambda phi: phi[drawn], data_reward=lambda phi: phi[0],
         ... )
         >>> MomentMatching()(objective, lambda theta, phi: -torch.log_softmax(theta, 0)[0], theta, phi).gradient
         tensor([-0.7500,  0.7500])
