@@ -85,13 +85,6 @@ class BatchStream(RowStream):
     Args:
         data: all rows.
         batch_size, seed: as in `RowStream`.
-
-    Example:
-        >>> import torch
-        >>> data = Batch(torch.randn(50, 3), torch.randn(50, 2))
-        >>> batch, seed = BatchStream(data, batch_size=16, seed=0).next()
-        >>> batch.inputs.shape
-        torch.Size([16, 3])
     """
 
     def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
@@ -147,24 +140,10 @@ def train(
     Raises:
         ValueError: an option out of range, inputs that do not fit the policy, or an optimiser of parameters that the
             loss does not depend on.
-<<<<<<< HEAD
-        TypeError: an optimiser that is none.
-        NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
-            device not to be waited for at each step, unless one of the other options asks for each.
-
-    Example:
-        >>> import torch
-        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
-        >>> optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
-        >>> loss = lambda policy, batch, seed: -policy.log_prob(*batch).mean()
-        >>> train(policy, loss, BatchStream(data, None, 0), optimizer, 500, tolerance=1e-3)[1] < 500
-        True
-=======
         TypeError: an optimiser that is none, or a policy of another class.
         NonFiniteError: a loss or a parameter is infinite or not a number, or a gradient in float16 at any scale. Losses
             are read a hundred at a time, for a device not to be waited for at each step, unless one of the other
             options asks for each.
->>>>>>> main
     """
     check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
     check_optimizer("optimizer", optimizer)
