@@ -216,7 +216,15 @@ def train_nll(
     policy: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
     batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> loss, steps = train_nll(policy, data, torch.optim.Adam(policy.parameters(), lr=0.1), 20)
+        >>> steps
+        20
+    """
     objective = NegativeLogLikelihood() if loss is None else loss
     return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
@@ -225,7 +233,16 @@ def train_policy_gradient(
     policy: nn.Module, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
     loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
+    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        >>> loss = PolicyGradient(entropy_coef=0.5, estimator="dice", num_samples=16)
+        >>> train_policy_gradient(policy, MahalanobisReward(2), data, optimizer, 200, loss=loss)[1]
+        200
+    """
     objective = PolicyGradient() if loss is None else loss
     with under(reward, objective) as fixed:
         return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
