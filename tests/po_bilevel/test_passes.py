@@ -7,6 +7,7 @@ from po_bilevel import (
     Batch,
     BilevelTrainer,
     CategoricalPolicy,
+    Dense,
     EvolutionStrategies,
     ImplicitCG,
     LinearGaussian,
