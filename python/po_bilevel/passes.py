@@ -70,29 +70,32 @@ class Passes:
         if self.scaler is not None and isinstance(optimizer, LBFGS):
             raise ValueError("autocast: expected torch.bfloat16 or None with LBFGS, got torch.float16")
 
-    def shares(self, batch: Batch, seed: int) -> list[Share]:
-        """This process's of a batch, each to be one pass."""
-        if self.processes.number * self.accumulation == 1:
-            return [Share(batch, seed, 1.0)]
-        rows, number = len(batch.inputs), self.processes.number * self.accumulation
+    def shares(self, batch: Batch, seed: int, *, own: bool = False) -> list[Share]:
+        """This process's of a batch, each to be one pass; own where each process has a batch of its own."""
+        rows, first = len(batch.inputs), self.processes.rank * self.accumulation
+        number = self.accumulation if own else self.processes.number * self.accumulation
+        if number == 1:
+            return [Share(batch, seed + first, 1.0)]
         result = []
-        for index in range(self.processes.rank * self.accumulation, (self.processes.rank + 1) * self.accumulation):
-            start, stop = index * rows // number, (index + 1) * rows // number
+        for index in range(self.accumulation):
+            place = index if own else first + index
+            start, stop = place * rows // number, (place + 1) * rows // number
             # A share without rows has one, of no weight: all processes take as many passes.
-            place = torch.arange(start, max(stop, start + 1), device=batch.inputs.device)
-            result.append(Share(batch.rows(place), seed + index, (stop - start) * number / rows))
+            taken = torch.arange(start, max(stop, start + 1), device=batch.inputs.device)
+            result.append(Share(batch.rows(taken), seed + first + index, (stop - start) * number / rows))
         return result
 
     def gradient(
-        self, loss: Callable[[Batch, int], Tensor], batch: Batch, seed: int, parameters: list[Tensor]
-    ) -> Tensor:
+        self, loss: Callable[[Batch, int], Tensor], batch: Batch, seed: int, parameters: list[Tensor], *,
+        own: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Sets the parameters' gradients, scaled where there is a scaler; returns the loss.
 
         Raises:
             ValueError: a loss that is no scalar.
         """
         values = []
-        for share in self.shares(batch, seed):
+        for share in self.shares(batch, seed, own=own):
             kind = batch.inputs.device.type
             with contextlib.nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast):
                 value = loss(share.batch, share.seed)

@@ -34,7 +34,7 @@ class Processes(NamedTuple):
             return cls()
         group = policy.process_group
         rank, number = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        return cls(rank, number, group, next(policy.parameters()).device)
+        return cls(rank, number, group, device_of(policy))
 
     def average(self, x: Tensor) -> Tensor:
         """Of a tensor over the processes."""
@@ -97,6 +97,11 @@ def unwrapped(policy: nn.Module, kind: type[T]) -> T:
     if not isinstance(found, kind):
         raise TypeError(f"policy: expected a {kind.__name__}, got {type(found).__name__}")
     return found
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Of its parameters."""
+    return next(module.parameters()).device
 
 
 Averages = Callable[[Sequence[Optional]], list[Optional]]

@@ -150,12 +150,12 @@ class Resumable(ABC, Generic[Step]):
         Raises:
             OSError: the folder cannot be written to, or is full; a checkpoint that was there is as it was.
         """
-        path, whole = Path(path), self._whole()
+        path, whole, configuration = Path(path), self._whole(), self._compared
         if self._processes.rank == 0:
             if self._log is None or self._log.checkpoint != path:
                 self._log = checkpoints.History(path)
             self._log.add(self.history)
-            checkpoints.save(path, whole | {"history": self._log.mark}, self._compared)
+            checkpoints.save(path, whole | {"history": self._log.mark}, configuration)
             self._log.sweep()
         self._processes.gather(None)  # none goes on before the file is there
         self._good = f"{path}, after {len(self.history)} outer steps"
@@ -196,8 +196,9 @@ class Resumable(ABC, Generic[Step]):
 
     @property
     def _compared(self) -> dict[str, str]:
+        """The first process's configuration: others may have data of their own."""
         number = self._processes.number
-        return self._configuration | ({"processes": str(number)} if number > 1 else {})
+        return self._processes.gather(self._configuration)[0] | ({"processes": str(number)} if number > 1 else {})
 
     def _whole(self) -> dict[str, Any]:
         return self._state() | {"random": self._processes.gather(checkpoints.random_state())}

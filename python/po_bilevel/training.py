@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from .errors import NonFiniteError
 from .fused import Steps
@@ -19,7 +20,8 @@ from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, Po
 from .optimizers import Together
 from .passes import Passes
 from .policies import Policy
-from .processes import Processes, unwrapped
+from .processes import Processes, device_of, unwrapped
+from .streams import BatchStream, LoaderStream, stream_of
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 
@@ -27,79 +29,9 @@ InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 _READ_TOGETHER = 100
 
 
-class RowStream:
-    """An endless stream of (rows, seed), the same for the same arguments.
-
-    Args:
-        count: of all rows.
-        batch_size: rows a batch, in a new random order each epoch, the last batch of an epoch smaller if need be;
-            None for all rows each time.
-        seed: of the order and of the seeds handed out.
-        device: of the rows' numbers.
-        drop_last: leave out a smaller last batch, where it is not the only one.
-    """
-
-    def __init__(
-        self, count: int, batch_size: int | None, seed: int, device: torch.device | None = None, *,
-        drop_last: bool = False,
-    ) -> None:  # fmt: skip
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self._count, self._device, self._drop_last = count, device, drop_last
-        self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._order: list[Tensor] = []
-
-    def draw(self) -> tuple[Tensor | None, int]:
-        """The rows of the next batch, None for all, and its seed."""
-        seed = int(torch.randint(2**62, (), generator=self._generator, device="cpu"))
-        if self._batch_size is None:
-            return None, seed
-        if not self._order:
-            rows = torch.randperm(self._count, generator=self._generator, device="cpu")
-            self._order = list(rows.to(self._device).split(self._batch_size))
-            if self._drop_last and self._count > self._batch_size and self._count % self._batch_size:
-                del self._order[-1]
-        return self._order.pop(0), seed
-
-    def draw_several(self, count: int) -> list[tuple[Tensor | None, int]]:
-        """`draw` so many times; the seeds at once where nothing else is drawn between them."""
-        if self._batch_size is not None:
-            return [self.draw() for _ in range(count)]
-        seeds = torch.randint(2**62, (count,), generator=self._generator, device="cpu")
-        return [(None, seed) for seed in seeds.tolist()]
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, for `restore`."""
-        return {"generator": self._generator.get_state(), "order": list(self._order)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from where a stream of the same arguments was."""
-        self._generator.set_state(state["generator"])
-        self._order = list(state["order"])
-
-
-class BatchStream(RowStream):
-    """An endless stream of (batch, seed), the same for the same arguments.
-
-    Args:
-        data: all rows.
-        batch_size, seed: as in `RowStream`.
-    """
-
-    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
-        data.check("data")
-        super().__init__(data.inputs.shape[0], batch_size, seed, data.inputs.device)
-        self.data = data
-
-    def next(self) -> tuple[Batch, int]:
-        rows, seed = self.draw()
-        return (self.data if rows is None else self.data.rows(rows)), seed
-
-
 def train(
-    policy: nn.Module, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream, optimizer: Optimizer,
-    steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
+    policy: nn.Module, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream | LoaderStream,
+    optimizer: Optimizer, steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
     max_grad_norm: float | None = None, scheduler: LRScheduler | None = None,
     callback: Callable[[int, float], Any] | None = None, autocast: torch.dtype | None = None, accumulation: int = 1,
     scaler: GradScaler | None = None,
@@ -160,15 +92,16 @@ def train(
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
     passes.check(optimizer)
     # A stream of another class may have other batches than it draws.
-    served = type(stream) is BatchStream and passes.plain
-    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm) if served else None
+    native = None
+    if type(stream) is BatchStream and passes.plain:
+        native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
     ahead = 1 if at_once or not _known_ahead(scheduler) else _READ_TOGETHER
     of_policy = functools.partial(loss, policy)
     step = -1
     while step < steps - 1:
         if native is not None and native.ready():
             taken = min(steps - 1 - step, ahead)
-            member = _Member(policy, stream, optimizer, scheduler, native)
+            member = _Member(policy, cast(BatchStream, stream), optimizer, scheduler, native)
             [(value, norm)] = _take([member], loss, step + 1, taken, norms=tolerance > 0)
             step += taken
         else:
@@ -180,7 +113,7 @@ def train(
                 # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
                 for parameter in parameters:
                     parameter.grad = None
-                result = passes.gradient(of_policy, batch, seed, parameters)
+                result = passes.gradient(of_policy, batch, seed, parameters, own=stream.own)
                 if passes.scaler is not None:
                     passes.scaler.unscale_(optimizer)
                 # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a
@@ -213,10 +146,11 @@ def train(
 
 
 def train_nll(
-    policy: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
-    batch_size: int | None = None, seed: int = 0, **options: Any,
+    policy: nn.Module, data: Batch | DataLoader[Any], optimizer: Optimizer, steps: int, *,
+    loss: NegativeLogLikelihood | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`.
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`; data as
+    in `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -226,11 +160,12 @@ def train_nll(
         20
     """
     objective = NegativeLogLikelihood() if loss is None else loss
-    return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
+    stream = stream_of("data", data, batch_size, seed, device_of(policy))
+    return train(policy, Likelihood(objective), stream, optimizer, steps, **options)
 
 
 def train_policy_gradient(
-    policy: nn.Module, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
+    policy: nn.Module, reward: nn.Module, data: Batch | DataLoader[Any], optimizer: Optimizer, steps: int, *,
     loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
     """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`.
@@ -244,8 +179,9 @@ def train_policy_gradient(
         200
     """
     objective = PolicyGradient() if loss is None else loss
+    stream = stream_of("data", data, batch_size, seed, device_of(policy))
     with under(reward, objective) as fixed:
-        return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
+        return train(policy, fixed, stream, optimizer, steps, **options)
 
 
 def train_ensemble(

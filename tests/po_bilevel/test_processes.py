@@ -22,6 +22,7 @@ from po_bilevel import (
 from po_bilevel.hypergradients import FisherCG, Nystrom
 from problems import double, seeded
 from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 # Of 61 and 29 rows two processes have shares of other sizes; of batches of 20 the last has one row.
 DATA = Batch(double(90, 2, seed=6), torch.arange(90) % 3)
@@ -48,6 +49,7 @@ CASES = {
     "dropout": {"policy": lambda: network(nn.Dropout(0.5)), "hypergradient": ImplicitCG(0.5)},
     "norm": {"policy": lambda: network(nn.BatchNorm1d(8)), "hypergradient": ImplicitCG(0.5)},
 }
+CASES["loaders"] = {"inner_data": 20, "outer_data": 10}
 # They draw other numbers than one process does.
 OWN = ("samples", "fisher", "dropout", "norm", "random directions")
 # A type of few digits: rounding is not that of one process.
@@ -58,8 +60,20 @@ def network(layer):
     return CategoricalPolicy(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), layer, nn.Linear(8, 3)))
 
 
+def loader(size):
+    """Whose rows of all processes together are those of one: each takes its part of them."""
+    rows = TensorDataset(DATA.inputs[:60], DATA.target[:60])
+    if not torch.distributed.is_initialized():
+        return DataLoader(rows, batch_size=size)
+    sampler = DistributedSampler(rows, shuffle=False)
+    return DataLoader(rows, batch_size=size // sampler.num_replicas, sampler=sampler)
+
+
 def made(wrap, *, policy=lambda: LinearCategorical(2, 3), **options):
     reward = seeded(OneHotMahalanobisReward, 3)
+    for name, size in (("inner_data", options.get("inner_data")), ("outer_data", options.get("outer_data"))):
+        if size is not None:
+            options[name] = loader(size)
     arguments = {
         "inner_data": INNER,
         "outer_data": OUTER,

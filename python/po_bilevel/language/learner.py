@@ -14,6 +14,7 @@ from ..hypergradients.sampled import SampledMethod
 from ..processes import Processes, unwrapped
 from ..resumable import check_learned, learned_names, named, update_reward
 from ..steps import OuterStep
+from ..streams import RowStream
 from ..substitution import Substitution, evaluating
 from .decoder import Decoder
 from .policy import TokenPolicy
@@ -91,11 +92,11 @@ class RewardLearner:
         self._solution: Tensors | None = None
         self._number = 0
 
-    def _stream(self, name: str, count: int, size: int | None, seed: int) -> training.RowStream:
+    def _stream(self, name: str, count: int, size: int | None, seed: int) -> RowStream:
         size = count if size is None else min(size, count)
         training.check_count(f"RewardLearner: {name}", size, 1)
         self._processes.check(f"RewardLearner: {name}", size)
-        return training.RowStream(count, size, seed, drop_last=True)
+        return RowStream(count, size, seed, drop_last=True)
 
     def evaluate(self) -> Hypergradient:
         """The hypergradient at the policy as it is, of a new draw of prompts, completions and pairs.

@@ -22,6 +22,7 @@ from ..hypergradients.sampled import check_advantage
 from ..processes import Processes, unwrapped
 from ..resumable import Resumable, check_one_at_a_time, described
 from ..steps import OuterStep
+from ..streams import RowStream
 from ..substitution import evaluating
 from ..trainer import OptimizerFactory, SchedulerFactory
 from .learner import RewardLearner, nll
@@ -179,7 +180,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
             pk.group_advantage(torch.zeros(self._sampling.num_samples, 1), advantage)
             if self._sampling.temperature == 0:
                 raise ValueError("sampling: expected a temperature above 0, at which completions differ, got 0")
-        self._stream = training.RowStream(rows, self._num_prompts, seed, drop_last=True)
+        self._stream = RowStream(rows, self._num_prompts, seed, drop_last=True)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self._optimizer = optimizer(trained)
         check_one_at_a_time("optimizer", self._optimizer)
