@@ -152,9 +152,7 @@ def test_bad_loaders(classes):
         train_nll(policy, DataLoader(Once(rows), batch_size=40), optimizer, 5)
     with pytest.raises(ValueError, match="data: expected a loader that gives at least one batch, got one that gives"):
         train_nll(policy, DataLoader(TensorDataset(*classes), batch_size=100, drop_last=True), optimizer, 5)
-    with pytest.raises(
-        TypeError, match=r"data: expected a loader that gives \(inputs, target\), two tensors, got"
-    ):
+    with pytest.raises(TypeError, match=r"data: expected a loader that gives \(inputs, target\), two tensors, got"):
         train_nll(policy, DataLoader(TensorDataset(classes.inputs), batch_size=10), optimizer, 5)
     with pytest.raises(TypeError, match=r"data: expected a loader that gives .* got dict"):
         train_nll(policy, DataLoader([{"x": x} for x, _ in rows], batch_size=10), optimizer, 5)
@@ -164,7 +162,5 @@ def test_bad_loaders(classes):
         train_nll(policy, DataLoader(TensorDataset(classes.inputs * float("nan"), classes.target)), optimizer, 5)
     with pytest.raises(ValueError, match=r"inner_data: expected inputs of torch\.float64 as the policy has, got"):
         made(Batch(classes.inputs.float(), classes.target))
-    with pytest.raises(
-        TypeError, match="outer_data: expected a Batch of inputs and targets, or a DataLoader, got"
-    ):
+    with pytest.raises(TypeError, match="outer_data: expected a Batch of inputs and targets, or a DataLoader, got"):
         bilevel(classes, outer_data=rows)
