@@ -76,6 +76,10 @@ class Processes(NamedTuple):
         torch.distributed.all_gather_object(found, value, group=self.group)
         return found
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of them."""
+        return here if self.number == 1 else True in self.gather(here)
+
     def check(self, name: str, count: int) -> None:
         """Refuses a number that cannot be shared out evenly."""
         if count % self.number:

@@ -79,7 +79,7 @@ class Resumable(ABC, Generic[Step]):
 
         Args:
             outer_steps: the most to take; with `resume` it counts those before, too.
-            callback: called after each, one or several; True from one of them stops. See `callbacks` for TensorBoard
+            callback: called after each, one or several; True from one of them, in any process, stops. See `callbacks` for TensorBoard
                 and Weights & Biases.
             patience: stop after so many steps in a row whose outer loss did not fall below the least before; None for
                 never.
@@ -128,7 +128,7 @@ class Resumable(ABC, Generic[Step]):
                 bar.set_postfix_str(_summary(done), refresh=False)
                 bar.update()
                 asked = [each(done) is True for each in callbacks]
-                stopped = waiting.over(done.outer_loss) or True in asked
+                stopped = self._processes.any(waiting.over(done.outer_loss) or True in asked)
                 last = stopped or index == outer_steps - 1
                 if self._checkpoint is not None and (last or len(self.history) % self._checkpoint_every == 0):
                     self.save(self._checkpoint)

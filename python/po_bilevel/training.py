@@ -131,7 +131,7 @@ def train(
                 raise ValueError("optimizer: expected parameters that the loss depends on, got others")
         if scheduler is not None:
             advance(scheduler, value)
-        if callback is not None and callback(step, value) is True:
+        if callback is not None and passes.processes.any(callback(step, value) is True):
             return value, step + 1
         if tolerance > 0:
             if passes.scaler is None:
