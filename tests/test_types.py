@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import get_args
 
 import po_bilevel
 import pytest
+from po_bilevel import language
 
 import po_kernels
 from po_kernels import dispatch
 from po_kernels.backends.advantages import ADVANTAGES
-from po_kernels.backends.contract import OPS, REDUCTIONS
+from po_kernels.backends.contract import ESTIMATORS, OPS, REDUCTIONS
 from po_kernels.ops import _types, policy
 from tests import user
 
@@ -27,7 +29,7 @@ def test_literals_are_what_the_checks_accept():
         (_types.Divergence, policy.DIVERGENCES), (_types.Placement, policy.PLACEMENTS),
         (_types.Aggregation, policy.AGGREGATIONS), (_types.Sampled, OPS["gaussian_surrogate_loss"].estimators),
         (_types.GaussianEstimator, OPS["mvn_policy_loss"].estimators),
-        (_types.CategoricalEstimator, OPS["categorical_policy_loss"].estimators),
+        (_types.CategoricalEstimator, OPS["categorical_policy_loss"].estimators), (_types.Estimator, ESTIMATORS),
     ):  # fmt: skip
         assert set(get_args(literal)) == set(allowed)
 
@@ -47,13 +49,18 @@ def functions(package):
 
 @pytest.mark.filterwarnings("ignore::po_bilevel.HypergradientWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_what_a_user_writes_runs_and_leaves_no_function_out():
+def test_what_a_user_writes_runs_and_leaves_nothing_out(tmp_path):
     """`make lint` has mypy --strict read it."""
-    for part in (user.operations, user.functions, user.rewards_learned, user.estimators):
+    for part in (user.operations, user.functions, user.rewards_learned, user.hypergradients, user.modules):
         assert part()
+    assert user.estimators()
+    assert user.watched(tmp_path)
+    assert user.texts(tmp_path)
     text = Path(user.__file__).read_text()
-    assert not [name for name in functions(po_kernels) if f"pk.{name}(" not in text]
-    assert not [name for name in functions(po_bilevel) if f"pb.{name}(" not in text]
+    for short, package in (("pk", po_kernels), ("pb", po_bilevel)):
+        assert not [name for name in package.__all__ if not re.search(rf"\b{short}\.{name}\b", text)]
+    for short, package in (("pk", po_kernels), ("pb", po_bilevel), ("lm", language)):
+        assert not [name for name in functions(package) if f"{short}.{name}(" not in text]
 
 
 def test_both_packages_say_that_they_are_typed():

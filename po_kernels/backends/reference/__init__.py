@@ -4,18 +4,17 @@
 raise, and for the second order of backends that have only the first.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import autocast, checks
-from ..contract import OPS, Kernel, OpConfig, Request
+from ..contract import OPS, Definitions, Kernel, OpConfig, Request
 from . import advantage, categorical, gae, gaussian, mvn, token
 from .losses import RowLoss, reduced
 
-DEFINITIONS: dict[str, Callable[[Any, Any, OpConfig], Any]] = {
+DEFINITIONS: Definitions = {
     **gaussian.DEFINITIONS,
     **mvn.DEFINITIONS,
     **categorical.DEFINITIONS,
