@@ -3,6 +3,7 @@
 python -m benchmarks.bench_gpu --out gpu.json     all ratios from one process, timed with CUDA events
 python -m benchmarks.bench_gpu --once             one small call of each case, for compute-sanitizer
 python -m benchmarks.bench_gpu --compile          one call of each case in a process of its own: fills Triton's cache
+                                                  (with --once, of the small calls)
 python -m benchmarks.bench_gpu --device cpu       a dry run: tiny shapes, timed with the host's clock
 
 Runs of both sides alternate, A B B A, and work on inputs in rotation that together exceed the L2 cache; a ratio is the
@@ -267,9 +268,9 @@ def one_call(case: Case, backend: str | None) -> str:
     return f"{case.name} {backend or ''} ran"
 
 
-def compile_case(place: int) -> str:
+def compile_case(name: str, small: bool) -> str:
     """One call of a case, in a process of its own."""
-    return one_call(cases("cuda", small=False)[place], "triton")
+    return one_call(next(case for case in cases("cuda", small) if case.name == name), "triton")
 
 
 def backends(case: Case, device: str, asked: str | None) -> list[str | None]:
@@ -315,10 +316,9 @@ def about(device: str) -> dict[str, Any]:
     return found
 
 
-def write(document: dict[str, Any], path: Path) -> None:
-    if path.is_dir():
-        path = path / f"{re.sub(r'[^a-z0-9]+', '-', document['device'].lower())}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n")
+def file_of(out: Path | None, device: str) -> Path | None:
+    """Where results go: a file, or in a folder one with the device's name."""
+    return out / f"{re.sub(r'[^a-z0-9]+', '-', device.lower())}.json" if out and out.is_dir() else out
 
 
 def main() -> None:
@@ -327,18 +327,20 @@ def main() -> None:
     parser.add_argument("--backend", help="of the fused ops; without it, what dispatch picks, and cuda")
     parser.add_argument("--once", action="store_true", help="one small call of each case, nothing timed")
     parser.add_argument("--compile", action="store_true", help="one call of each case in a process of its own")
+    parser.add_argument("--only", default="", help="a regular expression: cases by name; the file keeps the others'")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each ratio")
     parser.add_argument("--out", type=Path, help="a file, or a folder for one with the device's name")
     parser.add_argument("--renew", action="store_true", help="makes the package choose by what is measured here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = arguments.device
-    found = cases(device, arguments.once or device == "cpu")
+    found = [case for case in cases(device, arguments.once or device == "cpu") if re.search(arguments.only, case.name)]
     if arguments.compile:
         with multiprocessing.get_context("spawn").Pool(
             min(len(found), os.cpu_count() or 1), maxtasksperchild=1
         ) as pool:
-            for line in pool.imap_unordered(compile_case, range(len(found))):
+            names = [case.name for case in found]
+            for line in pool.imap_unordered(partial(compile_case, small=arguments.once), names):
                 print(line, flush=True)
         return
     pairs = [(case, backend) for case in found for backend in backends(case, device, arguments.backend)]
@@ -349,18 +351,22 @@ def main() -> None:
             print(one_call(case, backend))
         return
     budget = 0.0 if device == "cpu" else arguments.seconds
-    results, wrong = [], []
-    document = {**about(device), "complete": False, "wrong": wrong, "results": results}
-    for case, backend in pairs:
+    document = {**about(device), "complete": False, "wrong": [], "results": []}
+    path = file_of(arguments.out, document["device"])
+    if arguments.only and path and path.exists():
+        earlier = json.loads(path.read_text())["results"]
+        document["results"] = [each for each in earlier if not re.search(arguments.only, each["case"])]
+    results, wrong = document["results"], document["wrong"]
+    for measured, (case, backend) in enumerate(pairs, 1):
         try:
             results.append(measure(case, device, backend, budget))
             print(json.dumps(results[-1]), flush=True)
         except (AssertionError, RuntimeError) as error:
             wrong.append(f"{case.name} {backend or ''}: {error}")
             print(wrong[-1], flush=True)
-        document["complete"] = len(results) + len(wrong) == len(pairs)
-        if arguments.out:  # each time, for a limit of time may end this
-            write(document, arguments.out)
+        document["complete"] = measured == len(pairs)
+        if path:  # each time, for a limit of time may end this
+            path.write_text(json.dumps(document, indent=1) + "\n")
     if arguments.renew:
         table = {"device": document["device"], "faster": faster_in_cuda(found, results)}
         MEASURED.write_text(json.dumps(table, indent=1) + "\n")

@@ -64,6 +64,7 @@ if [[ $device == cuda ]]; then
   step figure3 60 "${run[@]}" tests/po_bilevel/test_gaussian.py -k device
   step tests 200 "${run[@]}" --device cuda -k "not cuda and $select" "${suite[@]}"
   if command -v compute-sanitizer >/dev/null; then
+    step once 60 "$python" -m benchmarks.bench_gpu --once --compile
     for tool in memcheck racecheck; do
       step "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.bench_gpu --once
     done

@@ -31,7 +31,7 @@ def on_files(files: Files, config: Any) -> Files:
             if path not in PAGES and not path.startswith("docs/") and (ROOT / path).is_file():
                 linked.add(path)
     made = {PAGES[name]: moved((ROOT / name).read_text(), name, PAGES[name]) for name in PAGES}
-    made |= {shown(path): source_page(path) for path in linked}
+    made |= {shown(path): content_of(path) for path in linked}
     made |= {f"api/{name}.md": reference(name) for name in PACKAGES}
     for uri, content in made.items():
         files.append(File.generated(config, uri, content=content))
@@ -49,7 +49,7 @@ def shown(path: str) -> str:
         return PAGES[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return f"source/{path}.md"
+    return f"source/{path}" if path.endswith(".ipynb") else f"source/{path}.md"
 
 
 def moved(markdown: str, source: str, uri: str) -> str:
@@ -64,19 +64,26 @@ def moved(markdown: str, source: str, uri: str) -> str:
     return LINK.sub(link, markdown)
 
 
-def source_page(path: str) -> str:
+def content_of(path: str) -> str:
+    """A notebook as it is, to be downloaded; other files as pages."""
+    if path.endswith(".ipynb"):
+        return (ROOT / path).read_text()
     language = {".py": "python", ".toml": "toml", ".sh": "bash"}.get(Path(path).suffix, "text")
     return f"# {path}\n\n````{language}\n{(ROOT / path).read_text()}````\n"
 
 
 def reference(name: str) -> str:
-    """Every public name of a package."""
+    """Every public name of a package, with its docstring; a link to where it is used if that has no example."""
     sys.path[:0] = [str(ROOT), str(ROOT / "python")]
     try:
+        from tests.pages import public, used_on
+
         package = importlib.import_module(name)
+        lines = [f"# {name}", ""]
+        for each in public(package):
+            lines += [f"::: {name}.{each}", ""]
+            if ">>>" not in (getattr(package, each).__doc__ or "") and (pages := used_on(each)):
+                lines += ["Used in " + ", ".join(f"[{title}](../{shown(page)})" for page, title in pages.items()), ""]
     finally:
         del sys.path[:2]
-    lines = [f"# {name}", ""]
-    for each in sorted(package.__all__):
-        lines += [f"::: {name}.{each}", ""]
     return "\n".join(lines)

@@ -25,6 +25,13 @@ class LossStats(NamedTuple):
         log_prob: log-probability of the target, in nats: its negated mean is the outer loss. A surrogate
             loss has no target and reports the mean log-probability of its samples.
         advantage_std: standard deviation of the advantages; for a closed form that of r - E[r].
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> mean, target = torch.zeros(4, 2), torch.ones(4, 2)
+        >>> loss, stats = pk.gaussian_policy_loss(mean, torch.zeros(2), target, 1.0, return_stats=True)
+        >>> isinstance(stats, pk.LossStats), stats.reward_mean
+        (True, tensor(-4.))
     """
 
     reward_mean: Tensor

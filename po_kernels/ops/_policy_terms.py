@@ -27,6 +27,13 @@ class PolicyStats(NamedTuple):
         objective: Monte-Carlo estimate of what is maximised, aggregated like the loss: ρ · weight · A without clipping,
             less the divergence, plus the entropy bonus. On-policy it is a value where the loss of "reinforce" is none.
         non_finite: how many tokens have a loss that is nan or infinite.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> preset = pk.policy_loss_preset("ppo")
+        >>> loss, stats = pk.policy_loss(torch.zeros(5), torch.ones(5), return_stats=True, **preset)
+        >>> isinstance(stats, pk.PolicyStats), stats.ratio_mean
+        (True, tensor(1.))
     """
 
     ratio_mean: Tensor

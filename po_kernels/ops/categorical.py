@@ -42,6 +42,12 @@ def categorical_sample(
     Raises:
         TypeError, ValueError: an argument of another type, shape or range; a row that is all -inf.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> labels = pk.categorical_sample(torch.tensor([[0.0, 0.0, -torch.inf]]), 1000, seed=0)
+        >>> labels.shape, int(labels.max())
+        (torch.Size([1000, 1]), 1)
     """
     op = "categorical_sample"
     _, lead, logits = _policy(op, 0, (), logits)
@@ -77,6 +83,11 @@ def categorical_log_prob(
     Raises:
         TypeError, ValueError: an argument of another type or shape, a label out of range, a row that is all -inf.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> pk.categorical_log_prob(torch.zeros(2, 4), torch.tensor([0, 3])).exp()
+        tensor([0.2500, 0.2500])
     """
     op = "categorical_log_prob"
     _, lead, logits = _policy(op, 0, (), logits)
@@ -152,6 +163,15 @@ def categorical_policy_loss(
         TypeError, ValueError: an argument of another type, shape, device or range; a label out of range; a row
             that is all -inf. Values of device tensors are not read.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> logits, target = torch.zeros(3, 2, requires_grad=True), torch.tensor([0, 1, 1])
+        >>> pk.categorical_policy_loss(logits, target, torch.eye(2) - 1.0).backward()  # a wrong answer costs one
+        >>> logits.grad  # of minus the mean reward
+        tensor([[-0.0833,  0.0833],
+                [ 0.0833, -0.0833],
+                [ 0.0833, -0.0833]])
     """
     op = "categorical_policy_loss"
     chosen = _loss.options(
@@ -217,6 +237,13 @@ def categorical_surrogate_loss(
         TypeError, ValueError: an argument of another type, shape, device or range; a label out of range; a row
             that is all -inf.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> logits = torch.zeros(3, 2, requires_grad=True)
+        >>> samples = pk.categorical_sample(logits, 8, seed=0)
+        >>> rewards = (samples == torch.tensor([0, 1, 1])).float()  # whatever can be computed of samples
+        >>> pk.categorical_surrogate_loss(logits, samples, rewards, entropy_coef=0.1).backward()
     """
     op = "categorical_surrogate_loss"
     _, lead, logits, rewards = _policy(op, 0, ("rewards",), logits, rewards)

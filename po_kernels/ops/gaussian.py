@@ -47,6 +47,14 @@ def gaussian_sample(
     Raises:
         TypeError, ValueError: an argument of another type, shape or range.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> mean, log_std = torch.zeros(6, 2), torch.zeros(2)
+        >>> samples = pk.gaussian_sample(mean, log_std, 5, seed=0)
+        >>> shard = pk.gaussian_sample(mean[3:], log_std, 5, seed=0, row_offset=3)
+        >>> samples.shape, bool((samples[:, 3:] == shard).all())
+        (torch.Size([5, 6, 2]), True)
     """
     return _gaussian_family.sample(_FAMILY, mean, log_std, num_samples, seed, stream, row_offset, backend)
 
@@ -78,6 +86,11 @@ def gaussian_log_prob(
     Raises:
         TypeError, ValueError: an argument of another type or shape.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> pk.gaussian_log_prob(torch.zeros(2), torch.zeros(2), torch.zeros(2))  # -log 2π
+        tensor(-1.8379)
     """
     return _gaussian_family.log_prob(_FAMILY, mean, log_std, value, entropy, backend)
 
@@ -230,6 +243,13 @@ def gaussian_surrogate_loss(
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> mean, log_std = torch.zeros(6, 2, requires_grad=True), torch.zeros(2)
+        >>> samples = pk.gaussian_sample(mean.detach(), log_std, 8, seed=0)
+        >>> rewards = -(samples - 1.0).abs().sum(-1).round()  # whatever can be computed of samples
+        >>> pk.gaussian_surrogate_loss(mean, log_std, samples, rewards, entropy_coef=0.1).backward()
     """
     return _gaussian_family.surrogate_loss(
         _FAMILY, mean, log_std, samples, rewards, entropy_coef, estimator, advantage, rbf_gamma, reduction,

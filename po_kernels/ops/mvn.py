@@ -38,6 +38,11 @@ def mvn_sample(
     Raises:
         TypeError, ValueError: an argument of another type, shape or range; L not triangular, or singular.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> pk.mvn_sample(torch.zeros(6, 2), torch.eye(2), 5, seed=0).shape
+        torch.Size([5, 6, 2])
     """
     return _gaussian_family.sample(_FAMILY, mean, scale_tril, num_samples, seed, stream, row_offset, backend)
 
@@ -69,6 +74,11 @@ def mvn_log_prob(
     Raises:
         TypeError, ValueError: an argument of another type or shape; L not triangular, or singular.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> pk.mvn_log_prob(torch.zeros(2), torch.eye(2), torch.zeros(2))  # -log 2π
+        tensor(-1.8379)
     """
     return _gaussian_family.log_prob(_FAMILY, mean, scale_tril, value, entropy, backend)
 
@@ -127,6 +137,12 @@ def mvn_policy_loss(
         TypeError, ValueError: an argument of another type, shape, device or range; L not triangular, or singular.
             Values of device tensors are not read.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> mean, target = torch.zeros(6, 2), torch.ones(6, 2)
+        >>> pk.mvn_policy_loss(mean, torch.eye(2), target, torch.eye(2))  # |mean - target|² + tr U Σ
+        tensor(4.)
     """
     return _gaussian_family.policy_loss(
         _FAMILY, mean, scale_tril, target, precision, seed, stream, batch_dims, entropy_coef, estimator, num_samples,
@@ -179,6 +195,13 @@ def mvn_surrogate_loss(
     Raises:
         TypeError, ValueError: an argument of another type, shape, device or range; L not triangular, or singular.
         RuntimeError: the backend asked for cannot serve the call.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> mean, scale_tril = torch.zeros(6, 2, requires_grad=True), torch.eye(2)
+        >>> samples = pk.mvn_sample(mean.detach(), scale_tril, 8, seed=0)
+        >>> rewards = -(samples - 1.0).abs().sum(-1).round()  # whatever can be computed of samples
+        >>> pk.mvn_surrogate_loss(mean, scale_tril, samples, rewards, entropy_coef=0.1).backward()
     """
     return _gaussian_family.surrogate_loss(
         _FAMILY, mean, scale_tril, samples, rewards, entropy_coef, estimator, advantage, rbf_gamma, reduction,

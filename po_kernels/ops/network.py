@@ -232,6 +232,11 @@ class NetworkResult(NamedTuple):
             in the batch after them, such as a label out of range, which the policy loss of the network's outputs names.
         norms: of the gradient at each, before it was scaled, if asked for.
         gradients: of the last step, scaled, for each of `Network.parameters`; None for one that does not move.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> pk.NetworkResult(losses=[0.7, 0.5], norms=[], gradients=[]).losses[-1]  # `network_policy_steps` makes it
+        0.5
     """
 
     losses: Sequence[float]

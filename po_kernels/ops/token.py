@@ -21,6 +21,12 @@ class TokenStats(NamedTuple):
         log_prob: log p of the token.
         entropy: of the distribution it was taken from, None unless asked for.
         lse: log Σ exp of the scaled logits, None unless asked for.
+
+    Example:
+        >>> import torch, po_kernels as pk
+        >>> found = pk.token_log_prob(torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> isinstance(found, pk.TokenStats), found.log_prob.exp(), found.entropy
+        (True, tensor([0.2500, 0.2500]), None)
     """
 
     log_prob: Tensor

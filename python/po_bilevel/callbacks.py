@@ -34,6 +34,13 @@ class TensorBoard:
 
     Raises:
         MissingDependencyError: tensorboard is not installed.
+
+    Example:
+        >>> def fit(trainer, folder):
+        ...     writer = TensorBoard(folder)
+        ...     history = trainer.fit(100, callback=writer)
+        ...     writer.close()
+        ...     return history
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,6 +64,13 @@ class WeightsAndBiases:
 
     Raises:
         MissingDependencyError: wandb is not installed.
+
+    Example:
+        >>> def fit(trainer):
+        ...     run = WeightsAndBiases(project="rewards", mode="offline")
+        ...     history = trainer.fit(100, callback=run)
+        ...     run.close()
+        ...     return history
     """
 
     def __init__(self, **options: Any) -> None:

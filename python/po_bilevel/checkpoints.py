@@ -25,7 +25,7 @@ from .errors import UsageError
 from .files import atomic
 
 # Changed when the contents change, so that an old file is refused and not misread.
-FORMAT = 3
+FORMAT = 4
 HEAD = f"po_bilevel checkpoint, format {FORMAT}, SHA-256 "
 
 

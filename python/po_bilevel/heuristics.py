@@ -20,6 +20,12 @@ def marginal_covariance(target: Tensor) -> Tensor:
 
     Raises:
         ValueError: another shape, or no rows.
+
+    Example:
+        >>> import torch
+        >>> marginal_covariance(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        tensor([[1., 0.],
+                [0., 0.]])
     """
     _rows("marginal_covariance", target)
     centred = target - target.mean(dim=0)
@@ -33,6 +39,12 @@ def residual_covariance(residual: Tensor) -> Tensor:
 
     Raises:
         ValueError: another shape, or no rows.
+
+    Example:
+        >>> import torch
+        >>> residual_covariance(torch.tensor([[0.0, 1.0], [2.0, 1.0]]))
+        tensor([[2., 1.],
+                [1., 1.]])
     """
     _rows("residual_covariance", residual)
     return residual.mT @ residual / residual.shape[0]
@@ -60,6 +72,11 @@ def optimal_precision(
         TypeError: Σ is not floating.
         ValueError: a bad shape, λ, kind or ridge; Σ is not finite, symmetric and semidefinite; or, with its ridge, is
             singular where it has to be inverted.
+
+    Example:
+        >>> import torch
+        >>> optimal_precision(torch.diag(torch.tensor([0.25, 1.0])), 0.5, "diagonal")  # λ / 2Σ
+        tensor([1.0000, 0.2500])
     """
     op = "optimal_precision"
     dim = _check_covariance(op, covariance)
@@ -123,6 +140,12 @@ def iterated_precision(
 
     Raises:
         ValueError: rounds is below 1, or as `residual_covariance` and `optimal_precision`.
+
+    Example:
+        >>> import torch
+        >>> fitted = lambda precision: torch.tensor([[0.5, 1.0], [-0.5, -1.0]])  # of a policy under this U
+        >>> iterated_precision(fitted, torch.ones(2), 0.5, kind="diagonal")
+        (tensor([1.0000, 0.2500]), 2)
     """
     if rounds < 1:
         raise ValueError(f"iterated_precision: rounds: expected at least 1, got {rounds}")

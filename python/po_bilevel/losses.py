@@ -111,6 +111,12 @@ class NegativeLogLikelihood:
 
     Attributes:
         l2: strength of the penalty on all parameters of the policy, biases too.
+
+    Example:
+        >>> import torch
+        >>> from po_bilevel import LinearGaussian
+        >>> NegativeLogLikelihood(l2=0.1)(LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))).shape
+        torch.Size([])
     """
 
     l2: float = 0.0

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .hypergradients import SampledObjective, Tensors
+from .hypergradients.problem import Average, same
 from .losses import Batch, PolicyGradient
 from .policies import Policy
 from .rewards import SampledReward
@@ -14,7 +15,7 @@ from .rewards import SampledReward
 
 def sampled_objective(
     policy: Policy, reward: nn.Module, loss: Any, batch: Batch, seed: int, substituted: Callable[..., Tensor],
-    theta: Tensors, phi: Tensors,
+    theta: Tensors, phi: Tensors, average: Average = same,
 ) -> SampledObjective:  # fmt: skip
     """The inner problem of a `PolicyGradient` through samples of the policy as it is, several for each target.
 
@@ -25,6 +26,7 @@ def sampled_objective(
         seed: of the samples.
         substituted: (θ, φ, function, *arguments) -> function(*arguments) with θ and φ in the modules.
         theta, phi: what the modules have.
+        average: as in `SampledObjective`.
 
     Raises:
         TypeError: a loss that is no `PolicyGradient`, or one of a subclass.
@@ -59,4 +61,5 @@ def sampled_objective(
         reward=lambda phi: substituted(theta, phi, score),
         coefficient=loss.entropy_coef,
         advantage=loss.advantage,
+        average=average,
     )

@@ -126,6 +126,13 @@ class GaussianPolicy(_Gaussian):
     Raises:
         ValueError: an unknown std; fixed and state-dependent; bounds without "bounded", or bounds that leave
             initial_log_std outside.
+
+    Example:
+        >>> import torch
+        >>> policy = GaussianPolicy(torch.nn.Linear(3, 2), None, 2, std="bounded", log_std_bounds=(-3.0, 1.0))
+        >>> x, y = torch.zeros(5, 3), torch.zeros(5, 2)
+        >>> policy.log_prob(x, y).shape, policy.policy_loss(x, y, MahalanobisReward(2), entropy_coef=0.5).shape
+        (torch.Size([5]), torch.Size([]))
     """
 
     _ops = _Ops(pk.gaussian_sample, pk.gaussian_log_prob, pk.gaussian_policy_loss, pk.gaussian_surrogate_loss)
@@ -192,6 +199,12 @@ class LinearGaussian(GaussianPolicy):
         dim: D, size of y.
         state_dependent_std: log σ is linear in x too (before its bounds, if it has any), else one vector (D,).
         options: std, initial_log_std, log_std_bounds, as in `GaussianPolicy`.
+
+    Example:
+        >>> import torch
+        >>> mean, log_std = LinearGaussian(3, 2, state_dependent_std=True)(torch.zeros(5, 3))
+        >>> mean.shape, log_std.shape
+        (torch.Size([5, 2]), torch.Size([5, 2]))
     """
 
     def __init__(self, in_features: int, dim: int, *, state_dependent_std: bool = False, **options: Any) -> None:
@@ -210,6 +223,11 @@ class MLPGaussian(GaussianPolicy):
         hidden: widths of the hidden layers.
         state_dependent_std: log σ is a network of x of its own, else one vector (D,).
         options: std, initial_log_std, log_std_bounds, as in `GaussianPolicy`.
+
+    Example:
+        >>> import torch
+        >>> MLPGaussian(3, 2, hidden=(16,)).sample(torch.zeros(5, 3), (10,)).shape
+        torch.Size([10, 5, 2])
     """
 
     def __init__(
@@ -230,6 +248,11 @@ class FullGaussianPolicy(_Gaussian):
     Args:
         mean_network: (*, in_features) -> (*, D).
         dim: D.
+
+    Example:
+        >>> import torch
+        >>> FullGaussianPolicy(torch.nn.Linear(3, 2), 2).scale_tril().shape
+        torch.Size([2, 2])
     """
 
     _ops = _Ops(pk.mvn_sample, pk.mvn_log_prob, pk.mvn_policy_loss, pk.mvn_surrogate_loss)
@@ -257,14 +280,26 @@ class FullGaussianPolicy(_Gaussian):
 
 
 class LinearFullGaussian(FullGaussianPolicy):
-    """mean(x) = W x + b, x of size in_features, y of size dim."""
+    """mean(x) = W x + b, x of size in_features, y of size dim.
+
+    Example:
+        >>> import torch
+        >>> LinearFullGaussian(3, 2).log_prob(torch.zeros(5, 3), torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
 
     def __init__(self, in_features: int, dim: int) -> None:
         super().__init__(nn.Linear(in_features, dim), dim)
 
 
 class MLPFullGaussian(FullGaussianPolicy):
-    """mean(x) is a tanh network with the given hidden widths."""
+    """mean(x) is a tanh network with the given hidden widths.
+
+    Example:
+        >>> import torch
+        >>> MLPFullGaussian(3, 2, hidden=(16,)).log_prob(torch.zeros(5, 3), torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
 
     def __init__(self, in_features: int, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__(mlp(in_features, hidden, dim), dim)
@@ -278,6 +313,12 @@ class CategoricalPolicy(Policy):
 
     Args:
         network: (*, in_features) -> (*, C).
+
+    Example:
+        >>> import torch
+        >>> policy = CategoricalPolicy(torch.nn.Linear(3, 4))
+        >>> policy.log_prob(torch.zeros(5, 3), torch.tensor([0, 1, 2, 3, 0])).shape
+        torch.Size([5])
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -336,14 +377,26 @@ class CategoricalPolicy(Policy):
 
 
 class LinearCategorical(CategoricalPolicy):
-    """logits = W x + b: multinomial logistic regression."""
+    """logits = W x + b: multinomial logistic regression.
+
+    Example:
+        >>> import torch
+        >>> LinearCategorical(3, 4)(torch.zeros(5, 3)).shape
+        torch.Size([5, 4])
+    """
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__(nn.Linear(in_features, num_classes))
 
 
 class MLPCategorical(CategoricalPolicy):
-    """Logits from a tanh network with the given hidden widths."""
+    """Logits from a tanh network with the given hidden widths.
+
+    Example:
+        >>> import torch
+        >>> MLPCategorical(3, 4, hidden=(16,)).sample(torch.zeros(5, 3), (10,)).shape
+        torch.Size([10, 5])
+    """
 
     def __init__(self, in_features: int, num_classes: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__(mlp(in_features, hidden, num_classes))

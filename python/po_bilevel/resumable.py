@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import checkpoints, fingerprints, training
 from .errors import HypergradientWarning, UsageError
 from .optimizers import Together
+from .processes import Processes
 from .rewards import diagonal
 from .steps import OuterStep, imperfect
 
@@ -29,6 +30,7 @@ class Resumable(ABC, Generic[Step]):
 
     # What the history is made of.
     step_type: ClassVar[type[Any]] = OuterStep
+    _processes = Processes()
 
     def __init__(
         self, *, checkpoint: Path | str | None, checkpoint_every: int, progress: bool, description: str
@@ -40,7 +42,7 @@ class Resumable(ABC, Generic[Step]):
         self._checkpoint_every = checkpoint_every
         self._good: str | None = None
         self._log: checkpoints.History | None = None
-        self._progress = progress
+        self._progress = progress and self._processes.rank == 0
         self._description = description
         self.history: list[Step] = []
 
@@ -136,22 +138,26 @@ class Resumable(ABC, Generic[Step]):
             with torch.no_grad():
                 for parameter, value in zip(phi, best, strict=True):
                     parameter.copy_(value)
-        if problem := imperfect(self.history[first:]):
+        if (problem := imperfect(self.history[first:])) and self._processes.rank == 0:
             warnings.warn(problem, HypergradientWarning, stacklevel=2)
         return self.history
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint to go on from with `resume`.
 
+        Of several processes, all of which call it, the first one writes.
+
         Raises:
             OSError: the folder cannot be written to, or is full; a checkpoint that was there is as it was.
         """
-        path = Path(path)
-        if self._log is None or self._log.checkpoint != path:
-            self._log = checkpoints.History(path)
-        self._log.add(self.history)
-        checkpoints.save(path, self._whole() | {"history": self._log.mark}, self._configuration)
-        self._log.sweep()
+        path, whole = Path(path), self._whole()
+        if self._processes.rank == 0:
+            if self._log is None or self._log.checkpoint != path:
+                self._log = checkpoints.History(path)
+            self._log.add(self.history)
+            checkpoints.save(path, whole | {"history": self._log.mark}, self._compared)
+            self._log.sweep()
+        self._processes.gather(None)  # none goes on before the file is there
         self._good = f"{path}, after {len(self.history)} outer steps"
 
     def resume(self, path: Path) -> list[Step]:
@@ -168,7 +174,7 @@ class Resumable(ABC, Generic[Step]):
                 differ: says which. The trainer is as it was.
         """
         path = Path(path)
-        state = checkpoints.load(path, self._configuration)
+        state = checkpoints.load(path, self._compared)
         before = copy.deepcopy(self._whole())
         try:
             log, steps = checkpoints.History.open(path, state["history"])
@@ -183,17 +189,22 @@ class Resumable(ABC, Generic[Step]):
             ) from error
         self._log, self.history[:] = log, history
         self._good = f"{path}, after {len(self.history)} outer steps"
-        unknown = [name for name, text in self._configuration.items() if fingerprints.UNKNOWN in text]
+        unknown = [name for name, text in self._compared.items() if fingerprints.UNKNOWN in text]
         if unknown:
             warnings.warn(f"checkpoint: taken to be as they were: {', '.join(unknown)}", stacklevel=2)
         return self.history
 
+    @property
+    def _compared(self) -> dict[str, str]:
+        number = self._processes.number
+        return self._configuration | ({"processes": str(number)} if number > 1 else {})
+
     def _whole(self) -> dict[str, Any]:
-        return self._state() | {"random": checkpoints.random_state()}
+        return self._state() | {"random": self._processes.gather(checkpoints.random_state())}
 
     def _go_on(self, state: dict[str, Any]) -> None:
         self._restore(state)
-        checkpoints.set_random_state(state["random"])
+        checkpoints.set_random_state(state["random"][self._processes.rank])
 
     def _last_good(self) -> str:
         return "" if self._good is None else f"; the last good checkpoint is {self._good}"

@@ -35,6 +35,11 @@ class PositivePrecision(nn.Module):
 
     Raises:
         ValueError: an unknown kind, a start of another shape, or one that is not positive definite.
+
+    Example:
+        >>> import torch
+        >>> PositivePrecision(2, "diagonal", start=torch.tensor([1.0, 3.0]))().detach().round()
+        tensor([1., 3.])
     """
 
     def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
@@ -100,7 +105,13 @@ def _relative(dtype: torch.dtype) -> float:
 
 
 class Reward(nn.Module, ABC):
-    """What rewards have in common."""
+    """What rewards have in common.
+
+    Example:
+        >>> reward = MahalanobisReward(2)
+        >>> isinstance(reward, Reward), reward.shown().round()
+        (True, tensor([1., 1.]))
+    """
 
     def shown(self) -> Tensor | None:
         """What the reward is, as a detached tensor: its precision, or else its table; None if it has neither."""
@@ -118,9 +129,30 @@ class MatrixReward(Reward):
     def precision(self) -> Tensor:
         """U of shape (), (D,) or (D, D), positive definite, differentiable in the parameters."""
 
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of answers (..., D) for targets that broadcast with them, (...)."""
+        residual = answer - target
+        u = self.precision()
+        if u.ndim == 2:
+            return -(residual @ u * residual).sum(dim=-1)
+        return -(residual.square() * u).sum(dim=-1)
+
 
 class TabularReward(Reward):
-    """A reward that a categorical policy's fused loss takes as a table."""
+    """A reward that a categorical policy's fused loss takes as a table.
+
+    Example:
+        >>> import torch
+        >>> class Ordinal(TabularReward):  # an answer costs its distance on an ordered scale, times what is learned
+        ...     def __init__(self, num_classes):
+        ...         super().__init__()
+        ...         self.log_price, self.levels = torch.nn.Parameter(torch.zeros(())), torch.arange(num_classes)
+        ...
+        ...     def table(self):
+        ...         return -self.log_price.exp() * (self.levels[:, None] - self.levels).abs()
+        >>> Ordinal(3)(torch.tensor(0), torch.tensor(2)).item()
+        -2.0
+    """
 
     def shown(self) -> Tensor:
         """R."""
@@ -129,6 +161,10 @@ class TabularReward(Reward):
     @abstractmethod
     def table(self) -> Tensor:
         """R of shape (C, C): R[i, j] rewards the answer i where the label is j. Differentiable."""
+
+    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
+        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
+        return self.table()[answer, target]
 
 
 class SampledReward(Reward):
@@ -163,6 +199,11 @@ class MLPReward(SampledReward):
     Args:
         dim: D, of ŷ and of y; the number of classes for labels.
         hidden: widths of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> MLPReward(2, hidden=(8,))(torch.zeros(5, 4, 2), torch.ones(4, 2), torch.zeros(4, 3)).shape
+        torch.Size([5, 4])
     """
 
     def __init__(self, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
@@ -181,6 +222,11 @@ class ConditionalMLPReward(SampledReward):
         in_features: size of x.
         dim: D, of ŷ and of y; the number of classes for labels.
         hidden: widths of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> ConditionalMLPReward(3, 2, hidden=(8,))(torch.zeros(5, 4, 2), torch.ones(4, 2), torch.zeros(4, 3)).shape
+        torch.Size([5, 4])
     """
 
     uses_inputs = True
@@ -201,6 +247,11 @@ class CosineReward(SampledReward):
         dim: D, of ŷ and of y; the number of classes for labels.
         embedding: size of e.
         hidden: widths of the hidden layers.
+
+    Example:
+        >>> import torch
+        >>> CosineReward(2)(torch.ones(4, 2), torch.ones(4, 2), torch.zeros(4, 3)).detach().round(decimals=3)
+        tensor([1., 1., 1., 1.])
     """
 
     def __init__(self, dim: int, *, embedding: int = 16, hidden: Sequence[int] = (64,)) -> None:
@@ -220,6 +271,11 @@ class EmbeddingMahalanobisReward(SampledReward):
         embedding: size of e.
         hidden: widths of the hidden layers.
         kind: of U, as in `PositivePrecision`.
+
+    Example:
+        >>> import torch
+        >>> EmbeddingMahalanobisReward(2)(torch.ones(4, 2), torch.ones(4, 2), torch.zeros(4, 3)).abs().max().item()
+        0.0
     """
 
     def __init__(
@@ -239,6 +295,12 @@ class MahalanobisReward(MatrixReward):
 
     Args:
         dim, kind, start: as in `PositivePrecision`.
+
+    Example:
+        >>> import torch
+        >>> reward = MahalanobisReward(2, "diagonal", start=torch.tensor([1.0, 3.0]))
+        >>> round(reward(torch.ones(2), torch.zeros(2)).item(), 3)
+        -4.0
     """
 
     def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
@@ -248,14 +310,6 @@ class MahalanobisReward(MatrixReward):
     def precision(self) -> Tensor:
         """U: () isotropic, (D,) diagonal, (D, D) full."""
         return self.matrix()
-
-    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The reward of answers (..., D) for targets that broadcast with them, (...)."""
-        residual = answer - target
-        u = self.precision()
-        if u.ndim == 2:
-            return -(residual @ u * residual).sum(dim=-1)
-        return -(residual.square() * u).sum(dim=-1)
 
 
 class OneHotMahalanobisReward(TabularReward):
@@ -267,6 +321,12 @@ class OneHotMahalanobisReward(TabularReward):
     Args:
         num_classes: C, the dimension of U.
         kind, start: as in `PositivePrecision`.
+
+    Example:
+        >>> OneHotMahalanobisReward(3).table().detach().round()
+        tensor([[ 0., -2., -2.],
+                [-2.,  0., -2.],
+                [-2., -2.,  0.]])
     """
 
     def __init__(self, num_classes: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
@@ -285,10 +345,6 @@ class OneHotMahalanobisReward(TabularReward):
         """R, (C, C)."""
         return one_hot_table(self.precision(), self.matrix.dim)
 
-    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
-        return self.table()[answer, target]
-
 
 class TableReward(TabularReward):
     """A free table of rewards: every entry is a parameter.
@@ -298,6 +354,11 @@ class TableReward(TabularReward):
 
     Raises:
         TypeError, ValueError: no floating tensor, or one of another shape.
+
+    Example:
+        >>> import torch
+        >>> TableReward(torch.eye(3))(torch.tensor([0, 1]), torch.tensor([0, 2])).tolist()
+        [1.0, 0.0]
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -311,10 +372,6 @@ class TableReward(TabularReward):
     def table(self) -> Tensor:
         """R, (C, C)."""
         return self.values
-
-    def forward(self, answer: Tensor, target: Tensor) -> Tensor:
-        """The reward of integer answers for integer labels of a shape that broadcasts with theirs."""
-        return self.values[answer, target]
 
 
 def _beside(*parts: Tensor) -> Tensor:
@@ -335,6 +392,12 @@ def one_hot_table(precision: Tensor, num_classes: int) -> Tensor:
 
     Raises:
         ValueError: a precision of another shape.
+
+    Example:
+        >>> import torch
+        >>> one_hot_table(torch.tensor([1.0, 3.0]), 2)
+        tensor([[ 0., -4.],
+                [-4.,  0.]])
     """
     if tuple(precision.shape) not in ((), (num_classes,), (num_classes, num_classes)):
         raise ValueError(

@@ -26,6 +26,19 @@ class OuterStep:
         residual_norm, num_products, converged, negative_curvature: as in `Hypergradient`.
         problems, inner_gradient_norm, stationarity, min_curvature: as there.
         native: the inner loop ran in native calls, see `train`, but for an optimiser's first step.
+
+    Example:
+        >>> import torch
+        >>> from po_bilevel import Batch, BilevelTrainer, LinearGaussian, MahalanobisReward
+        >>> reward, data = MahalanobisReward(2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> trainer = BilevelTrainer(
+        ...     LinearGaussian(3, 2), reward, inner_data=data, outer_data=data, inner_steps=5,
+        ...     inner_optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1),
+        ...     outer_optimizer=torch.optim.Adam(reward.parameters(), lr=0.1),
+        ... )
+        >>> done = trainer.step()
+        >>> isinstance(done, OuterStep), done.step, done.reward.round()
+        (True, 0, tensor([1., 1.]))
     """
 
     step: int

@@ -1,5 +1,6 @@
 """Two levels: a reward learned through the policy that it leads to."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ from .hypergradients.sampled import SampledMethod
 from .losses import Batch, NegativeLogLikelihood, PolicyGradient
 from .objectives import sampled_objective
 from .optimizers import Together
+from .passes import Passes, Share
 from .policies import Policy
+from .processes import Processes, unwrapped
 from .resumable import Resumable, check_learned, described, learned_names, named, update_reward
 from .rewards import MahalanobisReward, OneHotMahalanobisReward, TableReward
 from .steps import OuterStep
@@ -43,7 +46,9 @@ class BilevelTrainer(Resumable[OuterStep]):
     Where a pass has fewer than 10⁷ multiplications, rows times parameters, PyTorch has one thread within a step.
 
     Args:
-        policy: p_θ, trained in place.
+        policy: p_θ, trained in place; or one in `DistributedDataParallel`, with the same arguments in each of its
+            processes, which share the rows of the batches of both losses out among them, draw samples of their own, and
+            exchange averages: once a step, and once a product with the Hessian for each batch of it.
         reward: r_φ, trained in place: those of its parameters that require grad.
         inner_data: rows of the inner loss.
         outer_data: rows of the outer loss. Rows that the inner loss does not see keep a policy that can memorise
@@ -69,52 +74,63 @@ class BilevelTrainer(Resumable[OuterStep]):
         outer_batch_size: rows of the outer loss in each outer step; None for all.
         product_batches: how many batches of the inner loss a hypergradient averages its products over, one at a time
             in memory, see `Minibatches`; they are drawn apart from those of the inner steps.
+        autocast: of the inner steps, see `train`. Hypergradients are computed in the parameters' own type: two or three
+            digits of products would not do. `fit` in a `torch.autocast` of yours has both in it.
+        accumulation: parts that a process splits a batch of either loss into, one after another, which saves memory; a
+            hypergradient averages its products over them, as over `product_batches`. Methods that unroll, or take
+            samples, have all of them at once.
+        compile: compile the policy, as its `compile()` does, for the inner steps. Hypergradients run what is compiled
+            eagerly, for torch has no second derivative of it; nor does it matter where native calls take the steps.
         seed: of batches and samples.
         checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
             before, never in between. The history is beside it, in a file of that name and eight characters and
-            ".history": copy both.
+            ".history": copy both. Of several processes the first one writes.
         checkpoint_every: outer steps between two writes.
         progress: False for no progress bar. With True there is one if standard error is a terminal.
         description: the label of the progress bar.
 
     Raises:
         ValueError: a reward without parameters to learn, an outer optimiser of other parameters than those, parameters
-            that are the policy's and the reward's, data that do not fit the policy, or an argument out of range.
-        TypeError: data that are no `Batch` of tensors, or an optimiser that is none.
+            that are the policy's and the reward's, data that do not fit the policy, several product batches for a
+            method of samples, which would not use them, or an argument out of range.
+        TypeError: a policy of another class, data that are no `Batch` of tensors, or an optimiser that is none.
     """
 
     def __init__(
-        self, policy: Policy, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
+        self, policy: nn.Module, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
         inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer | Sequence[Optimizer], inner_steps: int,
         inner_loss: InnerLoss | None = None, outer_loss: OuterLoss | None = None,
         hypergradient: HypergradientMethod | None = None, inner_tolerance: float = 0.0, patience: int | None = None,
         min_delta: float = 0.0, max_grad_norm: float | None = None, max_outer_grad_norm: float | None = None,
         inner_scheduler: SchedulerFactory | None = None, outer_scheduler: LRScheduler | None = None,
         keep_inner_state: bool = True, batch_size: int | None = None, outer_batch_size: int | None = None,
-        product_batches: int = 1, seed: int = 0,
-        checkpoint: Path | str | None = None, checkpoint_every: int = 1, progress: bool = True,
+        product_batches: int = 1, autocast: torch.dtype | None = None, accumulation: int = 1, compile: bool = False,
+        seed: int = 0, checkpoint: Path | str | None = None, checkpoint_every: int = 1, progress: bool = True,
         description: str = "outer steps",
     ) -> None:  # fmt: skip
         training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
-        self.policy = policy
-        self.reward = reward
+        self._parallel, self.policy, self.reward = policy, unwrapped(policy, Policy), reward  # type: ignore[type-abstract]
+        self._processes = Processes.of(policy)
         if isinstance(outer_optimizer, Sequence):
             self._outer_optimizer: Optimizer | Together = Together("outer_optimizer", outer_optimizer)
         else:
             self._outer_optimizer = outer_optimizer
         self._phi = learned_names(reward)
-        self._theta = [name for name, p in policy.named_parameters() if p.requires_grad]
-        check_learned(policy, reward, self._outer_optimizer)
+        self._theta = [name for name, p in self.policy.named_parameters() if p.requires_grad]
+        check_learned(self.policy, reward, self._outer_optimizer)
         for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
             if not isinstance(data, Batch):
                 raise TypeError(f"{name}: expected a Batch of inputs and targets, got {type(data).__name__}")
-            data.check(name).check_for(policy, name)
+            data.check(name)
+            if autocast is None:
+                data.check_for(self.policy, name)
         if not callable(inner_optimizer):
             raise TypeError(
                 "inner_optimizer: expected a function that makes an optimiser of parameters, such as lambda p: "
                 f"torch.optim.Adam(p), got {type(inner_optimizer).__name__}"
             )
+        self._passes = Passes(self._processes, inner_data.inputs.device, autocast, accumulation)
         self._stream = BatchStream(inner_data, batch_size, seed)
         training.check_count("product_batches", product_batches, 1)
         self._product_batches = product_batches
@@ -126,16 +142,28 @@ class BilevelTrainer(Resumable[OuterStep]):
         self._inner_loss: InnerLoss = PolicyGradient() if inner_loss is None else inner_loss
         self._outer_loss: OuterLoss = NegativeLogLikelihood() if outer_loss is None else outer_loss
         self._hypergradient: HypergradientMethod = ImplicitCG() if hypergradient is None else hypergradient
+        if isinstance(self._hypergradient, SampledMethod) and product_batches > 1:
+            raise ValueError(
+                f"product_batches: expected 1 with {type(self._hypergradient).__name__}, whose samples are of one "
+                f"batch, got {product_batches}"
+            )
         self._loop = {
             "tolerance": inner_tolerance, "patience": patience, "min_delta": min_delta, "max_grad_norm": max_grad_norm,
         }  # fmt: skip
         self._max_outer_grad_norm = max_outer_grad_norm
         self._inner_scheduler = inner_scheduler
         self._outer_scheduler = outer_scheduler
-        self._sampling = {"batch_size": batch_size, "seed": seed}
+        self._sampling: dict[str, Any] = {"batch_size": batch_size, "seed": seed}
         # As they stand they are no part of what a checkpoint remembers, as before there were any.
         self._sampling |= {"outer_batch_size": outer_batch_size} if outer_batch_size is not None else {}
         self._sampling |= {"product_batches": product_batches} if product_batches > 1 else {}
+        self._sampling |= {} if autocast is None else {"autocast": str(autocast)}
+        self._sampling |= {"accumulation": accumulation} if accumulation > 1 else {}
+        self._sampling |= {"compile": True} if compile else {}
+        if compile:
+            self.policy.compile()
+        # As `DistributedDataParallel` has made the policy.
+        self._processes.equal(reward)
         # Before they take a step.
         self._start = described(
             outer_optimizer=self._outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
@@ -161,6 +189,7 @@ class BilevelTrainer(Resumable[OuterStep]):
             "stream": self._stream.state(),
             "solution": self._solution,
             "outer_stream": None if self._outer_stream is None else self._outer_stream.state(),
+            "scaler": None if self._passes.scaler is None else self._passes.scaler.state_dict(),
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -173,6 +202,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         if state["inner_optimizer"] is not None:
             self._optimizer = self._new_optimizer()
             self._optimizer.load_state_dict(state["inner_optimizer"])
+        if self._passes.scaler is not None:
+            self._passes.scaler.load_state_dict(state["scaler"])
         self._stream.restore(state["stream"])
         self._solution = state["solution"]
         if self._outer_stream is not None:
@@ -220,7 +251,7 @@ class BilevelTrainer(Resumable[OuterStep]):
     def _evaluated(self) -> tuple[OuterStep, Hypergradient]:
         number = len(self.history)
         rows = len(self._inner_data.inputs) if self._sampling["batch_size"] is None else self._sampling["batch_size"]
-        work = rows * sum(p.numel() for p in self.policy.parameters())
+        work = rows * sum(p.numel() for p in self.policy.parameters()) // self._processes.number
         try:
             with threads_for(work):
                 inner_steps, native = self._train_policy()
@@ -236,35 +267,44 @@ class BilevelTrainer(Resumable[OuterStep]):
         substituted = Substitution(self.policy, self._theta, self.reward, self._phi)
         # The same batches and seeds for everything the method evaluates, and drawn apart from those of the inner steps.
         drawn = [self._stream.next() for _ in range(self._product_batches)]
-        batch, seed = drawn[0]
+        parts = [share for batch, seed in drawn for share in self._passes.shares(batch, seed)]
         outer_data = self._outer_data if self._outer_stream is None else self._outer_stream.next()[0]
 
-        def of(theta: Tensors, phi: Tensors, each: tuple[Batch, int]) -> Tensor:
-            return substituted(theta, phi, self._inner_loss, self.policy, self.reward, *each)
+        def of(theta: Tensors, phi: Tensors, share: Share, function: Any, *arguments: object) -> Tensor:
+            theta, phi = self._processes.together(theta), self._processes.together(phi)
+            loss = substituted(theta, phi, function, *arguments)
+            return self._processes.mean(loss if share.weight == 1.0 else share.weight * loss)
 
-        def inner(theta: Tensors, phi: Tensors) -> Tensor:
-            return of(theta, phi, drawn[0])
+        def inner(theta: Tensors, phi: Tensors, share: Share = parts[0]) -> Tensor:
+            return of(theta, phi, share, self._inner_loss, self.policy, self.reward, share.batch, share.seed)
 
-        def outer(theta: Tensors, phi: Tensors) -> Tensor:
+        outer_parts = self._passes.shares(outer_data, 0)
+
+        def outer(theta: Tensors, phi: Tensors, share: Share = outer_parts[0]) -> Tensor:
             with evaluating(self.policy):
-                return substituted(theta, phi, self._outer_loss, self.policy, outer_data)
+                return of(theta, phi, share, self._outer_loss, self.policy, share.batch)
 
         if self.policy.fused_network() is not None and type(self.reward) in _REPEATABLE_REWARDS:
             # Linear layers, and losses that are given their seed: nothing is drawn.
             inner.repeatable = type(self._inner_loss) is PolicyGradient  # type: ignore[attr-defined]
             outer.repeatable = type(self._outer_loss) is NegativeLogLikelihood  # type: ignore[attr-defined]
-        problem: Any = inner if len(drawn) == 1 else Minibatches(of, drawn)
+        problem: Any = inner if len(parts) == 1 else Minibatches(inner, parts)
+        outer_problem: Any = outer if len(outer_parts) == 1 else Minibatches(outer, outer_parts)
         if isinstance(self._hypergradient, SampledMethod):
+            [share] = Passes(self._processes, self._inner_data.inputs.device).shares(*drawn[0])
             problem = sampled_objective(
-                self.policy, self.reward, self._inner_loss, batch, seed, substituted, theta, phi
+                self.policy, self.reward, self._inner_loss, share.batch, share.seed, substituted, theta, phi,
+                self._processes.average,
             )  # fmt: skip
-        result = self._hypergradient(problem, outer, theta, phi, start=self._solution)
+        self._processes.equal(self.policy, parameters=False)
+        with self._same_numbers(drawn[0][1]):
+            result = self._hypergradient(problem, outer_problem, theta, phi, start=self._solution)
         if result.theta is not None:
             with torch.no_grad():
                 for parameter, value in zip(theta, result.theta, strict=True):
                     parameter.copy_(value)
                 if self._inner_steps == 0 and any(True for _ in self.policy.buffers()):
-                    self._inner_loss(self.policy, self.reward, batch, seed)
+                    self._inner_loss(self.policy, self.reward, *drawn[0])
         elif self._inner_steps == 0:
             raise ValueError(
                 f"inner_steps: expected at least 1 with {type(self._hypergradient).__name__}, which leaves the policy "
@@ -272,6 +312,15 @@ class BilevelTrainer(Resumable[OuterStep]):
             )
         self._solution = result.solution
         return result
+
+    def _same_numbers(self, seed: int) -> contextlib.AbstractContextManager[Any]:
+        """torch's default generators give several processes the same inside, which a method may draw from."""
+        if self._processes.number == 1:
+            return contextlib.nullcontext()
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.random.fork_rng())
+        torch.manual_seed(seed)
+        return stack
 
     def _new_optimizer(self) -> Optimizer:
         return self._inner_optimizer(list(named(self.policy, self._theta)))
@@ -291,11 +340,13 @@ class BilevelTrainer(Resumable[OuterStep]):
             scheduler = self._inner_scheduler(self._optimizer)
         with under(self.reward, self._inner_loss) as loss:
             norm = self._loop["max_grad_norm"]
-            native = training.native_steps(self.policy, loss, self._inner_data, self._optimizer, norm)
+            native = None
+            if self._passes.plain:
+                native = training.native_steps(self.policy, loss, self._inner_data, self._optimizer, norm)
             # The first step is torch's where the optimiser has no state yet.
             at_once = native is not None and native.ready()
             _, steps = train(
-                self.policy, loss, self._stream, self._optimizer, self._inner_steps, scheduler=scheduler,
-                **self._loop,  # type: ignore[arg-type]
+                self._parallel, loss, self._stream, self._optimizer, self._inner_steps, scheduler=scheduler,
+                **self._loop, **self._passes.options,  # type: ignore[arg-type]
             )  # fmt: skip
         return steps, native is not None and native.ready() and (at_once or steps > 1)

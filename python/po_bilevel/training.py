@@ -1,6 +1,7 @@
 """One level: a policy trained under one loss, by likelihood or by policy gradient under a reward that stays."""
 
 import contextlib
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -15,7 +17,9 @@ from .errors import NonFiniteError
 from .fused import Steps
 from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, PolicyGradientUnder
 from .optimizers import Together
+from .passes import Passes
 from .policies import Policy
+from .processes import Processes, unwrapped
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 
@@ -94,19 +98,24 @@ class BatchStream(RowStream):
 
 
 def train(
-    policy: Policy, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream, optimizer: Optimizer,
+    policy: nn.Module, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream, optimizer: Optimizer,
     steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
     max_grad_norm: float | None = None, scheduler: LRScheduler | None = None,
-    callback: Callable[[int, float], Any] | None = None,
+    callback: Callable[[int, float], Any] | None = None, autocast: torch.dtype | None = None, accumulation: int = 1,
+    scaler: GradScaler | None = None,
 ) -> tuple[float, int]:  # fmt: skip
     """Takes optimiser steps on the policy until there is a reason to stop.
 
     With Adam, AdamW or SGD on a policy of this package that is made of linear layers and tanh, relu or gelu, under its
     likelihood or a `PolicyGradient`, up to a hundred steps, their schedule's included, run in one native call. They
     are equal to steps in Python within rounding. What asks for each loss, such as `patience`, makes it a call a step,
-    and so does a scheduler that is not torch's or moves momentum too, as `OneCycleLR` does.
+    and so does a scheduler that is not torch's or moves momentum too, as `OneCycleLR` does. Mixed precision, parts of a
+    batch and several processes take theirs in Python.
 
     Args:
+        policy: a `Policy`; or one in `DistributedDataParallel`, with the same arguments in each of its processes, which
+            share the rows of each batch out among them, draw samples of their own, and average loss and gradient in
+            one exchange a step.
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
             the optimiser calls for it (as `torch.optim.LBFGS` does).
         stream: where batches and seeds come from.
@@ -119,6 +128,11 @@ def train(
         max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
         scheduler: of the optimiser's learning rates, stepped after each step; `ReduceLROnPlateau` is given the loss.
         callback: called after each step with its number, from 0, and its loss; True from it stops.
+        autocast: torch.bfloat16 or torch.float16, for what `torch.autocast` computes in such a type, where the network
+            passes forward; None for the parameters' own. With float16 a `torch.amp.GradScaler` scales the loss, and
+            leaves out steps whose gradient is infinite.
+        accumulation: parts that a batch is split into, one after another, whose gradients add up: saves memory.
+        scaler: to go on with, for float16; None for a new one.
 
     Returns:
         the loss at the start of the last step, and the number of steps taken.
@@ -126,13 +140,17 @@ def train(
     Raises:
         ValueError: an option out of range, inputs that do not fit the policy, or an optimiser of parameters that the
             loss does not depend on.
-        TypeError: an optimiser that is none.
-        NonFiniteError: a loss or a parameter is infinite or not a number. Losses are read a hundred at a time, for a
-            device not to be waited for at each step, unless one of the other options asks for each.
+        TypeError: an optimiser that is none, or a policy of another class.
+        NonFiniteError: a loss or a parameter is infinite or not a number, or a gradient in float16 at any scale. Losses
+            are read a hundred at a time, for a device not to be waited for at each step, unless one of the other
+            options asks for each.
     """
     check_loop(steps, tolerance, patience, min_delta, max_grad_norm)
     check_optimizer("optimizer", optimizer)
-    stream.data.check_for(policy, "data")
+    passes = Passes(Processes.of(policy), stream.data.inputs.device, autocast, accumulation, scaler)
+    policy = unwrapped(policy, Policy)  # type: ignore[type-abstract]
+    if autocast is None:
+        stream.data.check_for(policy, "data")
     parameters = trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
@@ -140,9 +158,12 @@ def train(
     norm: Tensor | float = 0.0
     unread: list[Tensor] = []
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
+    passes.check(optimizer)
     # A stream of another class may have other batches than it draws.
-    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm) if type(stream) is BatchStream else None
+    served = type(stream) is BatchStream and passes.plain
+    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm) if served else None
     ahead = 1 if at_once or not _known_ahead(scheduler) else _READ_TOGETHER
+    of_policy = functools.partial(loss, policy)
     step = -1
     while step < steps - 1:
         if native is not None and native.ready():
@@ -159,19 +180,18 @@ def train(
                 # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
                 for parameter in parameters:
                     parameter.grad = None
-                result = loss(policy, batch, seed)
-                if result.ndim != 0:
-                    raise ValueError(f"loss: expected a loss of shape (), got {tuple(result.shape)}")
-                result.backward(inputs=parameters)
+                result = passes.gradient(of_policy, batch, seed, parameters)
+                if passes.scaler is not None:
+                    passes.scaler.unscale_(optimizer)
                 # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a
                 # gradient that is not finite makes the next loss so, or the parameters below.
                 if max_grad_norm is not None:
                     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
                 elif tolerance > 0:
                     norm = norm_of([p.grad for p in parameters if p.grad is not None])
-                return result.detach()
+                return result
 
-            unread.append(optimizer.step(closure))  # type: ignore[arg-type]
+            unread.append(passes.step(optimizer, closure))
             if at_once or native is not None or step == steps - 1 or len(unread) == _READ_TOGETHER:
                 value = _read(unread, step)
             if step == 0 and all(p.grad is None for p in parameters):
@@ -181,29 +201,48 @@ def train(
         if callback is not None and callback(step, value) is True:
             return value, step + 1
         if tolerance > 0:
-            check_finite(f"the gradient's norm at step {step}", float(norm))
+            if passes.scaler is None:
+                check_finite(f"the gradient's norm at step {step}", float(norm))
             if norm <= tolerance:
                 return value, step + 1
         if waiting.over(value):
             return value, step + 1
+    passes.check_scale()
     _check_parameters(parameters)
     return value, steps
 
 
 def train_nll(
-    policy: Policy, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
+    policy: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
     batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`."""
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> loss, steps = train_nll(policy, data, torch.optim.Adam(policy.parameters(), lr=0.1), 20)
+        >>> steps
+        20
+    """
     objective = NegativeLogLikelihood() if loss is None else loss
     return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
 
 
 def train_policy_gradient(
-    policy: Policy, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
+    policy: nn.Module, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
     loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`."""
+    """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`.
+
+    Example:
+        >>> import torch
+        >>> policy, data = LinearGaussian(3, 2), Batch(torch.randn(50, 3), torch.randn(50, 2))
+        >>> optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
+        >>> loss = PolicyGradient(entropy_coef=0.5, estimator="dice", num_samples=16)
+        >>> train_policy_gradient(policy, MahalanobisReward(2), data, optimizer, 200, loss=loss)[1]
+        200
+    """
     objective = PolicyGradient() if loss is None else loss
     with under(reward, objective) as fixed:
         return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)

@@ -158,10 +158,9 @@ ALL = slice(None)
 def every_sample(backend, rows=ALL, group=6, row_offset=0):
     """Samples of all families for a fixed batch of 7 policies, or of some of its rows."""
     generator = torch.Generator().manual_seed(5)
-    mean = torch.randn(7, 5, generator=generator)
-    log_std = torch.randn(7, 5, generator=generator)
-    root = torch.tril(torch.randn(7, 5, 5, generator=generator), -1) + torch.eye(5)
-    logits = torch.randn(7, 9, generator=generator)
+    numbers = torch.randn(7, 44, generator=generator, device="cpu").to(torch.get_default_device())
+    mean, log_std, below, logits = numbers[:, :5], numbers[:, 5:10], numbers[:, 10:35], numbers[:, 35:]
+    root = torch.tril(below.reshape(7, 5, 5), -1) + torch.eye(5)
     seed = 1234
     result = []
     options = {"seed": seed, "row_offset": row_offset}

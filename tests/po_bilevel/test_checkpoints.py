@@ -176,7 +176,7 @@ def test_files_that_are_no_checkpoint(classes, tmp_path):
         noisy(classes).resume(tmp_path / "notes.pt")
     # As a format of before, which was torch's own.
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(UsageError, match=r"expected a checkpoint, got .*list\.pt.*none of format 3; train again"):
+    with pytest.raises(UsageError, match=r"expected a checkpoint, got .*list\.pt.*none of format 4; train again"):
         noisy(classes).resume(tmp_path / "list.pt")
 
 

@@ -306,18 +306,24 @@ def length(vector: Tensor) -> float:
 def outer_gradients(
     outer_loss: Loss, theta: Tensors, phi: Tensors
 ) -> tuple[Tensor, Tensors, tuple[Tensor | None, ...]]:
-    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there."""
-    with torch.enable_grad():
-        loss = outer_loss(theta, phi)
-    scalar("outer_loss", loss)
-    gradients = torch.autograd.grad(loss, theta + phi, allow_unused=True)
+    """F, ∂F/∂θ with zeros where F does not depend on it, and ∂F/∂φ with None there; means over batches."""
+    losses: list[Tensor] = []
+    gradients: list[Tensor | None] = [None] * (len(theta) + len(phi))
+    parts = getattr(outer_loss, "parts", ()) or (outer_loss,)
+    for part in parts:
+        with torch.enable_grad():
+            loss = part(theta, phi)
+        scalar("outer_loss", loss)
+        found = torch.autograd.grad(loss, theta + phi, allow_unused=True)
+        add(gradients, found if len(parts) == 1 else [None if g is None else g / len(parts) for g in found])
+        losses.append(loss.detach())
     by_theta, by_phi = gradients[: len(theta)], gradients[len(theta) :]
     if all(g is None for g in by_theta):
         raise ValueError("outer_loss: expected a loss that depends on theta, got one that does not")
-    by_theta = filled(by_theta, theta)
-    if not _finite(by_theta):
+    filled_up = filled(by_theta, theta)
+    if not _finite(filled_up):
         raise NonFiniteError("the gradient of the outer loss is not finite")
-    return loss, by_theta, by_phi
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean(), filled_up, tuple(by_phi)
 
 
 def inner_gradient(

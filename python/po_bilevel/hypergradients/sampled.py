@@ -335,6 +335,18 @@ class MomentMatching(SampledMethod):
     For an outer loss that is the negative log-likelihood of the data whose rewards `SampledObjective.data_reward` has,
     and an inner problem that has been solved by a policy that can represent its optimum p ∝ p_0 exp(r/β): the gradient
     of an energy-based model's likelihood (Ackley, Hinton and Sejnowski 1985).
+
+    Example:
+        >>> import torch
+        >>> phi = torch.tensor([0.0, 1.0], requires_grad=True)  # the rewards of two answers
+        >>> theta = phi.detach().clone().requires_grad_()  # logits: the optimum for β = 1
+        >>> drawn = torch.tensor([0, 1, 1, 1])[:, None]
+        >>> objective = SampledObjective(
+        ...     log_prob=lambda theta: torch.log_softmax(theta, 0)[drawn], coefficient=1.0,
+        ...     reward=lambda phi: phi[drawn], data_reward=lambda phi: phi[0],
+        ... )
+        >>> MomentMatching()(objective, lambda theta, phi: -torch.log_softmax(theta, 0)[0], theta, phi).gradient
+        tensor([-0.7500,  0.7500])
     """
 
     def _at(self, inner_loss: Any, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:

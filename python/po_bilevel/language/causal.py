@@ -15,6 +15,13 @@ class Head(NamedTuple):
         bias: (V,), or None.
         scale: a constant of the model, above 0.
         softcap: above 0, or None.
+
+    Example:
+        >>> import torch
+        >>> from po_bilevel.language import Decoder
+        >>> head = Decoder(vocabulary=20, context=16, width=32).head()
+        >>> isinstance(head, Head), head.weight.shape
+        (True, torch.Size([20, 32]))
     """
 
     weight: Tensor
@@ -30,6 +37,34 @@ class CausalModel(nn.Module, ABC):
 
     Attributes:
         context: the most tokens of a sequence, None if there is no limit.
+
+    Example:
+        >>> import torch
+        >>> class Bag(CausalModel):  # hidden states are means of the embeddings so far
+        ...     def __init__(self, vocabulary, width):
+        ...         super().__init__()
+        ...         self.embedding = torch.nn.Embedding(vocabulary, width)
+        ...
+        ...     def forward(self, ids, mask):
+        ...         return self.extend(ids, mask)[0]
+        ...
+        ...     def extend(self, ids, mask, cache=None):
+        ...         new = mask[:, -ids.shape[1] :, None] * self.embedding(ids)
+        ...         total = new.cumsum(1) if cache is None else cache[:, None] + new.cumsum(1)
+        ...         count = mask.cumsum(1)[:, -ids.shape[1] :, None].clamp(min=1)
+        ...         return total / count, total[:, -1]
+        ...
+        ...     def repeated(self, cache, times):
+        ...         return cache.repeat_interleave(times, 0)
+        ...
+        ...     def head(self):
+        ...         return Head(self.embedding.weight)
+        >>> from po_bilevel.language import TokenPolicy, Tokens
+        >>> policy = TokenPolicy(Bag(20, 8), end=0)
+        >>> prompts = Tokens.padded([[3, 4], [5]], left=True)
+        >>> drawn = policy.generate(prompts, num_samples=3, max_tokens=8, seed=1)
+        >>> bool(torch.allclose(policy(prompts, drawn.tokens).log_prob, drawn.log_prob, atol=1e-6))
+        True
     """
 
     context: int | None = None

@@ -29,6 +29,11 @@ class EmbeddingPrecision(NamedTuple):
         condition: of the data's covariance as estimated, infinite where it is singular, and of it shrunk.
         shrinkage: Ledoit and Wolf's weights of the identity, in [0, 1], for data and reference.
         clipped: how many eigenvalues, or entries, of U* were raised to the floor: the reference is no wider there.
+
+    Example:
+        >>> found = embedding_precision(torch.eye(2), 0.1)
+        >>> isinstance(found, EmbeddingPrecision), found.precision
+        (True, tensor([0.1000, 0.1000]))
     """
 
     precision: Tensor
@@ -38,7 +43,13 @@ class EmbeddingPrecision(NamedTuple):
 
 
 def marginal(embeddings: Tensor) -> Tensor:
-    """Embeddings (N, n) less their mean: rows for `embedding_precision` that ignore prompts."""
+    """Embeddings (N, n) less their mean: rows for `embedding_precision` that ignore prompts.
+
+    Example:
+        >>> marginal(torch.tensor([[1.0], [3.0]]))
+        tensor([[-1.],
+                [ 1.]])
+    """
     embeddings = as_rows("marginal: embeddings", embeddings)
     return embeddings - embeddings.mean(dim=0)
 

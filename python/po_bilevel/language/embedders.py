@@ -87,6 +87,15 @@ class SentenceEncoder:
         tokenizer: its tokenizer.
         batch_size: texts at a time, of about the same length. With 1 a text's embedding does not depend on its
             companions to the bit; above that it does in the last ones.
+
+    Example:
+        >>> import tokenizers, transformers
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = transformers.BertModel(transformers.BertConfig(vocab_size=3, **sizes))  # weights of no use
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "yes": 1, "no": 2}, unk_token="no"))
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+        >>> SentenceEncoder(model, tokenizer)(["yes", "no"]).shape
+        torch.Size([2, 16])
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:

@@ -152,6 +152,13 @@ class HuggingFaceTokenizer:
     Raises:
         MissingDependencyError: without the extra `text`.
         TypeError, ValueError: something else, or a tokenizer without an end-of-text token.
+
+    Example:
+        >>> import tokenizers, transformers
+        >>> words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<end>": 0, "yes": 1, "no": 2}, unk_token="no"))
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+        >>> HuggingFaceTokenizer(tokenizer).encode("yes")
+        [1]
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from .. import training
 from ..hypergradients import FisherCG, Hypergradient, MomentMatching, SampledObjective, Tensors
 from ..hypergradients.sampled import SampledMethod
+from ..processes import Processes, unwrapped
 from ..resumable import check_learned, learned_names, named, update_reward
 from ..steps import OuterStep
 from ..substitution import Substitution, evaluating
 from .decoder import Decoder
 from .policy import TokenPolicy
-from .processes import Processes
 from .rewards import TextReward
 from .rollouts import Rollout, Sampling, grouped, rollout
 from .texts import Pairs, Tokenizer, answer_tokens, prompt_tokens
@@ -59,7 +59,7 @@ class RewardLearner:
         max_grad_norm: float | None = None, seed: int = 0, reference: TokenPolicy | None = None,
     ) -> None:  # fmt: skip
         self._processes = Processes.of(policy)
-        self.policy: TokenPolicy = unwrapped(policy)
+        self.policy: TokenPolicy = unwrapped(policy, TokenPolicy)
         self.reward: TextReward = reward
         self.outer_optimizer: Optimizer = outer_optimizer
         self._method = FisherCG(coefficient, 1e-2, 20) if hypergradient is None else hypergradient
@@ -221,18 +221,6 @@ def nll(policy: TokenPolicy, tokenizer: Tokenizer, pairs: list[tuple[str, str]])
     prompts = prompt_tokens(tokenizer, [prompt for prompt, _ in pairs], device)
     answers = answer_tokens(tokenizer, [answer for _, answer in pairs], device)
     return lambda: -policy.log_prob(prompts, answers).mean()
-
-
-def unwrapped(policy: nn.Module) -> TokenPolicy:
-    """The policy itself.
-
-    Raises:
-        TypeError: it is none of this package.
-    """
-    found = policy.module if isinstance(policy, nn.parallel.DistributedDataParallel) else policy
-    if not isinstance(found, TokenPolicy):
-        raise TypeError(f"policy: expected a TokenPolicy, got {type(found).__name__}")
-    return found
 
 
 def _shared(inner: Pairs, outer: Pairs) -> tuple[Pairs, Pairs]:

@@ -20,6 +20,11 @@ class Tokens(NamedTuple):
     Attributes:
         ids: (B, T), integers; what stands where the mask is False is of no account.
         mask: (B, T), bool: which tokens are there. They are next to each other.
+
+    Example:
+        >>> Tokens.padded([[3, 4], [5]], left=True).ids
+        tensor([[3, 4],
+                [0, 5]])
     """
 
     ids: Tensor
@@ -73,6 +78,14 @@ class Completions(NamedTuple):
         log_prob: (N, T), of each token under what it was sampled from, temperature and top-p included; 0 where masked.
         log_support: (N, T), log of the probability that the policy gives to all tokens that could have been drawn: 0
             but for top-p. `po_kernels.importance_weights` takes both.
+
+    Example:
+        >>> import torch
+        >>> from po_bilevel.language import Decoder
+        >>> policy = TokenPolicy(Decoder(vocabulary=20, context=16, width=32), end=0)
+        >>> found = policy.generate(Tokens.padded([[3, 4]], left=True), num_samples=3, max_tokens=1, seed=1)
+        >>> isinstance(found, Completions), found.tokens.ids.shape
+        (True, torch.Size([3, 1]))
     """
 
     tokens: Tokens

@@ -37,6 +37,10 @@ class Gate:
         function: (prompt, answer) -> a bool, or a number in [0, 1]; what else it gives is a TypeError or ValueError.
         mode: "mask" leaves an answer out if the function gives 0 or False; "multiply" multiplies by what it gives. A
             ValueError names another one, a TypeError a function that cannot be called.
+
+    Example:
+        >>> Gate(lambda prompt, answer: answer.endswith("."))("Why?", "Because.")
+        1.0
     """
 
     function: Callable[[str, str], Any]
@@ -94,6 +98,22 @@ class TextReward(Reward):
 
     Attributes:
         gates: conditions on the form of answers.
+
+    Example:
+        >>> import torch
+        >>> class Length(TextReward):  # an answer is to be as long as the target
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.log_price = torch.nn.Parameter(torch.zeros(()))
+        ...
+        ...     def features(self, texts):
+        ...         return torch.tensor([[float(len(text))] for text in texts])
+        ...
+        ...     def forward(self, answer, target):
+        ...         return -self.log_price.exp() * (answer - target).abs().sum(-1)
+        >>> reward = Length()
+        >>> reward(reward.features(["no", "maybe"]), reward.features(["yes"])).tolist()
+        [-1.0, -2.0]
     """
 
     gates: tuple[Gate, ...] = ()

@@ -20,6 +20,20 @@ class Tokenizer(Protocol):
 
     Attributes:
         end: the token that ends a text.
+
+    Example:
+        >>> class Bytes:
+        ...     end = 256
+        ...
+        ...     def encode(self, text):
+        ...         return list(text.encode())
+        ...
+        ...     def decode(self, ids):
+        ...         return bytes(each for each in ids if each != self.end).decode(errors="replace")
+        >>> tokenizer: Tokenizer = Bytes()
+        >>> answer_tokens(tokenizer, ["no", "yes"]).ids
+        tensor([[110, 111, 256,   0],
+                [121, 101, 115, 256]])
     """
 
     end: int
@@ -40,6 +54,11 @@ class BytePairTokenizer:
     Attributes:
         end: the token that ends a text.
         vocabulary: V.
+
+    Example:
+        >>> tokenizer = BytePairTokenizer.train(["the cat", "the dog"], vocabulary=260)
+        >>> tokenizer.decode(tokenizer.encode("a dog"))
+        'a dog'
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -124,6 +143,13 @@ def read_text(path: Path) -> str:
 
     Raises:
         UsageError: it cannot be read, is empty, or is not UTF-8: names the line.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "text"
+        >>> size = path.write_text("Once upon a time")
+        >>> read_text(path)
+        'Once upon a time'
     """
     try:
         raw = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
@@ -144,6 +170,13 @@ def read_pairs(path: Path) -> Pairs:
 
     Raises:
         UsageError: as `read_text`; a line that is no such object of text, or whose answer is empty: names it.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "pairs.jsonl"
+        >>> size = path.write_text('{"prompt": "1+1=", "answer": "2"}')
+        >>> read_pairs(path)
+        Pairs(prompts=('1+1=',), answers=(('2',),))
     """
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -165,10 +198,24 @@ def read_pairs(path: Path) -> Pairs:
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str], device: Any = None) -> Tokens:
-    """Prompts padded on the left; an empty one is the token that ends the text before."""
+    """Prompts padded on the left; an empty one is the token that ends the text before.
+
+    Example:
+        >>> tokenizer = BytePairTokenizer.train(["no", "yes"], vocabulary=257)
+        >>> prompt_tokens(tokenizer, ["no", "yes"]).mask
+        tensor([[False,  True,  True],
+                [ True,  True,  True]])
+    """
     return Tokens.padded([tokenizer.encode(text) or [tokenizer.end] for text in prompts], left=True, device=device)
 
 
 def answer_tokens(tokenizer: Tokenizer, answers: Sequence[str], device: Any = None) -> Tokens:
-    """Answers padded on the right, each with its end."""
+    """Answers padded on the right, each with its end.
+
+    Example:
+        >>> tokenizer = BytePairTokenizer.train(["no", "yes"], vocabulary=257)
+        >>> answer_tokens(tokenizer, ["no", "yes"]).mask
+        tensor([[ True,  True,  True, False],
+                [ True,  True,  True,  True]])
+    """
     return Tokens.padded([[*tokenizer.encode(text), tokenizer.end] for text in answers], device=device)

@@ -19,13 +19,13 @@ from .. import training
 from ..errors import NonFiniteError
 from ..hypergradients import Hypergradient
 from ..hypergradients.sampled import check_advantage
+from ..processes import Processes, unwrapped
 from ..resumable import Resumable, check_one_at_a_time, described
 from ..steps import OuterStep
 from ..substitution import evaluating
 from ..trainer import OptimizerFactory, SchedulerFactory
-from .learner import RewardLearner, nll, unwrapped
+from .learner import RewardLearner, nll
 from .policy import TokenPolicy
-from .processes import Processes
 from .rewards import TextReward
 from .rollouts import Rollout, Sampling, rollout
 from .texts import Pairs, Tokenizer, answer_tokens, prompt_tokens
@@ -152,7 +152,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
                     f"{name}: expected None without a reward, and a reference only with a positive coefficient, got "
                     f"{type(given).__name__}"
                 )
-        self.policy: TokenPolicy = unwrapped(policy)
+        self.policy: TokenPolicy = unwrapped(policy, TokenPolicy)
         self._parallel, self._processes = policy, Processes.of(policy)
         rows = len(pairs.prompts) if reward is not None else pairs.number
         self._num_prompts = min(num_prompts, rows)
@@ -203,8 +203,6 @@ class SequenceTrainer(Resumable[SequenceStep]):
             outer_pairs=outer_pairs, options=self._options, sampling=self._sampling, advantage=advantage,
             steps=(inner_steps, self._num_prompts, updates, accumulation, max_grad_norm, coefficient, seed),
         )  # fmt: skip
-        if self._processes.rank != 0:
-            checkpoint, progress = None, False
         super().__init__(
             checkpoint=checkpoint, checkpoint_every=checkpoint_every, progress=progress, description=description
         )
@@ -366,11 +364,6 @@ class SequenceTrainer(Resumable[SequenceStep]):
     def _global(self, count: int) -> float:
         """The average over processes of a count, at least one."""
         return max(float(self._processes.average(torch.tensor(float(count), dtype=torch.float64))), 1.0)
-
-    def save(self, path: Path) -> None:
-        """See `Resumable.save`; of several processes the first one writes."""
-        if self._processes.rank == 0:
-            super().save(path)
 
     def _learned(self) -> list[nn.Parameter]:
         return [] if self._learner is None or self.reward is None else list(self.reward.parameters())

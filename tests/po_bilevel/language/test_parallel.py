@@ -2,16 +2,13 @@
 
 import functools
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+import two_processes
 from letters import Letters, letter_reward
 from po_bilevel.hypergradients import FisherCG, MomentMatching
 from po_bilevel.language import Decoder, Gate, Learning, Pairs, Sampling, SequenceTrainer, TokenPolicy
-from torch import nn
 
 WORDS = ["a", "b", "aa", "ab", "ba", "bb"]
 PROMPTS = ["".join(prompt) + " " for prompt in itertools.product("ab", repeat=2)] + ["a ", "b "]
@@ -89,7 +86,7 @@ def results(wrap, barrier, path):
         trainer.resume(path)
         found[f"{name}, resumed"] = ended(trainer, trainer.fit(1))
         barrier()
-    return found
+    return found | {"refused": refusals(wrap)}
 
 
 def ended(trainer, history):
@@ -109,36 +106,11 @@ def refusals(wrap):
     return found
 
 
-def work(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
-    wrap = nn.parallel.DistributedDataParallel
-    path = Path(folder, "run.pt")
-    found = results(wrap, torch.distributed.barrier, path), refusals(wrap)
-    torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def both(tmp_path_factory):
-    """Of one process, and of each of two, which have two minutes."""
+    """Of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("parallel")
-    here = Path(__file__).parent
-    code = "import sys; sys.path[:0] = {!r}; import test_parallel; test_parallel.work({}, {!r})"
-    commands = [code.format([str(here), str(here.parent)], rank, str(folder)) for rank in (0, 1)]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.PIPE, text=True) for command in commands
-    ]
-    try:
-        alone = results(lambda x: x, lambda: None, folder / "alone.pt")
-        for process in processes:
-            said = process.communicate(timeout=120)[1]
-            assert process.returncode == 0, said
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return alone, *(torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    return two_processes.run(__file__, folder, lambda: results(lambda x: x, lambda: None, folder / "alone.pt"))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +122,7 @@ def test_the_same_as_one_process(both, name):
     start = list(policy().parameters())
     if "nothing" not in name:
         assert any(not torch.equal(a, b) for a, b in zip(start, parameters, strict=False))
-    for found, _ in each:
+    for found in each:
         for a, b in zip(found[name][0], parameters, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
         for step, right in zip(found[name][1], told, strict=True):
@@ -158,12 +130,12 @@ def test_the_same_as_one_process(both, name):
                 near = None if value is None else pytest.approx(value, rel=1e-8, abs=1e-10, nan_ok=True)
                 assert step[key] == near, key
     # To the bit with each other: they would drift apart.
-    for a, b in zip(each[0][0][name][0], each[1][0][name][0], strict=True):
+    for a, b in zip(each[0][name][0], each[1][name][0], strict=True):
         assert torch.equal(a, b)
 
 
 def test_numbers_that_cannot_be_shared_out_are_refused(both):
-    for _, said in both[1:]:
+    for said in [found["refused"] for found in both[1:]]:
         assert said["num_prompts"] == "num_prompts: expected a multiple of 2 processes, got 3"
         assert said["learning"] == "RewardLearner: num_prompts: expected a multiple of 2 processes, got 3"
         assert said["outer_rows"] == "RewardLearner: outer_rows: expected a multiple of 2 processes, got 5"

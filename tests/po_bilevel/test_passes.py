@@ -1,0 +1,192 @@
+"""Steps in mixed precision, in parts, and compiled."""
+
+import pytest
+import torch
+from po_bilevel import (
+    BOME,
+    Batch,
+    BilevelTrainer,
+    CategoricalPolicy,
+    Dense,
+    EvolutionStrategies,
+    ImplicitCG,
+    LinearGaussian,
+    NonFiniteError,
+    OneHotMahalanobisReward,
+    PolicyGradient,
+    Unrolled,
+    UsageError,
+    train_nll,
+)
+from po_bilevel.hypergradients import FisherCG
+from problems import seeded
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+
+
+def small_network():
+    layers = nn.Linear(2, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)
+    return CategoricalPolicy(nn.Sequential(*layers))
+
+
+def trainer(data: Batch, policy, **options) -> BilevelTrainer:
+    dtype = next(policy.parameters()).dtype
+    data = Batch(data.inputs.to(dtype), data.target)
+    reward = OneHotMahalanobisReward(3).to(dtype)
+    arguments = {
+        "inner_data": Batch(data.inputs[:61], data.target[:61]),
+        "outer_data": Batch(data.inputs[61:], data.target[61:]),
+        "inner_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.2),
+        "outer_optimizer": torch.optim.Adam(reward.parameters(), lr=0.1),
+        "inner_steps": 5,
+        "inner_loss": PolicyGradient(l2=0.05),
+        "hypergradient": ImplicitCG(damping=0.5),
+        "progress": False,
+    }
+    return BilevelTrainer(policy, reward, **(arguments | options))
+
+
+@pytest.mark.parametrize("method", [ImplicitCG(0.5, 1e-12), Dense(0.5), Unrolled(3, 0.1), BOME(3, 0.1, 0.5)])
+@pytest.mark.parametrize("batch_size", [None, 20])
+def test_parts_add_up_to_the_batch(classes, method, batch_size):
+    """Of 61 rows, and of batches that end with one of a single row: parts of other sizes, and without rows."""
+    ends = []
+    for accumulation in (1, 4):
+        run = trainer(
+            classes, seeded(small_network), hypergradient=method, batch_size=batch_size, accumulation=accumulation
+        )
+        run.fit(3)
+        ends.append((run.history, [*run.policy.parameters(), *run.reward.parameters()]))
+    (whole, right), (parts, found) = ends
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    for a, b in zip(parts, whole, strict=True):
+        assert (a.inner_loss, a.outer_loss) == pytest.approx((b.inner_loss, b.outer_loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_the_inner_steps(classes, dtype):
+    """The network computes in the type, the loss does not; hypergradients are in the parameters' own."""
+    seen = []
+    policy = seeded(small_network).float()
+    policy.register_forward_hook(lambda module, inputs, logits: seen.append((logits.dtype, torch.is_grad_enabled())))
+    runs = []
+    for autocast in (None, dtype):
+        seen.clear()
+        run = trainer(classes, seeded(small_network).float() if autocast is None else policy, autocast=autocast)
+        runs.append((run.fit(4), [p.detach() for p in run.policy.parameters()]))
+    assert {kind for kind, _ in seen} == {dtype, torch.float32}
+    for a, b in zip(runs[1][1], runs[0][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+    assert not all(torch.equal(a, b) for a, b in zip(runs[1][1], runs[0][1], strict=True))
+    assert all(step.residual_norm < 1e-5 for step in runs[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_takes_policies_of_native_calls_too(regression, dtype):
+    data = Batch(regression.inputs.float(), regression.target.float())
+    ends = []
+    for autocast in (None, dtype):
+        policy = seeded(LinearGaussian, 3, 2).float()
+        loss, steps = train_nll(policy, data, torch.optim.SGD(policy.parameters(), lr=0.05), 20, autocast=autocast)
+        ends.append(loss)
+        assert steps == 20
+    assert ends[0] != ends[1]
+    assert ends[1] == pytest.approx(ends[0], rel=2e-2)
+
+
+def test_steps_with_infinite_gradients_are_left_out(classes):
+    data = Batch(classes.inputs.float(), classes.target)
+    policy = seeded(small_network).float()
+    before = [p.detach().clone() for p in policy.parameters()]
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=10**6)
+    options = {"autocast": torch.float16, "scaler": scaler, "tolerance": 1e-30, "max_grad_norm": 1e30}
+    train_nll(policy, data, optimizer, 1, **options)
+    assert scaler.get_scale() == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    train_nll(policy, data, optimizer, 40, **options)
+    assert scaler.get_scale() < 2.0**30
+    assert not any(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_gradients_that_are_infinite_at_any_scale_are_refused(classes):
+    data = Batch(classes.inputs.float(), classes.target)
+    policy = seeded(small_network).float()
+    next(policy.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    with pytest.raises(NonFiniteError, match="gradients in float16 are not finite, however small the loss is scaled"):
+        train_nll(policy, data, optimizer, 60, autocast=torch.float16)
+
+
+def test_the_scaler_is_in_the_checkpoint(classes, tmp_path):
+    path = tmp_path / "run.pt"
+    ends = []
+    for stops in ([9], [3, 9]):
+        for total in stops:
+            run = trainer(
+                classes, seeded(small_network).float(), autocast=torch.float16, accumulation=2, checkpoint=path,
+                batch_size=20,
+            )  # fmt: skip
+            run._passes.scaler._growth_interval = 7
+            run.fit(total, resume=path if total == 9 and len(stops) > 1 else None)
+        ends.append((run._passes.scaler.state_dict(), [p.detach() for p in run.policy.parameters()]))
+    assert ends[0][0] == ends[1][0]
+    assert ends[0][0]["scale"] != 65536.0
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
+    for options in ({}, {"autocast": torch.bfloat16}, {"autocast": torch.float16}):
+        with pytest.raises(UsageError, match="expected the configuration that wrote"):
+            trainer(classes, seeded(small_network).float(), batch_size=20, **options).resume(path)
+
+
+@pytest.fixture
+def compiled():
+    """A backend, and the graphs that it has compiled. It differentiates as torch's own does: once."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return aot_eager(module, inputs)
+
+    yield backend, graphs
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", [ImplicitCG(damping=0.5), Unrolled(3, 0.1), EvolutionStrategies(2, 0.1, 3, 0.1)])
+@pytest.mark.parametrize("how", ["trainer", "policy", "network"])
+def test_compiled_policies(classes, method, how, compiled, monkeypatch):
+    """Their steps are compiled, their hypergradients, of which torch has no second derivative then, are not."""
+    backend, graphs = compiled
+    ends = []
+    for compiles in (False, True):
+        policy = seeded(small_network)
+        if compiles and how == "trainer":
+            monkeypatch.setattr(CategoricalPolicy, "compile", lambda self: nn.Module.compile(self, backend=backend))
+        elif compiles and how == "policy":
+            policy.compile(backend=backend)
+        elif compiles:
+            policy.network = torch.compile(policy.network, backend=backend)
+        run = trainer(classes, policy, hypergradient=method, compile=compiles and how == "trainer")
+        torch.manual_seed(3)
+        run.fit(2)
+        ends.append([*run.policy.parameters(), *run.reward.parameters()])
+    assert len(graphs) > 0
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_what_is_refused(classes):
+    data = Batch(classes.inputs.float(), classes.target)
+    policy = seeded(small_network).float()
+    optimizer = torch.optim.LBFGS(policy.parameters())
+    with pytest.raises(ValueError, match=r"autocast: expected torch\.bfloat16 or None with LBFGS, got torch\.float16"):
+        train_nll(policy, data, optimizer, 1, autocast=torch.float16)
+    with pytest.raises(ValueError, match=r"autocast: expected .* or None, got torch\.float64"):
+        train_nll(policy, data, optimizer, 1, autocast=torch.float64)
+    with pytest.raises(ValueError, match="accumulation: expected an integer of at least 1, got 0"):
+        trainer(classes, policy, accumulation=0)
+    with pytest.raises(TypeError, match="policy: expected a Policy, got Linear"):
+        train_nll(nn.Linear(2, 3), data, optimizer, 1)
+    loss = PolicyGradient(estimator="dice", num_samples=8)
+    with pytest.raises(ValueError, match=r"product_batches: expected 1 with FisherCG, .* got 2"):
+        trainer(classes, policy, inner_loss=loss, hypergradient=FisherCG(), product_batches=2)
