@@ -1,5 +1,6 @@
 """What type checkers and `dir` are told is what there is; versions, wherever the packages run from."""
 
+import ast
 import inspect
 import os
 import re
@@ -61,6 +62,32 @@ def test_what_a_user_writes_runs_and_leaves_nothing_out(tmp_path):
         assert not [name for name in package.__all__ if not re.search(rf"\b{short}\.{name}\b", text)]
     for short, package in (("pk", po_kernels), ("pb", po_bilevel), ("lm", language)):
         assert not [name for name in functions(package) if f"{short}.{name}(" not in text]
+
+
+def untyped(initialiser):
+    """Public attributes that it makes of another thing than an argument, and says no type of."""
+    arguments = {each.arg for each in (*initialiser.args.args, *initialiser.args.kwonlyargs)}
+    typed, made = set(), set()
+    for each in ast.walk(initialiser):
+        if not isinstance(each, ast.Assign | ast.AnnAssign):
+            continue
+        targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+        names = {part.attr for target in targets for part in ast.walk(target) if isinstance(part, ast.Attribute)}
+        plain = isinstance(each.value, ast.Name) and each.value.id in arguments
+        (typed if plain or isinstance(each, ast.AnnAssign) else made).update(names)
+    return {name for name in made - typed if not name.startswith("_")}
+
+
+def test_public_attributes_have_types():
+    """Where none is written, each type checker infers its own: `basedpyright --verifytypes` tells."""
+    for package in (po_kernels, po_bilevel):
+        for path in Path(package.__file__).parent.rglob("[!_]*.py"):
+            for each in ast.walk(ast.parse(path.read_text())):
+                if isinstance(each, ast.ClassDef) and not each.name.startswith("_"):
+                    declared = {part.target.id for part in each.body if isinstance(part, ast.AnnAssign)}
+                    for method in each.body:
+                        if getattr(method, "name", "") == "__init__":
+                            assert untyped(method) <= declared, f"{path}: {each.name}: {untyped(method) - declared}"
 
 
 def test_both_packages_say_that_they_are_typed():
