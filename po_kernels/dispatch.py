@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import checks, reference
+from .backends import autocast, checks, reference
 from .backends.contract import Kernel, Op, OpConfig, Request
 from .backends.reference import philox
 
@@ -141,6 +141,7 @@ plain: Callable[[str, Any, Any, OpConfig], tuple[Tensor, tuple[Tensor, ...]]] = 
 entropy: Callable[[Any, str], Tensor] = reference.entropy
 refuse_values: Callable[[Op, Any, Any], None] = checks.values
 refuse_precision: Callable[[str, Tensor], None] = checks.precision
+has_autocast: Callable[[str], bool] = autocast.available
 is_true: Callable[[Tensor], bool] = checks.is_true
 stream_key: Callable[[Tensor, int], Tensor] = philox.stream_key
 

@@ -44,7 +44,7 @@ def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Te
     """
     checks.values(OPS[op], inputs, constants)
     kind, dtype = inputs[0].device.type, inputs[0].dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocast.available(kind) and torch.is_autocast_enabled(kind):
         with autocast.disabled(inputs[0]):
             value, statistics = _evaluate(op, type(inputs)(*(x.double() for x in inputs)), constants, config)
             return value.to(OPS[op].value_dtype(dtype)), tuple(x.to(dtype) for x in statistics)
