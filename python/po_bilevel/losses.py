@@ -163,7 +163,7 @@ class PolicyGradient:
     """
 
     entropy_coef: float = 1.0
-    estimator: str | None = None
+    estimator: pk.Estimator | None = None
     num_samples: int | None = None
     advantage: pk.Advantage = "loo"
     l2: float = 0.0

@@ -50,7 +50,9 @@ class Passes:
             raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
         if accumulation < 1 or accumulation != int(accumulation):
             raise ValueError(f"accumulation: expected an integer of at least 1, got {accumulation}")
-        self.processes, self.autocast, self.accumulation = processes, autocast, accumulation
+        self.processes = processes
+        self.autocast = autocast
+        self.accumulation = accumulation
         self.scaler = scaler
         if autocast is torch.float16 and scaler is None:
             self.scaler = GradScaler(device.type)

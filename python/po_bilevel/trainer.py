@@ -115,8 +115,9 @@ class BilevelTrainer(Resumable[OuterStep]):
     ) -> None:  # fmt: skip
         training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
-        self._parallel, self.policy, self.reward = policy, unwrapped(policy, Policy), reward  # type: ignore[type-abstract]
-        self._processes = Processes.of(policy)
+        self.policy: Policy = unwrapped(policy, Policy)  # type: ignore[type-abstract]
+        self.reward = reward
+        self._parallel, self._processes = policy, Processes.of(policy)
         if isinstance(outer_optimizer, Sequence):
             self._outer_optimizer: Optimizer | Together = Together("outer_optimizer", outer_optimizer)
         else:

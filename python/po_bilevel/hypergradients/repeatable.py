@@ -33,7 +33,7 @@ class Repeatable:
         self._devices = devices
         # What says that it is, need not be compared.
         self._compared = getattr(loss, "repeatable", False) is True
-        self.parts = [Repeatable(name, part, seed, devices) for part in getattr(loss, "parts", ())]
+        self.parts: list[Repeatable] = [Repeatable(name, part, seed, devices) for part in getattr(loss, "parts", ())]
 
     @property
     def draws(self) -> bool:

@@ -62,7 +62,7 @@ class Structure:
         self._plain = (
             type(tree) is tuple and len(self._places) == len(tree) and all(isinstance(t, Tensor) for t in tree)
         )  # fmt: skip
-        self.leaves = Leaves(self._all[place] for place in self._places)
+        self.leaves: Leaves = Leaves(self._all[place] for place in self._places)
         self.leaves.structure = self
 
     def _named(self, place: int) -> str:
@@ -122,7 +122,7 @@ class Point:
     def __init__(self, theta: Structure, phi: Structure) -> None:
         self._theta, self._phi = theta, phi
         self.theta: Tensors = tuple(t if t.is_leaf else t.detach().requires_grad_() for t in theta.leaves)
-        self.phi = phi.leaves
+        self.phi: Leaves = phi.leaves
 
     def flat(self, function: Callable[[Tree, Tree], Any]) -> Callable[[Tensors, Tensors], Any]:
         """A function of trees as one of tuples."""

@@ -60,7 +60,9 @@ class RewardLearner:
         max_grad_norm: float | None = None, seed: int = 0, reference: TokenPolicy | None = None,
     ) -> None:  # fmt: skip
         self._processes = Processes.of(policy)
-        self.policy, self.reward, self.outer_optimizer = unwrapped(policy, TokenPolicy), reward, outer_optimizer
+        self.policy: TokenPolicy = unwrapped(policy, TokenPolicy)
+        self.reward: TextReward = reward
+        self.outer_optimizer: Optimizer = outer_optimizer
         self._method = FisherCG(coefficient, 1e-2, 20) if hypergradient is None else hypergradient
         if not isinstance(self._method, SampledMethod):
             raise TypeError(

@@ -153,7 +153,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
                     f"{name}: expected None without a reward, and a reference only with a positive coefficient, got "
                     f"{type(given).__name__}"
                 )
-        self._parallel, self.policy, self._processes = policy, unwrapped(policy, TokenPolicy), Processes.of(policy)
+        self.policy: TokenPolicy = unwrapped(policy, TokenPolicy)
+        self._parallel, self._processes = policy, Processes.of(policy)
         rows = len(pairs.prompts) if reward is not None else pairs.number
         self._num_prompts = min(num_prompts, rows)
         self._processes.check("num_prompts", self._num_prompts)
@@ -162,7 +163,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
                 f"accumulation: expected parts of equal size of {self._num_prompts // self._processes.number} prompts, "
                 f"got {accumulation}"
             )
-        self._tokenizer, self.reward, self._pairs, self._outer_pairs = tokenizer, reward, pairs, outer_pairs
+        self.reward: TextReward | None = reward
+        self._tokenizer, self._pairs, self._outer_pairs = tokenizer, pairs, outer_pairs
         self._each = pairs.each()
         self._options = pk.policy_loss_preset(preset) | {"kl_coef": coefficient} | (options or {})
         if wrong := [name for name in OWN if name in (options or {})]:
