@@ -43,7 +43,7 @@ class BilevelTrainer(Resumable[OuterStep]):
     outer optimiser update the reward. The outer optimiser and the linear solve's start are kept across steps.
 
     The outer loss sees the policy in evaluation mode, the inner loss in the mode that it is in. Buffers, such as the
-    statistics of BatchNorm, take in the rows of the inner loss, as often as the policy takes a step.
+    statistics of BatchNorm, take in the rows of the inner loss, each time that some pass in a step.
 
     Where a pass has fewer than 10⁷ multiplications, rows times parameters, PyTorch has one thread within a step.
 
@@ -83,8 +83,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         accumulation: parts that a process splits a batch of either loss into, one after another, which saves memory; a
             hypergradient averages its products over them, as over `product_batches`. Methods that unroll, or take
             samples, have all of them at once.
-        compile: compile the policy, as its `compile()` does, for the inner steps. Hypergradients run what is compiled
-            eagerly, for torch has no second derivative of it; nor does it matter where native calls take the steps.
+        compile: compile the policy for the inner steps, as its `compile()` does, and leave it so. Hypergradients run
+            what is compiled eagerly, for torch has no second derivative of it; native calls take their steps anyway.
         seed: of batches and samples.
         checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
             before, never in between. The history is beside it, in a file of that name and eight characters and
@@ -133,9 +133,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         device = device_of(self.policy)
         self._stream = stream_of("inner_data", inner_data, batch_size, seed, device)
         self._outer_stream = stream_of("outer_data", outer_data, outer_batch_size, seed + 1, device)
-        if autocast is None:
-            self._stream.data.check_for(self.policy, "inner_data")
-            self._outer_stream.data.check_for(self.policy, "outer_data")
+        self._stream.data.check_for(self.policy, "inner_data")
+        self._outer_stream.data.check_for(self.policy, "outer_data")
         self._passes = Passes(self._processes, device, autocast, accumulation)
         training.check_count("product_batches", product_batches, 1)
         self._product_batches = product_batches
@@ -166,6 +165,14 @@ class BilevelTrainer(Resumable[OuterStep]):
             self.policy.compile()
         # As `DistributedDataParallel` has made the policy.
         self._processes.equal(reward)
+        for name, stream in (("inner_data", self._stream), ("outer_data", self._outer_stream)):
+            if self._processes.number > 1 and not stream.own:
+                found = self._processes.gather(str(described(rows=stream.source)))
+                if len(set(found)) > 1:
+                    raise ValueError(
+                        f"{name}: expected the same rows in each process, which share them out, got others; a "
+                        "DataLoader in each gives rows of its own"
+                    )
         # Before they take a step.
         self._start = described(
             outer_optimizer=self._outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
@@ -272,9 +279,9 @@ class BilevelTrainer(Resumable[OuterStep]):
         outer_parts = self._passes.shares(*self._outer_stream.next(), own=self._outer_stream.own)
 
         def of(theta: Tensors, phi: Tensors, share: Share, function: Any, *arguments: object) -> Tensor:
-            theta, phi = self._processes.together(theta), self._processes.together(phi)
+            theta, phi = self._processes.shared(theta), self._processes.shared(phi)
             loss = substituted(theta, phi, function, *arguments)
-            return self._processes.mean(loss if share.weight == 1.0 else share.weight * loss)
+            return self._processes.mean_loss(loss if share.weight == 1.0 else share.weight * loss)
 
         def inner(theta: Tensors, phi: Tensors, share: Share = parts[0]) -> Tensor:
             return of(theta, phi, share, self._inner_loss, self.policy, self.reward, share.batch, share.seed)
@@ -290,6 +297,11 @@ class BilevelTrainer(Resumable[OuterStep]):
         problem: Any = inner if len(parts) == 1 else Minibatches(inner, parts)
         outer_problem: Any = outer if len(outer_parts) == 1 else Minibatches(outer, outer_parts)
         if isinstance(self._hypergradient, SampledMethod):
+            if not self._stream.own and len(drawn[0][0].inputs) < self._processes.number:
+                raise ValueError(
+                    f"batch_size: expected at least a row for each of {self._processes.number} processes with "
+                    f"{type(self._hypergradient).__name__}, got {len(drawn[0][0].inputs)}"
+                )
             [share] = Passes(self._processes, device_of(self.policy)).shares(*drawn[0], own=self._stream.own)
             problem = sampled_objective(
                 self.policy, self.reward, self._inner_loss, share.batch, share.seed, substituted, theta, phi,
@@ -317,7 +329,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         if self._processes.number == 1:
             return contextlib.nullcontext()
         stack = contextlib.ExitStack()
-        stack.enter_context(torch.random.fork_rng())
+        device = device_of(self.policy)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seed)
         return stack
 

@@ -47,9 +47,10 @@ def train(
     Args:
         policy: a `Policy`; or one in `DistributedDataParallel`, with the same arguments in each of its processes, which
             share the rows of each batch out among them, draw samples of their own, and average loss and gradient in
-            one exchange a step.
+            one exchange a step, not through that class's own hooks.
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
-            the optimiser calls for it (as `torch.optim.LBFGS` does).
+            the optimiser calls for it (as `torch.optim.LBFGS` does). A mean over rows, where parts or processes share
+            them, and what does not depend on rows.
         stream: where batches and seeds come from.
         optimizer: any torch optimiser over parameters of the policy.
         steps: the most steps to take.
@@ -60,9 +61,9 @@ def train(
         max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
         scheduler: of the optimiser's learning rates, stepped after each step; `ReduceLROnPlateau` is given the loss.
         callback: called after each step with its number, from 0, and its loss; True from it stops.
-        autocast: torch.bfloat16 or torch.float16, for what `torch.autocast` computes in such a type, where the network
-            passes forward; None for the parameters' own. With float16 a `torch.amp.GradScaler` scales the loss, and
-            leaves out steps whose gradient is infinite.
+        autocast: torch.bfloat16 or torch.float16, for what `torch.autocast` computes in such a type of the network and
+            the loss; None for the parameters' own. With float16 a `torch.amp.GradScaler` scales the loss, and leaves
+            out steps whose gradient is infinite, which count for neither patience nor scheduler.
         accumulation: parts that a batch is split into, one after another, whose gradients add up: saves memory.
         scaler: to go on with, for float16; None for a new one.
 
@@ -81,8 +82,7 @@ def train(
     check_optimizer("optimizer", optimizer)
     passes = Passes(Processes.of(policy), stream.data.inputs.device, autocast, accumulation, scaler)
     policy = unwrapped(policy, Policy)  # type: ignore[type-abstract]
-    if autocast is None:
-        stream.data.check_for(policy, "data")
+    stream.data.check_for(policy, "data", autocast=autocast is not None)
     parameters = trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
@@ -97,7 +97,7 @@ def train(
         native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
     ahead = 1 if at_once or not _known_ahead(scheduler) else _READ_TOGETHER
     of_policy = functools.partial(loss, policy)
-    step = -1
+    step, stepped = -1, True
     while step < steps - 1:
         if native is not None and native.ready():
             taken = min(steps - 1 - step, ahead)
@@ -114,6 +114,8 @@ def train(
                 for parameter in parameters:
                     parameter.grad = None
                 result = passes.gradient(of_policy, batch, seed, parameters, own=stream.own)
+                if all(p.grad is None for p in parameters):
+                    raise ValueError("optimizer: expected parameters that the loss depends on, got others")
                 if passes.scaler is not None:
                     passes.scaler.unscale_(optimizer)
                 # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a
@@ -124,25 +126,25 @@ def train(
                     norm = norm_of([p.grad for p in parameters if p.grad is not None])
                 return result
 
-            unread.append(passes.step(optimizer, closure))
+            found, stepped = passes.step(optimizer, closure)
+            unread.append(found)
             if at_once or native is not None or step == steps - 1 or len(unread) == _READ_TOGETHER:
                 value = _read(unread, step)
-            if step == 0 and all(p.grad is None for p in parameters):
-                raise ValueError("optimizer: expected parameters that the loss depends on, got others")
-        if scheduler is not None:
+        if scheduler is not None and stepped:
             advance(scheduler, value)
         if callback is not None and passes.processes.any(callback(step, value) is True):
-            return value, step + 1
+            break
+        if not stepped:
+            continue
         if tolerance > 0:
-            if passes.scaler is None:
-                check_finite(f"the gradient's norm at step {step}", float(norm))
+            check_finite(f"the gradient's norm at step {step}", float(norm))
             if norm <= tolerance:
-                return value, step + 1
+                break
         if waiting.over(value):
-            return value, step + 1
-    passes.check_scale()
+            break
+    passes.processes.equal(policy, parameters=False)
     _check_parameters(parameters)
-    return value, steps
+    return value, step + 1
 
 
 def train_nll(
@@ -180,6 +182,7 @@ def train_policy_gradient(
     """
     objective = PolicyGradient() if loss is None else loss
     stream = stream_of("data", data, batch_size, seed, device_of(policy))
+    Processes.of(policy).equal(reward)
     with under(reward, objective) as fixed:
         return train(policy, fixed, stream, optimizer, steps, **options)
 
@@ -212,7 +215,7 @@ def train_ensemble(
         ValueError: numbers of policies, data, optimisers or schedulers that differ; a parameter that is trained and
             that two policies have in common; as `train`.
         NonFiniteError: as `train`.
-        TypeError: a loss of the other kind.
+        TypeError: a loss of the other kind, or a policy of another class.
 
     Example:
         >>> import torch
@@ -223,6 +226,9 @@ def train_ensemble(
         >>> len(train_ensemble(policies, None, data, optimizers, steps=20, batch_size=10))
         4
     """
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policies: expected each to be a Policy, got {type(policy).__name__}")
     several = [data] * len(policies) if isinstance(data, Batch) else list(data)
     plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)
     check_count("steps", steps, 0)

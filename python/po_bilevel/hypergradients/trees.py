@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .interface import Hypergradient, Tensors
+from .minibatches import Minibatches
 
 Tree = Any
 
@@ -131,7 +132,8 @@ class Point:
             return function(self._theta.filled(theta), self._phi.filled(phi))
 
         of_tuples.repeatable = getattr(function, "repeatable", False)  # type: ignore[attr-defined]
-        of_tuples.parts = [self.flat(part) for part in getattr(function, "parts", ())]  # type: ignore[attr-defined]
+        parts = function.parts if isinstance(function, Minibatches) else ()
+        of_tuples.parts = list(map(self.flat, parts))  # type: ignore[attr-defined]
         return of_tuples
 
     def map(self, function: Callable[[Tree], Tree]) -> Callable[[Tensors], Tensors]:

@@ -81,6 +81,7 @@ class RewardLearner:
         training.check_norm("max_grad_norm", max_grad_norm)
         if not 0 < coefficient < math.inf:
             raise ValueError(f"RewardLearner: coefficient: expected a finite positive number, got {coefficient}")
+        self._processes.equal(reward)
         self._phi = learned_names(reward)
         self._theta = [name for name, p in self.policy.named_parameters() if p.requires_grad]
         check_learned(self.policy, reward, outer_optimizer)

@@ -164,6 +164,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
                 f"got {accumulation}"
             )
         self.reward: TextReward | None = reward
+        if reward is not None:
+            self._processes.equal(reward)
         self._tokenizer, self._pairs, self._outer_pairs = tokenizer, pairs, outer_pairs
         self._each = pairs.each()
         self._options = pk.policy_loss_preset(preset) | {"kl_coef": coefficient} | (options or {})
