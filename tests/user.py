@@ -9,6 +9,7 @@ import po_bilevel as pb
 import po_bilevel.language as lm
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import po_kernels as pk
 
@@ -81,6 +82,11 @@ def functions() -> list[Tensor]:
     pb.train(
         policy, lambda policy, batch, seed: -policy.log_prob(*batch).mean(), pb.BatchStream(data, 5, 0), optimizer, 2
     )
+    rows = DataLoader(TensorDataset(*data), batch_size=5, shuffle=True)
+    pb.train(
+        policy, lambda policy, batch, seed: -policy.log_prob(*batch).mean(), pb.LoaderStream(rows, 0), optimizer, 2
+    )
+    pb.train_nll(policy, rows, optimizer, 2, autocast=torch.bfloat16, accumulation=2)
     pb.train_ensemble([policy], None, data, [optimizer], 2, loss=pb.NegativeLogLikelihood(1e-3))
     residual = data.target - policy(data.inputs)[0].detach()
     covariance = pb.residual_covariance(residual)

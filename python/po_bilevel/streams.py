@@ -131,7 +131,7 @@ class LoaderStream:
         first = self._following()
         if first is None:
             raise ValueError(f"{name}: expected a loader that gives at least one batch, got one that gives none")
-        self.data = first
+        self.data: Batch = first
         self._ahead: Batch | None = first
 
     @property
