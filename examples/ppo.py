@@ -1,4 +1,4 @@
-"""PPO in the manner of CleanRL with the fused ops, of discrete and continuous actions; ppo_eager.py is its twin.
+"""PPO as CleanRL writes it with the fused ops, of discrete and continuous actions (extra mbrl); ppo_eager.py: the twin.
 
 pip install '.[mbrl]'
 python examples/ppo.py [--env HalfCheetah-v5 --steps 500000]

@@ -1,4 +1,4 @@
-"""ppo.py in plain torch, to compare: `pip install '.[mbrl]'`, `python examples/ppo_eager.py`, with the same options."""
+"""ppo.py in plain torch (extra mbrl), to compare: `python examples/ppo_eager.py`, with the same options."""
 
 import torch
 from ppo import CLIP, GAMMA, LAMBDA, main

@@ -1,4 +1,4 @@
-"""TorchRL's PPO with the fused ops in its loss module, beside its own, in a minute.
+"""TorchRL's PPO with the fused ops in its loss module, beside its own, in a minute (extra mbrl, and torchrl).
 
 pip install '.[mbrl]' 'torchrl>=0.14' && python examples/torchrl_loss.py
 """
@@ -20,7 +20,7 @@ import po_kernels as pk
 
 
 class FusedPPOLoss(ClipPPOLoss):
-    """`ClipPPOLoss` of a Gaussian actor. Its `clip_fraction` is of rows whose loss a bound changed, fewer than theirs."""
+    """`ClipPPOLoss` of a Gaussian actor; its `clip_fraction` counts the rows whose loss a bound changed."""
 
     def forward(self, tensordict):
         with self.actor_network_params.to_module(self.actor_network):
