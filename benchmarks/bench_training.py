@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from po_bilevel import Batch, MahalanobisReward, MLPGaussian, PolicyGradient, train_policy_gradient
+from po_bilevel import (
+    Batch,
+    CategoricalPolicy,
+    MahalanobisReward,
+    MLPGaussian,
+    OneHotMahalanobisReward,
+    PolicyGradient,
+    train_policy_gradient,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -135,6 +143,38 @@ def bench_inner_loop(benchmark, rows, dim, hidden, estimator):
     check([torch.tensor(ours())], [torch.tensor(theirs())], "the loss after a hundred steps", tolerance=1e-3)
     shape = f"{rows} x {dim}, {'-'.join(map(str, hidden))}, {estimator}"
     report(benchmark, ours, shape=shape, step_by_step=compare(ours, theirs)._asdict())
+
+
+def compiled_and_not(
+    rows: int, width: int, device: str = "cpu", autocast: torch.dtype | None = None
+) -> list[Callable[[], float]]:  # fmt: skip
+    """Ten steps of Adam on a network with LayerNorm, which native calls do not take: compiled, or not."""
+    torch.manual_seed(0)
+    data = Batch(torch.randn(rows, 17, device=device), torch.randint(10, (rows,), device=device))
+    reward, objective = OneHotMahalanobisReward(10).to(device), PolicyGradient(entropy_coef=ENTROPY)
+
+    def loop(compiles: bool) -> Callable[[], float]:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [nn.Linear(17, width)]
+        for _ in range(3):
+            layers += [nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width)]
+        policy = CategoricalPolicy(nn.Sequential(*layers, nn.Linear(width, 10))).to(device)
+        if compiles:
+            policy.compile()
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-3, fused=True)
+        return lambda: train_policy_gradient(
+            policy, reward, data, optimizer, 10, loss=objective, autocast=autocast
+        )[0]  # fmt: skip
+
+    return [loop(True), loop(False)]
+
+
+@pytest.mark.parametrize(("rows", "width"), [(4096, 256)])
+def bench_compiled_policy(benchmark, rows, width):
+    """`BilevelTrainer(compile=True)`: inner steps of a compiled network, against the same in eager torch."""
+    ours, eager = compiled_and_not(rows, width)
+    check([torch.tensor(ours())], [torch.tensor(eager())], "the loss after ten steps", tolerance=1e-3)
+    report(benchmark, ours, shape=f"{rows} x 17, four layers of {width}", not_compiled=compare(ours, eager)._asdict())
 
 
 def bench_update(benchmark):

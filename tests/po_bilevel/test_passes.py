@@ -7,6 +7,7 @@ from po_bilevel import (
     Batch,
     BilevelTrainer,
     CategoricalPolicy,
+    Dense,
     EvolutionStrategies,
     ImplicitCG,
     LinearGaussian,
@@ -45,9 +46,7 @@ def trainer(data: Batch, policy, **options) -> BilevelTrainer:
     return BilevelTrainer(policy, reward, **(arguments | options))
 
 
-@pytest.mark.parametrize(
-    "method", [ImplicitCG(damping=0.5), NormalCG(damping=0.5), Unrolled(3, 0.1), BOME(3, 0.1, 0.5)]
-)
+@pytest.mark.parametrize("method", [ImplicitCG(0.5, 1e-12), Dense(0.5), Unrolled(3, 0.1), BOME(3, 0.1, 0.5)])
 @pytest.mark.parametrize("batch_size", [None, 20])
 def test_parts_add_up_to_the_batch(classes, method, batch_size):
     """Of 61 rows, and of batches that end with one of a single row: parts of other sizes, and without rows."""
