@@ -20,8 +20,8 @@ DISCRETE, CONTINUOUS = (8, 128, 4, 4, 1e-3, 0.01), (1, 2048, 10, 32, 3e-4, 0.0)
 
 
 def log_prob(head, actions):  # and the entropy; the head is (logits,) or (mean, log_std)
-    op = pk.categorical_log_prob if len(head) == 1 else pk.gaussian_log_prob
-    return op(*head, actions, entropy=True)
+    op = pk.token_log_prob if len(head) == 1 else pk.gaussian_log_prob
+    return op(*head, actions, entropy=True)[:2]
 
 
 def surrogate(new, entropy, old, advantages, coef):
