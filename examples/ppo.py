@@ -16,7 +16,7 @@ import po_kernels as pk
 
 GAMMA, LAMBDA, CLIP = 0.99, 0.95, 0.2
 # Environments, steps of each, epochs, minibatches, learning rate, coefficient of the entropy.
-DISCRETE, CONTINUOUS = (8, 128, 4, 4, 1e-3, 0.01), (1, 2048, 10, 32, 3e-4, 0.0)
+DISCRETE, CONTINUOUS = (4, 128, 4, 4, 2.5e-3, 0.01), (1, 2048, 10, 32, 3e-4, 0.0)
 
 
 def log_prob(head, actions):  # and the entropy; the head is (logits,) or (mean, log_std)
