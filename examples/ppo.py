@@ -1,7 +1,7 @@
 """PPO as CleanRL writes it with the fused ops, of discrete and continuous actions (extra mbrl); ppo_eager.py: the twin.
 
 pip install '.[mbrl]'
-python examples/ppo.py [--env HalfCheetah-v5 --steps 500000]
+python examples/ppo.py [--env HalfCheetah-v5 --steps 200000]
 """
 
 import argparse
