@@ -16,7 +16,7 @@ from .ops import policy as _policy
 from .ops import presets as _presets
 from .ops import token as _token
 from .ops._loss import LossStats
-from .ops._types import Advantage
+from .ops._types import Advantage, Estimator
 from .ops.advantage import *
 from .ops.categorical import *
 from .ops.gae import *
@@ -30,7 +30,7 @@ from .ops.token import *
 from .report import status
 from .version import __version__ as __version__
 
-__all__ = ["Advantage", "LossStats", "status", "use_backend"]
+__all__ = ["Advantage", "Estimator", "LossStats", "status", "use_backend"]
 __all__ += _advantage.__all__
 __all__ += _categorical.__all__
 __all__ += _gae.__all__

@@ -4,14 +4,15 @@ import contextlib
 import contextvars
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .backends import checks, reference
-from .backends.contract import Kernel, Request
+from .backends import autocast, checks, reference
+from .backends.contract import Kernel, Op, OpConfig, Request
 from .backends.reference import philox
 
 BACKENDS = ("native", "numba", "cuda", "triton", "reference")
@@ -136,12 +137,13 @@ def first_order_only() -> dict[str, str]:
 
 
 # The definition of an op, which autograd differentiates and torch.compile traces.
-plain = reference.evaluate
-entropy = reference.entropy
-refuse_values = checks.values
-refuse_precision = checks.precision
-is_true = checks.is_true
-stream_key = philox.stream_key
+plain: Callable[[str, Any, Any, OpConfig], tuple[Tensor, tuple[Tensor, ...]]] = reference.evaluate
+entropy: Callable[[Any, str], Tensor] = reference.entropy
+refuse_values: Callable[[Op, Any, Any], None] = checks.values
+refuse_precision: Callable[[str, Tensor], None] = checks.precision
+has_autocast: Callable[[str], bool] = autocast.available
+is_true: Callable[[Tensor], bool] = checks.is_true
+stream_key: Callable[[Tensor, int], Tensor] = philox.stream_key
 
 
 def serve_natively(op: str, device_type: str, dtype: torch.dtype) -> None:

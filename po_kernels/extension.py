@@ -23,5 +23,5 @@ else:
     else:
         try:
             module = importlib.import_module("po_kernels._native")
-        except ImportError as error:
-            missing = f"the C++ extension does not load: {error}"
+        except ImportError as _error:
+            missing = f"the C++ extension does not load: {_error}"

@@ -1,7 +1,9 @@
 """What type checkers and `dir` are told is what there is; versions, wherever the packages run from."""
 
+import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +11,12 @@ from typing import get_args
 
 import po_bilevel
 import pytest
+from po_bilevel import language
 
 import po_kernels
 from po_kernels import dispatch
 from po_kernels.backends.advantages import ADVANTAGES
-from po_kernels.backends.contract import OPS, REDUCTIONS
+from po_kernels.backends.contract import ESTIMATORS, OPS, REDUCTIONS
 from po_kernels.ops import _types, policy
 from tests import user
 
@@ -27,7 +30,7 @@ def test_literals_are_what_the_checks_accept():
         (_types.Divergence, policy.DIVERGENCES), (_types.Placement, policy.PLACEMENTS),
         (_types.Aggregation, policy.AGGREGATIONS), (_types.Sampled, OPS["gaussian_surrogate_loss"].estimators),
         (_types.GaussianEstimator, OPS["mvn_policy_loss"].estimators),
-        (_types.CategoricalEstimator, OPS["categorical_policy_loss"].estimators),
+        (_types.CategoricalEstimator, OPS["categorical_policy_loss"].estimators), (_types.Estimator, ESTIMATORS),
     ):  # fmt: skip
         assert set(get_args(literal)) == set(allowed)
 
@@ -47,13 +50,44 @@ def functions(package):
 
 @pytest.mark.filterwarnings("ignore::po_bilevel.HypergradientWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_what_a_user_writes_runs_and_leaves_no_function_out():
+def test_what_a_user_writes_runs_and_leaves_nothing_out(tmp_path):
     """`make lint` has mypy --strict read it."""
-    for part in (user.operations, user.functions, user.rewards_learned, user.estimators):
+    for part in (user.operations, user.functions, user.rewards_learned, user.hypergradients, user.modules):
         assert part()
+    assert user.estimators()
+    assert user.watched(tmp_path)
+    assert user.texts(tmp_path)
     text = Path(user.__file__).read_text()
-    assert not [name for name in functions(po_kernels) if f"pk.{name}(" not in text]
-    assert not [name for name in functions(po_bilevel) if f"pb.{name}(" not in text]
+    for short, package in (("pk", po_kernels), ("pb", po_bilevel)):
+        assert not [name for name in package.__all__ if not re.search(rf"\b{short}\.{name}\b", text)]
+    for short, package in (("pk", po_kernels), ("pb", po_bilevel), ("lm", language)):
+        assert not [name for name in functions(package) if f"{short}.{name}(" not in text]
+
+
+def untyped(initialiser):
+    """Public attributes that it makes of another thing than an argument, and says no type of."""
+    arguments = {each.arg for each in (*initialiser.args.args, *initialiser.args.kwonlyargs)}
+    typed, made = set(), set()
+    for each in ast.walk(initialiser):
+        if not isinstance(each, ast.Assign | ast.AnnAssign):
+            continue
+        targets = each.targets if isinstance(each, ast.Assign) else [each.target]
+        names = {part.attr for target in targets for part in ast.walk(target) if isinstance(part, ast.Attribute)}
+        plain = isinstance(each.value, ast.Name) and each.value.id in arguments
+        (typed if plain or isinstance(each, ast.AnnAssign) else made).update(names)
+    return {name for name in made - typed if not name.startswith("_")}
+
+
+def test_public_attributes_have_types():
+    """Where none is written, each type checker infers its own: `basedpyright --verifytypes` tells."""
+    for package in (po_kernels, po_bilevel):
+        for path in Path(package.__file__).parent.rglob("[!_]*.py"):
+            for each in ast.walk(ast.parse(path.read_text())):
+                if isinstance(each, ast.ClassDef) and not each.name.startswith("_"):
+                    declared = {part.target.id for part in each.body if isinstance(part, ast.AnnAssign)}
+                    for method in each.body:
+                        if getattr(method, "name", "") == "__init__":
+                            assert untyped(method) <= declared, f"{path}: {each.name}: {untyped(method) - declared}"
 
 
 def test_both_packages_say_that_they_are_typed():

@@ -1,11 +1,15 @@
 """What a user writes: every public function is called here. `make lint` has mypy --strict read it, a test runs it."""
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import po_bilevel as pb
+import po_bilevel.language as lm
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
 import po_kernels as pk
 
@@ -72,11 +76,17 @@ def functions() -> list[Tensor]:
     policy = pb.LinearGaussian(3, 2)
     optimizer = torch.optim.Adam(policy.parameters())
     reward = pb.MahalanobisReward(2, "full")
+    estimator: pk.Estimator = "analytic"
     loss: tuple[float, int] = pb.train_nll(policy, data, optimizer, 2)
-    pb.train_policy_gradient(policy, reward, data, optimizer, 2, loss=pb.PolicyGradient(1.0, "analytic"))
+    pb.train_policy_gradient(policy, reward, data, optimizer, 2, loss=pb.PolicyGradient(1.0, estimator))
     pb.train(
         policy, lambda policy, batch, seed: -policy.log_prob(*batch).mean(), pb.BatchStream(data, 5, 0), optimizer, 2
     )
+    rows = DataLoader(TensorDataset(*data), batch_size=5, shuffle=True)
+    pb.train(
+        policy, lambda policy, batch, seed: -policy.log_prob(*batch).mean(), pb.LoaderStream(rows, 0), optimizer, 2
+    )
+    pb.train_nll(policy, rows, optimizer, 2, autocast=torch.bfloat16, accumulation=2)
     pb.train_ensemble([policy], None, data, [optimizer], 2, loss=pb.NegativeLogLikelihood(1e-3))
     residual = data.target - policy(data.inputs)[0].detach()
     covariance = pb.residual_covariance(residual)
@@ -103,13 +113,88 @@ def rewards_learned() -> list[pb.OuterStep]:
     methods: list[pb.HypergradientMethod] = [
         pb.ImplicitCG(1e-2), pb.NormalCG(), pb.Neumann(), pb.FixedPoint(), pb.Dense(1e-2), pb.Identity(),
         pb.SingleLoop(0.1), pb.FiniteDifference(), pb.EvolutionStrategies(2, 0.1, 2, 0.1),
-        pb.Penalty(10.0, 2, 0.1),
+        pb.Penalty(10.0, 2, 0.1), pb.BOME(2, 0.1, 0.1),
     ]  # fmt: skip
     for method in methods:
         with contextlib.suppress(ValueError):
             learner = trainer(pb.MLPCategorical(3, 3, hidden=(4,)), pb.OneHotMahalanobisReward(3), labelled, method)
             history += learner.fit(1, lambda step: step.outer_loss < 0, patience=3)
     return history
+
+
+def hypergradients() -> list[Tensor]:
+    """Of the outer loss θ² at the minimum θ = φ = 2 of the inner one: 2φ = 4."""
+    theta, phi = torch.tensor([2.0], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+
+    def inner(theta: pb.hypergradients.Tensors, phi: pb.hypergradients.Tensors) -> Tensor:
+        return (theta[0] - phi[0]).square().sum() / 2
+
+    def outer(theta: pb.hypergradients.Tensors, phi: pb.hypergradients.Tensors) -> Tensor:
+        return theta[0].square().sum()
+
+    methods: list[pb.HypergradientMethod] = [
+        pb.ImplicitCG(preconditioner=pb.Nystrom(1)), pb.ImplicitCG(preconditioner=pb.Jacobi()),
+        pb.LinearSolver(lambda operator, right, **options: (right, 0)), pb.Identity(),
+        pb.Unrolled(2, 1.0), pb.Truncated(2, 1, 1.0), pb.Recompute(2, 1.0),
+    ]  # fmt: skip
+    problems: list[Any] = [
+        inner, pb.RootProblem(lambda theta, phi: (theta[0] - phi[0],), symmetric=True),
+        pb.Minibatches(lambda theta, phi, scale: scale * inner(theta, phi), [1.0, 1.0]),
+    ]  # fmt: skip
+    found: list[pb.Hypergradient] = [method(inner, outer, (theta,), (phi,)) for method in methods]
+    found += [pb.ImplicitCG()(problem, outer, (theta,), (phi,)) for problem in problems]
+    objective = pb.SampledObjective(
+        lambda theta: theta[0] * torch.eye(2)[:, :1], lambda phi: phi[0] * torch.eye(2)[:, :1], 1.0, advantage="none"
+    )
+    found += [pb.FisherCG()(objective, outer, (theta,), (phi,))]
+    methods += [pb.MomentMatching(), pb.Identity(inverse=pb.QuasiNewton(torch.optim.LBFGS([theta])))]
+    pb.HypergradientDisplay([0.1, 0.2], np.ones(2))
+    return [each.gradient[0].detach() for each in found]
+
+
+def modules() -> list[Tensor]:
+    """Policies and rewards that the others have not called."""
+    x, y, labels, one = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4) % 2, torch.nn.Linear(3, 2)
+    policies: list[pb.Policy] = [
+        pb.LinearFullGaussian(3, 2), pb.MLPFullGaussian(3, 2, hidden=(4,)), pb.MLPGaussian(3, 2, std="fixed"),
+        pb.GaussianPolicy(one, None, 2, std="bounded", log_std_bounds=(-3.0, 3.0)), pb.FullGaussianPolicy(one, 2),
+    ]  # fmt: skip
+    labelled: list[pb.Policy] = [pb.LinearCategorical(3, 2), pb.CategoricalPolicy(one)]
+    rewards: list[pb.SampledReward] = [
+        pb.MLPReward(2),
+        pb.ConditionalMLPReward(3, 2),
+        pb.CosineReward(2),
+        pb.EmbeddingMahalanobisReward(2, kind="full"),
+    ]
+    matrix: pb.MatrixReward = pb.MahalanobisReward(2, start=pb.PositivePrecision(2, "isotropic", 2.0)().detach())
+    table: pb.TabularReward = pb.TableReward(torch.eye(2))
+    pb.RewardDisplay(table.table().detach().numpy(), labels=["no", "yes"])
+    return [
+        *(policy.log_prob(x, y) for policy in policies), *(policy.log_prob(x, labels) for policy in labelled),
+        *(reward(y, y, x) for reward in rewards), matrix.precision(),
+    ]  # fmt: skip
+
+
+def watched(folder: Path) -> list[type[Exception]]:
+    """What a run tells of itself."""
+    with contextlib.suppress(pb.MissingDependencyError):
+        pb.TensorBoard(folder)
+    with contextlib.suppress(pb.MissingDependencyError):
+        pb.WeightsAndBiases(mode="disabled", dir=folder)
+    return [pb.HypergradientWarning, pb.NonFiniteError, pb.UsageError]
+
+
+def texts(folder: Path) -> list[Tensor]:
+    """The functions of `po_bilevel.language`."""
+    (folder / "pairs.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    pairs: lm.Pairs = lm.read_pairs(folder / "pairs.jsonl")
+    text: str = lm.read_text(folder / "pairs.jsonl")
+    tokenizer: lm.Tokenizer = lm.BytePairTokenizer.train([text], 300)
+    prompts: lm.Tokens = lm.prompt_tokens(tokenizer, pairs.prompts)
+    embedded = lm.NgramEmbedder()(["2", "3", "4", "5"])
+    rows = lm.residuals(embedded, torch.tensor([0, 0, 1, 1]))
+    best: lm.EmbeddingPrecision = lm.embedding_precision(rows, 0.1, "isotropic", reference=lm.marginal(embedded))
+    return [prompts.ids, lm.answer_tokens(tokenizer, ["2"]).ids, best.precision]
 
 
 def estimators() -> Any:

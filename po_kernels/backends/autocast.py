@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace its own function
+def available(kind: str) -> bool:
+    """Whether devices of this kind have autocast at all: meta tensors have none."""
+    return torch.amp.is_autocast_available(kind)
+
+
 def disabled(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast off on the device of x, if that has autocast at all: meta tensors have none."""
+    """Autocast off on the device of x, if that has it."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if available(kind) else nullcontext()

@@ -1,6 +1,7 @@
 """How a request reaches the kernels of the compiled extension: arguments by name, made from the table of ops."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -35,15 +36,21 @@ class Kernel(ABC):
     def __init__(self, op: Op) -> None:
         self.op = op
         names = (*op.Inputs._fields, *op.Constants._fields)
-        self.inputs = [
+        self.inputs: list[tuple[str, str, str, str]] = [
             (name, f"{name}_tangent", f"grad_{name}", f"{name}_stride" if op.axes[name].startswith("B") else "")
             for name in op.Inputs._fields
         ]
-        self.several = [(f"{name}_ndim", names.index(name)) for name in names if op.axes[name] == "*"]
-        self.constants = [(name, names.index(name)) for name in op.Constants._fields if name != "seed"]
-        self.sizes = [(SIZES[letter], names.index(name), axis) for letter, (name, axis) in op.places.items()]
-        self.draws = "seed" in names
-        self.base = lru_cache(maxsize=256)(self._base)
+        self.several: list[tuple[str, int]] = [
+            (f"{name}_ndim", names.index(name)) for name in names if op.axes[name] == "*"
+        ]
+        self.constants: list[tuple[str, int]] = [
+            (name, names.index(name)) for name in op.Constants._fields if name != "seed"
+        ]
+        self.sizes: list[tuple[str, int, int]] = [
+            (SIZES[letter], names.index(name), axis) for letter, (name, axis) in op.places.items()
+        ]
+        self.draws: bool = "seed" in names
+        self.base: Callable[[OpConfig], Arguments] = lru_cache(maxsize=256)(self._base)
 
     def _base(self, config: OpConfig) -> Arguments:
         chosen = {name: getattr(config, name) for name in self.op.options}

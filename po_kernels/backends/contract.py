@@ -85,6 +85,7 @@ class Request(NamedTuple):
 
 
 Kernel = Callable[[Request], Sequence[Tensor | None]]
+Definitions = dict[str, Callable[[Any, Any, OpConfig], Any]]  # of the reference: inputs, constants, options
 
 
 class Op:
@@ -124,24 +125,24 @@ class Op:
         reads_half: bool = False,
     ) -> None:
         self.name = name
-        self.count = len(inputs)
-        self.axes = {**inputs, **constants}
+        self.count: int = len(inputs)
+        self.axes: dict[str, str] = {**inputs, **constants}
         self.Inputs: Any = namedtuple("Inputs", tuple(inputs))  # type: ignore[misc]
         self.Constants: Any = namedtuple("Constants", tuple(constants))  # type: ignore[misc]
         self.value = value
-        self.is_loss = not value
+        self.is_loss: bool = not value
         self.estimators = estimators
-        self.closed_form = next((each for each in estimators if ESTIMATORS[each] == 0), None)
+        self.closed_form: str | None = next((each for each in estimators if ESTIMATORS[each] == 0), None)
         axes = [letters.find("B") if self.is_loss else -1 for letters in inputs.values()]
-        self.row_axis = tuple(None if axis < 0 else axis for axis in axes)
-        self.options = options
+        self.row_axis: tuple[int | None, ...] = tuple(None if axis < 0 else axis for axis in axes)
+        self.options: tuple[str, ...] = options
         if self.is_loss:
             self.options += ("estimator", "advantage", "rbf_gamma", "entropy_coef", "reduction", "num_samples")
         if "seed" in constants:
             self.options += ("num_samples", "row_offset")
         self.labels = labels
         self.leaves_out = leaves_out
-        self.knows = "known" in constants
+        self.knows: bool = "known" in constants
         self.differentiable = differentiable
         self.reads_half = reads_half
         # Where each size is read: an axis of a tensor, or the configuration.
@@ -306,7 +307,8 @@ class RefusedError(ValueError):
 
     def __init__(self, message: str, refusal: str, row: int) -> None:
         super().__init__(message)
-        self.refusal, self.row = refusal, row
+        self.refusal: str = refusal
+        self.row: int = row
 
 
 def refuse(op: str, refusal: str, row: int, **named: Any) -> NoReturn:

@@ -45,7 +45,7 @@ def floating(op: str, names: Sequence[str], *tensors: Tensor, reads_half: bool =
             _dense(op, name, tensor)
             if device != kind[1]:
                 raise ValueError(f"{op}: {name}: expected a tensor on {kind[1]} like {first}, got one on {device}")
-            if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+            if not dispatch.has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
                 raise TypeError(f"{op}: {name}: expected {kind[0]} like {first}, got {dtype}")
             mixed = True
     if mixed:

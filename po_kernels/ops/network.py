@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dispatch
 from . import _check, _modes
 from ._network import OP, Loss, Problem, room
-from ._types import Advantage, NetworkEstimator
+from ._types import Advantage, Estimator
 
 __all__ = [
     "Network", "NetworkResult", "NetworkSteps", "NetworkTask", "network_policy_loss", "network_policy_steps",
@@ -160,7 +160,7 @@ def _wrong(network: Network, inputs: Tensor, target: Tensor, reward: Tensor | No
 
 def network_policy_loss(
     network: Network, inputs: Tensor, target: Tensor, reward: Tensor | None, *, entropy_coef: float = 0.0,
-    estimator: NetworkEstimator | None = None, num_samples: int | None = None, advantage: Advantage = "loo",
+    estimator: Estimator | None = None, num_samples: int | None = None, advantage: Advantage = "loo",
     rbf_gamma: float | None = None, l2: float = 0.0, seed: int | Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The policy loss of a network's outputs, (), a mean over rows and observations, plus (l2/2) ‖parameters‖².
@@ -246,7 +246,7 @@ class NetworkResult(NamedTuple):
 
 def network_policy_steps(
     tasks: Sequence[NetworkTask], *, norms: bool = False, entropy_coef: float = 0.0,
-    estimator: NetworkEstimator | None = None, num_samples: int | None = None, advantage: Advantage = "loo",
+    estimator: Estimator | None = None, num_samples: int | None = None, advantage: Advantage = "loo",
     rbf_gamma: float | None = None, l2: float = 0.0,
 ) -> list[NetworkResult]:  # fmt: skip
     """Takes steps of optimisers under `network_policy_loss`, of one network or an ensemble, in one native call.

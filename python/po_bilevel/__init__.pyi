@@ -65,8 +65,9 @@ from .rewards import (
     one_hot_table,
 )
 from .steps import OuterStep
+from .streams import BatchStream, LoaderStream
 from .trainer import BilevelTrainer
-from .training import BatchStream, train, train_ensemble, train_nll, train_policy_gradient
+from .training import train, train_ensemble, train_nll, train_policy_gradient
 
 __version__: str
 
@@ -76,12 +77,13 @@ __all__ = [
     "Dense", "EmbeddingMahalanobisReward", "EvolutionStrategies", "FiniteDifference", "FisherCG", "FixedPoint",
     "FixedPointProblem", "FullGaussianPolicy", "GaussianPolicy", "Hypergradient", "HypergradientDisplay",
     "HypergradientMethod", "HypergradientWarning", "Identity", "ImplicitCG", "Jacobi", "LinearCategorical",
-    "LinearFullGaussian", "LinearGaussian", "LinearSolver", "MLPCategorical", "MLPFullGaussian", "MLPGaussian",
-    "MLPReward", "MahalanobisReward", "MatrixReward", "Minibatches", "MissingDependencyError", "MomentMatching",
-    "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG", "Nystrom", "OneHotMahalanobisReward",
-    "OuterStep", "Penalty", "Policy", "PolicyGradient", "PositivePrecision", "QuasiNewton", "Recompute", "Reward",
-    "RewardDisplay", "RootProblem", "SampledObjective", "SampledReward", "SingleLoop", "TableReward",
-    "TabularReward", "TensorBoard", "Truncated", "Unrolled", "UsageError", "WeightsAndBiases", "completion_credit",
-    "iterated_precision", "marginal_covariance", "one_hot_table", "optimal_precision", "residual_covariance",
-    "solve", "train", "train_ensemble", "train_nll", "train_policy_gradient",
+    "LinearFullGaussian", "LinearGaussian", "LinearSolver", "LoaderStream", "MLPCategorical", "MLPFullGaussian",
+    "MLPGaussian", "MLPReward", "MahalanobisReward", "MatrixReward", "Minibatches", "MissingDependencyError",
+    "MomentMatching", "NegativeLogLikelihood", "Neumann", "NonFiniteError", "NormalCG", "Nystrom",
+    "OneHotMahalanobisReward", "OuterStep", "Penalty", "Policy", "PolicyGradient", "PositivePrecision",
+    "QuasiNewton", "Recompute", "Reward", "RewardDisplay", "RootProblem", "SampledObjective", "SampledReward",
+    "SingleLoop", "TableReward", "TabularReward", "TensorBoard", "Truncated", "Unrolled", "UsageError",
+    "WeightsAndBiases", "completion_credit", "iterated_precision", "marginal_covariance", "one_hot_table",
+    "optimal_precision", "residual_covariance", "solve", "train", "train_ensemble", "train_nll",
+    "train_policy_gradient",
 ]  # fmt: skip

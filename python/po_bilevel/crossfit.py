@@ -52,8 +52,8 @@ class Stack(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("unit", torch.eye(sizes[-1], dtype=torch.float64))
         self._given: Tensor | None = None
-        self.weights = nn.ParameterList()
-        self.biases = nn.ParameterList()
+        self.weights: nn.ParameterList = nn.ParameterList()
+        self.biases: nn.ParameterList = nn.ParameterList()
         for width, out in pairwise(sizes):
             weight = torch.zeros(width, out, dtype=torch.float64)
             if len(sizes) > 2:
@@ -97,7 +97,7 @@ class LogStd(nn.Module):
 
     def __init__(self, members: int, dim: int) -> None:
         super().__init__()
-        self.value = nn.Parameter(torch.zeros(members, 1, dim, dtype=torch.float64))
+        self.value: nn.Parameter = nn.Parameter(torch.zeros(members, 1, dim, dtype=torch.float64))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.value.expand(-1, inputs.shape[0], -1)
@@ -108,8 +108,8 @@ class FullStack(FullGaussianPolicy):
 
     def __init__(self, mean_network: Stack, members: int, dim: int) -> None:
         super().__init__(mean_network, dim)
-        self.log_diagonal = nn.Parameter(torch.zeros(members, dim, dtype=torch.float64))
-        self.below_diagonal = nn.Parameter(torch.zeros(members, dim, dim, dtype=torch.float64))
+        self.log_diagonal: nn.Parameter = nn.Parameter(torch.zeros(members, dim, dtype=torch.float64))
+        self.below_diagonal: nn.Parameter = nn.Parameter(torch.zeros(members, dim, dim, dtype=torch.float64))
 
     def scale_tril(self) -> Tensor:
         """L, (M, D, D)."""

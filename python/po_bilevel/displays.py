@@ -28,11 +28,17 @@ class RewardDisplay:
         im_, lines_: what was drawn on them.
     """
 
+    ax_: Any
+    path_ax_: Any
+
     def __init__(
         self, reward: np.ndarray | None = None, labels: Sequence[Any] | None = None, path: np.ndarray | None = None,
         path_label: str = "reward",
     ) -> None:  # fmt: skip
-        self.reward, self.labels, self.path, self.path_label = reward, labels, path, path_label
+        self.reward: np.ndarray | None = reward
+        self.labels: Sequence[Any] | None = labels
+        self.path: np.ndarray | None = path
+        self.path_label: str = path_label
 
     @classmethod
     def from_estimator(cls, estimator: Any, *, ax: Any = None, **options: Any) -> "RewardDisplay":
@@ -88,15 +94,15 @@ class RewardDisplay:
         axes = _axes(ax, sum(wanted))
         places = iter(axes)
         self.ax_, self.path_ax_ = (next(places, None) if each else None for each in wanted)
-        self.figure_ = axes[0].figure
+        self.figure_: Any = axes[0].figure
         if self.ax_ is not None and self.reward is not None:
-            self.im_ = self.ax_.imshow(self.reward, **options)
+            self.im_: Any = self.ax_.imshow(self.reward, **options)
             self.figure_.colorbar(self.im_, ax=self.ax_)
             ticks = range(len(self.reward))
             named = [str(each) for each in (ticks if self.labels is None else self.labels)]
             self.ax_.set(xticks=ticks, yticks=ticks, xticklabels=named, yticklabels=named, title="learned reward")
         if self.path_ax_ is not None:
-            self.lines_ = self.path_ax_.plot(self.path)
+            self.lines_: Any = self.path_ax_.plot(self.path)
             self.path_ax_.set(xlabel="outer step", ylabel=self.path_label)
         return self
 
@@ -119,7 +125,8 @@ class HypergradientDisplay:
     """
 
     def __init__(self, residual: Sequence[float] | np.ndarray, curvature: Sequence[float] | np.ndarray) -> None:
-        self.residual, self.curvature = np.asarray(residual), np.asarray(curvature)
+        self.residual: np.ndarray = np.asarray(residual)
+        self.curvature: np.ndarray = np.asarray(curvature)
 
     @classmethod
     def from_history(cls, history: Sequence[OuterStep], *, ax: Any = None) -> "HypergradientDisplay":
@@ -139,8 +146,8 @@ class HypergradientDisplay:
         Args:
             ax: two of matplotlib's axes; None for a new figure.
         """
-        self.ax_ = _axes(ax, 2)
-        self.figure_ = self.ax_[0].figure
+        self.ax_: list[Any] = _axes(ax, 2)
+        self.figure_: Any = self.ax_[0].figure
         self.ax_[0].plot(self.residual, ".-")
         self.ax_[0].set(xlabel="outer step", ylabel="relative residual", yscale="log")
         self.ax_[1].plot(self.curvature, ".-")

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from numbers import Integral, Number
-from typing import Any, ClassVar, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -117,17 +117,18 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
     _likely: Policy
 
     def __init__(
-        self, reward: str = "auto", *, hidden_layer_sizes: int | Sequence[int] = (), l2: float | str = "auto",
-        folds: int = 5, reward_rows: int | None = 20_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
-        class_weight: dict[Any, float] | str | None = None, warm_start: bool = False, random_state: Any = None,
-        n_jobs: int | None = None, verbose: int = 0,
+        self, reward: PrecisionKind | Literal["auto", "table"] = "auto", *,
+        hidden_layer_sizes: int | Sequence[int] = (), l2: float | Literal["auto"] = "auto", folds: int = 5,
+        reward_rows: int | None = 20_000, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4,
+        class_weight: dict[Any, float] | Literal["balanced"] | None = None, warm_start: bool = False,
+        random_state: Any = None, n_jobs: int | None = None, verbose: int = 0,
     ) -> None:  # fmt: skip
         self.reward_rows = reward_rows
         self.class_weight = class_weight
         super().__init__(
-            reward, hidden_layer_sizes=hidden_layer_sizes, l2=l2, folds=folds, outer_steps=outer_steps,
-            max_iter=max_iter, tol=tol, warm_start=warm_start, random_state=random_state, n_jobs=n_jobs,
-            verbose=verbose,
+            cast(PrecisionKind, reward), hidden_layer_sizes=hidden_layer_sizes, l2=cast(float, l2), folds=folds,
+            outer_steps=outer_steps, max_iter=max_iter, tol=tol, warm_start=warm_start, random_state=random_state,
+            n_jobs=n_jobs, verbose=verbose,
         )  # fmt: skip
 
     def _check_target(self, y: Any) -> None:
@@ -217,15 +218,16 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         self._on_all(self._likely, rows).begin(self._l2()[0])
 
     def _publish(self) -> None:
-        self.l2_ = float(self._phi.l2())
-        self.reward_ = cast(TabularReward, self._phi.reward).table().numpy()
+        self.l2_: float = float(self._phi.l2())
+        self.reward_: np.ndarray = cast(TabularReward, self._phi.reward).table().numpy()
         if isinstance(self._phi.reward, OneHotMahalanobisReward):
-            self.precision_ = self._phi.reward.precision().numpy()
+            self.precision_: np.ndarray = self._phi.reward.precision().numpy()
         if not self._hidden():
             coefficients, intercept = self._linear()
             if len(intercept) == 2:
                 coefficients, intercept = np.diff(coefficients, axis=0), np.diff(intercept)
-            self.coef_, self.intercept_ = coefficients, intercept
+            self.coef_: np.ndarray = coefficients
+            self.intercept_: np.ndarray = intercept
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities of the classes, (N, C), in nats."""
@@ -263,7 +265,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         for tried in PENALTIES if learned else (l2,):
             policy.load_state_dict(start)
             loss, steps = networks.train(None, tried, OUTER_ENOUGH)
-            self.n_iter_ = max(self.n_iter_, steps)
+            self.n_iter_: int = max(self.n_iter_, steps)
             if loss < least:
                 least, l2, self._likely = loss, tried, copy.deepcopy(policy)
         phi = Learned(self._start(), l2, False)
@@ -285,7 +287,7 @@ class BilevelClassifier(ClassifierMixin, BilevelEstimator):
         else:
             self._warn_of_reward(f"its last step still gained more than {0.5 / total:.1e} nats a row")
         if self.outer_steps > 0:
-            self.outer_losses_ = losses
+            self.outer_losses_: list[float] = losses
         _, (self.belief_share_, self.likelihood_share_) = self._scores_and_shares(phi, policy, rows, inside)
         together, self._likely = self._likely, self._policy(1, rows.inputs.shape[1], len(self.classes_), 0)
         crossfit.spread(together, self._likely)
@@ -361,12 +363,12 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         if self.outer_steps > 0:
             self.outer_losses_ = [loss + float(np.log(unit.diagonal()).sum()) for loss in self.outer_losses_]
         u, inverse = cast(MatrixReward, self._phi.reward).precision().numpy(), np.linalg.inv(unit)
-        self.precision_ = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
+        self.precision_: np.ndarray = inverse.T @ u @ inverse if u.ndim == 2 else u * inverse.diagonal() ** 2
         if not self._hidden():
             coefficients, intercept = self._linear()
             coefficients, intercept = unit @ coefficients, self._output_scaler.mean_ + unit @ intercept
-            self.coef_ = coefficients[0] if self._one_output else coefficients
-            self.intercept_ = self._shaped(intercept)
+            self.coef_: np.ndarray = coefficients[0] if self._one_output else coefficients
+            self.intercept_: np.ndarray = self._shaped(intercept)
 
     def predict(self, X: Any, return_std: bool = False) -> Any:
         """The mean of y, (N,) or (N, D); with return_std also the standard deviations, of the same shape."""
@@ -442,7 +444,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
                 policy, here, inside, held_out=self._held_out, tol=self.tol, max_iter=self.max_iter
             )  # fmt: skip
             loss, steps = networks.train(phi.reward, self._l2()[0], OUTER_ENOUGH)
-            self.n_iter_ = max(self.n_iter_, steps)
+            self.n_iter_: int = max(self.n_iter_, steps)
             losses.append(loss + _log_volume(policy))
             with torch.no_grad():
                 # Each around the mean of the member that did not train on it.
@@ -457,7 +459,7 @@ class BilevelRegressor(MultiOutputMixin, RegressorMixin, BilevelEstimator):
         else:
             self._warn_of_reward(f"its last step still gained more than {0.5 / total:.1e} nats a row")
         if self.outer_steps > 0:
-            self.outer_losses_ = [loss - _log_volume(policy) for loss in losses]
+            self.outer_losses_: list[float] = [loss - _log_volume(policy) for loss in losses]
         return phi
 
     def _first_reward(self, folds: Members) -> nn.Module:

@@ -41,7 +41,7 @@ from .errors import UsageError
 from .hypergradients import Tensors
 from .members import Learned, Members
 from .policies import Policy
-from .rewards import TabularReward
+from .rewards import PrecisionKind, TabularReward
 from .threads import threads_for
 
 E = TypeVar("E", bound="BilevelEstimator")
@@ -77,12 +77,13 @@ class BilevelEstimator(BaseEstimator, ABC):
     _target_options: ClassVar[dict[str, Any]] = {}
     policy_: Policy
     outer_losses_: list[float]
+    n_iter_: int
     _phi: Learned
     _model: dict[str, Any]
     _scaler: StandardScaler
 
     def __init__(
-        self, reward: str = "diagonal", *, hidden_layer_sizes: int | Sequence[int] = (), l2: float | str = 1.0,
+        self, reward: PrecisionKind = "diagonal", *, hidden_layer_sizes: int | Sequence[int] = (), l2: float = 1.0,
         folds: int = 5, outer_steps: int = 30, max_iter: int = 500, tol: float = 1e-4, warm_start: bool = False,
         random_state: Any = None, n_jobs: int | None = None, verbose: int = 0,
     ) -> None:  # fmt: skip

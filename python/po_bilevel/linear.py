@@ -81,7 +81,8 @@ class Softmax(Members):
         # Products in excess of few since the preconditioner was made; it costs as much as `_worth` of them.
         self._excess, self._worth = 0, classes * features / (2.0 * members)
         self._adjoint = np.zeros_like(self._theta)
-        self.products = self.factorisations = 0
+        self.products: int = 0
+        self.factorisations: int = 0
         self.keep()
 
     def begin(self, l2: float) -> None:

@@ -54,14 +54,14 @@ class Batch(NamedTuple):
                 raise ValueError(f"{name}: expected finite numbers, got {value} at {field}{place}")
         return self
 
-    def check_for(self, policy: Policy, name: str) -> None:
-        """Refuses inputs of another type or size than a policy of linear layers takes.
+    def check_for(self, policy: Policy, name: str, *, autocast: bool = False) -> None:
+        """Refuses inputs of another type or size than a policy of linear layers takes, with or without autocast.
 
         Raises:
             ValueError: they are: names the argument `name`, and what to do.
         """
         network = policy.fused_network()
-        if network is None or torch.is_autocast_enabled(self.inputs.device.type):
+        if network is None:
             return
         weight = network.layers[0][0]
         if self.inputs.shape[-1] != weight.shape[1]:
@@ -69,7 +69,10 @@ class Batch(NamedTuple):
                 f"{name}: expected inputs of the policy's {weight.shape[1]} features, got shape "
                 f"{tuple(self.inputs.shape)}"
             )
-        if self.inputs.dtype != weight.dtype:
+        types = {self.inputs.dtype, weight.dtype}
+        # Autocast leaves double precision alone.
+        cast = autocast or torch.is_autocast_enabled(self.inputs.device.type)
+        if len(types) > 1 and not (cast and torch.float64 not in types):
             raise ValueError(
                 f"{name}: expected inputs of {weight.dtype} as the policy has, got {self.inputs.dtype}; give "
                 f"x.to({weight.dtype}), and y likewise, or policy.to({self.inputs.dtype})"
@@ -163,7 +166,7 @@ class PolicyGradient:
     """
 
     entropy_coef: float = 1.0
-    estimator: str | None = None
+    estimator: pk.Estimator | None = None
     num_samples: int | None = None
     advantage: pk.Advantage = "loo"
     l2: float = 0.0
@@ -242,4 +245,5 @@ def penalized(loss: Tensor, policy: nn.Module, l2: float) -> Tensor:
         return loss
     # One vector: many small parameters would cost more in calls than in arithmetic.
     vector = torch.cat([p.reshape(-1) for p in policy.parameters()])
-    return loss + 0.5 * l2 * (vector @ vector)
+    # Not as a product, which autocast would compute in few digits.
+    return loss + 0.5 * l2 * vector.square().sum()

@@ -41,7 +41,7 @@ class Together:
     """
 
     def __init__(self, name: str, optimizers: Sequence[Optimizer]) -> None:
-        self.each = tuple(optimizers)
+        self.each: tuple[Optimizer, ...] = tuple(optimizers)
         held = [id(p) for group in self.param_groups for p in group["params"]]
         if len(set(held)) < len(held):
             raise ValueError(f"{name}: expected optimisers of different parameters, got some that share one")

@@ -11,7 +11,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .errors import NonFiniteError
 from .losses import Batch
-from .processes import Processes
+from .processes import Processes, forms
 
 # A scale of the loss so small that gradients in float16 must have been infinite whatever it was.
 LEAST_SCALE = 2.0**-24
@@ -48,9 +48,13 @@ class Passes:
     ) -> None:  # fmt: skip
         if autocast not in (None, torch.float16, torch.bfloat16):
             raise ValueError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
-        if accumulation < 1 or accumulation != int(accumulation):
+        if not hasattr(accumulation, "__index__") or accumulation < 1:
             raise ValueError(f"accumulation: expected an integer of at least 1, got {accumulation}")
-        self.processes, self.autocast, self.accumulation = processes, autocast, accumulation
+        if scaler is not None and autocast is not torch.float16:
+            raise ValueError(f"scaler: expected None without autocast=torch.float16, got {type(scaler).__name__}")
+        self.processes = processes
+        self.autocast = autocast
+        self.accumulation = accumulation
         self.scaler = scaler
         if autocast is torch.float16 and scaler is None:
             self.scaler = GradScaler(device.type)
@@ -70,30 +74,36 @@ class Passes:
         if self.scaler is not None and isinstance(optimizer, LBFGS):
             raise ValueError("autocast: expected torch.bfloat16 or None with LBFGS, got torch.float16")
 
-    def shares(self, batch: Batch, seed: int) -> list[Share]:
-        """This process's of a batch, each to be one pass."""
-        if self.processes.number * self.accumulation == 1:
-            return [Share(batch, seed, 1.0)]
-        rows, number = len(batch.inputs), self.processes.number * self.accumulation
+    def shares(self, batch: Batch, seed: int, *, own: bool = False) -> list[Share]:
+        """This process's of a batch, each to be one pass; own where each process has a batch of its own."""
+        rows, first = len(batch.inputs), self.processes.rank * self.accumulation
+        number = self.accumulation if own else self.processes.number * self.accumulation
+        if number == 1:
+            return [Share(batch, seed + first, 1.0)]
         result = []
-        for index in range(self.processes.rank * self.accumulation, (self.processes.rank + 1) * self.accumulation):
-            start, stop = index * rows // number, (index + 1) * rows // number
+        for index in range(self.accumulation):
+            place = index if own else first + index
+            start, stop = place * rows // number, (place + 1) * rows // number
             # A share without rows has one, of no weight: all processes take as many passes.
-            place = torch.arange(start, max(stop, start + 1), device=batch.inputs.device)
-            result.append(Share(batch.rows(place), seed + index, (stop - start) * number / rows))
+            taken = torch.arange(start, max(stop, start + 1), device=batch.inputs.device)
+            result.append(Share(batch.rows(taken), seed + first + index, (stop - start) * number / rows))
         return result
 
     def gradient(
-        self, loss: Callable[[Batch, int], Tensor], batch: Batch, seed: int, parameters: list[Tensor]
-    ) -> Tensor:
+        self, loss: Callable[[Batch, int], Tensor], batch: Batch, seed: int, parameters: list[Tensor], *,
+        own: bool = False,
+    ) -> Tensor:  # fmt: skip
         """Sets the parameters' gradients, scaled where there is a scaler; returns the loss.
 
         Raises:
             ValueError: a loss that is no scalar.
         """
         values = []
-        for share in self.shares(batch, seed):
+        for share in self.shares(batch, seed, own=own):
             kind = batch.inputs.device.type
+            if self.autocast is not None or torch.is_autocast_enabled(kind):
+                # Within another one around the loop it knows nothing of parameters that were changed in place since.
+                torch.clear_autocast_cache()
             with contextlib.nullcontext() if self.autocast is None else torch.autocast(kind, self.autocast):
                 value = loss(share.batch, share.seed)
             if value.ndim != 0:
@@ -105,28 +115,27 @@ class Passes:
         total = values[0] if len(values) == 1 else torch.stack(values).sum()
         if self.processes.number == 1:
             return total
-        *gradients, average = self.processes.averages([*(p.grad for p in parameters), total])
+        *gradients, average = self.processes.averages(
+            [*(p.grad for p in parameters), total], forms([*parameters, total])
+        )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         return cast(Tensor, average)
 
-    def step(self, optimizer: Optimizer, closure: Callable[[], Tensor]) -> Any:
-        """A step of the optimiser on the gradient that the closure sets; returns the loss.
+    def step(self, optimizer: Optimizer, closure: Callable[[], Tensor]) -> tuple[Any, bool]:
+        """A step of the optimiser on the gradient that the closure sets; the loss, and whether the step was taken.
 
         With a scaler a step whose gradient is infinite is left out, and the next one has a smaller scale.
-        """
-        if self.scaler is None:
-            return optimizer.step(closure)  # type: ignore[arg-type]
-        loss = closure()
-        self.scaler.step(optimizer)
-        self.scaler.update()
-        return loss
-
-    def check_scale(self) -> None:
-        """Refuses a scale at which nothing is left of a gradient.
 
         Raises:
-            NonFiniteError: gradients have been infinite at any scale.
+            NonFiniteError: the scale is so small that gradients must have been infinite at any.
         """
-        if self.scaler is not None and self.scaler.get_scale() < LEAST_SCALE:
+        if self.scaler is None:
+            return optimizer.step(closure), True  # type: ignore[arg-type]
+        loss, before = closure(), self.scaler.get_scale()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        scale = self.scaler.get_scale()
+        if scale < LEAST_SCALE:
             raise NonFiniteError("gradients in float16 are not finite, however small the loss is scaled")
+        return loss, scale >= before

@@ -160,7 +160,7 @@ class GaussianPolicy(_Gaussian):
         self.mean_network = mean_network
         self.log_std_network = log_std_network
         self.std = std
-        self.log_std_bounds = (low, high) if std == "bounded" else None
+        self.log_std_bounds: tuple[float, float] | None = (low, high) if std == "bounded" else None
         start = initial_log_std
         if std == "bounded":
             start = float(torch.logit(torch.tensor((initial_log_std - low) / (high - low), dtype=torch.float64)))
@@ -168,7 +168,7 @@ class GaussianPolicy(_Gaussian):
         if std == "fixed":
             self.register_buffer("log_std", torch.full((dim,), start))
         elif log_std_network is None:
-            self.log_std = nn.Parameter(torch.full((dim,), start))
+            self.log_std: nn.Parameter = nn.Parameter(torch.full((dim,), start))
 
     def extra_repr(self) -> str:
         return f"std={self.std!r}" + (f", log_std_bounds={self.log_std_bounds}" if self.log_std_bounds else "")
@@ -261,8 +261,8 @@ class FullGaussianPolicy(_Gaussian):
     def __init__(self, mean_network: nn.Module, dim: int) -> None:
         super().__init__()
         self.mean_network = mean_network
-        self.log_diagonal = nn.Parameter(torch.full((dim,), INITIAL_LOG_STD))
-        self.below_diagonal = nn.Parameter(torch.zeros(dim, dim))
+        self.log_diagonal: nn.Parameter = nn.Parameter(torch.full((dim,), INITIAL_LOG_STD))
+        self.below_diagonal: nn.Parameter = nn.Parameter(torch.zeros(dim, dim))
 
     def scale_tril(self) -> Tensor:
         """L, (D, D)."""

@@ -1,5 +1,6 @@
 """Processes that train one policy together, by `torch.nn.parallel.DistributedDataParallel`."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -7,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
-Optional = Tensor | None
+Maybe = Tensor | None
+Form = tuple[torch.Size, torch.dtype, torch.device]
 
 
 class Processes(NamedTuple):
@@ -34,7 +36,7 @@ class Processes(NamedTuple):
             return cls()
         group = policy.process_group
         rank, number = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
-        return cls(rank, number, group, next(policy.parameters()).device)
+        return cls(rank, number, group, device_of(policy))
 
     def average(self, x: Tensor) -> Tensor:
         """Of a tensor over the processes."""
@@ -44,21 +46,36 @@ class Processes(NamedTuple):
         torch.distributed.all_reduce(total, group=self.group)
         return (total / self.number).to(x.device)
 
-    def averages(self, tensors: Sequence[Optional]) -> list[Optional]:
-        """Of tensors over the processes, all at once; None where all of them have None."""
-        some = [x for x in tensors if x is not None]
-        if self.number == 1 or not some:
+    def averages(self, tensors: Sequence[Maybe], like: Sequence[Form]) -> list[Maybe]:
+        """Of tensors of these forms over the processes, by one exchange; None where all of them have None."""
+        if self.number == 1 or not tensors:
             return list(tensors)
-        parts = iter(self.average(torch.cat([x.reshape(-1) for x in some])).split([x.numel() for x in some]))
-        return [None if x is None else next(parts).view_as(x).to(x.dtype) for x in tensors]
+        there = torch.tensor([float(x is not None) for x in tensors], device=self.device)
+        parts = [
+            torch.zeros(shape.numel(), dtype=dtype, device=device) if x is None else x.to_dense().reshape(-1)
+            for x, (shape, dtype, device) in zip(tensors, like, strict=True)
+        ]
+        *found, some = self.average(torch.cat([*(x.to(self.device) for x in parts), there])).split(
+            [*(x.numel() for x in parts), len(tensors)]
+        )
+        return [
+            x.view(shape).to(device, dtype) if any_of_them else None
+            for x, any_of_them, (shape, dtype, device) in zip(found, some.tolist(), like, strict=True)
+        ]
 
-    def together(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def shared(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The tensors, whose derivatives of any order are averages over processes: one exchange for all of them."""
-        return tensors if self.number == 1 else cast(tuple[Tensor, ...], _Together.apply(self.averages, *tensors))
+        if self.number == 1:
+            return tensors
+        averages = functools.partial(self.averages, like=forms(tensors))
+        return cast(tuple[Tensor, ...], _Shared.apply(averages, *tensors))
 
-    def mean(self, loss: Tensor) -> Tensor:
-        """Of a loss over the processes; its derivatives are this process's, as `together` expects them."""
-        return loss if self.number == 1 else cast(tuple[Tensor], _Averaged.apply(self.averages, loss))[0]
+    def mean_loss(self, loss: Tensor) -> Tensor:
+        """Of a loss over the processes; its derivatives are this process's, as `shared` expects them."""
+        if self.number == 1:
+            return loss
+        averages = functools.partial(self.averages, like=forms([loss]))
+        return cast(tuple[Tensor], _Averaged.apply(averages, loss))[0]
 
     def equal(self, module: nn.Module, *, parameters: bool = True) -> None:
         """Gives all processes the first one's parameters and buffers of a module."""
@@ -75,6 +92,10 @@ class Processes(NamedTuple):
         found: list[Any] = [None] * self.number
         torch.distributed.all_gather_object(found, value, group=self.group)
         return found
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in one of them."""
+        return here if self.number == 1 else True in self.gather(here)
 
     def check(self, name: str, count: int) -> None:
         """Refuses a number that cannot be shared out evenly."""
@@ -95,24 +116,34 @@ def unwrapped(policy: nn.Module, kind: type[T]) -> T:
     """
     found = policy.module if isinstance(policy, nn.parallel.DistributedDataParallel) else policy
     if not isinstance(found, kind):
-        raise TypeError(f"policy: expected a {kind.__name__}, got {type(found).__name__}")
+        hint = "; compile a policy in place, by its compile()" if hasattr(found, "_orig_mod") else ""
+        raise TypeError(f"policy: expected a {kind.__name__}, got {type(found).__name__}{hint}")
     return found
 
 
-Averages = Callable[[Sequence[Optional]], list[Optional]]
+def device_of(module: nn.Module) -> torch.device:
+    """Of its parameters."""
+    return next(module.parameters()).device
 
 
-class _Together(torch.autograd.Function):
+def forms(tensors: Sequence[Tensor]) -> list[Form]:
+    return [(x.shape, x.dtype, x.device) for x in tensors]
+
+
+Averages = Callable[[Sequence[Maybe]], list[Maybe]]
+
+
+class _Shared(torch.autograd.Function):
     """Identity, with averages as its derivative."""
 
     @staticmethod
-    def forward(ctx: Any, averages: Averages, *tensors: Optional) -> tuple[Optional, ...]:
+    def forward(ctx: Any, averages: Averages, *tensors: Maybe) -> tuple[Maybe, ...]:
         ctx.averages = averages
         ctx.set_materialize_grads(False)
         return tuple(None if x is None else x.view_as(x) for x in tensors)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Optional) -> Any:
+    def backward(ctx: Any, *gradients: Maybe) -> Any:
         return None, *cast(Any, _Averaged.apply(ctx.averages, *gradients))
 
 
@@ -120,11 +151,13 @@ class _Averaged(torch.autograd.Function):
     """Averages, with identity as their derivative: what is done with an average, all processes do."""
 
     @staticmethod
-    def forward(ctx: Any, averages: Averages, *tensors: Optional) -> tuple[Optional, ...]:
+    def forward(ctx: Any, averages: Averages, *tensors: Maybe) -> tuple[Maybe, ...]:
         ctx.averages = averages
+        ctx.there = [x is not None for x in tensors]
         ctx.set_materialize_grads(False)
         return tuple(averages(tensors))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Optional) -> Any:
-        return None, *cast(Any, _Together.apply(ctx.averages, *gradients))
+    def backward(ctx: Any, *gradients: Maybe) -> Any:
+        own = [g if there else None for g, there in zip(gradients, ctx.there, strict=True)]
+        return None, *cast(Any, _Shared.apply(ctx.averages, *own))

@@ -79,8 +79,8 @@ class Resumable(ABC, Generic[Step]):
 
         Args:
             outer_steps: the most to take; with `resume` it counts those before, too.
-            callback: called after each, one or several; True from one of them stops. See `callbacks` for TensorBoard
-                and Weights & Biases.
+            callback: called after each, one or several; True from one of them, in any process, stops. See `callbacks`
+                for TensorBoard and Weights & Biases.
             patience: stop after so many steps in a row whose outer loss did not fall below the least before; None for
                 never.
             min_delta: by how much it has to fall below that to count.
@@ -105,7 +105,7 @@ class Resumable(ABC, Generic[Step]):
         waiting = training.Patience(patience, min_delta)
         if resume is not None:
             path = Path(resume)
-            if path.exists() or path != self._checkpoint:
+            if self._processes.gather(path.exists())[0] or path != self._checkpoint:
                 self.resume(path)
             outer_steps = max(0, outer_steps - len(self.history))
             if True in [waiting.over(step.outer_loss) for step in self.history]:
@@ -128,7 +128,7 @@ class Resumable(ABC, Generic[Step]):
                 bar.set_postfix_str(_summary(done), refresh=False)
                 bar.update()
                 asked = [each(done) is True for each in callbacks]
-                stopped = waiting.over(done.outer_loss) or True in asked
+                stopped = self._processes.any(waiting.over(done.outer_loss) or True in asked)
                 last = stopped or index == outer_steps - 1
                 if self._checkpoint is not None and (last or len(self.history) % self._checkpoint_every == 0):
                     self.save(self._checkpoint)
@@ -150,15 +150,24 @@ class Resumable(ABC, Generic[Step]):
         Raises:
             OSError: the folder cannot be written to, or is full; a checkpoint that was there is as it was.
         """
-        path, whole = Path(path), self._whole()
+        path, whole, configuration = Path(path), self._whole(), self._compared
+        problem: OSError | None = None
         if self._processes.rank == 0:
-            if self._log is None or self._log.checkpoint != path:
-                self._log = checkpoints.History(path)
-            self._log.add(self.history)
-            checkpoints.save(path, whole | {"history": self._log.mark}, self._compared)
-            self._log.sweep()
-        self._processes.gather(None)  # none goes on before the file is there
+            try:
+                self._write(path, whole, configuration)
+            except OSError as error:
+                problem = error
+        # None goes on before the file is there.
+        if (problem := self._processes.gather(problem)[0]) is not None:
+            raise problem
         self._good = f"{path}, after {len(self.history)} outer steps"
+
+    def _write(self, path: Path, whole: dict[str, Any], configuration: dict[str, str]) -> None:
+        if self._log is None or self._log.checkpoint != path:
+            self._log = checkpoints.History(path)
+        self._log.add(self.history)
+        checkpoints.save(path, whole | {"history": self._log.mark}, configuration)
+        self._log.sweep()
 
     def resume(self, path: Path) -> list[Step]:
         """Goes on from a checkpoint of a trainer that was made with the same arguments, to the bit.
@@ -196,8 +205,9 @@ class Resumable(ABC, Generic[Step]):
 
     @property
     def _compared(self) -> dict[str, str]:
+        """The first process's configuration: others may have data of their own."""
         number = self._processes.number
-        return self._configuration | ({"processes": str(number)} if number > 1 else {})
+        return self._processes.gather(self._configuration)[0] | ({"processes": str(number)} if number > 1 else {})
 
     def _whole(self) -> dict[str, Any]:
         return self._state() | {"random": self._processes.gather(checkpoints.random_state())}

@@ -62,7 +62,7 @@ class PositivePrecision(nn.Module):
         if tuple(u.shape) not in shapes[kind]:
             expected = " or ".join(map(str, shapes[kind]))
             raise ValueError(f"precision: expected shape {expected} for kind={kind!r}, got {tuple(u.shape)}")
-        self.raw = nn.Parameter(self._invert(u))
+        self.raw: nn.Parameter = nn.Parameter(self._invert(u))
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, kind={self.kind!r}"
@@ -208,7 +208,7 @@ class MLPReward(SampledReward):
 
     def __init__(self, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        self.network = mlp(2 * dim, hidden, 1)
+        self.network: nn.Sequential = mlp(2 * dim, hidden, 1)
 
     def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
         """See `SampledReward.forward`; inputs are not used."""
@@ -233,7 +233,7 @@ class ConditionalMLPReward(SampledReward):
 
     def __init__(self, in_features: int, dim: int, *, hidden: Sequence[int] = (64, 64)) -> None:
         super().__init__()
-        self.network = mlp(in_features + 2 * dim, hidden, 1)
+        self.network: nn.Sequential = mlp(in_features + 2 * dim, hidden, 1)
 
     def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
         """See `SampledReward.forward`."""
@@ -256,7 +256,7 @@ class CosineReward(SampledReward):
 
     def __init__(self, dim: int, *, embedding: int = 16, hidden: Sequence[int] = (64,)) -> None:
         super().__init__()
-        self.network = mlp(dim, hidden, embedding)
+        self.network: nn.Sequential = mlp(dim, hidden, embedding)
 
     def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
         """See `SampledReward.forward`; inputs are not used."""
@@ -282,8 +282,8 @@ class EmbeddingMahalanobisReward(SampledReward):
         self, dim: int, *, embedding: int = 16, hidden: Sequence[int] = (64,), kind: PrecisionKind = "diagonal"
     ) -> None:
         super().__init__()
-        self.network = mlp(dim, hidden, embedding)
-        self.distance = MahalanobisReward(embedding, kind)
+        self.network: nn.Sequential = mlp(dim, hidden, embedding)
+        self.distance: MahalanobisReward = MahalanobisReward(embedding, kind)
 
     def forward(self, answer: Tensor, target: Tensor, inputs: Tensor) -> Tensor:
         """See `SampledReward.forward`; inputs are not used."""
@@ -305,7 +305,7 @@ class MahalanobisReward(MatrixReward):
 
     def __init__(self, dim: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
         super().__init__()
-        self.matrix = PositivePrecision(dim, kind, start)
+        self.matrix: PositivePrecision = PositivePrecision(dim, kind, start)
 
     def precision(self) -> Tensor:
         """U: () isotropic, (D,) diagonal, (D, D) full."""
@@ -331,7 +331,7 @@ class OneHotMahalanobisReward(TabularReward):
 
     def __init__(self, num_classes: int, kind: PrecisionKind = "diagonal", start: Tensor | float | None = None) -> None:
         super().__init__()
-        self.matrix = PositivePrecision(num_classes, kind, start)
+        self.matrix: PositivePrecision = PositivePrecision(num_classes, kind, start)
 
     def precision(self) -> Tensor:
         """U over the one-hot dimensions: () isotropic, (C,) diagonal, (C, C) full."""
@@ -367,7 +367,7 @@ class TableReward(TabularReward):
             raise TypeError(f"table: expected a floating tensor, got {getattr(table, 'dtype', type(table).__name__)}")
         if table.ndim != 2 or table.shape[0] != table.shape[1]:
             raise ValueError(f"table: expected shape (C, C), got {tuple(table.shape)}")
-        self.values = nn.Parameter(table.detach().clone())
+        self.values: nn.Parameter = nn.Parameter(table.detach().clone())
 
     def table(self) -> Tensor:
         """R, (C, C)."""

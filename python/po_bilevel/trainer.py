@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from . import training
 from .errors import NonFiniteError
@@ -20,13 +21,14 @@ from .objectives import sampled_objective
 from .optimizers import Together
 from .passes import Passes, Share
 from .policies import Policy
-from .processes import Processes, unwrapped
+from .processes import Processes, device_of, unwrapped
 from .resumable import Resumable, check_learned, described, learned_names, named, update_reward
 from .rewards import MahalanobisReward, OneHotMahalanobisReward, TableReward
 from .steps import OuterStep
+from .streams import BatchStream, stream_of
 from .substitution import Substitution, evaluating
 from .threads import threads_for
-from .training import BatchStream, InnerLoss, train, under
+from .training import InnerLoss, train, under
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -41,7 +43,7 @@ class BilevelTrainer(Resumable[OuterStep]):
     outer optimiser update the reward. The outer optimiser and the linear solve's start are kept across steps.
 
     The outer loss sees the policy in evaluation mode, the inner loss in the mode that it is in. Buffers, such as the
-    statistics of BatchNorm, take in the rows of the inner loss, as often as the policy takes a step.
+    statistics of BatchNorm, take in the rows of the inner loss, each time that some pass in a step.
 
     Where a pass has fewer than 10⁷ multiplications, rows times parameters, PyTorch has one thread within a step.
 
@@ -50,9 +52,11 @@ class BilevelTrainer(Resumable[OuterStep]):
             processes, which share the rows of the batches of both losses out among them, draw samples of their own, and
             exchange averages: once a step, and once a product with the Hessian for each batch of it.
         reward: r_φ, trained in place: those of its parameters that require grad.
-        inner_data: rows of the inner loss.
-        outer_data: rows of the outer loss. Rows that the inner loss does not see keep a policy that can memorise
-            its data from passing for a sharp reward.
+        inner_data: rows of the inner loss; or a `DataLoader` that gives (inputs, target), of which each step and each
+            hypergradient takes the next batches, moved to the policy's device. Of several processes each has a loader
+            of its own rows, as with `DistributedSampler`.
+        outer_data: rows of the outer loss; or a loader, of which each outer step takes the next batch. Rows that the
+            inner loss does not see keep a policy that can memorise its data from passing for a sharp reward.
         inner_optimizer: makes the policy's optimiser from its parameters.
         outer_optimizer: of the reward's parameters that require grad; one that takes a gradient at a time, not LBFGS. A
             sequence of them is for groups of φ with optimisers of their own.
@@ -79,8 +83,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         accumulation: parts that a process splits a batch of either loss into, one after another, which saves memory; a
             hypergradient averages its products over them, as over `product_batches`. Methods that unroll, or take
             samples, have all of them at once.
-        compile: compile the policy, as its `compile()` does, for the inner steps. Hypergradients run what is compiled
-            eagerly, for torch has no second derivative of it; nor does it matter where native calls take the steps.
+        compile: compile the policy for the inner steps, as its `compile()` does, and leave it so. Hypergradients run
+            what is compiled eagerly, for torch has no second derivative of it; native calls take their steps anyway.
         seed: of batches and samples.
         checkpoint: file that `fit` writes, in a folder that exists, for `resume`; None for none. Whole or as it was
             before, never in between. The history is beside it, in a file of that name and eight characters and
@@ -97,7 +101,8 @@ class BilevelTrainer(Resumable[OuterStep]):
     """
 
     def __init__(
-        self, policy: nn.Module, reward: nn.Module, *, inner_data: Batch, outer_data: Batch,
+        self, policy: nn.Module, reward: nn.Module, *, inner_data: Batch | DataLoader[Any],
+        outer_data: Batch | DataLoader[Any],
         inner_optimizer: OptimizerFactory, outer_optimizer: Optimizer | Sequence[Optimizer], inner_steps: int,
         inner_loss: InnerLoss | None = None, outer_loss: OuterLoss | None = None,
         hypergradient: HypergradientMethod | None = None, inner_tolerance: float = 0.0, patience: int | None = None,
@@ -110,8 +115,9 @@ class BilevelTrainer(Resumable[OuterStep]):
     ) -> None:  # fmt: skip
         training.check_loop(inner_steps, inner_tolerance, patience, min_delta, max_grad_norm, prefix="inner_")
         training.check_norm("max_outer_grad_norm", max_outer_grad_norm)
-        self._parallel, self.policy, self.reward = policy, unwrapped(policy, Policy), reward  # type: ignore[type-abstract]
-        self._processes = Processes.of(policy)
+        self.policy: Policy = unwrapped(policy, Policy)  # type: ignore[type-abstract]
+        self.reward = reward
+        self._parallel, self._processes = policy, Processes.of(policy)
         if isinstance(outer_optimizer, Sequence):
             self._outer_optimizer: Optimizer | Together = Together("outer_optimizer", outer_optimizer)
         else:
@@ -119,24 +125,19 @@ class BilevelTrainer(Resumable[OuterStep]):
         self._phi = learned_names(reward)
         self._theta = [name for name, p in self.policy.named_parameters() if p.requires_grad]
         check_learned(self.policy, reward, self._outer_optimizer)
-        for name, data in (("inner_data", inner_data), ("outer_data", outer_data)):
-            if not isinstance(data, Batch):
-                raise TypeError(f"{name}: expected a Batch of inputs and targets, got {type(data).__name__}")
-            data.check(name)
-            if autocast is None:
-                data.check_for(self.policy, name)
         if not callable(inner_optimizer):
             raise TypeError(
                 "inner_optimizer: expected a function that makes an optimiser of parameters, such as lambda p: "
                 f"torch.optim.Adam(p), got {type(inner_optimizer).__name__}"
             )
-        self._passes = Passes(self._processes, inner_data.inputs.device, autocast, accumulation)
-        self._stream = BatchStream(inner_data, batch_size, seed)
+        device = device_of(self.policy)
+        self._stream = stream_of("inner_data", inner_data, batch_size, seed, device)
+        self._outer_stream = stream_of("outer_data", outer_data, outer_batch_size, seed + 1, device)
+        self._stream.data.check_for(self.policy, "inner_data")
+        self._outer_stream.data.check_for(self.policy, "outer_data")
+        self._passes = Passes(self._processes, device, autocast, accumulation)
         training.check_count("product_batches", product_batches, 1)
         self._product_batches = product_batches
-        self._inner_data = inner_data
-        self._outer_data = outer_data
-        self._outer_stream = None if outer_batch_size is None else BatchStream(outer_data, outer_batch_size, seed + 1)
         self._inner_optimizer = inner_optimizer
         self._inner_steps = inner_steps
         self._inner_loss: InnerLoss = PolicyGradient() if inner_loss is None else inner_loss
@@ -164,6 +165,14 @@ class BilevelTrainer(Resumable[OuterStep]):
             self.policy.compile()
         # As `DistributedDataParallel` has made the policy.
         self._processes.equal(reward)
+        for name, stream in (("inner_data", self._stream), ("outer_data", self._outer_stream)):
+            if self._processes.number > 1 and not stream.own:
+                found = self._processes.gather(str(described(rows=stream.source)))
+                if len(set(found)) > 1:
+                    raise ValueError(
+                        f"{name}: expected the same rows in each process, which share them out, got others; a "
+                        "DataLoader in each gives rows of its own"
+                    )
         # Before they take a step.
         self._start = described(
             outer_optimizer=self._outer_optimizer, outer_scheduler=outer_scheduler, inner_loss=self._inner_loss,
@@ -188,7 +197,7 @@ class BilevelTrainer(Resumable[OuterStep]):
             "outer_scheduler": None if self._outer_scheduler is None else self._outer_scheduler.state_dict(),
             "stream": self._stream.state(),
             "solution": self._solution,
-            "outer_stream": None if self._outer_stream is None else self._outer_stream.state(),
+            "outer_stream": self._outer_stream.state(),
             "scaler": None if self._passes.scaler is None else self._passes.scaler.state_dict(),
         }
 
@@ -206,8 +215,7 @@ class BilevelTrainer(Resumable[OuterStep]):
             self._passes.scaler.load_state_dict(state["scaler"])
         self._stream.restore(state["stream"])
         self._solution = state["solution"]
-        if self._outer_stream is not None:
-            self._outer_stream.restore(state["outer_stream"])
+        self._outer_stream.restore(state["outer_stream"])
 
     @functools.cached_property
     def _configuration(self) -> dict[str, str]:
@@ -215,7 +223,7 @@ class BilevelTrainer(Resumable[OuterStep]):
         inner = self._new_optimizer()
         return self._start | described(**{
             "policy": self.policy, "trained": tuple(self._theta), "reward": self.reward, "learned": tuple(self._phi),
-            "inner_data": self._inner_data, "outer_data": self._outer_data, "inner_optimizer": inner,
+            "inner_data": self._stream.source, "outer_data": self._outer_stream.source, "inner_optimizer": inner,
             "inner_steps": self._inner_steps, **self._loop, "max_outer_grad_norm": self._max_outer_grad_norm,
             "inner_scheduler": None if self._inner_scheduler is None else self._inner_scheduler(inner),
             "keep_inner_state": self._keep_inner_state, **self._sampling,
@@ -250,7 +258,7 @@ class BilevelTrainer(Resumable[OuterStep]):
 
     def _evaluated(self) -> tuple[OuterStep, Hypergradient]:
         number = len(self.history)
-        rows = len(self._inner_data.inputs) if self._sampling["batch_size"] is None else self._sampling["batch_size"]
+        rows = self._sampling["batch_size"] or len(self._stream.data.inputs)
         work = rows * sum(p.numel() for p in self.policy.parameters()) // self._processes.number
         try:
             with threads_for(work):
@@ -267,18 +275,16 @@ class BilevelTrainer(Resumable[OuterStep]):
         substituted = Substitution(self.policy, self._theta, self.reward, self._phi)
         # The same batches and seeds for everything the method evaluates, and drawn apart from those of the inner steps.
         drawn = [self._stream.next() for _ in range(self._product_batches)]
-        parts = [share for batch, seed in drawn for share in self._passes.shares(batch, seed)]
-        outer_data = self._outer_data if self._outer_stream is None else self._outer_stream.next()[0]
+        parts = [share for batch, seed in drawn for share in self._passes.shares(batch, seed, own=self._stream.own)]
+        outer_parts = self._passes.shares(*self._outer_stream.next(), own=self._outer_stream.own)
 
         def of(theta: Tensors, phi: Tensors, share: Share, function: Any, *arguments: object) -> Tensor:
-            theta, phi = self._processes.together(theta), self._processes.together(phi)
+            theta, phi = self._processes.shared(theta), self._processes.shared(phi)
             loss = substituted(theta, phi, function, *arguments)
-            return self._processes.mean(loss if share.weight == 1.0 else share.weight * loss)
+            return self._processes.mean_loss(loss if share.weight == 1.0 else share.weight * loss)
 
         def inner(theta: Tensors, phi: Tensors, share: Share = parts[0]) -> Tensor:
             return of(theta, phi, share, self._inner_loss, self.policy, self.reward, share.batch, share.seed)
-
-        outer_parts = self._passes.shares(outer_data, 0)
 
         def outer(theta: Tensors, phi: Tensors, share: Share = outer_parts[0]) -> Tensor:
             with evaluating(self.policy):
@@ -291,7 +297,12 @@ class BilevelTrainer(Resumable[OuterStep]):
         problem: Any = inner if len(parts) == 1 else Minibatches(inner, parts)
         outer_problem: Any = outer if len(outer_parts) == 1 else Minibatches(outer, outer_parts)
         if isinstance(self._hypergradient, SampledMethod):
-            [share] = Passes(self._processes, self._inner_data.inputs.device).shares(*drawn[0])
+            if not self._stream.own and len(drawn[0][0].inputs) < self._processes.number:
+                raise ValueError(
+                    f"batch_size: expected at least a row for each of {self._processes.number} processes with "
+                    f"{type(self._hypergradient).__name__}, got {len(drawn[0][0].inputs)}"
+                )
+            [share] = Passes(self._processes, device_of(self.policy)).shares(*drawn[0], own=self._stream.own)
             problem = sampled_objective(
                 self.policy, self.reward, self._inner_loss, share.batch, share.seed, substituted, theta, phi,
                 self._processes.average,
@@ -318,7 +329,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         if self._processes.number == 1:
             return contextlib.nullcontext()
         stack = contextlib.ExitStack()
-        stack.enter_context(torch.random.fork_rng())
+        device = device_of(self.policy)
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(seed)
         return stack
 
@@ -341,8 +353,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         with under(self.reward, self._inner_loss) as loss:
             norm = self._loop["max_grad_norm"]
             native = None
-            if self._passes.plain:
-                native = training.native_steps(self.policy, loss, self._inner_data, self._optimizer, norm)
+            if self._passes.plain and isinstance(self._stream, BatchStream):
+                native = training.native_steps(self.policy, loss, self._stream.data, self._optimizer, norm)
             # The first step is torch's where the optimiser has no state yet.
             at_once = native is not None and native.ready()
             _, steps = train(

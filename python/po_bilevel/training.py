@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DataLoader
 
 from .errors import NonFiniteError
 from .fused import Steps
@@ -19,7 +20,8 @@ from .losses import Batch, Likelihood, NegativeLogLikelihood, PolicyGradient, Po
 from .optimizers import Together
 from .passes import Passes
 from .policies import Policy
-from .processes import Processes, unwrapped
+from .processes import Processes, device_of, unwrapped
+from .streams import BatchStream, LoaderStream, stream_of
 
 InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 
@@ -27,79 +29,9 @@ InnerLoss = Callable[[Policy, nn.Module, Batch, int], Tensor]
 _READ_TOGETHER = 100
 
 
-class RowStream:
-    """An endless stream of (rows, seed), the same for the same arguments.
-
-    Args:
-        count: of all rows.
-        batch_size: rows a batch, in a new random order each epoch, the last batch of an epoch smaller if need be;
-            None for all rows each time.
-        seed: of the order and of the seeds handed out.
-        device: of the rows' numbers.
-        drop_last: leave out a smaller last batch, where it is not the only one.
-    """
-
-    def __init__(
-        self, count: int, batch_size: int | None, seed: int, device: torch.device | None = None, *,
-        drop_last: bool = False,
-    ) -> None:  # fmt: skip
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1 or None, got {batch_size}")
-        self._count, self._device, self._drop_last = count, device, drop_last
-        self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-        self._order: list[Tensor] = []
-
-    def draw(self) -> tuple[Tensor | None, int]:
-        """The rows of the next batch, None for all, and its seed."""
-        seed = int(torch.randint(2**62, (), generator=self._generator, device="cpu"))
-        if self._batch_size is None:
-            return None, seed
-        if not self._order:
-            rows = torch.randperm(self._count, generator=self._generator, device="cpu")
-            self._order = list(rows.to(self._device).split(self._batch_size))
-            if self._drop_last and self._count > self._batch_size and self._count % self._batch_size:
-                del self._order[-1]
-        return self._order.pop(0), seed
-
-    def draw_several(self, count: int) -> list[tuple[Tensor | None, int]]:
-        """`draw` so many times; the seeds at once where nothing else is drawn between them."""
-        if self._batch_size is not None:
-            return [self.draw() for _ in range(count)]
-        seeds = torch.randint(2**62, (count,), generator=self._generator, device="cpu")
-        return [(None, seed) for seed in seeds.tolist()]
-
-    def state(self) -> dict[str, Any]:
-        """Where the stream is, for `restore`."""
-        return {"generator": self._generator.get_state(), "order": list(self._order)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from where a stream of the same arguments was."""
-        self._generator.set_state(state["generator"])
-        self._order = list(state["order"])
-
-
-class BatchStream(RowStream):
-    """An endless stream of (batch, seed), the same for the same arguments.
-
-    Args:
-        data: all rows.
-        batch_size, seed: as in `RowStream`.
-    """
-
-    def __init__(self, data: Batch, batch_size: int | None, seed: int) -> None:
-        data.check("data")
-        super().__init__(data.inputs.shape[0], batch_size, seed, data.inputs.device)
-        self.data = data
-
-    def next(self) -> tuple[Batch, int]:
-        rows, seed = self.draw()
-        return (self.data if rows is None else self.data.rows(rows)), seed
-
-
 def train(
-    policy: nn.Module, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream, optimizer: Optimizer,
-    steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
+    policy: nn.Module, loss: Callable[[Policy, Batch, int], Tensor], stream: BatchStream | LoaderStream,
+    optimizer: Optimizer, steps: int, *, tolerance: float = 0.0, patience: int | None = None, min_delta: float = 0.0,
     max_grad_norm: float | None = None, scheduler: LRScheduler | None = None,
     callback: Callable[[int, float], Any] | None = None, autocast: torch.dtype | None = None, accumulation: int = 1,
     scaler: GradScaler | None = None,
@@ -115,9 +47,10 @@ def train(
     Args:
         policy: a `Policy`; or one in `DistributedDataParallel`, with the same arguments in each of its processes, which
             share the rows of each batch out among them, draw samples of their own, and average loss and gradient in
-            one exchange a step.
+            one exchange a step, not through that class's own hooks.
         loss: (policy, batch, seed) -> (), evaluated with one batch and seed for the whole of a step, however often
-            the optimiser calls for it (as `torch.optim.LBFGS` does).
+            the optimiser calls for it (as `torch.optim.LBFGS` does). A mean over rows, where parts or processes share
+            them, and what does not depend on rows.
         stream: where batches and seeds come from.
         optimizer: any torch optimiser over parameters of the policy.
         steps: the most steps to take.
@@ -128,9 +61,9 @@ def train(
         max_grad_norm: longer gradients are scaled to this Euclidean norm; None leaves them.
         scheduler: of the optimiser's learning rates, stepped after each step; `ReduceLROnPlateau` is given the loss.
         callback: called after each step with its number, from 0, and its loss; True from it stops.
-        autocast: torch.bfloat16 or torch.float16, for what `torch.autocast` computes in such a type, where the network
-            passes forward; None for the parameters' own. With float16 a `torch.amp.GradScaler` scales the loss, and
-            leaves out steps whose gradient is infinite.
+        autocast: torch.bfloat16 or torch.float16, for what `torch.autocast` computes in such a type of the network and
+            the loss; None for the parameters' own. With float16 a `torch.amp.GradScaler` scales the loss, and leaves
+            out steps whose gradient is infinite, which count for neither patience nor scheduler.
         accumulation: parts that a batch is split into, one after another, whose gradients add up: saves memory.
         scaler: to go on with, for float16; None for a new one.
 
@@ -149,8 +82,7 @@ def train(
     check_optimizer("optimizer", optimizer)
     passes = Passes(Processes.of(policy), stream.data.inputs.device, autocast, accumulation, scaler)
     policy = unwrapped(policy, Policy)  # type: ignore[type-abstract]
-    if autocast is None:
-        stream.data.check_for(policy, "data")
+    stream.data.check_for(policy, "data", autocast=autocast is not None)
     parameters = trained(optimizer)
     if not parameters:
         raise ValueError("optimizer: expected parameters that require grad, got none")
@@ -160,15 +92,16 @@ def train(
     at_once = tolerance > 0 or patience is not None or callback is not None or isinstance(scheduler, ReduceLROnPlateau)
     passes.check(optimizer)
     # A stream of another class may have other batches than it draws.
-    served = type(stream) is BatchStream and passes.plain
-    native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm) if served else None
+    native = None
+    if type(stream) is BatchStream and passes.plain:
+        native = native_steps(policy, loss, stream.data, optimizer, max_grad_norm)
     ahead = 1 if at_once or not _known_ahead(scheduler) else _READ_TOGETHER
     of_policy = functools.partial(loss, policy)
-    step = -1
+    step, stepped = -1, True
     while step < steps - 1:
         if native is not None and native.ready():
             taken = min(steps - 1 - step, ahead)
-            member = _Member(policy, stream, optimizer, scheduler, native)
+            member = _Member(policy, cast(BatchStream, stream), optimizer, scheduler, native)
             [(value, norm)] = _take([member], loss, step + 1, taken, norms=tolerance > 0)
             step += taken
         else:
@@ -180,7 +113,9 @@ def train(
                 # `optimizer.zero_grad()` does the same, with a hook for profilers that costs a tenth of a small step.
                 for parameter in parameters:
                     parameter.grad = None
-                result = passes.gradient(of_policy, batch, seed, parameters)
+                result = passes.gradient(of_policy, batch, seed, parameters, own=stream.own)
+                if all(p.grad is None for p in parameters):
+                    raise ValueError("optimizer: expected parameters that the loss depends on, got others")
                 if passes.scaler is not None:
                     passes.scaler.unscale_(optimizer)
                 # A norm costs as much as a small optimiser's step, so there is none where nothing asks for it: a
@@ -191,32 +126,33 @@ def train(
                     norm = norm_of([p.grad for p in parameters if p.grad is not None])
                 return result
 
-            unread.append(passes.step(optimizer, closure))
+            found, stepped = passes.step(optimizer, closure)
+            unread.append(found)
             if at_once or native is not None or step == steps - 1 or len(unread) == _READ_TOGETHER:
                 value = _read(unread, step)
-            if step == 0 and all(p.grad is None for p in parameters):
-                raise ValueError("optimizer: expected parameters that the loss depends on, got others")
-        if scheduler is not None:
+        if scheduler is not None and stepped:
             advance(scheduler, value)
-        if callback is not None and callback(step, value) is True:
-            return value, step + 1
+        if callback is not None and passes.processes.any(callback(step, value) is True):
+            break
+        if not stepped:
+            continue
         if tolerance > 0:
-            if passes.scaler is None:
-                check_finite(f"the gradient's norm at step {step}", float(norm))
+            check_finite(f"the gradient's norm at step {step}", float(norm))
             if norm <= tolerance:
-                return value, step + 1
+                break
         if waiting.over(value):
-            return value, step + 1
-    passes.check_scale()
+            break
+    passes.processes.equal(policy, parameters=False)
     _check_parameters(parameters)
-    return value, steps
+    return value, step + 1
 
 
 def train_nll(
-    policy: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *, loss: NegativeLogLikelihood | None = None,
-    batch_size: int | None = None, seed: int = 0, **options: Any,
+    policy: nn.Module, data: Batch | DataLoader[Any], optimizer: Optimizer, steps: int, *,
+    loss: NegativeLogLikelihood | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
-    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`.
+    """Maximum likelihood; the default loss has no penalty. Arguments, options, result and errors as in `train`; data as
+    in `BilevelTrainer`.
 
     Example:
         >>> import torch
@@ -226,11 +162,12 @@ def train_nll(
         20
     """
     objective = NegativeLogLikelihood() if loss is None else loss
-    return train(policy, Likelihood(objective), BatchStream(data, batch_size, seed), optimizer, steps, **options)
+    stream = stream_of("data", data, batch_size, seed, device_of(policy))
+    return train(policy, Likelihood(objective), stream, optimizer, steps, **options)
 
 
 def train_policy_gradient(
-    policy: nn.Module, reward: nn.Module, data: Batch, optimizer: Optimizer, steps: int, *,
+    policy: nn.Module, reward: nn.Module, data: Batch | DataLoader[Any], optimizer: Optimizer, steps: int, *,
     loss: InnerLoss | None = None, batch_size: int | None = None, seed: int = 0, **options: Any,
 ) -> tuple[float, int]:  # fmt: skip
     """Policy gradient under a reward that stays as it is. Arguments, options, result and errors as in `train`.
@@ -244,8 +181,10 @@ def train_policy_gradient(
         200
     """
     objective = PolicyGradient() if loss is None else loss
+    stream = stream_of("data", data, batch_size, seed, device_of(policy))
+    Processes.of(policy).equal(reward)
     with under(reward, objective) as fixed:
-        return train(policy, fixed, BatchStream(data, batch_size, seed), optimizer, steps, **options)
+        return train(policy, fixed, stream, optimizer, steps, **options)
 
 
 def train_ensemble(
@@ -276,7 +215,7 @@ def train_ensemble(
         ValueError: numbers of policies, data, optimisers or schedulers that differ; a parameter that is trained and
             that two policies have in common; as `train`.
         NonFiniteError: as `train`.
-        TypeError: a loss of the other kind.
+        TypeError: a loss of the other kind, or a policy of another class.
 
     Example:
         >>> import torch
@@ -287,6 +226,9 @@ def train_ensemble(
         >>> len(train_ensemble(policies, None, data, optimizers, steps=20, batch_size=10))
         4
     """
+    for policy in policies:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policies: expected each to be a Policy, got {type(policy).__name__}")
     several = [data] * len(policies) if isinstance(data, Batch) else list(data)
     plans: list[LRScheduler | None] = [None] * len(policies) if schedulers is None else list(schedulers)
     check_count("steps", steps, 0)

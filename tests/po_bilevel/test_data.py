@@ -167,3 +167,34 @@ def test_labels_are_the_texts_of_the_file(tmp_path):
     table = data.load(str(path), "code")
     assert table.classes == ("01", "1", "2")
     np.testing.assert_array_equal(table.labels, np.arange(30) % 3)
+
+
+TEXTS = FRAME.assign(colour=["red", "blue", None, "red"] * 10, size=pd.Categorical(["s", "m", "l", "m"] * 10))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_texts_are_encoded_where_that_is_asked_for(suffix, tmp_path):
+    path = written(TEXTS, tmp_path / f"texts{suffix}", **({"index": False} if suffix == ".csv" else {}))
+    with pytest.raises(UsageError, match=r"expected numbers in every row .* in column 'colour'"):
+        data.load(path, "kind")
+    with pytest.raises(
+        UsageError, match=r"column 'size' .* got 's' in data row 1; encode texts by --encoding onehot or"
+    ):
+        data.load(written(TEXTS.drop(columns="colour"), tmp_path / f"size{suffix}", index=False), "kind")
+    colour, size = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 0], [0, 0, 1]]), np.array([[0, 0, 1], [0, 1, 0], [1, 0, 0]])
+    onehot = data.load(path, "kind", "onehot").inputs
+    np.testing.assert_array_equal(onehot[:, :2], FRAME[["length", "width"]])
+    np.testing.assert_array_equal(onehot[:4, 2:5], colour)  # missing, blue, red
+    np.testing.assert_array_equal(onehot[:3, 5:], size)  # l, m, s
+    ordinal = data.load(path, "kind", "ordinal").inputs
+    np.testing.assert_array_equal(ordinal[:4, 2:], [[2, 2], [1, 1], [0, 0], [2, 1]])
+
+
+def test_what_an_encoding_is_not_for(tmp_path):
+    path = written(
+        pd.concat([FRAME] * 10).assign(id=[f"row {i}" for i in range(400)]), tmp_path / "id.csv", index=False
+    )
+    with pytest.raises(UsageError, match=r"--encoding: expected columns of at most 256 texts for onehot, got 400 in"):
+        data.load(path, "kind", "onehot")
+    with pytest.raises(UsageError, match="--encoding: expected none with the data set 'wine', got 'onehot'"):
+        data.load("wine", encoding="onehot")

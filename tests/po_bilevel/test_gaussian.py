@@ -117,7 +117,7 @@ FACTORS = {
 def test_hypergradients_by_option(hypergradient):
     """At the inner optimum, which a linear mean reaches: F'(u) = -n/(2u) + tr Σ/λ, u = softplus(raw)."""
     learner = gaussian.trainer(GaussianConfig(hidden=(), hypergradient=hypergradient, **QUIET), seed=0)
-    inner, outer = learner._inner_data, learner._outer_data
+    inner, outer = learner._stream.data, learner._outer_stream.data
     design = torch.cat([inner.inputs, torch.ones(100, 1)], dim=1).double()
     solution = torch.linalg.lstsq(design, inner.target.mean(dim=0).double()).solution.float()
     linear = learner.policy.mean_network[0]

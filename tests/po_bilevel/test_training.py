@@ -19,6 +19,7 @@ from po_bilevel import (
     train_policy_gradient,
 )
 from po_bilevel import training as training_module
+from po_bilevel.streams import RowStream
 from problems import lbfgs, least_squares, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -201,7 +202,7 @@ def test_what_is_drawn_under_another_default_device(classes):
     """Generators are of the CPU, whatever device torch takes for new tensors."""
 
     def drawn():
-        stream = training_module.RowStream(7, 3, seed=1, device=torch.device("cpu"))
+        stream = RowStream(7, 3, seed=1, device=torch.device("cpu"))
         return [(rows.tolist(), seed) for rows, seed in stream.draw_several(4)]
 
     expected, (rest, part) = drawn(), classes.split(0.3, seed=2)

@@ -18,7 +18,7 @@ constexpr double kStandardizedEpsilon = 1e-6;
 
 // Mean over the group, relative to its first member, so that equal members have no rounding between them.
 template <class V, class Team = Alone>
-PK_FN V group_mean_from_first(Index count, const V* x, Team team = {}) {
+PK_CALL V group_mean_from_first(Index count, const V* x, Team team = {}) {
   const V sum = team.template sum<V>(count - 1, [&](Index g) PK_LAMBDA { return x[g + 1] - x[0]; });
   return sum * ratio<Element<V>>(1, count);
 }
@@ -40,7 +40,7 @@ struct Spread {
   V mean_from_first{};  // of x; on duals only, and only its tangent is used
 
   template <class Team>
-  PK_FN Spread(Index count, const V* x, Team team) : x(x) {
+  PK_CALL Spread(Index count, const V* x, Team team) : x(x) {
     const T per_member = ratio<T>(1, count);
     const auto size = [&](Index g) PK_LAMBDA {
       const P value = stop(x[g]);
@@ -66,13 +66,13 @@ struct Spread {
   }
 
   // Of (x_g - mean x) / unit, of that over std / unit, and the tangent of x_g - mean x.
-  PK_FN P deviation(Index g) const { return stop(x[g]) * inverse - first - mean; }
-  PK_FN P direction(Index g) const { return deviation(g) * inverse_relative; }
-  PK_FN P tangent(Index g) const { return x[g].t - x[0].t - mean_from_first.t; }
+  PK_CALL P deviation(Index g) const { return stop(x[g]) * inverse - first - mean; }
+  PK_CALL P direction(Index g) const { return deviation(g) * inverse_relative; }
+  PK_CALL P tangent(Index g) const { return x[g].t - x[0].t - mean_from_first.t; }
 };
 
 template <class V, class Team = Alone>
-PK_FN V group_std(Index count, const V* x, Team team = {}) {
+PK_CALL V group_std(Index count, const V* x, Team team = {}) {
   return Spread<V>(count, x, team).std;
 }
 
@@ -85,13 +85,13 @@ struct Standardized : Spread<V> {
   P factor, inverse_std;  // unit and 1, over std + 1e-6; 0 for equal members
 
   template <class Team>
-  PK_FN Standardized(Index count, const V* x, Team team) : Spread<V>(count, x, team) {
+  PK_CALL Standardized(Index count, const V* x, Team team) : Spread<V>(count, x, team) {
     const P one = broadcast<P>(T(1));
     factor = select(this->inverse_relative != T(0), one / (relative + this->inverse * T(kStandardizedEpsilon)), P{});
     inverse_std = factor * this->inverse;
   }
 
-  PK_FN V advantage(Index g) const {
+  PK_CALL V advantage(Index g) const {
     const P value = deviation(g) * factor;
     if constexpr (is_dual<V>) {
       return {value, (tangent(g) - value * std.t) * inverse_std};
@@ -102,7 +102,7 @@ struct Standardized : Spread<V> {
 
   // u <- Jᵀ u: with n = (x - mean x) / std, (u - mean u) / (std + 1e-6) - (x - mean x) mean(u n) / (std + 1e-6)².
   template <class Team>
-  PK_FN void transpose(Index count, V* u, Team team) const {
+  PK_CALL void transpose(Index count, V* u, Team team) const {
     const T per_member = ratio<T>(1, count);
     const V mean = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g]; }) * per_member;
     const V along = team.template sum<V>(count, [&](Index g) PK_LAMBDA { return u[g] * direction(g); }) * per_member;
@@ -125,7 +125,7 @@ struct Standardized : Spread<V> {
 
 // A over the G rewards of a row.
 template <class V, class Team = Alone>
-PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team team = {}) {
+PK_CALL void advantages(int kind, Index count, const V* reward, V* advantage, Team team = {}) {
   using T = Element<V>;
   using P = Primal<V>;
   const V first = reward[0];
@@ -152,7 +152,7 @@ PK_FN void advantages(int kind, Index count, const V* reward, V* advantage, Team
 
 // u <- Jᵀ u with J the Jacobian of the advantages in the rewards.
 template <class V, class Team = Alone>
-PK_FN void advantages_transposed(int kind, Index count, const V* reward, V* u, Team team = {}) {
+PK_CALL void advantages_transposed(int kind, Index count, const V* reward, V* u, Team team = {}) {
   using T = Element<V>;
   if (kind == kNone || kind == kMin) return;
   if (kind == kStandardized) {

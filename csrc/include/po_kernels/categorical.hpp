@@ -28,16 +28,16 @@ struct CategoricalRow {
   const V* logits;
   const V* column;  // R[., y]; unused by a surrogate
 
-  PK_FN int64_t packs() const { return (classes + width - 1) / width; }
+  PK_CALL int64_t packs() const { return (classes + width - 1) / width; }
 
   template <class R, class Term>
-  PK_FN R sum(Term term) const {
+  PK_CALL R sum(Term term) const {
     const R total = long_sum<R>(packs(), term);
     if constexpr (across) return over_lanes(total);
     return total;
   }
 
-  PK_FN Primal<V> largest_logit() const {
+  PK_CALL Primal<V> largest_logit() const {
     Primal<V> top = stop(logits[0]);
     for (int64_t c = 1; c < packs(); ++c) top = select(stop(logits[c]) > top, stop(logits[c]), top);
     if constexpr (across) return largest_lane(top);
@@ -45,7 +45,7 @@ struct CategoricalRow {
   }
 
   // table[label], lane by lane.
-  PK_FN V pick(const V* table, Word<V> label) const {
+  PK_CALL V pick(const V* table, Word<V> label) const {
     if constexpr (across) {
       return from_lane(table[label.v[0] / width], label.v[0] % width);
     } else {
@@ -60,7 +60,7 @@ struct CategoricalRow {
 
   // sums[label] += x, keeping in `rest` what is rounded off (sums.hpp).
   template <class R>
-  PK_FN void add_at(R* sums, R* rest, Word<V> label, R x) const {
+  PK_CALL void add_at(R* sums, R* rest, Word<V> label, R x) const {
     if constexpr (across) {
       const int64_t at = label.v[0] / width;
       Total<R> total{sums[at], rest[at]};
@@ -83,12 +83,12 @@ struct Exponentials {
   V sum, log_sum;
 
   // -inf where masked.
-  PK_FN V log_prob(V logit) const {
+  PK_CALL V log_prob(V logit) const {
     return select(stop(logit) > -Element<V>(__builtin_huge_val()), logit - top - log_sum, constant<V>(stop(logit)));
   }
 };
 template <class V, bool across>
-PK_FN Exponentials<V> exponentiate(CategoricalRow<V, across> row, V* e) {
+PK_CALL Exponentials<V> exponentiate(CategoricalRow<V, across> row, V* e) {
   const Primal<V> top = row.largest_logit();
   const V sum = row.template sum<V>([&](int64_t c) PK_LAMBDA { return e[c] = exp(row.logits[c] - top); });
   return {top, sum, log(sum)};
@@ -96,7 +96,7 @@ PK_FN Exponentials<V> exponentiate(CategoricalRow<V, across> row, V* e) {
 
 // p and log p (0 where masked, so that p log p and its derivatives vanish there); returns the entropy.
 template <class V, bool across>
-PK_FN V softmax(CategoricalRow<V, across> row, V* p, V* log_p) {
+PK_CALL V softmax(CategoricalRow<V, across> row, V* p, V* log_p) {
   using T = Element<V>;
   const T infinity = T(__builtin_huge_val());
   const Exponentials<V> e = exponentiate(row, p);
@@ -109,13 +109,13 @@ PK_FN V softmax(CategoricalRow<V, across> row, V* p, V* log_p) {
 }
 
 template <class V>
-PK_FN V entropy_slope(V p, V log_p, V entropy) {
+PK_CALL V entropy_slope(V p, V log_p, V entropy) {
   return -(p * (log_p + entropy));
 }
 
 // L = -Σ_c p_c r_c - λ H by enumeration. Scratch: 2 classes.
 template <class V>
-PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, CategoricalGradients<V> out, V* scratch) {
+PK_CALL V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, CategoricalGradients<V> out, V* scratch) {
   using T = Element<V>;
   const int64_t classes = row.classes;
   V* p = scratch;
@@ -137,7 +137,7 @@ PK_FN V categorical_closed_form(CategoricalRow<V> row, const Surrogate& s, Categ
 // Distribution functions F_c = p_0 + ... + p_c in place of the logits; D holds float64 lanes. From the last class that
 // has mass on, F_c is beyond all random numbers.
 template <class D>
-PK_FN void categorical_distribution(int64_t classes, D* logits) {
+PK_CALL void categorical_distribution(int64_t classes, D* logits) {
   D top = logits[0];
   for (int64_t c = 1; c < classes; ++c) top = select(logits[c] > top, logits[c], top);
   D last{}, sum{}, cumulative{};
@@ -158,7 +158,7 @@ constexpr int64_t kCompared = 64;
 
 // Labels of S uniforms u of a row, the classes c that F_c is not above u, from `lane` on of the lanes of labels[0], ...
 template <int S, class D, class W>
-PK_FN void categorical_labels(int64_t classes, const D* distribution, const D (&u)[S], int lane, W* labels) {
+PK_CALL void categorical_labels(int64_t classes, const D* distribution, const D (&u)[S], int lane, W* labels) {
   constexpr int width = LaneTraits<D>::width;
   if (classes <= kCompared) {
     D label[S];
@@ -189,8 +189,8 @@ PK_FN void categorical_labels(int64_t classes, const D* distribution, const D (&
 
 // The first two words of block 0 of S samples from `sample` on.
 template <int S, class W>
-PK_FN void categorical_words(uint64_t seed, uint32_t sample, W row_low, W row_high, Several<W, S>& x0,
-                             Several<W, S>& x1) {
+PK_CALL void categorical_words(uint64_t seed, uint32_t sample, W row_low, W row_high, Several<W, S>& x0,
+                               Several<W, S>& x1) {
   Several<W, S> c2, c3;
   unrolled<S>([&](auto s) PK_LAMBDA {
     constexpr int at = s;
@@ -204,13 +204,13 @@ PK_FN void categorical_words(uint64_t seed, uint32_t sample, W row_low, W row_hi
 
 // 53 bits of two words, in [0, 1) and exact.
 template <class D>
-PK_FN D uniform53(Word<D> x0, Word<D> x1) {
+PK_CALL D uniform53(Word<D> x0, Word<D> x1) {
   return from_word<D>(x0 >> 5) * 0x1p-27 + from_word<D>(x1 >> 6) * 0x1p-53;
 }
 
 // sums[c] = Σ_g [labels[g] = c] x[g]. Scratch: classes.
 template <class V, class Row>
-PK_FN void sum_by_label(const Row& row, int64_t count, const Word<V>* labels, const V* x, V* sums, V* scratch) {
+PK_CALL void sum_by_label(const Row& row, int64_t count, const Word<V>* labels, const V* x, V* sums, V* scratch) {
   const int64_t classes = row.classes;
   int64_t c = 0;
   const auto of_classes = [&](auto several) PK_LAMBDA {
@@ -243,8 +243,8 @@ PK_FN void sum_by_label(const Row& row, int64_t count, const Word<V>* labels, co
 // The score-function surrogate of a group of labels whose rewards are in group.reward (transformed).
 // Fills pull, and the gradient in the logits. Scratch: 4 classes + G.
 template <class V, bool across>
-PK_FN V categorical_group(CategoricalRow<V, across> row, const Surrogate& s, const Word<V>* labels,
-                          CategoricalGradients<V> out, V* scratch, Group<V> group) {
+PK_CALL V categorical_group(CategoricalRow<V, across> row, const Surrogate& s, const Word<V>* labels,
+                            CategoricalGradients<V> out, V* scratch, Group<V> group) {
   using T = Element<V>;
   using P = Primal<V>;
   const int64_t packs = row.packs();
@@ -275,8 +275,8 @@ PK_FN V categorical_group(CategoricalRow<V, across> row, const Surrogate& s, con
 
 // The sampled loss from (G) labels. Scratch: 5 G + 4 classes.
 template <class V>
-PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
-                            CategoricalGradients<V> out, V* scratch, Group<V>& group) {
+PK_CALL V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Word<V>* labels,
+                              CategoricalGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
   using P = Primal<V>;
   const int64_t count = s.num_samples;
@@ -294,8 +294,8 @@ PK_FN V categorical_sampled(CategoricalRow<V> row, const Surrogate& s, const Wor
 
 // The loss of given labels (G), which are constants, and their rewards (G). Scratch: 5 G + 4 classes.
 template <class V, bool across>
-PK_FN V categorical_given(CategoricalRow<V, across> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
-                          CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
+PK_CALL V categorical_given(CategoricalRow<V, across> row, const Surrogate& s, const V* rewards, const Word<V>* labels,
+                            CategoricalGradients<V> out, Primal<V>* rewards_out, V* scratch, Group<V>& group) {
   group = group_in(scratch, s.num_samples);
   for (int64_t g = 0; g < s.num_samples; ++g) group.reward[g] = transformed_reward(s, rewards[g]);
   const V loss = categorical_group(row, s, labels, out, scratch + 4 * s.num_samples, group);
@@ -306,7 +306,7 @@ PK_FN V categorical_given(CategoricalRow<V, across> row, const Surrogate& s, con
 
 // log p of a label from the row's p and log p, -inf where masked.
 template <class V, bool across>
-PK_FN V label_log_prob(CategoricalRow<V, across> row, const V* log_p, Word<V> label) {
+PK_CALL V label_log_prob(CategoricalRow<V, across> row, const V* log_p, Word<V> label) {
   const V logit = row.pick(row.logits, label);
   const V found = row.pick(log_p, label);
   return select(stop(logit) > -Element<V>(__builtin_huge_val()), found, constant<V>(stop(logit)));
@@ -314,8 +314,8 @@ PK_FN V label_log_prob(CategoricalRow<V, across> row, const V* log_p, Word<V> la
 
 // Statistics of a row whose `group` is finished, or of a closed form. Scratch: 2 classes.
 template <class V>
-PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogate& s, Word<V> target,
-                                           const Group<V>& group, V* scratch) {
+PK_CALL RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogate& s, Word<V> target,
+                                             const Group<V>& group, V* scratch) {
   V* p = scratch;
   V* log_p = scratch + row.classes;
   const V entropy = softmax(row, p, log_p);
@@ -345,8 +345,8 @@ PK_FN RowStats<V> categorical_policy_stats(CategoricalRow<V> row, const Surrogat
 
 // Statistics of a surrogate, whose log-probability is the mean over the labels. Scratch: 2 classes.
 template <class V, bool across>
-PK_FN RowStats<V> categorical_given_stats(CategoricalRow<V, across> row, const Surrogate& s, const Word<V>* labels,
-                                          const Group<V>& group, V* scratch) {
+PK_CALL RowStats<V> categorical_given_stats(CategoricalRow<V, across> row, const Surrogate& s, const Word<V>* labels,
+                                            const Group<V>& group, V* scratch) {
   V* log_p = scratch + row.packs();
   RowStats<V> stats = group_stats(s, group);
   stats.entropy = softmax(row, scratch, log_p);

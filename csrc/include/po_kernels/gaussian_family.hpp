@@ -44,37 +44,37 @@ struct GaussianGradients {
 };
 
 template <class V>
-PK_FN void clear(Index count, V* x) {
+PK_CALL void clear(Index count, V* x) {
   for (Index i = 0; x != nullptr && i < count; ++i) x[i] = V{};
 }
 
 template <class V>
-PK_FN V gaussian_entropy(Index dim, V log_determinant) {
+PK_CALL V gaussian_entropy(Index dim, V log_determinant) {
   return log_determinant + Element<V>((kHalfLog2Pi + 0.5) * double(dim));
 }
 template <class V, template <class> class Scale>
-PK_FN V gaussian_entropy(const Scale<V>& scale) {
+PK_CALL V gaussian_entropy(const Scale<V>& scale) {
   return gaussian_entropy(scale.dim, scale.log_determinant());
 }
 
 // log p from z, less what depends on the scale alone.
 template <class V>
-PK_FN V gaussian_log_kernel(Index dim, const V* z) {
+PK_CALL V gaussian_log_kernel(Index dim, const V* z) {
   return long_sum<V>(dim, [&](Index j) PK_LAMBDA { return square(z[j]); }) * Element<V>(-0.5);
 }
 template <class V>
-PK_FN V gaussian_log_density(Index dim, const V* z, V log_determinant) {
+PK_CALL V gaussian_log_density(Index dim, const V* z, V log_determinant) {
   return gaussian_log_kernel(dim, z) - log_determinant - Element<V>(kHalfLog2Pi * double(dim));
 }
 template <class V, template <class> class Scale>
-PK_FN V gaussian_log_density(const Scale<V>& scale, const V* z) {
+PK_CALL V gaussian_log_density(const Scale<V>& scale, const V* z) {
   return gaussian_log_density(scale.dim, z, scale.log_determinant());
 }
 
 // L = δᵀUδ + tr(U S Sᵀ) - λ H, δ = μ - y. Scratch: 2 dim.
 template <class V, template <class> class Scale>
-PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
-                             double entropy_coef, GaussianGradients<V> out, V* scratch) {
+PK_CALL V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
+                               double entropy_coef, GaussianGradients<V> out, V* scratch) {
   using T = Element<V>;
   const Index dim = scale.dim;
   V* delta = scratch;
@@ -99,7 +99,7 @@ PK_FN V gaussian_closed_form(const Scale<V>& scale, const V* mean, const V* targ
 
 // w - 1 of a sample: no more than the derivative of log p, and without derivatives nothing.
 template <class V>
-PK_FN V gaussian_excess(Index dim, const V* z, V log_determinant) {
+PK_CALL V gaussian_excess(Index dim, const V* z, V log_determinant) {
   if constexpr (is_dual<V>) {
     return {Primal<V>{}, gaussian_log_kernel(dim, z).t - log_determinant.t};
   } else {
@@ -110,7 +110,7 @@ PK_FN V gaussian_excess(Index dim, const V* z, V log_determinant) {
 // The score-function part of a group, for score estimators: first w - 1 on duals, then, once the group is finished, the
 // gradients in the policy. z_of(g, block) gives the whitened samples of a block.
 template <class V, template <class> class Scale, class Whitened>
-PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of) {
+PK_CALL void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of) {
   if constexpr (is_dual<V>) {
     if (s.estimator == kReparam) {
       clear(s.num_samples, group.excess);
@@ -126,8 +126,8 @@ PK_FN void gaussian_excess(const Scale<V>& scale, const Surrogate& s, Group<V> g
   }
 }
 template <class V, template <class> class Scale, class Whitened>
-PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
-                          GaussianGradients<V> out, Primal<V>* scratch) {
+PK_CALL void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> group, Whitened z_of,
+                            GaussianGradients<V> out, Primal<V>* scratch) {
   using P = Primal<V>;
   const V unit = out.weight * Element<V>(-1.0 / double(s.num_samples));
   const Summed<P> sums[] = {summed(out.mean, scale.dim), summed(out.scale, scale.size())};
@@ -143,16 +143,16 @@ PK_FN void gaussian_score(const Scale<V>& scale, const Surrogate& s, Group<V> gr
 }
 
 // Scratch of the two losses below, besides 4 G for the group. `terms`: numbers of the gradient in the precision.
-PK_FN Index gaussian_work(Index count, Index dim, Index size, Index terms = 0) {
+PK_CALL Index gaussian_work(Index count, Index dim, Index size, Index terms = 0) {
   return (2 + 2 * kBlock) * dim + run_work(count, 2 * dim + size + terms);
 }
 
 // The sampled loss from (G, dim) standard normals. R is V or, where the rewards of score-function samples have no
 // derivative, because neither y nor U has one, the primal of V; `rewarding` is U as an R. Scratch: 4 G + gaussian_work.
 template <class R, class V, template <class> class Scale>
-PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
-                         Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
-                         V* scratch, Group<V>& group) {
+PK_CALL V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
+                           Precision<R> rewarding, const Surrogate& s, const Primal<V>* noise, GaussianGradients<V> out,
+                           V* scratch, Group<V>& group) {
   using T = Element<V>;
   using P = Primal<V>;
   const Index dim = scale.dim, count = s.num_samples;
@@ -258,8 +258,8 @@ PK_FN V gaussian_sampled(const Scale<V>& scale, const V* mean, const V* target, 
 
 // The loss of given samples (G, dim), which are constants, and their rewards (G). Scratch: 4 G + gaussian_work.
 template <class V, template <class> class Scale>
-PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, const Primal<V>* samples,
-                       const Surrogate& s, GaussianGradients<V> out, V* scratch, Group<V>& group) {
+PK_CALL V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, const Primal<V>* samples,
+                         const Surrogate& s, GaussianGradients<V> out, V* scratch, Group<V>& group) {
   using T = Element<V>;
   const Index dim = scale.dim, count = s.num_samples;
   group = group_in(scratch, count);
@@ -291,8 +291,8 @@ PK_FN V gaussian_given(const Scale<V>& scale, const V* mean, const V* rewards, c
 
 // Statistics of a row whose `group` is finished, or of a closed form. Scratch: 3 dim.
 template <class V, template <class> class Scale>
-PK_FN RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
-                                        const Surrogate& s, const Group<V>& group, V* scratch) {
+PK_CALL RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, const V* target, Precision<V> precision,
+                                          const Surrogate& s, const Group<V>& group, V* scratch) {
   const Index dim = scale.dim;
   V* delta = scratch;
   V* other = scratch + dim;
@@ -315,8 +315,8 @@ PK_FN RowStats<V> gaussian_policy_stats(const Scale<V>& scale, const V* mean, co
 
 // Statistics of a surrogate, whose log-probability is the mean over the samples. Scratch: 2 dim.
 template <class V, template <class> class Scale>
-PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, const Primal<V>* samples,
-                                       const Surrogate& s, const Group<V>& group, V* scratch) {
+PK_CALL RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, const Primal<V>* samples,
+                                         const Surrogate& s, const Group<V>& group, V* scratch) {
   const Index dim = scale.dim;
   RowStats<V> stats = group_stats(s, group);
   const V log_prob = long_sum<V>(s.num_samples, [&](Index g) PK_LAMBDA {
@@ -331,8 +331,8 @@ PK_FN RowStats<V> gaussian_given_stats(const Scale<V>& scale, const V* mean, con
 
 // log p(value); adds weight times its gradients, where `value` is differentiable too. Scratch: 2 dim.
 template <class V, template <class> class Scale>
-PK_FN V gaussian_log_prob(const Scale<V>& scale, const V* mean, const V* value, V weight, Primal<V>* mean_out,
-                          Primal<V>* scale_out, Primal<V>* value_out, V* scratch) {
+PK_CALL V gaussian_log_prob(const Scale<V>& scale, const V* mean, const V* value, V weight, Primal<V>* mean_out,
+                            Primal<V>* scale_out, Primal<V>* value_out, V* scratch) {
   const Index dim = scale.dim;
   V* residual = scratch;
   V* z = scratch + dim;

@@ -39,18 +39,18 @@ struct Group {
 
 // A group in scratch: 4 count lane values.
 template <class V>
-PK_FN Group<V> group_in(V* scratch, Index count) {
+PK_CALL Group<V> group_in(V* scratch, Index count) {
   return {scratch, scratch + count, scratch + 2 * count, scratch + 3 * count};
 }
 
 template <class V>
-PK_FN V transformed_reward(const Surrogate& s, V reward) {
+PK_CALL V transformed_reward(const Surrogate& s, V reward) {
   return s.rbf_gamma.given ? exp(reward * Element<V>(s.rbf_gamma.value)) : reward;
 }
 
 // Returns (1/G) Σ_g [r_g + (w_g - 1) A_g]. Without `pulls`, leaves out `pull` where it is one for all.
 template <class V, class Team = Alone>
-PK_FN V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = true) {
+PK_CALL V finish(const Surrogate& s, Group<V> group, Team team = {}, bool pulls = true) {
   using T = Element<V>;
   const Index count = s.num_samples;
   const bool score = s.estimator != kReparam;
@@ -83,7 +83,7 @@ struct RowStats {
 
 // The rewards' and the advantages' part, of a finished group.
 template <class V, class Team = Alone>
-PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group, Team team = {}) {
+PK_CALL RowStats<V> group_stats(const Surrogate& s, Group<V> group, Team team = {}) {
   RowStats<V> stats{};
   stats.reward_mean = group_mean_from_first(s.num_samples, group.reward, team) + group.reward[0];
   stats.reward_std = group_std(s.num_samples, group.reward, team);
@@ -94,7 +94,7 @@ PK_FN RowStats<V> group_stats(const Surrogate& s, Group<V> group, Team team = {}
 
 // w_g A_g, the factor of the score ∇ log p.
 template <class V>
-PK_FN V score_factor(Group<V> group, Index g) {
+PK_CALL V score_factor(Group<V> group, Index g) {
   if constexpr (is_dual<V>) {
     return group.advantage[g] + group.excess[g] * group.advantage[g];
   } else {

@@ -17,12 +17,12 @@ struct TokenScale {
   T inverse_temperature, softcap;
 
   template <bool capped, class V>
-  PK_FN V cap(V x) const {
+  PK_CALL V cap(V x) const {
     if constexpr (!capped) return x;
     return tanh(x * (T(1) / softcap)) * softcap;
   }
   template <class V>
-  PK_FN V slope(V y) const {
+  PK_CALL V slope(V y) const {
     const V t = y * (T(1) / softcap);
     return -(t * t) + T(1);
   }
@@ -35,7 +35,7 @@ struct TokenSums {
   double top = -__builtin_huge_val();
   S mass{}, product{};  // Σ e and Σ e d, with d = (y - top) / temperature of what is capped, e = exp d
 
-  PK_FN void rise(double to) {
+  PK_CALL void rise(double to) {
     if (!(to > top)) return;
     if (top > -__builtin_huge_val()) {
       const double by = (0.5 * top - 0.5 * to) * (2 * inverse_temperature), factor = ::exp(by);
@@ -50,7 +50,7 @@ struct TokenSums {
 // which have no derivative.
 constexpr int kTokenStats = 6;
 template <class S>
-PK_FN void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
+PK_CALL void token_stats(const TokenSums<S>& sums, S taken, S (&stats)[kTokenStats]) {
   const S log_mass = log(sums.mass);
   stats[2] = log_mass + sums.top * sums.inverse_temperature;
   stats[0] = (taken * 0.5 - 0.5 * sums.top) * (2 * sums.inverse_temperature) - log_mass;
@@ -65,7 +65,7 @@ template <class S>
 struct TokenGradient {
   S alpha, offset, factor;
 
-  PK_FN TokenGradient(const TokenSums<S>& sums, const S (&cotangents)[kTokenStats]) {
+  PK_CALL TokenGradient(const TokenSums<S>& sums, const S (&cotangents)[kTokenStats]) {
     alpha = cotangents[0] * sums.inverse_temperature;
     factor = cotangents[1] * sums.inverse_temperature / sums.mass;
     offset = (cotangents[2] * sums.inverse_temperature - alpha + factor * sums.product) / sums.mass;

@@ -21,6 +21,7 @@ from .. import checks
 from ..contract import NUM_STATS, OPS, Kernel, Request
 
 Array = NDArray[Any]
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 Served = tuple[bool, list[Tensor | None]]
 
 TILE = 32
@@ -29,16 +30,17 @@ _MOST_SUMS = 2**21  # numbers summed by chunk, all chunks together
 _ELEMENTS_PER_THREAD = 4096  # roughly what waking a thread costs
 _PARTS_PER_THREAD = 4  # for all threads to end together
 
-helper = numba.njit(error_model="numpy")
+_njit: Any = numba.njit  # whose own types checkers know in part
+helper: Compiler = _njit(error_model="numpy")
 # For scalars within a loop over rows, which is vector code only where nothing is called.
-inlined = numba.njit(error_model="numpy", forceinline=True)
+inlined: Compiler = _njit(error_model="numpy", forceinline=True)
 # A sum over rows may be taken in any order that depends on their number alone.
-summing = numba.njit(error_model="numpy", fastmath={"reassoc"})
+summing: Compiler = _njit(error_model="numpy", fastmath={"reassoc"})
 
 
 def kernel(function: Callable[..., bool]) -> Any:
     """Compiled at the first call and kept on disk, or where there is no place to keep it, in this process."""
-    compiled = partial(numba.njit, error_model="numpy", nogil=True)
+    compiled = partial(_njit, error_model="numpy", nogil=True)
     try:
         return compiled(cache=True)(function)
     except RuntimeError:  # of a read-only install, by a user without a home
@@ -131,13 +133,13 @@ class Losses:
     def __init__(self, request: Request) -> None:
         self.request = request
         rows = request.inputs[0].shape[0]
-        self.scale = 1.0 / max(rows, 1) if request.config.reduction == "mean" else 1.0
-        self.weight = np.full(rows, self.scale)
+        self.scale: float = 1.0 / max(rows, 1) if request.config.reduction == "mean" else 1.0
+        self.weight: Array = np.full(rows, self.scale)
         if request.cotangent is not None:
             self.weight *= array(request.cotangent.double())
-        self.rows = np.empty(rows)
-        self.stats = np.empty((NUM_STATS, rows if request.want_stats else 0))
-        self.arrays = self.weight, self.rows, self.stats
+        self.rows: Array = np.empty(rows)
+        self.stats: Array = np.empty((NUM_STATS, rows if request.want_stats else 0))
+        self.arrays: tuple[Array, Array, Array] = self.weight, self.rows, self.stats
 
     def finished(self, found: Sequence[Tensor]) -> list[Tensor | None]:
         loss, stats, dtype = self.rows, self.stats, self.request.inputs[0].dtype

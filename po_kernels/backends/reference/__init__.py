@@ -4,18 +4,17 @@
 raise, and for the second order of backends that have only the first.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import autocast, checks
-from ..contract import OPS, Kernel, OpConfig, Request
+from ..contract import OPS, Definitions, Kernel, OpConfig, Request
 from . import advantage, categorical, gae, gaussian, mvn, token
 from .losses import RowLoss, reduced
 
-DEFINITIONS: dict[str, Callable[[Any, Any, OpConfig], Any]] = {
+DEFINITIONS: Definitions = {
     **gaussian.DEFINITIONS,
     **mvn.DEFINITIONS,
     **categorical.DEFINITIONS,
@@ -45,7 +44,7 @@ def evaluate(op: str, inputs: Any, constants: Any, config: OpConfig) -> tuple[Te
     """
     checks.values(OPS[op], inputs, constants)
     kind, dtype = inputs[0].device.type, inputs[0].dtype
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if autocast.available(kind) and torch.is_autocast_enabled(kind):
         with autocast.disabled(inputs[0]):
             value, statistics = _evaluate(op, type(inputs)(*(x.double() for x in inputs)), constants, config)
             return value.to(OPS[op].value_dtype(dtype)), tuple(x.to(dtype) for x in statistics)

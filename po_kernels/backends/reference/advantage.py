@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..advantages import ADVANTAGES
-from ..contract import OpConfig
+from ..contract import Definitions, OpConfig
 from .losses import transform_rewards
 
 
@@ -13,4 +13,4 @@ def _group_advantage(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
     return ADVANTAGES[config.advantage].define(transform_rewards(inputs.rewards, config.rbf_gamma))
 
 
-DEFINITIONS = {"group_advantage": _group_advantage}
+DEFINITIONS: Definitions = {"group_advantage": _group_advantage}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import OpConfig
+from ..contract import Definitions, OpConfig
 from . import philox
 from .losses import RowLoss, sampled_loss, transform_rewards
 
@@ -82,7 +82,7 @@ def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
     )
 
 
-DEFINITIONS = {
+DEFINITIONS: Definitions = {
     "categorical_policy_loss": policy_loss,
     "categorical_surrogate_loss": surrogate_loss,
     "categorical_log_prob": lambda inputs, constants, config: log_prob(inputs.logits, constants.value),

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import GOES_ON, TERMINATED, OpConfig
+from ..contract import GOES_ON, TERMINATED, Definitions, OpConfig
 
 
 def _gae(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
@@ -27,4 +27,4 @@ def _gae(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
     return total
 
 
-DEFINITIONS = {"gae": _gae}
+DEFINITIONS: Definitions = {"gae": _gae}

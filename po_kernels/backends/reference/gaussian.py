@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import OpConfig
+from ..contract import Definitions, OpConfig
 from . import philox
 from .losses import RowLoss, diagonal, quadratic_form, sampled_loss, symmetric
 
@@ -79,7 +79,7 @@ def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
     )
 
 
-DEFINITIONS = {
+DEFINITIONS: Definitions = {
     "gaussian_policy_loss": policy_loss,
     "gaussian_surrogate_loss": surrogate_loss,
     "gaussian_log_prob": lambda inputs, constants, config: log_prob(*inputs),

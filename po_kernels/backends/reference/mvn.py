@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import OpConfig
+from ..contract import Definitions, OpConfig
 from . import philox
 from .gaussian import LOG_2PI
 from .losses import RowLoss, quadratic_form, sampled_loss, symmetric
@@ -85,7 +85,7 @@ def surrogate_loss(inputs: Any, constants: Any, config: OpConfig) -> RowLoss:
     )
 
 
-DEFINITIONS = {
+DEFINITIONS: Definitions = {
     "mvn_policy_loss": policy_loss,
     "mvn_surrogate_loss": surrogate_loss,
     "mvn_log_prob": lambda inputs, constants, config: log_prob(*inputs),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, linear_head
-from ..contract import IGNORED, OpConfig, computed
+from ..contract import IGNORED, Definitions, OpConfig, computed
 from .categorical import indices
 
 
@@ -38,7 +38,7 @@ def linear_statistics(inputs: Any, constants: Any, config: OpConfig) -> Tensor:
     return statistics(logits, constants.token_ids, config)
 
 
-DEFINITIONS = {
+DEFINITIONS: Definitions = {
     "token_log_prob": lambda inputs, constants, config: statistics(inputs.logits, constants.token_ids, config),
     "linear_token_log_prob": linear_statistics,
 }

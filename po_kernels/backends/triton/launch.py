@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import checks
 from ..advantages import ADVANTAGES
-from ..contract import NUM_STATS, OPS, Kernel, Op, Request
+from ..contract import NUM_STATS, OPS, Kernel, Op, OpConfig, Request
 from . import lanes, tally
 from .lanes import Pair
 
@@ -146,19 +146,24 @@ class Call:
     """
 
     def __init__(self, op: Op, request: Request) -> None:
-        self.op, self.config, self.needs, self.want_stats = op.name, request.config, request.needs, request.want_stats
-        self.inputs, self.constants = request.inputs, request.constants
-        self.dual = request.tangents is not None
-        self.device, self.dtype = self.inputs[0].device, self.inputs[0].dtype
+        self.op: str = op.name
+        self.config: OpConfig = request.config
+        self.want_stats: bool = request.want_stats
+        self.needs: Any = request.needs
+        self.inputs: Any = request.inputs
+        self.constants: Any = request.constants
+        self.dual: bool = request.tangents is not None
+        self.device: torch.device = self.inputs[0].device
+        self.dtype: torch.dtype = self.inputs[0].dtype
         tangents = request.tangents or [None] * len(self.inputs)
-        self.pairs = op.Inputs(*(self.pair(x, t) for x, t in zip(self.inputs, tangents, strict=True)))
-        self.gradients = op.Inputs(
+        self.pairs: Any = op.Inputs(*(self.pair(x, t) for x, t in zip(self.inputs, tangents, strict=True)))
+        self.gradients: Any = op.Inputs(
             *(self.empty(*x.shape) if need else self.empty(0) for x, need in zip(self.inputs, self.needs, strict=True))
         )
-        self.cotangent = self.pairs[0]  # in place of none: it is not read
+        self.cotangent: Pair = self.pairs[0]  # in place of none: it is not read
         if request.cotangent is not None:
             self.cotangent = self.pair(request.cotangent.contiguous(), request.cotangent_tangent)
-        self.known = {
+        self.known: Arguments = {
             "DUAL": self.dual,
             "T": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "HAS_COTANGENT": request.cotangent is not None,

@@ -65,6 +65,8 @@ class ClassifyConfig(OptionsInParts):
     or the path of a CSV or Parquet file. Several run one after the other."""
     target: str | None = None
     """Column of the file that holds the classes."""
+    encoding: data.Encoding = "none"
+    """Of a file's columns of text: a column of zeros and ones for each text, or its place in alphabetical order."""
     max_rows: int | None = None
     """A stratified random choice of so many rows, the same for all seeds, where a data set has more."""
     methods: tuple[Method, ...] = (
@@ -148,7 +150,7 @@ def run(config: ClassifyConfig) -> Outcome:
         if isotropic), or of the table. Those of other methods than pg_learned are under "data set, method".
     """
     check(config)
-    tables = [data.subset(data.load(name, config.target), config.max_rows) for name in config.dataset]
+    tables = [data.subset(data.load(name, config.target, config.encoding), config.max_rows) for name in config.dataset]
     names = [table.name for table in tables]
     if len(set(names)) < len(names):
         raise UsageError(f"--dataset: expected files of different names, got {' '.join(names)}")

@@ -10,7 +10,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -60,17 +60,27 @@ class Splits:
     test: Batch
 
 
-def load(dataset: str, target: str | None = None) -> Table:
+# How a file's columns of text become numbers: not at all, by a column of zeros and ones for each text, or by the text's
+# place among all in alphabetical order.
+Encoding = Literal["none", "onehot", "ordinal"]
+# More are a name of each row and nothing to learn from.
+MOST_TEXTS = 256
+
+
+def load(dataset: str, target: str | None = None, encoding: Encoding = "none") -> Table:
     """A data set by its name, or from a file.
 
     Args:
         dataset: one of BUILT_IN; one of OPENML, from scikit-learn's cache or else the network; or the path of a CSV or
             Parquet file whose columns but the target's are numbers.
         target: the column that holds the classes of a file. In a CSV file its entries are texts: 01 and 1 are two.
+        encoding: of a file's columns of text, of which a missing entry is one; "none" refuses them.
     """
     if dataset in BUILT_IN or dataset in OPENML:
         if target is not None:
             raise UsageError(f"--target: expected none with the data set {dataset!r}, got {target!r}")
+        if encoding != "none":
+            raise UsageError(f"--encoding: expected none with the data set {dataset!r}, got {encoding!r}")
         return _built_in(dataset) if dataset in BUILT_IN else _openml(dataset)
     path = Path(dataset)
     if path.suffix.lower() not in READERS and not path.is_file():
@@ -79,15 +89,15 @@ def load(dataset: str, target: str | None = None) -> Table:
             f"got {dataset!r}"
         )
     found = path.stat() if path.is_file() else None
-    return _file(path, target, found and (found.st_mtime_ns, found.st_size))
+    return _file(path, target, encoding, found and (found.st_mtime_ns, found.st_size))
 
 
 @functools.lru_cache(maxsize=8)
-def _file(path: Path, target: str | None, version: object) -> Table:
+def _file(path: Path, target: str | None, encoding: Encoding, version: object) -> Table:
     """Read once, for a run may be in parts, as long as the file's version stays."""
     pandas = require("pandas", "sklearn")
     frame = _parquet(pandas, path) if path.suffix.lower() == ".parquet" else _csv(pandas, path, target)
-    return _from_frame(pandas, path.stem, str(path), frame, target)
+    return _from_frame(pandas, path.stem, str(path), frame, target, encoding)
 
 
 def subset(table: Table, max_rows: int | None) -> Table:
@@ -215,8 +225,10 @@ def _csv(pandas: Any, path: Path, target: str | None) -> Any:
     return frame
 
 
-def _from_frame(pandas: Any, name: str, source: str, frame: Any, target: str | None) -> Table:
-    """A table of a frame's columns, all of them numbers but the target's."""
+def _from_frame(
+    pandas: Any, name: str, source: str, frame: Any, target: str | None, encoding: Encoding = "none"
+) -> Table:  # fmt: skip
+    """A table of a frame's columns, all of them numbers, or encoded as such, but the target's."""
     columns = ", ".join(map(repr, frame.columns))
     # What pandas calls a column without a name, and writes where it is not told index=False.
     if unnamed := [name for name in frame.columns if re.fullmatch(r"Unnamed: \d+", str(name))]:
@@ -233,6 +245,8 @@ def _from_frame(pandas: Any, name: str, source: str, frame: Any, target: str | N
         raise UsageError(f"--dataset: expected feature columns besides {target!r} in {source!r}, got none")
     if frame[target].isna().any():
         raise UsageError(f"--target: expected a class in every row, got {_missing(frame[target])} in column {target!r}")
+    if encoding != "none":
+        features = _encoded(pandas, features, encoding)
     for column in features.columns:
         _numeric(pandas, source, features[column])
     names, labels = np.unique(frame[target].astype(str).to_numpy(dtype=str), return_inverse=True)
@@ -241,6 +255,27 @@ def _from_frame(pandas: Any, name: str, source: str, frame: Any, target: str | N
             f"--target: expected classes of one type in {target!r}, got some of the same text, as 1 and '1'"
         )
     return Table(name, features.to_numpy(dtype=np.float64), labels.astype(np.int64), tuple(str(name) for name in names))
+
+
+def _encoded(pandas: Any, features: Any, encoding: Encoding) -> Any:
+    """The columns, with numbers for those of text and of categories."""
+    kinds = pandas.api.types
+    texts = [
+        name for name in features.columns
+        if isinstance(features[name].dtype, pandas.CategoricalDtype)
+        or (kinds.is_string_dtype(features[name].dtype) and not kinds.is_numeric_dtype(features[name].dtype))
+    ]  # fmt: skip
+    # A missing entry as a text that no other sorts before or equals.
+    columns = {name: features[name].astype(object).map(lambda x: "" if pandas.isna(x) else f"={x}") for name in texts}
+    for name, column in columns.items():
+        if encoding == "onehot" and column.nunique() > MOST_TEXTS:
+            raise UsageError(
+                f"--encoding: expected columns of at most {MOST_TEXTS} texts for onehot, got {column.nunique()} in "
+                f"column {name!r}; drop it, or take ordinal"
+            )
+    if encoding == "ordinal":
+        return features.assign(**{name: column.rank(method="dense") - 1 for name, column in columns.items()})
+    return pandas.get_dummies(features.assign(**columns), columns=texts, dtype=float)
 
 
 def _numeric(pandas: Any, source: str, column: Any) -> None:
@@ -260,7 +295,8 @@ def _numeric(pandas: Any, source: str, column: Any) -> None:
         first = int(np.flatnonzero(bad)[0])
         raise UsageError(
             f"--dataset: expected finite numbers in column {column.name!r} of {source!r}, got "
-            f"{str(column.iloc[first])!r} in data row {first + 1}; encode it as numbers or drop the column"
+            f"{str(column.iloc[first])!r} in data row {first + 1}; encode texts by --encoding "
+            "onehot or ordinal, or drop the column"
         )
 
 

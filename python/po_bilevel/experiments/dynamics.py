@@ -27,8 +27,9 @@ from ..losses import Batch, PolicyGradient
 from ..optimizers import lbfgs
 from ..policies import FullGaussianPolicy, GaussianPolicy, MLPFullGaussian, MLPGaussian, Policy
 from ..rewards import MahalanobisReward, PrecisionKind, as_matrix, diagonal
+from ..streams import BatchStream
 from ..trainer import BilevelTrainer
-from ..training import BatchStream, InnerLoss, train, train_policy_gradient
+from ..training import InnerLoss, train, train_policy_gradient
 from . import planner, runs, transitions
 from .runs import Clock, Experiment, Once, OptionsInParts, Outcome, each_run, imperfect, learn, named, threads
 from .transitions import Behaviour, Transitions

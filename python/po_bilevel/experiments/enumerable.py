@@ -39,10 +39,10 @@ class Enumerable:
     def __init__(self, coefficient: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.coefficient = coefficient
-        self.embedding = torch.randn(len(STRINGS), DIM, dtype=torch.float64, generator=generator)
-        self.answer = self.embedding[torch.randint(len(STRINGS), (CONTEXTS,), generator=generator)]
-        self.true = coefficient * (0.05 + 0.1 * torch.rand(DIM, dtype=torch.float64, generator=generator))
-        self.data = self.optimum(MahalanobisReward(DIM, "diagonal", self.true)).exp().detach()
+        self.embedding: Tensor = torch.randn(len(STRINGS), DIM, dtype=torch.float64, generator=generator)
+        self.answer: Tensor = self.embedding[torch.randint(len(STRINGS), (CONTEXTS,), generator=generator)]
+        self.true: Tensor = coefficient * (0.05 + 0.1 * torch.rand(DIM, dtype=torch.float64, generator=generator))
+        self.data: Tensor = self.optimum(MahalanobisReward(DIM, "diagonal", self.true)).exp().detach()
         # The logits of a token: the row of its context and of the tokens before it.
         prefixes = [p for n in range(LENGTH) for p in itertools.product(range(VOCABULARY), repeat=n)]
         place = {prefix: row for row, prefix in enumerate(prefixes)}

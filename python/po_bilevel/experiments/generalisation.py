@@ -29,6 +29,8 @@ class GeneraliseConfig(OptionsInParts):
     """As of `classify`."""
     target: str | None = None
     """Column of the file that holds the classes."""
+    encoding: data.Encoding = "none"
+    """Of a file's columns of text: a column of zeros and ones for each text, or its place in alphabetical order."""
     max_rows: int | None = None
     """A stratified random choice of so many rows, where the data set has more."""
     noise: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -89,7 +91,7 @@ def run(config: GeneraliseConfig) -> Outcome:
         rows of data set "NAME, noise 0.1" and so on, with the metrics of `classify`.
     """
     check(config)
-    table = data.subset(data.load(config.dataset, config.target), config.max_rows)
+    table = data.subset(data.load(config.dataset, config.target, config.encoding), config.max_rows)
     shared = (
         "choose_by", "policy", "hidden", "optimizer", "learning_rate", "steps", "l2", "outer_steps"
     )  # fmt: skip

@@ -216,7 +216,7 @@ class Clock:
     """
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds: float = 0.0
         self._started = 0.0
 
     def __enter__(self) -> "Clock":
@@ -265,7 +265,7 @@ class Once(Generic[T]):
         return self._found[0]
 
 
-def progress_bar(config: Options, total: int, label: str) -> tqdm:
+def progress_bar(config: Options, total: int, label: str) -> "tqdm[Any]":
     """A bar, if one is asked for and standard error is a terminal."""
     return tqdm(total=total, desc=label, disable=None if config.progress else True, leave=False)
 

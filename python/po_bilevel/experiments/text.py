@@ -170,10 +170,11 @@ class Task:
     """The data of a seed, and a decoder that has read the text."""
 
     def __init__(self, config: TextConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+        self.config: TextConfig = config
+        self.seed: int = seed
         self.data: Corpus = corpus.load(config.text, config.pairs, config.max_prompts, seed)
-        self.tokenizer = lm.BytePairTokenizer.train(self.data.first, config.vocabulary)
-        self.embed = lm.TextEmbeddingReward(embedder(config.encoder))
+        self.tokenizer: lm.BytePairTokenizer = lm.BytePairTokenizer.train(self.data.first, config.vocabulary)
+        self.embed: lm.TextEmbeddingReward = lm.TextEmbeddingReward(embedder(config.encoder))
         pairs = [pair for part in self.data[2:] for pair in part.each()]
         longest = max(len(self._tokens(prompt, answer)) for prompt, answer in pairs) + 1
         if longest > LONGEST:
@@ -185,12 +186,12 @@ class Task:
         prompt = max(len(self._tokens(prompt, "")) for prompt, _ in pairs) + config.max_tokens
         context = max(64, longest, prompt)
         torch.manual_seed(seed)
-        self.base = lm.TokenPolicy(
+        self.base: lm.TokenPolicy = lm.TokenPolicy(
             lm.Decoder(self.tokenizer.vocabulary, context, width=config.width, layers=config.layers),
             self.tokenizer.end,
         )
         first = lm.Pairs(("",), (tuple(self._cut(self.data.first, context)),))
-        self.kept = [("", text) for text in self._cut(self.data.kept, context)]
+        self.kept: list[tuple[str, str]] = [("", text) for text in self._cut(self.data.kept, context)]
         for name, part, steps in (("text", first, config.first_steps), ("form", self.data.form, config.form_steps)):
             self._likelihood(self.base, part, steps, FIRST_RATE, name).fit(steps // 10 or 1)
 

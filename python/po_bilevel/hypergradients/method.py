@@ -2,13 +2,10 @@
 
 import dataclasses
 import math
-import sys
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
-import torch
 from typing_extensions import Self
 
 from .equations import RootProblem
@@ -67,7 +64,7 @@ class Method(ABC):
             flat = inner_loss.flat(where, point)
         else:
             flat = point.flat(inner_loss)
-        with _eagerly(), repeatable(point, inner_loss=flat, outer_loss=point.flat(outer_loss)) as (inner, outer):
+        with repeatable(point, inner_loss=flat, outer_loss=point.flat(outer_loss)) as (inner, outer):
             result = point.result(self.at(point)._at(inner, outer, point.theta, point.phi, point.start(start)))
         noise = (*inner.problems, *outer.problems)
         return dataclasses.replace(result, converged=False, problems=noise + result.problems) if noise else result
@@ -79,11 +76,6 @@ class Method(ABC):
     @abstractmethod
     def _at(self, inner_loss: Loss, outer_loss: Loss, theta: Tensors, phi: Leaves, start: Start) -> Hypergradient:
         """The hypergradient at leaves θ and φ."""
-
-
-def _eagerly() -> AbstractContextManager[Any]:
-    """What is compiled runs as it was written inside: torch has no second derivative of compiled functions."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class ImplicitMethod(Method):

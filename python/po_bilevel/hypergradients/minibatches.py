@@ -1,4 +1,4 @@
-"""An inner loss over more rows than one graph can hold."""
+"""A loss over more rows than one graph can hold."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .interface import Loss
-from .trees import Tree
 
 
 @dataclass(frozen=True)
@@ -17,9 +16,9 @@ class Minibatches:
     """L as the mean of a loss over batches: a product is the mean of their products (stocBiO, Ji et al. 2021).
 
     A method by the implicit function theorem has the graph of one batch at a time, which it makes anew for each
-    product; methods that unroll, or take first derivatives only, have all of them. All products of a solve are of the
-    same batches, so that the system is one and conjugate gradients serve; draw the batches anew for each call, apart
-    from those of the inner steps and of the outer loss.
+    product, and an outer loss is differentiated one batch at a time; methods that unroll, or take first derivatives
+    only, have all of an inner loss. All products of a solve are of the same batches, so that the system is one and
+    conjugate gradients serve; draw the batches anew for each call, apart from those of the inner steps.
 
     Attributes:
         loss: (θ, φ, batch) -> ().
@@ -34,7 +33,7 @@ class Minibatches:
         tensor(3.)
     """
 
-    loss: Callable[[Tree, Tree, Any], Tensor]
+    loss: Callable[[Any, Any, Any], Tensor]
     batches: Sequence[Any]
 
     def __post_init__(self) -> None:
@@ -46,9 +45,9 @@ class Minibatches:
         """The loss of each batch."""
         return [functools.partial(self._of, batch) for batch in self.batches]
 
-    def _of(self, batch: Any, theta: Tree, phi: Tree) -> Tensor:
+    def _of(self, batch: Any, theta: Any, phi: Any) -> Tensor:
         return self.loss(theta, phi, batch)
 
-    def __call__(self, theta: Tree, phi: Tree) -> Tensor:
+    def __call__(self, theta: Any, phi: Any) -> Tensor:
         """L."""
         return torch.stack([part(theta, phi) for part in self.parts]).mean()

@@ -151,10 +151,10 @@ class ImplicitProblem:
         right = average(flat(by_theta, self._theta))
         # A power of two changes no bit of what follows.
         self._unit = 2.0 ** math.frexp(float(right.abs().max()))[1]
-        self.right = right / self._unit
-        self.scale = length(self.right)
-        self.num_products = 0
-        self.curvature = Curvature()
+        self.right: Tensor = right / self._unit
+        self.scale: float = length(self.right)
+        self.num_products: int = 0
+        self.curvature: Curvature = Curvature()
 
     @property
     def place(self) -> tuple[Tensors, Tensors]:

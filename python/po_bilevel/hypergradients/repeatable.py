@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .eager import eagerly
 from .equations import Residual
 from .interface import Loss, Tensors
 from .trees import Point
@@ -33,7 +34,7 @@ class Repeatable:
         self._devices = devices
         # What says that it is, need not be compared.
         self._compared = getattr(loss, "repeatable", False) is True
-        self.parts = [Repeatable(name, part, seed, devices) for part in getattr(loss, "parts", ())]
+        self.parts: list[Repeatable] = [Repeatable(name, part, seed, devices) for part in getattr(loss, "parts", ())]
 
     @property
     def draws(self) -> bool:
@@ -69,6 +70,9 @@ class Repeatable:
             for generator in generators:
                 generator.manual_seed(self._seed)
             states = [generator.get_state() for generator in generators]
+            if torch.is_autocast_enabled(theta[0].device.type):
+                # It knows nothing of parameters that were changed in place since.
+                torch.clear_autocast_cache()
             loss = self._loss(theta, phi)
             self._draws |= any(not torch.equal(g.get_state(), s) for g, s in zip(generators, states, strict=True))
             return loss
@@ -85,7 +89,8 @@ def repeatable(point: Point, **losses: Loss) -> Iterator[list[Repeatable]]:
         seed = int(torch.randint(2**62, (2,))[1])
     devices = sorted({tensor.get_device() for tensor in point.theta + point.phi if tensor.is_cuda})
     made = [Repeatable(name, loss, seed, devices) for name, loss in losses.items()]
-    yield made
+    with eagerly():
+        yield made
     if any(each.draws for each in made):
         torch.randint(2**62, (2,))
 

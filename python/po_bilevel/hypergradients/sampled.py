@@ -190,6 +190,8 @@ def _differences(log_prob: Callable[[Tensors], Tensor], theta: Tensors, vector: 
 class FisherProblem(ImplicitProblem):
     """β Fisher in place of the inner Hessian: a product is one derivative along v and one backward pass."""
 
+    num_products: int
+
     def __init__(
         self, objective: SampledObjective, outer_loss: Loss, theta: Tensors, phi: Leaves, damping: float
     ) -> None:  # fmt: skip

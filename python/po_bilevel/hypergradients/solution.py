@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import NonFiniteError
+from .eager import eagerly
 from .equations import FixedPointProblem, Residual, RootProblem
 from .implicit import FixedPoint, ImplicitCG, NormalCG
 from .interface import Loss, Tensors
@@ -124,7 +125,8 @@ class Solution(torch.autograd.Function):
             return sum(((t * b.detach()).sum() for t, b in zip(theta, given, strict=True)), start=nothing)
 
         at, by = (tuple(t.detach().requires_grad_() for t in each) for each in (theta, phi))
-        result = ctx.method._at(ctx.inner, outer, at, Leaves(by), None)
+        with eagerly():
+            result = ctx.method._at(ctx.inner, outer, at, Leaves(by), None)
         if result.residual_norm >= 1.0:
             raise ValueError(
                 "solve: method: expected one that solves the linear system of the backward pass, got "

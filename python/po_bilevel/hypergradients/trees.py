@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .interface import Hypergradient, Tensors
+from .minibatches import Minibatches
 
 Tree = Any
 
@@ -62,7 +63,7 @@ class Structure:
         self._plain = (
             type(tree) is tuple and len(self._places) == len(tree) and all(isinstance(t, Tensor) for t in tree)
         )  # fmt: skip
-        self.leaves = Leaves(self._all[place] for place in self._places)
+        self.leaves: Leaves = Leaves(self._all[place] for place in self._places)
         self.leaves.structure = self
 
     def _named(self, place: int) -> str:
@@ -122,7 +123,7 @@ class Point:
     def __init__(self, theta: Structure, phi: Structure) -> None:
         self._theta, self._phi = theta, phi
         self.theta: Tensors = tuple(t if t.is_leaf else t.detach().requires_grad_() for t in theta.leaves)
-        self.phi = phi.leaves
+        self.phi: Leaves = phi.leaves
 
     def flat(self, function: Callable[[Tree, Tree], Any]) -> Callable[[Tensors, Tensors], Any]:
         """A function of trees as one of tuples."""
@@ -131,7 +132,8 @@ class Point:
             return function(self._theta.filled(theta), self._phi.filled(phi))
 
         of_tuples.repeatable = getattr(function, "repeatable", False)  # type: ignore[attr-defined]
-        of_tuples.parts = [self.flat(part) for part in getattr(function, "parts", ())]  # type: ignore[attr-defined]
+        parts = function.parts if isinstance(function, Minibatches) else ()
+        of_tuples.parts = list(map(self.flat, parts))  # type: ignore[attr-defined]
         return of_tuples
 
     def map(self, function: Callable[[Tree], Tree]) -> Callable[[Tensors], Tensors]:

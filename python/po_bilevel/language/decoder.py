@@ -46,11 +46,11 @@ class Decoder(CausalModel):
                 raise ValueError(f"Decoder: {name}: expected an integer of at least 1, got {size}")
         if width % heads:
             raise ValueError(f"Decoder: width: expected a multiple of {heads} heads, got {width}")
-        self.context = context
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.place = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(layers)])
-        self.norm = nn.LayerNorm(width)
+        self.context: int = context
+        self.embedding: nn.Embedding = nn.Embedding(vocabulary, width)
+        self.place: nn.Embedding = nn.Embedding(context, width)
+        self.blocks: nn.ModuleList = nn.ModuleList([_Block(width, heads) for _ in range(layers)])
+        self.norm: nn.LayerNorm = nn.LayerNorm(width)
         nn.init.normal_(self.embedding.weight, std=INITIAL_STD)
         nn.init.normal_(self.place.weight, std=INITIAL_STD)
         for module in self.blocks.modules():

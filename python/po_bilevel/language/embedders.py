@@ -101,8 +101,10 @@ class SentenceEncoder:
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32) -> None:
         if batch_size < 1:
             raise ValueError(f"SentenceEncoder: batch_size: expected at least 1, got {batch_size}")
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.max_length = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**15))
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.batch_size: int = batch_size
+        self.max_length: int = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 2**15))
 
     @classmethod
     def load(cls, path_or_package: str | Path, *, batch_size: int = 32) -> "SentenceEncoder":
@@ -167,7 +169,8 @@ class EmbeddingCache:
     def __init__(self, embedder: Callable[[Sequence[str]], Tensor], size: int) -> None:
         if size < 0:
             raise ValueError(f"EmbeddingCache: size: expected at least 0, got {size}")
-        self.embedder, self.size = embedder, size
+        self.embedder: Callable[[Sequence[str]], Tensor] = embedder
+        self.size: int = size
         self._rows: OrderedDict[str, Tensor] = OrderedDict()
 
     def __len__(self) -> int:

@@ -57,8 +57,8 @@ class HuggingFaceModel(CausalModel):
         if inner.base_model is inner or inner.get_output_embeddings() is None:
             raise ValueError(f"HuggingFaceModel: model: expected one with a language-modelling head, got {name}")
         self.model = model
-        self.config = inner.config.get_text_config()
-        self.context = getattr(self.config, "max_position_embeddings", None)
+        self.config: Any = inner.config.get_text_config()
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
         accepted = inspect.signature(inner.base_model.forward).parameters
         self._has_positions = "position_ids" in accepted
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"

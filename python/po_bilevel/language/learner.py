@@ -14,6 +14,7 @@ from ..hypergradients.sampled import SampledMethod
 from ..processes import Processes, unwrapped
 from ..resumable import check_learned, learned_names, named, update_reward
 from ..steps import OuterStep
+from ..streams import RowStream
 from ..substitution import Substitution, evaluating
 from .decoder import Decoder
 from .policy import TokenPolicy
@@ -59,7 +60,9 @@ class RewardLearner:
         max_grad_norm: float | None = None, seed: int = 0, reference: TokenPolicy | None = None,
     ) -> None:  # fmt: skip
         self._processes = Processes.of(policy)
-        self.policy, self.reward, self.outer_optimizer = unwrapped(policy, TokenPolicy), reward, outer_optimizer
+        self.policy: TokenPolicy = unwrapped(policy, TokenPolicy)
+        self.reward: TextReward = reward
+        self.outer_optimizer: Optimizer = outer_optimizer
         self._method = FisherCG(coefficient, 1e-2, 20) if hypergradient is None else hypergradient
         if not isinstance(self._method, SampledMethod):
             raise TypeError(
@@ -78,6 +81,7 @@ class RewardLearner:
         training.check_norm("max_grad_norm", max_grad_norm)
         if not 0 < coefficient < math.inf:
             raise ValueError(f"RewardLearner: coefficient: expected a finite positive number, got {coefficient}")
+        self._processes.equal(reward)
         self._phi = learned_names(reward)
         self._theta = [name for name, p in self.policy.named_parameters() if p.requires_grad]
         check_learned(self.policy, reward, outer_optimizer)
@@ -91,11 +95,11 @@ class RewardLearner:
         self._solution: Tensors | None = None
         self._number = 0
 
-    def _stream(self, name: str, count: int, size: int | None, seed: int) -> training.RowStream:
+    def _stream(self, name: str, count: int, size: int | None, seed: int) -> RowStream:
         size = count if size is None else min(size, count)
         training.check_count(f"RewardLearner: {name}", size, 1)
         self._processes.check(f"RewardLearner: {name}", size)
-        return training.RowStream(count, size, seed, drop_last=True)
+        return RowStream(count, size, seed, drop_last=True)
 
     def evaluate(self) -> Hypergradient:
         """The hypergradient at the policy as it is, of a new draw of prompts, completions and pairs.

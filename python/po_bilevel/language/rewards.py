@@ -191,7 +191,9 @@ class TextEmbeddingReward(TextReward):
             )
         if not (U is None or isinstance(U, Tensor | numbers.Real)):
             raise TypeError(f"TextEmbeddingReward: U: expected a tensor, a number or None, got {type(U).__name__}")
-        self.metric, self.gates, self.dim = metric, tuple(gates), dim or 0
+        self.metric: Metric = metric
+        self.gates: tuple[Gate, ...] = tuple(gates)
+        self.dim: int = dim or 0
         # Neither holds the embedder as a submodule, whose parameters would count as the reward's.
         self._embedder = (embedder,)
         self._cache = EmbeddingCache(self._embed, cache_size)

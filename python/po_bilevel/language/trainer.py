@@ -22,6 +22,7 @@ from ..hypergradients.sampled import check_advantage
 from ..processes import Processes, unwrapped
 from ..resumable import Resumable, check_one_at_a_time, described
 from ..steps import OuterStep
+from ..streams import RowStream
 from ..substitution import evaluating
 from ..trainer import OptimizerFactory, SchedulerFactory
 from .learner import RewardLearner, nll
@@ -152,7 +153,8 @@ class SequenceTrainer(Resumable[SequenceStep]):
                     f"{name}: expected None without a reward, and a reference only with a positive coefficient, got "
                     f"{type(given).__name__}"
                 )
-        self._parallel, self.policy, self._processes = policy, unwrapped(policy, TokenPolicy), Processes.of(policy)
+        self.policy: TokenPolicy = unwrapped(policy, TokenPolicy)
+        self._parallel, self._processes = policy, Processes.of(policy)
         rows = len(pairs.prompts) if reward is not None else pairs.number
         self._num_prompts = min(num_prompts, rows)
         self._processes.check("num_prompts", self._num_prompts)
@@ -161,7 +163,10 @@ class SequenceTrainer(Resumable[SequenceStep]):
                 f"accumulation: expected parts of equal size of {self._num_prompts // self._processes.number} prompts, "
                 f"got {accumulation}"
             )
-        self._tokenizer, self.reward, self._pairs, self._outer_pairs = tokenizer, reward, pairs, outer_pairs
+        self.reward: TextReward | None = reward
+        if reward is not None:
+            self._processes.equal(reward)
+        self._tokenizer, self._pairs, self._outer_pairs = tokenizer, pairs, outer_pairs
         self._each = pairs.each()
         self._options = pk.policy_loss_preset(preset) | {"kl_coef": coefficient} | (options or {})
         if wrong := [name for name in OWN if name in (options or {})]:
@@ -179,7 +184,7 @@ class SequenceTrainer(Resumable[SequenceStep]):
             pk.group_advantage(torch.zeros(self._sampling.num_samples, 1), advantage)
             if self._sampling.temperature == 0:
                 raise ValueError("sampling: expected a temperature above 0, at which completions differ, got 0")
-        self._stream = training.RowStream(rows, self._num_prompts, seed, drop_last=True)
+        self._stream = RowStream(rows, self._num_prompts, seed, drop_last=True)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         self._optimizer = optimizer(trained)
         check_one_at_a_time("optimizer", self._optimizer)

@@ -33,7 +33,7 @@ from po_bilevel.language import (
 )
 from po_bilevel.language.rollouts import rollout
 from po_bilevel.language.texts import answer_tokens, prompt_tokens
-from po_bilevel.training import RowStream
+from po_bilevel.streams import RowStream
 
 from po_kernels.ops.presets import PRESETS
 
