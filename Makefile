@@ -31,7 +31,7 @@ test-fast: $(VENV)/installed-test
 test-ptx: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/ptx/every_triton_kernel.py tests/ptx/every_cuda_kernel.py --durations 5
 
-# With TRL, peft and verl, in an environment of their own over that of the tests: what calls us there does as they do.
+# With TRL, peft, TorchRL and verl, in an environment of their own over that of the tests: what calls us there does as they do.
 test-integrations: $(INTEGRATIONS)/installed
 	HF_HUB_OFFLINE=1 $(INTEGRATIONS)/bin/python -m pytest tests/integrations tests/ops/test_policy_packages.py --durations 5
 
@@ -112,9 +112,10 @@ $(INTEGRATIONS)/installed: $(VENV)/installed-test
 	$(BIN)/python -m venv $(INTEGRATIONS)
 	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
 	  > "$$($(INTEGRATIONS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/below.pth"
-	$(INTEGRATIONS)/bin/pip --disable-pip-version-check install --constraint constraints.txt 'trl>=1.16,<2' peft $(VERL)
+	$(INTEGRATIONS)/bin/pip --disable-pip-version-check install --constraint constraints.txt 'trl>=1.16,<2' peft \
+	  'torchrl>=0.14' $(VERL)
 	$(INTEGRATIONS)/bin/pip --disable-pip-version-check install --no-deps 'verl>=0.9,<0.10'
-	$(INTEGRATIONS)/bin/python -W ignore -c 'import peft, trl.trainer.grpo_trainer, verl.trainer.ppo.core_algos'
+	$(INTEGRATIONS)/bin/python -W ignore -c 'import peft, torchrl, trl.trainer.grpo_trainer, verl.trainer.ppo.core_algos'
 	touch $@
 
 clean:

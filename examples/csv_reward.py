@@ -1,4 +1,4 @@
-"""A reward learned from a CSV file: `python examples/csv_reward.py data.csv label`; without arguments, from wine."""
+"""A reward learned from a CSV file (extra sklearn): `python examples/csv_reward.py data.csv label`, or from wine."""
 
 import sys
 

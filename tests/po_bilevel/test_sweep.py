@@ -8,6 +8,7 @@ import sys
 import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -131,10 +132,14 @@ def test_of_the_runs_of_a_broken_pool_only_the_one_that_breaks_it_fails(monkeypa
 
 # Its processes leave pipes and threads to the garbage collector.
 @pytest.mark.filterwarnings("ignore")
-def test_ray(tmp_path):
-    config = written(tmp_path, CONTENT | {"seeds": 2, "grid": {"dataset": ["iris"]}})
+def test_the_example_on_ray(tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed")
+    content = json.loads((Path(__file__).parents[2] / "examples" / "sweep.json").read_text())
+    runs = len(runs_of(content))
+    small = content | {"seeds": 1, "options": content["options"] | {"methods": ["nll"], "steps": 20}}
+    config = written(tmp_path, small)
     assert cli.main(["sweep", config, "--out", str(tmp_path / "out"), "--engine", "ray", "--workers", "1"]) == 0
-    assert len(values(tmp_path / "out")) == 4
+    assert len(values(tmp_path / "out")) == runs / content["seeds"]
 
 
 @pytest.mark.parametrize(
