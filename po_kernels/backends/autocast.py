@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Asked once, for torch 2.11 cannot trace its own function.
+_KINDS = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")))
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace its own function
+
 def available(kind: str) -> bool:
     """Whether devices of this kind have autocast at all: meta tensors have none."""
-    return torch.amp.is_autocast_available(kind)
+    return kind in _KINDS
 
 
 def disabled(x: Tensor) -> AbstractContextManager[Any]:

@@ -112,7 +112,11 @@ def test_no_solve_is_worse_than_zero(method):
     ("change", "error", "part"),
     [
         ({"inner_data": "numpy"}, TypeError, "inner_data: expected inputs that are a tensor, got numpy.ndarray"),
-        ({"outer_data": "tuple"}, TypeError, "outer_data: expected a Batch of inputs and targets, got tuple"),
+        (
+            {"outer_data": "tuple"},
+            TypeError,
+            "outer_data: expected a Batch of inputs and targets, or a DataLoader, got tuple",
+        ),
         ({"outer_data": "float"}, ValueError, "outer_data: expected inputs of torch.float64 as the policy has, got t"),
         (
             {"inner_data": "narrow"},
