@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from .losses import Batch
 
@@ -92,10 +92,10 @@ class BatchStream(RowStream):
 class LoaderStream:
     """An endless stream of (batch, seed) from a loader of PyTorch, epoch after epoch, the same for the same arguments.
 
-    The order of an epoch, and what a data set draws from torch's default generator, depend on the seed alone, and so
-    can be gone on with: the batches of an epoch that were there are read again. Generators that the loader or its
-    sampler were given are seeded anew each epoch; what persistent workers draw is not known. Of several processes each
-    has a loader of its own rows.
+    The order of an epoch, and what a data set draws from torch's generators, depend on the seed alone, and so can be
+    gone on with: the batches of an epoch that were there are read again. Generators that the loader, its samplers or
+    its data set have are seeded anew for each batch; those of NumPy and Python are not. Of several processes each has
+    a loader of its own rows.
 
     Attributes:
         data: the first batch.
@@ -109,7 +109,8 @@ class LoaderStream:
 
     Raises:
         TypeError: batches that are no pairs of tensors.
-        ValueError: a loader without batches; rows as `Batch.check` refuses them.
+        ValueError: a loader without batches, or with persistent workers, whose order is not known from a seed; rows as
+            `Batch.check` refuses them.
 
     Example:
         >>> import torch
@@ -125,7 +126,11 @@ class LoaderStream:
     def __init__(
         self, loader: DataLoader[Any], seed: int, device: torch.device | None = None, name: str = "data"
     ) -> None:  # fmt: skip
+        if getattr(loader, "persistent_workers", False):
+            raise ValueError(f"{name}: expected a loader with persistent_workers=False, got one with True")
         self._loader, self._device, self._name = loader, device, name
+        samplers = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+        self._samplers: list[Any] = [each for each in samplers if each is not None]
         self._generator = torch.Generator().manual_seed(seed)
         self._begin()
         first = self._following()
@@ -136,9 +141,18 @@ class LoaderStream:
 
     @property
     def source(self) -> Any:
-        """What batches are made of, for `fingerprints`; the rest of a loader changes from epoch to epoch."""
-        loader = self._loader
-        return loader.dataset, loader.batch_size, loader.drop_last, type(loader.sampler)
+        """What tells the batches from others, for `fingerprints`; of a data set of one's own its kind and its size."""
+        loader, rows = self._loader, self._loader.dataset
+        kept = int, float, str, Tensor
+        samplers = [
+            (type(each), {k: v for k, v in vars(each).items() if isinstance(v, kept) and k != "epoch"})
+            if hasattr(each, "__dict__")
+            else each
+            for each in self._samplers
+        ]
+        size = len(rows) if hasattr(rows, "__len__") else None
+        tensors = rows.tensors if isinstance(rows, TensorDataset) else [x.shape[1:] for x in self.data]
+        return type(rows), size, tensors, loader.batch_size, loader.drop_last, loader.collate_fn, samplers
 
     def next(self) -> tuple[Batch, int]:
         """The next batch, and its seed."""
@@ -177,23 +191,22 @@ class LoaderStream:
     def _open(self, epoch: int) -> None:
         self._epoch, self._taken, self._read = epoch, 0, 0
         self._batches: Iterator[Any] = iter(())
-        for owner in (self._loader, self._loader.sampler):
-            generator = getattr(owner, "generator", None)
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(epoch)
-        set_epoch = getattr(self._loader.sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch % 2**31)  # of `DistributedSampler`
+        for each in self._samplers:
+            if hasattr(each, "set_epoch"):
+                each.set_epoch(epoch % 2**31)  # of `DistributedSampler`
 
     def _following(self) -> Batch | None:
         """The next batch of the epoch, None at its end."""
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed((self._epoch + self._read) % 2**62)
+            own = [getattr(each, "generator", None) for each in (self._loader, self._loader.dataset, *self._samplers)]
+            for generator in (torch.default_generator, *own):
+                if isinstance(generator, torch.Generator):
+                    generator.manual_seed((self._epoch + self._read) % 2**62)
             if self._read == 0:
                 self._batches = iter(self._loader)
-            found = next(self._batches, None)
+            found = next(self._batches, self)
         self._read += 1
-        if found is None:
+        if found is self:
             return None
         if not isinstance(found, tuple | list) or len(found) != 2 or not all(isinstance(x, Tensor) for x in found):
             kinds = [type(x).__name__ for x in found] if isinstance(found, tuple | list) else type(found).__name__

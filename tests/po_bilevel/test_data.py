@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+from decimal import Decimal
 from urllib.error import URLError
 
 import numpy as np
@@ -198,3 +199,19 @@ def test_what_an_encoding_is_not_for(tmp_path):
         data.load(path, "kind", "onehot")
     with pytest.raises(UsageError, match="--encoding: expected none with the data set 'wine', got 'onehot'"):
         data.load("wine", encoding="onehot")
+
+
+def test_columns_of_text_that_are_easily_taken_for_others(tmp_path):
+    """Names that agree once encoded, decimals, categories in an order, and texts like numbers in a large file."""
+    frame = FRAME.assign(**{"a_=b": np.arange(40.0), "a": ["b", "c"] * 20})
+    found = data.load(written(frame, tmp_path / "names.csv", index=False), "kind", "onehot").inputs
+    assert found.shape == (40, 5)
+    np.testing.assert_array_equal(found[:, 3:], np.tile(np.eye(2), (20, 1)))
+    sizes = pd.Categorical(["low", "high", "mid", "low"] * 10, categories=["low", "mid", "high"], ordered=True)
+    frame = FRAME.assign(price=[Decimal("9.5"), Decimal("10")] * 20, size=sizes)
+    found = data.load(written(frame, tmp_path / "kinds.parquet"), "kind", "ordinal").inputs
+    np.testing.assert_array_equal(found[:4, 2:], [[9.5, 0], [10, 2], [9.5, 1], [10, 0]])
+    rows = 300_000
+    path = tmp_path / "large.csv"
+    path.write_text("c,kind\n" + "".join(f"{'zz' if i == rows - 1 else '01'},{i % 2}\n" for i in range(rows)))
+    assert data.load(str(path), "kind", "onehot").inputs.shape == (rows, 2)

@@ -10,12 +10,22 @@ from po_bilevel import (
     LoaderStream,
     OneHotMahalanobisReward,
     PolicyGradient,
+    UsageError,
     train,
     train_nll,
     train_policy_gradient,
 )
 from problems import bilevel, seeded
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 
 class Noisy(Dataset):
@@ -39,6 +49,9 @@ def loaders(data):
     yield "a generator of its own", DataLoader(rows, batch_size=25, shuffle=True, generator=own, drop_last=True)
     sampler = RandomSampler(rows, replacement=True, num_samples=60, generator=torch.Generator())
     yield "a sampler of its own", DataLoader(rows, sampler=sampler, batch_size=25)
+    inside = BatchSampler(RandomSampler(rows, generator=torch.Generator().manual_seed(1)), 25, False)
+    yield "a generator in the sampler of batches", DataLoader(rows, batch_sampler=inside)
+    yield "batches by hand", DataLoader(Noisy(data), batch_sampler=[[0, 1, 2], [5, 4], [7]])
     yield "workers", DataLoader(Noisy(data), batch_size=25, shuffle=True, num_workers=1)
 
 
@@ -65,7 +78,7 @@ def test_the_same_again_and_other_orders_each_epoch(classes):
             assert one == two
             assert torch.equal(a.inputs, b.inputs)
             assert torch.equal(a.target, b.target)
-        if name != "in order":
+        if name not in ("in order", "batches by hand"):
             assert not torch.equal(runs[0][0][0].inputs, runs[2][0][0].inputs)
             assert not torch.equal(runs[0][0][0].inputs, runs[0][4][0].inputs)
         assert len({seed for _, seed in runs[0]}) == 9
@@ -144,6 +157,59 @@ class Once(IterableDataset):
         return self.rows
 
 
+def test_a_generator_that_two_loaders_share(classes):
+    rows, shared = TensorDataset(*classes), torch.Generator()
+
+    def both():
+        samplers = [RandomSampler(rows, replacement=True, num_samples=200, generator=shared) for _ in range(2)]
+        return [LoaderStream(DataLoader(rows, 25, sampler=each), seed) for seed, each in enumerate(samplers)]
+
+    for taken in range(4):
+        streams = both()
+        for _ in range(taken):
+            for stream in streams:
+                stream.next()
+        states = [stream.state() for stream in streams]
+        expected = [stream.next()[0].inputs for stream in streams]
+        again = both()
+        for stream, state in zip(again, states, strict=True):
+            stream.restore(state)
+        for stream, inputs in zip(again, expected, strict=True):
+            assert torch.equal(stream.next()[0].inputs, inputs)
+
+
+class Cached(Noisy):
+    """Which changes with each row that is read."""
+
+    cache: dict[int, object]
+
+    def __getitem__(self, row):
+        self.__dict__.setdefault("cache", {})[row] = row
+        return super().__getitem__(row)
+
+
+def test_what_a_checkpoint_knows_of_a_loader(classes, tmp_path):
+    path = tmp_path / "run.pt"
+    sampler = WeightedRandomSampler(torch.ones(90), 50)
+
+    def run(rows, **options):
+        loader = DataLoader(rows, **({"sampler": sampler, "batch_size": 25} | options))
+        return bilevel(classes, inner_data=loader, checkpoint=path, inner_steps=3)
+
+    run(Cached(classes)).fit(1)
+    assert len(run(Cached(classes)).fit(2, resume=path)) == 2
+    for other in (
+        {"batch_size": 20},
+        {"sampler": WeightedRandomSampler(torch.arange(1.0, 91.0), 50)},
+        {"sampler": WeightedRandomSampler(torch.ones(90), 60)},
+        {"collate_fn": lambda rows: default_collate(rows)},
+    ):
+        with pytest.raises(UsageError, match="inner_data was"):
+            run(Cached(classes), **other).resume(path)
+    with pytest.raises(UsageError, match="inner_data was"):
+        run(Noisy(classes)).resume(path)
+
+
 def test_bad_loaders(classes):
     policy = seeded(LinearCategorical, 2, 3)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
@@ -154,6 +220,10 @@ def test_bad_loaders(classes):
         train_nll(policy, DataLoader(TensorDataset(*classes), batch_size=100, drop_last=True), optimizer, 5)
     with pytest.raises(TypeError, match=r"data: expected a loader that gives \(inputs, target\), two tensors, got"):
         train_nll(policy, DataLoader(TensorDataset(classes.inputs), batch_size=10), optimizer, 5)
+    with pytest.raises(TypeError, match=r"data: expected a loader that gives .* got NoneType"):
+        train_nll(policy, DataLoader(rows, batch_size=10, collate_fn=lambda rows: None), optimizer, 5)
+    with pytest.raises(ValueError, match="data: expected a loader with persistent_workers=False, got one with True"):
+        train_nll(policy, DataLoader(TensorDataset(*classes), num_workers=1, persistent_workers=True), optimizer, 5)
     with pytest.raises(TypeError, match=r"data: expected a loader that gives .* got dict"):
         train_nll(policy, DataLoader([{"x": x} for x, _ in rows], batch_size=10), optimizer, 5)
     with pytest.raises(ValueError, match="data: expected a loader with batches of its own and no batch size, got 10"):

@@ -208,7 +208,8 @@ def _csv(pandas: Any, path: Path, target: str | None) -> Any:
         with warnings.catch_warnings():
             # By default a first row with one field too many makes the first column an index, without a word.
             warnings.simplefilter("error", pandas.errors.ParserWarning)
-            frame = pandas.read_csv(path, index_col=False, dtype={target: str})
+            # In parts a column of texts may have another type in each.
+            frame = pandas.read_csv(path, index_col=False, dtype={target: str}, low_memory=False)
     except FileNotFoundError:
         raise UsageError(f"--dataset: expected a CSV file, and there is none at {str(path)!r}") from None
     except (
@@ -247,8 +248,8 @@ def _from_frame(
         raise UsageError(f"--target: expected a class in every row, got {_missing(frame[target])} in column {target!r}")
     if encoding != "none":
         features = _encoded(pandas, features, encoding)
-    for column in features.columns:
-        _numeric(pandas, source, features[column])
+    for place in range(features.shape[1]):
+        _numeric(pandas, source, features.iloc[:, place])
     names, labels = np.unique(frame[target].astype(str).to_numpy(dtype=str), return_inverse=True)
     if len(names) != frame[target].nunique():
         raise UsageError(
@@ -259,23 +260,25 @@ def _from_frame(
 
 def _encoded(pandas: Any, features: Any, encoding: Encoding) -> Any:
     """The columns, with numbers for those of text and of categories."""
-    kinds = pandas.api.types
-    texts = [
-        name for name in features.columns
-        if isinstance(features[name].dtype, pandas.CategoricalDtype)
-        or (kinds.is_string_dtype(features[name].dtype) and not kinds.is_numeric_dtype(features[name].dtype))
-    ]  # fmt: skip
-    # A missing entry as a text that no other sorts before or equals.
-    columns = {name: features[name].astype(object).map(lambda x: "" if pandas.isna(x) else f"={x}") for name in texts}
-    for name, column in columns.items():
-        if encoding == "onehot" and column.nunique() > MOST_TEXTS:
+    numbers, encoded = [], []
+    for name, column in features.items():
+        category = isinstance(column.dtype, pandas.CategoricalDtype)
+        if not category and not any(isinstance(x, str) for x in column):
+            numbers.append(column)
+            continue
+        # A missing entry as a text that no other sorts before or equals.
+        texts = column.astype(object).map(lambda x: "" if pandas.isna(x) else f"={x}")
+        if encoding == "ordinal":
+            ranks = column.cat.codes if category and column.cat.ordered else texts.rank(method="dense") - 1
+            encoded.append(ranks.astype(float).rename(name))
+        elif texts.nunique() > MOST_TEXTS:
             raise UsageError(
-                f"--encoding: expected columns of at most {MOST_TEXTS} texts for onehot, got {column.nunique()} in "
+                f"--encoding: expected columns of at most {MOST_TEXTS} texts for onehot, got {texts.nunique()} in "
                 f"column {name!r}; drop it, or take ordinal"
             )
-    if encoding == "ordinal":
-        return features.assign(**{name: column.rank(method="dense") - 1 for name, column in columns.items()})
-    return pandas.get_dummies(features.assign(**columns), columns=texts, dtype=float)
+        else:
+            encoded.append(pandas.get_dummies(texts, prefix=name, dtype=float))
+    return pandas.concat([*numbers, *encoded], axis=1)
 
 
 def _numeric(pandas: Any, source: str, column: Any) -> None:
