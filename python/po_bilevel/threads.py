@@ -2,15 +2,36 @@
 
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-_lock = threading.Lock()
-_inside = 0
-_outermost = ExitStack()
+
+class Shared:
+    """A context of all threads: the first one that comes in begins it, the last one that leaves ends it.
+
+    Args:
+        begin: given a stack for what is to be undone.
+    """
+
+    def __init__(self, begin: Callable[[ExitStack], None]) -> None:
+        self._begin, self._lock, self._inside, self._stack = begin, threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._begin(self._stack)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._stack.close()
 
 
 def threads_for(
@@ -47,25 +68,20 @@ def _libraries() -> Any:
     return ThreadpoolController()  # looking for libraries takes as long as a small fit
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """PyTorch and the BLAS of NumPy and SciPy have one thread inside, and again what they had once all have left.
 
     A second thread saves little on matrix products of microseconds, and where others use the processor each of them
     waits for it.
     """
-    global _inside
-    with _lock:
-        if _inside == 0:
-            if _libraries() is not None:
-                _outermost.enter_context(_libraries().limit(limits=1, user_api="blas"))
-            _outermost.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _outermost.close()
+    return _one_thread()
+
+
+def _begin(stack: ExitStack) -> None:
+    if _libraries() is not None:
+        stack.enter_context(_libraries().limit(limits=1, user_api="blas"))
+    stack.callback(torch.set_num_threads, torch.get_num_threads())
+    torch.set_num_threads(1)
+
+
+_one_thread = Shared(_begin)

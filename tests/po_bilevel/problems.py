@@ -54,8 +54,10 @@ def least_squares(data: Batch) -> torch.Tensor:
     return data.target - design @ torch.linalg.lstsq(design, data.target).solution
 
 
-def bilevel(data: Batch, *, reward: nn.Module | None = None, **options) -> BilevelTrainer:
-    policy = seeded(LinearCategorical, 2, 3)
+def bilevel(
+    data: Batch, *, policy: nn.Module | None = None, reward: nn.Module | None = None, **options
+) -> BilevelTrainer:  # fmt: skip
+    policy = seeded(LinearCategorical, 2, 3) if policy is None else policy
     reward = OneHotMahalanobisReward(3).double() if reward is None else reward
     arguments = {
         "inner_data": Batch(data.inputs[:60], data.target[:60]),

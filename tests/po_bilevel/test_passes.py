@@ -26,7 +26,7 @@ from po_bilevel import (
     train_nll,
 )
 from po_bilevel.hypergradients import FisherCG
-from problems import seeded
+from problems import bilevel, seeded
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -38,19 +38,14 @@ def small_network():
 
 def trainer(data: Batch, policy, **options) -> BilevelTrainer:
     dtype = next(policy.parameters()).dtype
-    data = Batch(data.inputs.to(dtype), data.target)
-    reward = OneHotMahalanobisReward(3).to(dtype)
     arguments = {
-        "inner_data": Batch(data.inputs[:61], data.target[:61]),
-        "outer_data": Batch(data.inputs[61:], data.target[61:]),
+        "inner_data": Batch(data.inputs[:61].to(dtype), data.target[:61]),
+        "outer_data": Batch(data.inputs[61:].to(dtype), data.target[61:]),
         "inner_optimizer": lambda parameters: torch.optim.SGD(parameters, lr=0.2),
-        "outer_optimizer": torch.optim.Adam(reward.parameters(), lr=0.1),
         "inner_steps": 5,
-        "inner_loss": PolicyGradient(l2=0.05),
         "hypergradient": ImplicitCG(damping=0.5),
-        "progress": False,
     }
-    return BilevelTrainer(policy, reward, **(arguments | options))
+    return bilevel(data, policy=policy, reward=OneHotMahalanobisReward(3).to(dtype), **(arguments | options))
 
 
 @pytest.mark.parametrize("method", [ImplicitCG(0.5, 1e-12), Dense(0.5), Unrolled(3, 0.1), BOME(3, 0.1, 0.5)])
@@ -84,7 +79,8 @@ def test_autocast_of_the_inner_steps(classes, dtype):
         runs.append((run.fit(4), [p.detach() for p in run.policy.parameters()]))
     assert {kind for kind, _ in seen} == {dtype, torch.float32}
     for a, b in zip(runs[1][1], runs[0][1], strict=True):
-        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)
+        # Of parameters near one: roundings of the type, which steps go on from, add up to less than a single one.
+        torch.testing.assert_close(a, b, rtol=0.0, atol=torch.finfo(dtype).eps)
     assert not all(torch.equal(a, b) for a, b in zip(runs[1][1], runs[0][1], strict=True))
     assert all(step.residual_norm < 1e-5 for step in runs[1][0])
 
@@ -95,11 +91,14 @@ def test_autocast_takes_policies_of_native_calls_too(regression, dtype):
     ends = []
     for autocast in (None, dtype):
         policy = seeded(LinearGaussian, 3, 2).float()
-        loss, steps = train_nll(policy, data, torch.optim.SGD(policy.parameters(), lr=0.05), 20, autocast=autocast)
+        # Small enough that no step is left out.
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0) if autocast is torch.float16 else None
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.05)
+        loss, steps = train_nll(policy, data, optimizer, 20, autocast=autocast, scaler=scaler)
         ends.append(loss)
         assert steps == 20
     assert ends[0] != ends[1]
-    assert ends[1] == pytest.approx(ends[0], rel=2e-2)
+    assert ends[1] == pytest.approx(ends[0], rel=torch.finfo(dtype).eps)
 
 
 def test_steps_with_infinite_gradients_are_left_out(classes):
@@ -229,7 +228,8 @@ def test_autocast_around_the_loop_sees_parameters_that_were_changed(classes):
         run = trainer(classes, policy, inner_steps=20)
         with torch.autocast("cpu", torch.bfloat16, enabled=around):
             ends.append(run.fit(2)[-1].outer_loss)
-    assert ends[2:] == pytest.approx(ends[:2], rel=2e-2)
+    # Inside, the backward pass and the hypergradient are rounded too: to a rounding of the type in all.
+    assert ends[2:] == pytest.approx(ends[:2], rel=torch.finfo(torch.bfloat16).eps)
 
 
 def test_steps_that_are_left_out_count_for_nothing(classes):

@@ -1,15 +1,11 @@
 """Compiled functions as they were written."""
 
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
-_lock = threading.Lock()
-_inside = 0
-_outermost = ExitStack()
+from ..threads import Shared
 
 
 def eagerly() -> AbstractContextManager[None]:
@@ -22,17 +18,8 @@ def eagerly() -> AbstractContextManager[None]:
     return _eagerly()
 
 
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    global _inside
-    with _lock:
-        if _inside == 0:
-            _outermost.enter_context(torch.compiler.set_stance("force_eager"))
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _outermost.close()
+def _begin(stack: ExitStack) -> None:
+    stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+_eagerly = Shared(_begin)
