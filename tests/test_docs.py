@@ -67,8 +67,8 @@ def readme_learns_a_reward_to_its_closed_form(names, printed):
 
 
 def tutorial_learns_what_is_said(names, printed):
-    """And the nats that it tells: those of 2000 rows have a standard error of 0.02, and the two within 0.05 are of fits to
-    200 rows. The reward is learned as far as the README's."""
+    """And the nats that it tells: those of 2000 rows have a standard error of 0.02, and the two within 0.05 are of fits
+    to 200 rows. The reward is learned as far as the README's."""
     code = "".join(code for _, code in blocks("docs/tutorial.md"))
     for name in ("given", "closed", "likely", "learned"):
         assert re.search(rf"nll_{name} = .* NLL {names[f'nll_{name}']:.2f}\n", code)
