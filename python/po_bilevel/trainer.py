@@ -97,7 +97,8 @@ class BilevelTrainer(Resumable[OuterStep]):
         ValueError: a reward without parameters to learn, an outer optimiser of other parameters than those, parameters
             that are the policy's and the reward's, data that do not fit the policy, several product batches for a
             method of samples, which would not use them, or an argument out of range.
-        TypeError: a policy of another class, data that are no `Batch` of tensors, or an optimiser that is none.
+        TypeError: a policy of another class, data that are no `Batch` of tensors and no loader of them, or an optimiser
+            that is none.
     """
 
     def __init__(
